@@ -1,0 +1,124 @@
+// The kernel contract: plain structs of pointers and sizes, and one table of functions per ISA.
+//
+// Every function is thread-safe: it reads its inputs and writes only the outputs named in its
+// arguments, which no two concurrent calls may share. No kernel allocates, throws or keeps state.
+//
+// Packed rows. A matrix is a number of rows of `n_cols` weights, each row padded to whole groups:
+//   bf16  n_cols bf16 values in order; padded with zeros to a multiple of 32.
+//   q8    blocks of 32 weights with one fp16 scale (the semantics of GGUF's Q8_0). Values are
+//   stored as
+//         uint8 = int8 + 128, eight blocks (256 weights) interleaved into a group: byte 32 k + 4 b
+//         + c of a group is element 4 k + c of block b. So an int32 lane of a vector register
+//         always belongs to one block, and a whole group needs one conversion and one
+//         multiplication by its scales. Padded with zero weights (uint8 128) of scale 0 to a
+//         multiple of 256.
+// An activation vector that meets such rows is laid out alike ("quantised vector", see
+// VectorBytes):
+//   bf16  values rounded to bf16.
+//   q8    int8 values interleaved as above, then a fp32 scale per block, then an int32 per block:
+//   -128 times
+//         the block's sum, which undoes the +128 of the weights where the ISA multiplies uint8 by
+//         int8.
+#pragma once
+
+#include <stdint.h>
+
+namespace hybrid {
+
+enum class Format : int32_t { kBf16 = 0, kQ8 = 1 };
+enum class Activation : int32_t { kRelu = 0, kFatRelu = 1, kSilu = 2 };
+
+constexpr int32_t kBlock = 32;       // weights that share a scale
+constexpr int32_t kGroupBlocks = 8;  // blocks that are interleaved
+constexpr int32_t kGroup = kBlock * kGroupBlocks;
+constexpr int32_t kHeadAlign = 16;  // heads are padded to a multiple of this, with zeros
+constexpr int32_t kSpan = 256;      // context positions per piece of attention
+constexpr int32_t kTokenTile = 64;  // tokens that sparse_ffn takes at most
+
+struct Rows {
+  const uint8_t* values;  // row r begins at values + r * values_stride; 64-byte aligned or better
+  const uint8_t* scales;  // q8: fp16 scales of row r begin at scales + r * scales_stride
+  int64_t values_stride;  // bytes
+  int64_t scales_stride;  // bytes
+  int32_t n_rows;
+  int32_t n_cols;  // before padding
+};
+
+static inline int32_t RoundUp(int32_t n, int32_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+static inline int32_t PaddedCols(Format format, int32_t n_cols) {
+  return RoundUp(n_cols, format == Format::kBf16 ? kBlock : kGroup);
+}
+// Bytes of a quantised vector of n_cols elements, a multiple of 64.
+static inline int64_t VectorBytes(Format format, int32_t n_cols) {
+  const int64_t padded = PaddedCols(format, n_cols);
+  return format == Format::kBf16 ? padded * 2 : padded + padded / kBlock * 8;
+}
+
+// out[token * out_stride + row - first] = dot(row, token) for rows [first, last) and all tokens.
+struct GemmArgs {
+  Format format;
+  Rows rows;
+  int32_t first, last;
+  const uint8_t* x;  // quantised vectors, x_stride bytes apart
+  int64_t x_stride;
+  int32_t n_tokens;
+  float* out;
+  int64_t out_stride;  // floats
+};
+
+// One fixed piece [first, last) of the neurons of a gated FFN, for up to kTokenTile tokens.
+// Overwrites `out`, the piece's own partial sum, with sum over active neurons of act(gate x) * (up
+// x) * down. Columns of `out` are in the order of the packed rows (see ColumnOrder in the
+// implementation of add_partials).
+struct SparseFfnArgs {
+  Format format;
+  Rows gate, up, down;  // neuron-major: row j of each belongs to neuron j
+  int32_t first, last;
+  Activation activation;
+  float threshold;   // of kFatRelu: fires when gate >= threshold; kRelu fires when gate > 0
+  const uint8_t* x;  // quantised vectors, x_stride bytes apart
+  int64_t x_stride;
+  int32_t n_tokens;
+  float* out;  // PaddedCols(format, hidden) floats per token, out_stride apart
+  int64_t out_stride;
+};
+
+// Attention of the query heads of one KV head over context positions [first, last), last - first <=
+// kSpan.
+struct AttendSpanArgs {
+  const float* q;     // (n_group, head_stride), already divided by sqrt(head_dim)
+  const uint16_t* k;  // fp16 (context, head_stride) of this KV head
+  const uint16_t* v;
+  int32_t n_group;
+  int32_t head_stride;  // head_dim padded to kHeadAlign with zeros
+  int32_t first, last;
+  float* scores;  // scratch: kSpan floats
+  float* max;     // (n_group,) largest score
+  float* sum;     // (n_group,) sum of exp(score - max)
+  float* out;     // (n_group, head_stride) sum of exp(score - max) * v
+};
+
+struct KernelTable {
+  const char* name;
+  // x (n,) fp32 -> quantised vector.
+  void (*quantize)(Format format, const float* x, int32_t n, uint8_t* out);
+  // One packed row -> (n_cols,) fp32 in natural order, times `scale`.
+  void (*dequantize)(Format format, const Rows& rows, int32_t row, float scale, float* out);
+  void (*gemm)(const GemmArgs& args);
+  // Returns the number of (neuron, token) pairs that were active.
+  int64_t (*sparse_ffn)(const SparseFfnArgs& args);
+  // Columns [first, last) of x: x[c] += scale * sum over pieces, in index order, of partials[piece
+  // * stride + c]. `first` is a multiple of kGroup. Partials are in packed column order, x in
+  // natural order.
+  void (*add_partials)(Format format, const float* partials, int64_t stride, int32_t n_pieces,
+                       int32_t first, int32_t last, float scale, float* x);
+  void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float scale,
+                   float* out);
+  void (*attend_span)(const AttendSpanArgs& args);
+  // (n,) fp32 -> fp16, round to nearest even.
+  void (*to_fp16)(const float* x, int32_t n, uint16_t* out);
+};
+
+}  // namespace hybrid

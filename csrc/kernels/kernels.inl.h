@@ -1,0 +1,18 @@
+// All kernels, compiled once per ISA by target_<isa>.cpp, which names that ISA's vocabulary in HYBRID_SIMD.
+// Everything here has internal linkage: code inlined into one target must never be merged with another's.
+#pragma once
+
+#include "attention.inl.h"
+#include "dot.inl.h"
+#include "sparse_ffn.inl.h"
+#include "vectors.inl.h"
+
+namespace hybrid {
+namespace {
+
+constexpr KernelTable MakeTable(const char* name) {
+  return {name, Quantize, Dequantize, Gemm, SparseFfn, AddPartials, RmsNorm, AttendSpan, ToFp16};
+}
+
+}  // namespace
+}  // namespace hybrid

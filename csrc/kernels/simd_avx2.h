@@ -1,0 +1,103 @@
+// The vocabulary for AVX2 + FMA + F16C. See simd_scalar.h for what each word means.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace hybrid {
+namespace {
+
+constexpr int32_t kLanes = 8;
+constexpr int32_t kLine = 32;
+
+using F32 = __m256;
+using I32 = __m256i;
+using Bf16s = __m256i;
+// For maddubs: |w| as uint8; the sign moves to x.
+struct Weights {
+  __m256i magnitude, sign;
+};
+
+inline F32 Zero() { return _mm256_setzero_ps(); }
+inline F32 Set(float x) { return _mm256_set1_ps(x); }
+inline F32 Load(const float* p) { return _mm256_loadu_ps(p); }
+inline void Store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
+inline F32 LoadFp16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void StoreFp16(uint16_t* p, F32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F32 LoadBf16(const uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline F32 Add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+inline F32 Mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+inline F32 Fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+inline F32 Max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+inline F32 Round(F32 a) {
+  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F32 Pow2(F32 n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+inline float ReduceAdd(F32 a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  x = _mm_add_ss(x, _mm_movehdup_ps(x));
+  return _mm_cvtss_f32(x);
+}
+inline float ReduceMax(F32 a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  x = _mm_max_ss(x, _mm_movehdup_ps(x));
+  return _mm_cvtss_f32(x);
+}
+
+inline Bf16s LoadBf16s(const uint16_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
+  const __m256i odd = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)),
+                        _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), sum);
+  return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, odd)),
+                         _mm256_castsi256_ps(_mm256_and_si256(x, odd)), sum);
+}
+
+inline Weights LoadWeights(const uint8_t* p) {
+  const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                                     _mm256_set1_epi8(static_cast<char>(0x80)));
+  return {_mm256_abs_epi8(w), w};
+}
+inline __m256i LoadX(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline I32 StartSum(const int32_t*) { return _mm256_setzero_si256(); }
+// |w| <= 128 and |x| <= 127, so a pair's sum of at most 32512 does not saturate.
+inline I32 DotQ8(I32 sum, Weights w, __m256i x) {
+  const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.sign));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline F32 ToF32(I32 a) { return _mm256_cvtepi32_ps(a); }
+inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }
+inline F32 LoadXScales(const float* p) { return Load(p); }
+
+inline F32 LoadQ8(const uint8_t* p) {
+  const __m256i w = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(w, _mm256_set1_epi32(128)));
+}
+inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
+  const __m256 all = LoadFp16(scales);
+  const int32_t block = first / 4;
+  return _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(block, block, block, block, block + 1,
+                                                         block + 1, block + 1, block + 1));
+}
+
+inline void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace hybrid

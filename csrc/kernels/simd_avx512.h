@@ -1,0 +1,109 @@
+// The vocabulary for AVX-512 F/BW/DQ/VL, using VNNI and BF16 instructions where the target has
+// them. See simd_scalar.h for what each word means.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace hybrid {
+namespace {
+
+constexpr int32_t kLanes = 16;
+constexpr int32_t kLine =
+    64;  // two steps of a group: even steps sum in lanes 0-7, odd ones in 8-15
+
+using F32 = __m512;
+using I32 = __m512i;
+using Bf16s = __m512i;
+
+inline F32 Zero() { return _mm512_setzero_ps(); }
+inline F32 Set(float x) { return _mm512_set1_ps(x); }
+inline F32 Load(const float* p) { return _mm512_loadu_ps(p); }
+inline void Store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+inline F32 LoadFp16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void StoreFp16(uint16_t* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F32 LoadBf16(const uint16_t* p) {
+  const __m512i wide =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline F32 Add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+inline F32 Mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+inline F32 Fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F32 Max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F32 Round(F32 a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F32 Pow2(F32 n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+inline float ReduceAdd(F32 a) { return _mm512_reduce_add_ps(a); }
+inline float ReduceMax(F32 a) { return _mm512_reduce_max_ps(a); }
+
+inline Bf16s LoadBf16s(const uint16_t* p) { return _mm512_loadu_si512(p); }
+inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
+#ifdef __AVX512BF16__
+  __m512bh w_pairs, x_pairs;
+  memcpy(&w_pairs, &w, sizeof(w));
+  memcpy(&x_pairs, &x, sizeof(x));
+  return _mm512_dpbf16_ps(sum, w_pairs, x_pairs);
+#else
+  const __m512i odd = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)),
+                        _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), sum);
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, odd)),
+                         _mm512_castsi512_ps(_mm512_and_si512(x, odd)), sum);
+#endif
+}
+
+#ifdef __AVX512VNNI__
+using Weights = __m512i;
+inline Weights LoadWeights(const uint8_t* p) { return _mm512_loadu_si512(p); }
+// Weights are used as they are stored, 128 too large: the sum starts at the correction.
+inline I32 StartSum(const int32_t* correction) {
+  return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(correction)));
+}
+inline I32 DotQ8(I32 sum, Weights w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+#else
+struct Weights {
+  __m512i magnitude;
+  __mmask64 negative;
+};
+inline Weights LoadWeights(const uint8_t* p) {
+  const __m512i w =
+      _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
+  return {_mm512_abs_epi8(w), _mm512_movepi8_mask(w)};
+}
+inline I32 StartSum(const int32_t*) { return _mm512_setzero_si512(); }
+// |w| <= 128 and |x| <= 127, so a pair's sum of at most 32512 does not saturate.
+inline I32 DotQ8(I32 sum, Weights w, __m512i x) {
+  const __m512i signed_x = _mm512_mask_sub_epi8(x, w.negative, _mm512_setzero_si512(), x);
+  const __m512i pairs = _mm512_maddubs_epi16(w.magnitude, signed_x);
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#endif
+inline __m512i LoadX(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline F32 ToF32(I32 a) { return _mm512_cvtepi32_ps(a); }
+inline F32 LoadWeightScales(const uint16_t* p) {
+  return _mm512_broadcast_f32x8(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F32 LoadXScales(const float* p) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
+
+inline F32 LoadQ8(const uint8_t* p) {
+  const __m512i w = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(w, _mm512_set1_epi32(128)));
+}
+inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
+  const __m512i base = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512i index = _mm512_add_epi32(base, _mm512_set1_epi32(first / 4));
+  return _mm512_permutexvar_ps(index, LoadWeightScales(scales));
+}
+
+inline void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace hybrid

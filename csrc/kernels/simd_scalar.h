@@ -1,0 +1,149 @@
+// The vocabulary in portable C++: eight lanes in an array, no intrinsics. Slow, plain, the same
+// everywhere.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace hybrid {
+namespace {
+
+constexpr int32_t kLanes = 8;
+constexpr int32_t kLine = 32;  // bytes of q8 values that one step takes
+
+struct F32 {
+  float v[kLanes];
+};
+struct I32 {
+  int32_t v[kLanes];
+};
+struct Bytes {
+  uint8_t v[kLine];
+};
+struct Bf16s {
+  uint16_t v[2 * kLanes];
+};
+
+#define HYBRID_LANES(expression)                          \
+  F32 y;                                                  \
+  for (int i = 0; i < kLanes; ++i) y.v[i] = (expression); \
+  return y
+
+inline float Bf16ToFloat(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  memcpy(&x, &wide, 4);
+  return x;
+}
+inline uint16_t FloatToBf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline float Fp16ToFloat(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t exponent = (half >> 10) & 31u, mantissa = half & 1023u;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
+    const float x = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return sign ? -x : x;
+  }
+  const uint32_t bits = sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (mantissa << 13);
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint16_t FloatToFp16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds beyond 65504
+  if (bits < 0x38800000u) {  // subnormal in fp16: let the FPU round at 2^-24
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(rintf(magnitude * 16777216.0f)));
+  }
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13));
+}
+
+inline F32 Zero() { HYBRID_LANES(0.0f); }
+inline F32 Set(float x) { HYBRID_LANES(x); }
+inline F32 Load(const float* p) { HYBRID_LANES(p[i]); }
+inline void Store(float* p, F32 x) { memcpy(p, x.v, sizeof(x.v)); }
+inline F32 LoadFp16(const uint16_t* p) { HYBRID_LANES(Fp16ToFloat(p[i])); }
+inline void StoreFp16(uint16_t* p, F32 x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = FloatToFp16(x.v[i]);
+}
+inline F32 LoadBf16(const uint16_t* p) { HYBRID_LANES(Bf16ToFloat(p[i])); }
+inline F32 Add(F32 a, F32 b) { HYBRID_LANES(a.v[i] + b.v[i]); }
+inline F32 Mul(F32 a, F32 b) { HYBRID_LANES(a.v[i] * b.v[i]); }
+inline F32 Fma(F32 a, F32 b, F32 c) { HYBRID_LANES(a.v[i] * b.v[i] + c.v[i]); }
+inline F32 Max(F32 a, F32 b) { HYBRID_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline F32 Round(F32 a) { HYBRID_LANES(rintf(a.v[i])); }
+inline F32 Pow2(F32 n) { HYBRID_LANES(ldexpf(1.0f, static_cast<int>(n.v[i]))); }
+inline float ReduceAdd(F32 a) {
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += a.v[i];
+  return sum;
+}
+inline float ReduceMax(F32 a) {
+  float max = a.v[0];
+  for (int i = 1; i < kLanes; ++i) max = a.v[i] > max ? a.v[i] : max;
+  return max;
+}
+
+// bf16 rows: 2 * kLanes weights a step.
+inline Bf16s LoadBf16s(const uint16_t* p) {
+  Bf16s y;
+  memcpy(y.v, p, sizeof(y.v));
+  return y;
+}
+inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
+  for (int i = 0; i < kLanes; ++i) {
+    sum.v[i] += Bf16ToFloat(w.v[2 * i]) * Bf16ToFloat(x.v[2 * i]);
+    sum.v[i] += Bf16ToFloat(w.v[2 * i + 1]) * Bf16ToFloat(x.v[2 * i + 1]);
+  }
+  return sum;
+}
+
+// q8 rows: kLine bytes a step, eight blocks at a time; lane b sums block b.
+inline Bytes LoadWeights(const uint8_t* p) {
+  Bytes y;
+  memcpy(y.v, p, kLine);
+  return y;
+}
+inline Bytes LoadX(const uint8_t* p) { return LoadWeights(p); }
+inline I32 StartSum(const int32_t*) {
+  I32 y;
+  for (int i = 0; i < kLanes; ++i) y.v[i] = 0;
+  return y;
+}
+inline I32 DotQ8(I32 sum, Bytes w, Bytes x) {
+  for (int i = 0; i < kLine; ++i)
+    sum.v[i / 4] += (static_cast<int32_t>(w.v[i]) - 128) * static_cast<int8_t>(x.v[i]);
+  return sum;
+}
+inline F32 ToF32(I32 a) { HYBRID_LANES(static_cast<float>(a.v[i])); }
+inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }
+inline F32 LoadXScales(const float* p) { return Load(p); }
+
+// kLanes q8 weights as fp32, without their scale.
+inline F32 LoadQ8(const uint8_t* p) {
+  HYBRID_LANES(static_cast<float>(static_cast<int32_t>(p[i]) - 128));
+}
+// Scales of the blocks that own bytes [first, first + kLanes) of any step of the group (four bytes
+// a block).
+inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
+  HYBRID_LANES(Fp16ToFloat(scales[(first + i) / 4]));
+}
+
+inline void Prefetch(const void*) {}
+
+#undef HYBRID_LANES
+
+}  // namespace
+}  // namespace hybrid

@@ -1,0 +1,111 @@
+// Gate first: all gate rows are read, and a neuron that turns out inactive stops after that one dot
+// product; its up and down rows are never touched. Of an active one, `down` is added to the token's
+// partial sum in fp32.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "dot.inl.h"
+#include "kernels.h"
+#include HYBRID_SIMD
+
+namespace hybrid {
+namespace {
+
+inline bool Fires(Activation activation, float gate, float threshold) {
+  switch (activation) {
+    case Activation::kRelu:
+      return gate > 0.0f || gate != gate;  // a NaN must be seen, not skipped
+    case Activation::kFatRelu:
+      return !(gate < threshold);
+    default:
+      return true;
+  }
+}
+
+inline float Activate(Activation activation, float gate) {
+  return activation == Activation::kSilu ? gate / (1.0f + expf(-gate)) : gate;
+}
+
+// y += a * row, in packed column order.
+inline void AxpyBf16(const Rows& rows, int32_t row, float a, float* y) {
+  const uint16_t* w = reinterpret_cast<const uint16_t*>(rows.values + row * rows.values_stride);
+  const int32_t padded = PaddedCols(Format::kBf16, rows.n_cols);
+  const F32 factor = Set(a);
+  for (int32_t col = 0; col < padded; col += kLanes)
+    Store(y + col, Fma(factor, LoadBf16(w + col), Load(y + col)));
+}
+
+inline void AxpyQ8(const Rows& rows, int32_t row, float a, float* y) {
+  const uint8_t* w = rows.values + row * rows.values_stride;
+  const uint16_t* scales =
+      reinterpret_cast<const uint16_t*>(rows.scales + row * rows.scales_stride);
+  const int32_t padded = PaddedCols(Format::kQ8, rows.n_cols);
+  constexpr int kParts = kBlock / kLanes;  // registers that cover one 32-byte step
+  for (int32_t first = 0; first < padded; first += kGroup) {
+    F32 factor[kParts];
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part)
+      factor[part] = Mul(Set(a), SpreadScales(scales + first / kBlock, part * kLanes));
+    for (int32_t col = first; col < first + kGroup; col += kBlock) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        float* p = y + col + part * kLanes;
+        Store(p, Fma(factor[part], LoadQ8(w + col + part * kLanes), Load(p)));
+      }
+    }
+  }
+}
+
+inline void PrefetchRow(const Rows& rows, int32_t row, Format format) {
+  const int64_t bytes = format == Format::kBf16 ? 2 * PaddedCols(format, rows.n_cols)
+                                                : PaddedCols(format, rows.n_cols);
+  const uint8_t* p = rows.values + row * rows.values_stride;
+  for (int64_t i = 0; i < bytes; i += 64) Prefetch(p + i);
+}
+
+// One active (neuron, token) pair.
+inline void AddNeuron(const SparseFfnArgs& a, int32_t neuron, int32_t token, float gate) {
+  const uint8_t* x[1] = {a.x + token * a.x_stride};
+  float up[1][1];
+  PrefetchRow(a.down, neuron, a.format);
+  DotTile<1, 1>(a.format, a.up, neuron, x, up);
+  const float activation = Activate(a.activation, gate) * up[0][0];
+  float* y = a.out + token * a.out_stride;
+  if (a.format == Format::kBf16)
+    AxpyBf16(a.down, neuron, activation, y);
+  else
+    AxpyQ8(a.down, neuron, activation, y);
+}
+
+int64_t SparseFfn(const SparseFfnArgs& a) {
+  const int32_t padded = PaddedCols(a.format, a.down.n_cols);
+  for (int32_t token = 0; token < a.n_tokens; ++token)
+    for (int32_t col = 0; col < padded; col += kLanes)
+      Store(a.out + token * a.out_stride + col, Zero());
+  int64_t n_active = 0;
+  float gates[kTokenTile * kRowTile];
+  for (int32_t neuron = a.first; neuron < a.last;) {
+    const int32_t n_rows = neuron + kRowTile <= a.last ? kRowTile : 1;
+    if (n_rows == kRowTile)
+      DotRows<kRowTile>(a.format, a.gate, neuron, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
+    else
+      DotRows<1>(a.format, a.gate, neuron, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
+    // Neuron by neuron, so that a row serves all tokens for which it is active while it is in the
+    // cache.
+    for (int32_t r = 0; r < n_rows; ++r) {
+      for (int32_t token = 0; token < a.n_tokens; ++token) {
+        const float gate = gates[token * kRowTile + r];
+        if (!Fires(a.activation, gate, a.threshold)) continue;
+        ++n_active;
+        AddNeuron(a, neuron + r, token, gate);
+      }
+    }
+    neuron += n_rows;
+  }
+  return n_active;
+}
+
+}  // namespace
+}  // namespace hybrid

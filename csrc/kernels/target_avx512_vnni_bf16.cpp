@@ -1,0 +1,7 @@
+#define HYBRID_SIMD "simd_avx512.h"
+#include "kernels.inl.h"
+
+namespace hybrid {
+extern const KernelTable kAvx512VnniBf16Kernels;
+const KernelTable kAvx512VnniBf16Kernels = MakeTable("avx512_vnni_bf16");
+}  // namespace hybrid

@@ -1,0 +1,7 @@
+#define HYBRID_SIMD "simd_scalar.h"
+#include "kernels.inl.h"
+
+namespace hybrid {
+extern const KernelTable kScalarKernels;
+const KernelTable kScalarKernels = MakeTable("scalar");
+}  // namespace hybrid

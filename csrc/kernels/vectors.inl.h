@@ -1,0 +1,134 @@
+// Everything that works on one vector: norm, quantisation, dequantisation, sums of partials, fp16.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+#include HYBRID_SIMD
+
+namespace hybrid {
+namespace {
+
+// Where natural column `col` stands in a packed row.
+inline int32_t ColumnOrder(Format format, int32_t col) {
+  if (format == Format::kBf16) return col;
+  const int32_t in_group = col % kGroup, block = in_group / kBlock, element = in_group % kBlock;
+  return col - in_group + element / 4 * kBlock + block * 4 + element % 4;
+}
+
+// Scalar conversions, for tails and single rows.
+inline float WidenBf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  memcpy(&x, &wide, 4);
+  return x;
+}
+inline uint16_t NarrowBf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
+  const int32_t padded = PaddedCols(format, n);
+  if (format == Format::kBf16) {
+    uint16_t* values = reinterpret_cast<uint16_t*>(out);
+    for (int32_t i = 0; i < n; ++i) values[i] = NarrowBf16(x[i]);
+    for (int32_t i = n; i < padded; ++i) values[i] = 0;
+    return;
+  }
+  const int32_t n_blocks = padded / kBlock;
+  float* scales = reinterpret_cast<float*>(out + padded);
+  int32_t* corrections = reinterpret_cast<int32_t*>(out + padded + 4 * n_blocks);
+  for (int32_t block = 0; block < n_blocks; ++block) {
+    const int32_t first = block * kBlock;
+    const int32_t length = n - first < 0 ? 0 : n - first < kBlock ? n - first : kBlock;
+    float largest = 0.0f;
+    for (int32_t i = 0; i < length; ++i) {
+      const float magnitude = fabsf(x[first + i]);
+      if (!(magnitude <= largest)) largest = magnitude;  // keeps a NaN
+    }
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    scales[block] = largest == largest ? largest / 127.0f : largest;
+    int32_t sum = 0;
+    for (int32_t i = 0; i < kBlock; ++i) {
+      const float scaled = i < length ? rintf(x[first + i] * inverse) : 0.0f;
+      // A NaN or an infinity in x shows in the block's scale; here it only must not be undefined.
+      const int32_t q = scaled >= -127.0f && scaled <= 127.0f ? static_cast<int32_t>(scaled) : 0;
+      sum += q;
+      out[ColumnOrder(format, first + i)] = static_cast<uint8_t>(static_cast<int8_t>(q));
+    }
+    corrections[block] = -128 * sum;
+  }
+}
+
+void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float* out) {
+  const uint8_t* w = rows.values + row * rows.values_stride;
+  if (format == Format::kBf16) {
+    const uint16_t* values = reinterpret_cast<const uint16_t*>(w);
+    for (int32_t i = 0; i < rows.n_cols; ++i) out[i] = WidenBf16(values[i]) * scale;
+    return;
+  }
+  const uint16_t* scales =
+      reinterpret_cast<const uint16_t*>(rows.scales + row * rows.scales_stride);
+  for (int32_t first = 0; first < rows.n_cols; first += kGroup) {
+    for (int32_t col = 0; col < kGroup; col += kLanes) {
+      float lanes[kLanes];
+      const F32 block_scale = SpreadScales(scales + first / kBlock, col % kBlock);
+      Store(lanes, Mul(Mul(LoadQ8(w + first + col), block_scale), Set(scale)));
+      for (int32_t i = 0; i < kLanes; ++i) {
+        const int32_t position = col + i;
+        const int32_t natural =
+            first + position % kBlock / 4 * kBlock + position / kBlock * 4 + position % 4;
+        if (natural < rows.n_cols) out[natural] = lanes[i];
+      }
+    }
+  }
+}
+
+void AddPartials(Format format, const float* partials, int64_t stride, int32_t n_pieces,
+                 int32_t first, int32_t last, float scale, float* x) {
+  for (int32_t group = first; group < last; group += kGroup) {
+    const int32_t n = last - group < kGroup ? last - group : kGroup;
+    const int32_t n_packed = format == Format::kBf16 ? RoundUp(n, kBlock) : kGroup;
+    float sums[kGroup];
+    for (int32_t col = 0; col < n_packed; col += kLanes) {
+      F32 sum = Load(partials + group + col);
+      for (int32_t piece = 1; piece < n_pieces; ++piece)
+        sum = Add(sum, Load(partials + piece * stride + group + col));
+      Store(sums + col, sum);
+    }
+    for (int32_t i = 0; i < n; ++i) x[group + i] += scale * sums[ColumnOrder(format, i)];
+  }
+}
+
+void RmsNorm(const float* x, const float* weight, int32_t n, float eps, float scale, float* out) {
+  F32 lanes = Zero();
+  int32_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const F32 v = Load(x + i);
+    lanes = Fma(v, v, lanes);
+  }
+  float sum = ReduceAdd(lanes);
+  for (; i < n; ++i) sum += x[i] * x[i];
+  const float inverse = 1.0f / sqrtf(sum / static_cast<float>(n) + eps);
+  for (i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * inverse) * scale;
+}
+
+void ToFp16(const float* x, int32_t n, uint16_t* out) {
+  int32_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) StoreFp16(out + i, Load(x + i));
+  if (i < n) {
+    float lanes[kLanes] = {};
+    uint16_t halves[kLanes];
+    for (int32_t j = i; j < n; ++j) lanes[j - i] = x[j];
+    StoreFp16(halves, Load(lanes));
+    for (int32_t j = i; j < n; ++j) out[j] = halves[j - i];
+  }
+}
+
+}  // namespace
+}  // namespace hybrid

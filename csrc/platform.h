@@ -1,0 +1,23 @@
+// Everything that differs by operating system or CPU vendor: memory, waiting, CPU features.
+#pragma once
+
+#include <stddef.h>
+
+namespace hybrid {
+namespace platform {
+
+bool HasAvx2();            // AVX2, FMA and F16C
+bool HasAvx512();          // AVX-512 F, BW, DQ, VL
+bool HasAvx512VnniBf16();  // and VNNI, BF16
+
+// Zeroed anonymous memory, page-aligned, touched only as used. `huge` asks for huge pages where the
+// system has them. Throws std::bad_alloc. Not thread-bound; release with FreePages and the same
+// size.
+void* AllocatePages(size_t bytes, bool huge);
+void FreePages(void* pages, size_t bytes);
+
+// One polite iteration of a spinning wait.
+void Pause();
+
+}  // namespace platform
+}  // namespace hybrid

@@ -1,0 +1,71 @@
+#include "program.h"
+
+#include <stdexcept>
+
+namespace hybrid {
+
+namespace {
+
+void Check(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+}  // namespace
+
+Program::Program(const ProgramShape& shape) : shape_(shape) {
+  Check(shape.hidden_size > 0 && shape.hidden_size % kBlock == 0,
+        "hidden_size must be a multiple of 32");
+  Check(shape.n_kv_heads > 0 && shape.n_heads % shape.n_kv_heads == 0,
+        "n_heads must be a multiple of n_kv_heads");
+  Check(shape.head_dim > 0 && shape.head_dim % 2 == 0, "head_dim must be even");
+  Check(shape.n_heads * shape.head_dim % kBlock == 0,
+        "n_heads * head_dim must be a multiple of 32");
+  Check(shape.max_context > 0, "max_context must be positive");
+}
+
+void Program::Add(const Op& op) {
+  const int32_t hidden = shape_.hidden_size, attention = shape_.n_heads * shape_.head_dim;
+  const int32_t index = static_cast<int32_t>(ops_.size());
+  switch (op.kind) {
+    case OpKind::kEmbed:
+      Check(op.a.n_cols == hidden, "embedding width");
+      vocab_size_ = op.a.n_rows;
+      decode_.push_back({PhaseKind::kEmbed, index});
+      prefill_.push_back({PhaseKind::kEmbedTokens, index});
+      break;
+    case OpKind::kQkv:
+      Check(op.a.n_cols == hidden, "qkv width");
+      Check(op.a.n_rows == attention + 2 * shape_.n_kv_heads * shape_.head_dim, "qkv rows");
+      n_layers_ = op.layer + 1 > n_layers_ ? op.layer + 1 : n_layers_;
+      decode_.push_back({PhaseKind::kQkv, index});
+      for (PhaseKind kind : {PhaseKind::kNormTokens, PhaseKind::kQkvTokens})
+        prefill_.push_back({kind, index});
+      break;
+    case OpKind::kAttend:
+      Check(op.a.n_cols == attention && op.a.n_rows == hidden, "o projection shape");
+      for (PhaseKind kind : {PhaseKind::kAttend, PhaseKind::kOutput})
+        decode_.push_back({kind, index});
+      for (PhaseKind kind :
+           {PhaseKind::kAttendTokens, PhaseKind::kQuantizeTokens, PhaseKind::kOutputTokens})
+        prefill_.push_back({kind, index});
+      break;
+    case OpKind::kFfn:
+      Check(op.a.n_cols == hidden && op.b.n_cols == hidden && op.c.n_cols == hidden, "FFN width");
+      Check(op.a.n_rows == op.b.n_rows && op.a.n_rows == op.c.n_rows, "FFN neurons");
+      n_neurons_ = op.a.n_rows > n_neurons_ ? op.a.n_rows : n_neurons_;
+      for (PhaseKind kind : {PhaseKind::kFfn, PhaseKind::kFfnSum}) decode_.push_back({kind, index});
+      for (PhaseKind kind :
+           {PhaseKind::kNormTokens, PhaseKind::kFfnTokens, PhaseKind::kFfnSumTokens})
+        prefill_.push_back({kind, index});
+      break;
+    case OpKind::kHead:
+      Check(op.a.n_cols == hidden && op.a.n_rows == vocab_size_, "head shape");
+      decode_.push_back({PhaseKind::kHead, index});
+      for (PhaseKind kind : {PhaseKind::kNormTokens, PhaseKind::kHeadTokens})
+        prefill_.push_back({kind, index});
+      break;
+  }
+  ops_.push_back(op);
+}
+
+}  // namespace hybrid

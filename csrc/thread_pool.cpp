@@ -1,0 +1,103 @@
+#include "thread_pool.h"
+
+#include "platform.h"
+
+namespace hybrid {
+
+namespace {
+// A wait first spins, since the next phase is usually a microsecond away; then it yields, so that
+// an oversubscribed machine can run the thread we wait for; a worker that still finds nothing
+// parks.
+constexpr int kSpins = 2000;
+constexpr int kYields = 200;
+}  // namespace
+
+ThreadPool::ThreadPool(int32_t n_threads) {
+  try {
+    for (int32_t thread = 1; thread < n_threads; ++thread)
+      workers_.emplace_back(&ThreadPool::Work, this, thread);
+  } catch (...) {
+    Stop();
+    throw;
+  }
+}
+
+ThreadPool::~ThreadPool() { Stop(); }
+
+void ThreadPool::Stop() {
+  {
+    std::lock_guard<std::mutex> lock(park_mutex_);
+    stop_.store(true);
+  }
+  park_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::Run(const Job& job) {
+  std::lock_guard<std::mutex> run_lock(run_mutex_);
+  job_ = &job;
+  finished_.store(false);
+  OpenPhase(0);
+  if (n_parked_.load() >
+      0) {  // sequentially consistent: a worker sees the job, or we see it parked
+    std::lock_guard<std::mutex> lock(park_mutex_);
+    park_.notify_all();
+  }
+  for (int idle = 0; !finished_.load(std::memory_order_acquire); ++idle) {
+    if (RunOnePiece(0)) {
+      idle = 0;
+    } else if (idle < kSpins) {
+      platform::Pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+void ThreadPool::Work(int32_t thread) {
+  for (int idle = 0; !stop_.load(std::memory_order_relaxed); ++idle) {
+    if (RunOnePiece(thread)) {
+      idle = 0;
+    } else if (idle < kSpins) {
+      platform::Pause();
+    } else if (idle < kSpins + kYields) {
+      std::this_thread::yield();
+    } else {
+      std::unique_lock<std::mutex> lock(park_mutex_);
+      n_parked_.fetch_add(1);
+      park_.wait(lock, [this] { return stop_.load() || !finished_.load(); });
+      n_parked_.fetch_sub(1);
+      idle = 0;
+    }
+  }
+}
+
+bool ThreadPool::RunOnePiece(int32_t thread) {
+  uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  do {
+    if ((ticket & kPieceMask) == 0) return false;
+  } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel,
+                                          std::memory_order_acquire));
+  const int32_t n_pieces = n_pieces_, phase = phase_;
+  job_->run_piece(job_->context, phase, n_pieces - static_cast<int32_t>(ticket & kPieceMask),
+                  thread);
+  if (n_done_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_pieces) OpenPhase(phase + 1);
+  return true;
+}
+
+// Called by the one thread that owns the moment between two phases.
+void ThreadPool::OpenPhase(int32_t phase) {
+  const uint64_t serial = (ticket_.load(std::memory_order_relaxed) >> kPieceBits) + 1;
+  int32_t n_pieces = 0;
+  while (phase < job_->n_phases && (n_pieces = job_->n_pieces(job_->context, phase)) == 0) ++phase;
+  if (phase >= job_->n_phases) {
+    finished_.store(true, std::memory_order_release);
+    return;
+  }
+  phase_ = phase;
+  n_pieces_ = n_pieces;
+  n_done_.store(0, std::memory_order_relaxed);
+  ticket_.store(serial << kPieceBits | static_cast<uint64_t>(n_pieces));
+}
+
+}  // namespace hybrid

@@ -1,0 +1,71 @@
+// A pool of threads that run one job at a time, phase by phase.
+//
+// A job is a list of phases, a phase a number of pieces. All pieces of a phase are done before the
+// next phase begins. Which thread computes a piece is left to chance, what a piece computes is not:
+// so results do not depend on the number of threads, and a core that is busy elsewhere costs one
+// piece, not a barrier.
+//
+// Protocol. `ticket_` holds (phase serial, pieces not yet claimed) in one word. A thread claims a
+// piece by lowering the count with compare-and-swap; serials never repeat, so a late thread cannot
+// claim from a phase that is over. Only a thread that holds a piece touches the job: the job cannot
+// end before the piece is done. The thread that finishes a phase's last piece opens the next phase.
+// No thread waits for another to arrive.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace hybrid {
+
+struct Job {
+  void* context;
+  int32_t n_phases;
+  int32_t (*n_pieces)(void* context, int32_t phase);  // 0: the phase is skipped
+  void (*run_piece)(void* context, int32_t phase, int32_t piece, int32_t thread);  // must not throw
+};
+
+class ThreadPool {
+ public:
+  // `n_threads` counts the calling thread: 1 starts none. Throws std::system_error if a thread
+  // cannot start.
+  explicit ThreadPool(int32_t n_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int32_t n_threads() const { return static_cast<int32_t>(workers_.size()) + 1; }
+
+  // Runs the job to its end; the calling thread works too, as thread 0. Calls from several threads
+  // queue up.
+  void Run(const Job& job);
+
+ private:
+  void Work(int32_t thread);
+  bool RunOnePiece(int32_t thread);
+  void OpenPhase(int32_t phase);
+  void Stop();
+
+  static constexpr int kPieceBits = 24;
+  static constexpr uint64_t kPieceMask = (uint64_t{1} << kPieceBits) - 1;
+
+  std::mutex run_mutex_;  // one job at a time
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int32_t> n_done_{0};
+  alignas(64) std::atomic<bool> finished_{true};
+  // Written before the ticket that opens a phase, read after a successful claim from it.
+  const Job* job_ = nullptr;
+  int32_t phase_ = 0;
+  int32_t n_pieces_ = 0;
+
+  std::mutex park_mutex_;
+  std::condition_variable park_;
+  std::atomic<int32_t> n_parked_{0};
+  std::atomic<bool> stop_{false};
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace hybrid

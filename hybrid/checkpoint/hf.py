@@ -1,0 +1,176 @@
+"""A model's folder as Hugging Face lays it out: config.json, and weights in one file or in shards.
+
+Owns which files are read and in what order. What a config says and what tensors are called is
+`families`; how a file holds them is `safetensors_file` and `torch_bin`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+
+from hybrid.checkpoint.families import expected_tensors, parse_config, parse_token_ids
+from hybrid.checkpoint.safetensors_file import SafetensorsFile
+from hybrid.checkpoint.tensor import Tensor, WeightFile
+from hybrid.checkpoint.torch_bin import TorchBin
+from hybrid.errors import EngineClosed, InvalidCheckpoint, InvalidOption, ModelNotFound
+from hybrid.model_config import ModelConfig
+
+# In the order of preference: a safetensors file cannot hold a program, and is validated whole.
+_FORMATS: tuple[tuple[str, Callable[[Path], WeightFile]], ...] = (
+    ("model.safetensors", SafetensorsFile),
+    ("pytorch_model.bin", TorchBin),
+)
+_MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
+
+
+class Checkpoint:
+    """A model's config and its weights, mapped. The arrays that it gave out survive `close`."""
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, tensors: dict[tuple[str, int | None], Tensor]
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self._tensors: dict[tuple[str, int | None], Tensor] | None = tensors
+
+    def read(self, role: str, layer: int | None = None) -> np.ndarray:
+        """The float32 weights of a role, such as "embedding", or "gate" of a layer.
+
+        A new array, or a read-only view of the file where that holds contiguous float32.
+        """
+        if self._tensors is None:
+            raise EngineClosed(f"{self.folder}: this checkpoint was closed; open it again")
+        if role == "head" and self.config.has_tied_head:
+            role = "embedding"
+        tensor = self._tensors.get((role, layer))
+        if tensor is None:
+            roles = sorted({role for role, _ in self._tensors})
+            raise InvalidOption(
+                f"no weights for role {role!r} of layer {layer}; roles are {', '.join(roles)}, "
+                f"layers 0 to {self.config.n_layers - 1}"
+            )
+        return tensor.fp32()
+
+    def close(self) -> None:
+        self._tensors = None
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a model's folder; every tensor is found, and its type and shape checked, before return.
+
+    Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
+    """
+    if not folder.is_dir():
+        raise ModelNotFound(f"{folder}: is not a folder; expected one with config.json and weights")
+    config = _read_config(folder)
+    weights = _open_weights(folder)
+    tensors = {}
+    for role, layer, name, shape in expected_tensors(config):
+        tensor = weights.tensor(name)
+        if tensor.shape != shape:
+            raise InvalidCheckpoint(
+                f"{folder}: tensor {name!r} has shape {tensor.shape}, expected {shape} by "
+                "config.json; the files are of different models, or broken"
+            )
+        tensors[role, layer] = tensor
+    return Checkpoint(folder, config, tensors)
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    config = parse_config(_read_json(path), path)
+    generation_path = folder / "generation_config.json"
+    if generation_path.name in _file_names(folder):
+        eos = _read_json(generation_path).get("eos_token_id")
+        if eos is not None:  # generation is this file's subject, so it wins
+            eos_ids = parse_token_ids(eos, "eos_token_id", config.vocab_size, generation_path)
+            config = replace(config, eos_ids=eos_ids)
+    return config
+
+
+def _open_weights(folder: Path) -> WeightFile:
+    files = _file_names(folder)
+    for name, reader in _FORMATS:
+        if name in files:
+            return reader(folder / name)
+        if f"{name}.index.json" in files:
+            return _Shards(folder / f"{name}.index.json", reader)
+    expected = [expected for name, _ in _FORMATS for expected in (name, f"{name}.index.json")]
+    raise InvalidCheckpoint(
+        f"{folder}: has no weights; expected one of {', '.join(expected)}; "
+        f"found {', '.join(sorted(files)[:20])}"
+    )
+
+
+class _Shards:
+    """The weights of an index file, which maps each tensor's name to a file's name."""
+
+    def __init__(self, index: Path, reader: Callable[[Path], WeightFile]) -> None:
+        self._index = index
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(shard, str) for shard in weight_map.values()
+        ):
+            raise InvalidCheckpoint(
+                f"{index}: expected an object weight_map, from tensors' names to files' names"
+            )
+        self._shard_of: dict[str, str] = weight_map
+        shards = set(weight_map.values())
+        # Only names in the folder's own list can pass: no "../", no absolute path.
+        missing = sorted(shards - _file_names(index.parent))
+        if missing:
+            raise InvalidCheckpoint(
+                f"{index}: lists files that are not in its folder: "
+                f"{', '.join(map(repr, missing[:20]))}; download them"
+            )
+        self._files = {shard: reader(index.parent / shard) for shard in shards}
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._shard_of:
+            raise InvalidCheckpoint(f"{self._index}: lists no tensor {name!r}")
+        return self._files[self._shard_of[name]].tensor(name)
+
+
+def _file_names(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise InvalidCheckpoint(f"{folder}: cannot be listed: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InvalidCheckpoint(f"{path}: is missing; download the whole model")
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise InvalidCheckpoint(
+                f"{path}: has {path.stat().st_size:,} bytes, expected at most {_MAX_JSON_BYTES:,}"
+            )
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{path}: is not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidCheckpoint(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")

@@ -1,0 +1,63 @@
+"""One `.safetensors` file: its header, and its tensors mapped.
+
+The safetensors library judges the file (header size, JSON, holes, overlaps, sizes, overflows); its
+NumPy reader knows no bfloat16 and copies, so the mapping is done here. Left for us by every version
+from 0.4.3 to 0.8: a name that occurs twice (the library takes the last one), an entry written as
+an array instead of an object, types that we do not compute with, and shapes that hold nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
+from hybrid.errors import InvalidCheckpoint
+
+
+class SafetensorsFile:
+    """Raises `InvalidCheckpoint` where the file is broken anywhere, not only where it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._buffer = map_file(path)
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InvalidCheckpoint(
+                f"{path}: is not a sound safetensors file ({error}); it has "
+                f"{len(self._buffer):,} bytes, perhaps cut off: download it again"
+            ) from error
+        self._data_begin = 8 + int.from_bytes(self._buffer[:8], "little")
+        try:
+            self._entries: dict[str, Any] = json.loads(
+                self._buffer[8 : self._data_begin], object_pairs_hook=_unique_names
+            )
+        except ValueError as error:
+            raise InvalidCheckpoint(f"{path}: in its header, {error}") from error
+
+    def tensor(self, name: str) -> Tensor:
+        match self._entries.get(name):
+            case None:
+                raise InvalidCheckpoint(f"{self._path}: has no tensor {name!r}")
+            case {"dtype": str(dtype), "shape": list(sizes), "data_offsets": [int(begin), _]}:
+                begin += self._data_begin
+            case _:
+                raise InvalidCheckpoint(
+                    f"{self._path}: tensor {name!r}: expected an object with dtype, shape and "
+                    "data_offsets in the header"
+                )
+        return map_tensor(self._path, self._buffer, name, dtype, tuple(sizes), begin=begin)
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise ValueError(f"{name!r} occurs twice")
+        names[name] = value
+    return names

@@ -1,0 +1,108 @@
+"""Tensor: a named array that lies in a mapped file, and the mapping itself.
+
+Owns what all weight files have in common. Where in a file a tensor lies is each format's module.
+Mappings are never closed by hand: an array keeps its file mapped, the last one to go unmaps it.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+
+from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+
+DType = Literal["F32", "F16", "BF16"]
+
+# Files are little-endian, whatever the machine. NumPy has no bfloat16: its bits stay integers.
+_ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+_MAX_DIMENSIONS = 4
+
+_HTML_STARTS = (b"<!doctype", b"<html", b"<?xml")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    name: str
+    dtype: DType
+    data: np.ndarray  # mapped, read-only; uint16 bit patterns where dtype is BF16
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    def fp32(self) -> np.ndarray:
+        """The values as contiguous float32: a view of the file where it already holds that."""
+        if self.dtype == "BF16":
+            bits = self.data.astype(np.uint32, order="C")
+            bits <<= 16  # a bfloat16 is the upper half of a float32
+            return bits.view(np.float32)
+        return np.require(self.data, np.float32, ["C", "A"])
+
+
+class WeightFile(Protocol):
+    """A file, or several that belong together, from which tensors are asked for by name."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Raises `InvalidCheckpoint` or `UnsupportedModel` where it is missing or unusable."""
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a file read-only, after a look at whether it is a weight file at all."""
+    if not path.is_file():  # a pipe or a device would block
+        raise InvalidCheckpoint(
+            f"{path}: is missing, or a link to a file that is; download the model again"
+        )
+    try:
+        with path.open("rb") as file:
+            head = file.read(256)
+            if not head:
+                raise InvalidCheckpoint(f"{path}: is empty; download it again")
+            if head.startswith(b"version https://git-lfs."):
+                raise InvalidCheckpoint(
+                    f"{path}: is a git-LFS pointer, not the weights; run `git lfs pull` in its "
+                    "folder, or download the file itself"
+                )
+            if head.lstrip().lower().startswith(_HTML_STARTS):
+                raise InvalidCheckpoint(
+                    f"{path}: is a web page, not the weights; download the file itself"
+                )
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path}: cannot be read: {error}") from error
+
+
+def map_tensor(
+    path: Path,
+    buffer: mmap.mmap,
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    *,
+    begin: int,
+    strides: tuple[int, ...] | None = None,
+) -> Tensor:
+    """The tensor whose first element is at byte `begin`; strides count elements, if not contiguous.
+
+    The caller has checked that all elements lie where they may.
+    """
+    element_type = _ELEMENT_TYPES.get(dtype)
+    if element_type is None:
+        raise UnsupportedModel(
+            f"{path}: tensor {name!r} is {dtype}; expected {', '.join(_ELEMENT_TYPES)}"
+        )
+    if len(shape) > _MAX_DIMENSIONS or 0 in shape:  # NumPy cannot hold all of these
+        raise InvalidCheckpoint(
+            f"{path}: tensor {name!r} has shape {shape[:8]}; expected at most {_MAX_DIMENSIONS} "
+            "dimensions, none of them 0"
+        )
+    byte_strides = strides and [stride * element_type.itemsize for stride in strides]
+    data = np.ndarray(shape, element_type, buffer, begin, byte_strides)
+    return Tensor(name, cast(DType, dtype), data)

@@ -1,0 +1,303 @@
+"""One `pytorch_model.bin`: the zip file that `torch.save` writes, read without torch.
+
+The zip holds `data.pkl`, a pickle that describes the tensors, and one stored member per storage. A
+pickle is a program, and Python's own unpickler runs whatever it names. Here nothing can run: the
+few operations that `torch.save` writes are interpreted on plain values, and a global is a name that
+is looked up in a fixed list, never imported. The storages are mapped from the zip as they lie.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
+from hybrid.errors import InvalidCheckpoint
+
+# These bound the time and memory of the interpreter below; 1,000 tensors need 0.3 MB.
+_MAX_PICKLE_BYTES = 16 << 20
+_MAX_DIMENSIONS = 8
+
+_STORAGES = {  # type of elements, bytes of each
+    "torch.FloatStorage": ("F32", 4),
+    "torch.HalfStorage": ("F16", 2),
+    "torch.BFloat16Storage": ("BF16", 2),
+    # Not computed with, but harmless in a file: position ids, masks.
+    "torch.DoubleStorage": ("F64", 8),
+    "torch.LongStorage": ("I64", 8),
+    "torch.IntStorage": ("I32", 4),
+    "torch.ShortStorage": ("I16", 2),
+    "torch.CharStorage": ("I8", 1),
+    "torch.ByteStorage": ("U8", 1),
+    "torch.BoolStorage": ("BOOL", 1),
+}
+_ALLOWED_GLOBALS = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor_v2",
+    *_STORAGES,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    key: str
+    dtype: str
+    itemsize: int
+    n_elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor as the pickle describes it; offset and strides count elements."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class TorchBin:
+    """Raises `InvalidCheckpoint` where the zip or its pickle is broken; storages when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._buffer = map_file(path)
+        self._members = self._find_members()
+        pickles = [name for name in self._members if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise InvalidCheckpoint(
+                f"{path}: expected one data.pkl in the zip file, found {len(pickles)}"
+            )
+        self._prefix = pickles[0].removesuffix("data.pkl")
+        self._check_byte_order()
+        begin, n_bytes = self._locate(pickles[0])
+        if n_bytes > _MAX_PICKLE_BYTES:
+            raise InvalidCheckpoint(
+                f"{path}: its data.pkl has {n_bytes:,} bytes; a description of tensors needs less "
+                f"than {_MAX_PICKLE_BYTES:,}"
+            )
+        self._entries = _read_pickle(self._buffer[begin : begin + n_bytes], path)
+
+    def tensor(self, name: str) -> Tensor:
+        entry = self._entries.get(name)
+        if not isinstance(entry, _Entry):
+            raise InvalidCheckpoint(f"{self._path}: has no tensor {name!r}")
+        storage = entry.storage
+        begin, n_bytes = self._locate(f"{self._prefix}data/{storage.key}")
+        last = entry.offset + sum(
+            (size - 1) * stride for size, stride in zip(entry.shape, entry.strides, strict=True)
+        )
+        # The product too: with a stride of 0 a few bytes would make a tensor of any size.
+        needed = max(last + 1, math.prod(entry.shape))
+        if not needed <= storage.n_elements <= n_bytes // storage.itemsize:
+            raise InvalidCheckpoint(
+                f"{self._path}: tensor {name!r} needs {needed:,} elements of {storage.dtype}, its "
+                f"storage claims {storage.n_elements:,} and holds {n_bytes:,} bytes"
+            )
+        begin += entry.offset * storage.itemsize
+        file = (self._path, self._buffer)
+        return map_tensor(
+            *file, name, storage.dtype, entry.shape, begin=begin, strides=entry.strides
+        )
+
+    def _find_members(self) -> dict[str, zipfile.ZipInfo]:
+        path = self._path
+        if self._buffer[:4] != b"PK\x03\x04":
+            fault = "is not a file that torch.save wrote (no zip file); download it again"
+            if self._buffer[:1] == b"\x80":  # a bare pickle
+                fault = (
+                    "is in torch's format from before version 1.6; load it with torch and save it "
+                    "again, or convert it to safetensors"
+                )
+            raise InvalidCheckpoint(f"{path}: {fault}")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+        except Exception as error:  # a broken zip raises half a dozen types
+            raise InvalidCheckpoint(
+                f"{path}: is a broken or cut off zip file ({error}); download it again"
+            ) from error
+        by_name = {member.filename: member for member in members}
+        if len(by_name) < len(members):
+            raise InvalidCheckpoint(f"{path}: has two members of the same name in the zip file")
+        return by_name
+
+    def _locate(self, member_name: str) -> tuple[int, int]:
+        """Where a member's bytes lie in the file: (begin, n_bytes)."""
+        member = self._members.get(member_name)
+        if member is None:
+            raise InvalidCheckpoint(f"{self._path}: has no member {member_name!r} in the zip file")
+        is_encrypted = member.flag_bits & 1
+        if member.compress_type != zipfile.ZIP_STORED or is_encrypted:
+            raise InvalidCheckpoint(
+                f"{self._path}: member {member_name!r} is compressed or encrypted; torch.save "
+                "stores plain bytes: save the model again with torch"
+            )
+        header = member.header_offset
+        local = self._buffer[header : header + 30] if header >= 0 else b""
+        # The data begin after the local header's own name and padding, not the directory's.
+        begin = header + 30 + int.from_bytes(local[26:28], "little")
+        begin += int.from_bytes(local[28:30], "little")
+        is_sound = local[:4] == b"PK\x03\x04" and member.compress_size == member.file_size
+        if not is_sound or begin + member.file_size > len(self._buffer):
+            raise InvalidCheckpoint(
+                f"{self._path}: member {member_name!r} does not lie inside the file of "
+                f"{len(self._buffer):,} bytes; it is broken or cut off: download it again"
+            )
+        return begin, member.file_size
+
+    def _check_byte_order(self) -> None:
+        name = f"{self._prefix}byteorder"
+        if name not in self._members:  # before torch 2.1
+            return
+        begin, n_bytes = self._locate(name)
+        if self._buffer[begin : begin + n_bytes] != b"little":
+            raise InvalidCheckpoint(
+                f"{self._path}: was saved on a big-endian machine; expected byte order little"
+            )
+
+
+def _read_pickle(pickle: bytes, path: Path) -> dict[str, Any]:
+    try:
+        state = _interpret(pickle, path)
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise InvalidCheckpoint(f"{path}: its data.pkl is broken ({error})") from error
+    if not isinstance(state, dict):
+        raise InvalidCheckpoint(f"{path}: holds no dictionary of tensors")
+    return state
+
+
+def _interpret(pickle: bytes, path: Path) -> object:
+    """Run the pickle on plain values. Values are built and kept, never called, hashed or compared
+    (deep nesting would overflow the C stack); only strings and integers become keys."""
+    stack: list[Any] = []
+    marks: list[int] = []  # stack heights
+    memo: dict[int, Any] = {}
+    argument: Any
+
+    def pop_to_mark() -> list[Any]:
+        height = marks.pop()
+        values = stack[height:]
+        del stack[height:]
+        return values
+
+    for opcode, argument, _ in pickletools.genops(pickle):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                break
+            case "MARK":
+                marks.append(len(stack))
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINFLOAT":
+                stack.append(argument)
+            case "BININT" | "BININT1" | "BININT2" | "LONG1":
+                stack.append(argument)
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case "TUPLE":
+                stack.append(tuple(pop_to_mark()))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                value = stack.pop()
+                _expect(stack[-1], list).append(value)
+            case "APPENDS":
+                values = pop_to_mark()
+                _expect(stack[-1], list).extend(values)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _set_items(stack[-1], [key, value])
+            case "SETITEMS":
+                values = pop_to_mark()
+                _set_items(stack[-1], values)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                module, name = argument.split(" ", 1)
+                stack.append(_look_up(module, name, path))
+            case "STACK_GLOBAL":
+                name, module = _expect(stack.pop(), str), _expect(stack.pop(), str)
+                stack.append(_look_up(module, name, path))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_reduce(function, arguments))
+            case "BUILD":  # attributes of the OrderedDict: modules' versions
+                stack.pop()
+                _expect(stack[-1], dict)
+            case other:
+                raise InvalidCheckpoint(
+                    f"{path}: its data.pkl holds the pickle operation {other}, which a file of "
+                    "tensors never needs; it was not run. Get the model from a source you trust"
+                )
+    return stack.pop()
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+    return value
+
+
+def _set_items(target: Any, keys_and_values: list[Any]) -> None:
+    keys = keys_and_values[::2]
+    if any(type(key) not in (str, int) for key in keys):
+        raise TypeError("a key that is neither text nor number")
+    _expect(target, dict).update(zip(keys, keys_and_values[1::2], strict=True))
+
+
+def _look_up(module: str, name: str, path: Path) -> _Global:
+    full_name = f"{module}.{name}"
+    if full_name not in _ALLOWED_GLOBALS:
+        raise InvalidCheckpoint(
+            f"{path}: its data.pkl asks for {full_name[:100]!r}, which a file of tensors never "
+            "needs; it was not run. Get the model from a source you trust, or as safetensors"
+        )
+    return _Global(full_name)
+
+
+def _storage(persistent_id: object) -> _Storage:
+    match persistent_id:
+        case ("storage", _Global(name=kind), str(key), _, int(n_elements)) if kind in _STORAGES:
+            return _Storage(key, *_STORAGES[kind], n_elements)
+    raise ValueError("a reference that is not to a storage")
+
+
+def _reduce(function: object, arguments: object) -> dict[Any, Any] | _Entry:
+    match (function, arguments):
+        case (_Global(name="collections.OrderedDict"), ()):
+            return {}
+        case (_Global(name="torch._utils._rebuild_parameter"), (_Entry() as entry, _, _)):
+            return entry
+        case (
+            _Global(name="torch._utils._rebuild_tensor_v2"),
+            (_Storage() as storage, int(offset), tuple(shape), tuple(strides), _, _),
+        ) if len(shape) == len(strides) <= _MAX_DIMENSIONS:
+            if all(type(count) is int and count >= 0 for count in (offset, *shape, *strides)):
+                return _Entry(storage, offset, shape, strides)
+    raise ValueError("a call with arguments that torch.save does not write")

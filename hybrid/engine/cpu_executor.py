@@ -1,0 +1,76 @@
+"""The CPU executor: records the forward pass into a native program and owns the threads that replay it."""
+
+from __future__ import annotations
+
+from hybrid.engine.forward import forward
+from hybrid.kernels import Activation, Format, Program, Rows, Session, ThreadPool
+from hybrid.kernels.reference import rope_tables
+from hybrid.model_config import ModelConfig
+from hybrid.weights.model_weights import LayerWeights, ModelWeights
+from hybrid.weights.packed import PackedModel
+
+
+class ProgramRecorder:
+    """Operations that compute nothing: each records one native operation. See `forward.Operations`."""
+
+    def __init__(self, program: Program, config: ModelConfig) -> None:
+        self.program, self.config = program, config
+
+    def embed(self, weights: ModelWeights[Rows], scale: float) -> None:
+        self.program.embed(weights.embedding, scale)
+
+    def qkv(self, x: None, weights: LayerWeights[Rows], layer: int) -> None:
+        self.program.qkv(weights.attention_norm, weights.qkv, layer)
+
+    def attend(
+        self, x: None, q: None, weights: LayerWeights[Rows], layer: int, scale: float
+    ) -> None:
+        self.program.attend(weights.o, scale, layer)
+
+    def ffn(self, x: None, weights: LayerWeights[Rows], layer: int, scale: float) -> None:
+        activation = Activation[self.config.activation]
+        self.program.ffn(
+            weights.ffn_norm,
+            weights.gate,
+            weights.up,
+            weights.down,
+            activation,
+            self.config.threshold,
+            scale,
+            layer,
+        )
+
+    def head(self, x: None, weights: ModelWeights[Rows], scale: float) -> None:
+        self.program.head(weights.norm, weights.head, scale)
+
+
+class CpuExecutor:
+    """A packed model, ready to run: one recorded program, one thread pool, any number of sessions."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        config: ModelConfig,
+        format: Format,
+        *,
+        n_threads: int,
+        n_context: int,
+    ) -> None:
+        cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
+        self.n_context = n_context
+        self.pool = ThreadPool(n_threads)
+        self.program = Program(
+            format=format,
+            hidden_size=config.hidden_size,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_cos=cos,
+            rope_sin=sin,
+        )
+        forward(ProgramRecorder(self.program, config), model, config)
+
+    def open_session(self) -> Session:
+        """A new sequence with a KV cache of its own; it keeps the program and the threads alive."""
+        return Session(self.program, self.pool, self.n_context)

@@ -1,0 +1,178 @@
+"""Engine: a loaded model. It owns weights and threads; every generation has a session of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import psutil
+
+from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.engine.cpu_executor import CpuExecutor
+from hybrid.engine.generation import Generation
+from hybrid.errors import ContextOverflow, EngineClosed, InvalidCheckpoint, InvalidOption
+from hybrid.kernels import Format
+from hybrid.sampling import Sampler, SamplingParams
+from hybrid.tokenizer import ChatMessage, Tokenizer
+from hybrid.weights.packed import pack_model
+
+Quant = Literal["bf16", "q8"]
+
+DEFAULT_CONTEXT = 4096  # positions, where the model allows as many
+
+
+class Engine:
+    """A model, ready to generate. Open it with `hybrid.load`; close it, or use it in a `with` statement.
+
+    Generations may run from several threads at once; they take turns at the cores, token by token.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        quant: Quant = "q8",
+        context_size: int | None = None,
+    ) -> None:
+        """Load the Hugging Face folder. See `hybrid.load` for the options and errors."""
+        n_threads = _checked_count("threads", threads, default_threads(), 1024)
+        if quant not in get_args(Quant):
+            raise InvalidOption(f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}")
+        with open_checkpoint(folder) as checkpoint:
+            config = checkpoint.config
+            n_context = _checked_count(
+                "context_size",
+                context_size,
+                min(config.max_context, DEFAULT_CONTEXT),
+                config.max_context,
+            )
+            self.tokenizer = Tokenizer.from_folder(
+                folder, vocab_size=config.vocab_size, bos_id=config.bos_id
+            )
+            self.default_sampling = read_default_sampling(folder)
+            model = pack_model(checkpoint, Format[quant])
+        self.config, self.quant = config, quant
+        self.n_threads, self.n_context = n_threads, n_context
+        self._executor: CpuExecutor | None = CpuExecutor(
+            model, config, Format[quant], n_threads=n_threads, n_context=n_context
+        )
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """One-line notes that a user should see, such as a chat template that is not applied."""
+        return self.tokenizer.notices
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        raw: bool = False,
+    ) -> Generation:
+        """Continue a prompt; iterate over the result for its text.
+
+        A text prompt is put into the model's chat template where it has one, unless `raw`; token ids are taken as they
+        stand. Sampling options that are None take the model's own defaults; temperature 0 is greedy. Work begins with
+        the first iteration. Raises InvalidOption, ContextOverflow, EngineClosed.
+        """
+        executor = self._executor
+        if executor is None:
+            raise EngineClosed("the engine is closed; load the model again")
+        defaults = self.default_sampling
+        params = SamplingParams(
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+            seed=seed,
+        )
+        max_tokens = _checked_count("max_tokens", max_tokens, max_tokens, None)
+        return Generation(
+            executor.open_session(),
+            self.tokenizer,
+            Sampler(params),
+            self._checked_prompt(prompt, raw=raw),
+            max_tokens=max_tokens,
+            eos_ids=self.config.eos_ids,
+            n_neurons=self.config.n_layers * self.config.n_neurons,
+        )
+
+    def close(self) -> None:
+        """Give back weights and threads as soon as running generations have ended."""
+        self._executor = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _checked_prompt(self, prompt: str | Sequence[int], *, raw: bool) -> list[int]:
+        if not isinstance(prompt, str):
+            ids = list(prompt)
+            for token in ids:
+                if not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
+                    raise InvalidOption(
+                        f"prompt: expected token ids from 0 to {self.config.vocab_size - 1}, found {token!r}"
+                    )
+        elif raw or not self.tokenizer.has_chat_template:
+            ids = self.tokenizer.encode(prompt)
+        else:
+            message: ChatMessage = {"role": "user", "content": prompt}
+            ids = self.tokenizer.encode_chat([message])
+        if not ids:
+            raise InvalidOption("prompt: it is empty, and this model has no token to begin a text with")
+        if len(ids) > self.n_context:
+            raise ContextOverflow(
+                f"the prompt has {len(ids)} tokens, the context holds {self.n_context}; shorten the prompt"
+                + (
+                    f" or ask for a larger context (this model: up to {self.config.max_context})"
+                    if self.n_context < self.config.max_context
+                    else ""
+                )
+            )
+        return ids
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: more threads only compete for the same memory bandwidth."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))
+
+
+def read_default_sampling(folder: Path) -> SamplingParams:
+    """The model's own sampling defaults, from generation_config.json where there is one."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return SamplingParams()
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("do_sample") is False:
+            return SamplingParams(temperature=0.0)
+        options = {name: values[name] for name in ("temperature", "top_k", "top_p") if values.get(name) is not None}
+        return SamplingParams(**options)
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        raise InvalidCheckpoint(f"{path}: {error}") from error
+
+
+def _checked_count(name: str, value: int | None, default: int, largest: int | None) -> int:
+    if value is None:
+        return default
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not is_count or (largest is not None and value > largest):
+        expected = "an integer, 1 or more" if largest is None else f"an integer from 1 to {largest}"
+        raise InvalidOption(f"{name}: expected {expected}, found {value!r}")
+    return value

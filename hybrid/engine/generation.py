@@ -1,0 +1,123 @@
+"""Generation: one answer while it is being written. Iterate over it for its text, piece by piece."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hybrid.kernels import Session
+from hybrid.sampling import Sampler
+from hybrid.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(slots=True)
+class GenerationStats:
+    """Counts and times of one generation; times exclude what the consumer of the text does between pieces."""
+
+    prompt_tokens: int
+    generated_tokens: int = 0  # without the end-of-sequence token
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    decode_steps: int = 0  # forward passes of one token; the first token comes from prefill
+    active_fraction: float | None = None  # of FFN neurons, over decode; over prefill before that
+
+    @property
+    def prefill_tps(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        """Generated tokens per second."""
+        return self.decode_steps / self.decode_s if self.decode_s else 0.0
+
+
+class Generation:
+    """The text of one answer as an iterator of pieces; a piece never splits a character.
+
+    `text`, `tokens`, `stats` and `finish_reason` grow with it. `finish_reason` is None while it is being written,
+    then "stop" (the model ended it), "length" (max_tokens, or the context is full) or "cancelled".
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        eos_ids: tuple[int, ...],
+        n_neurons: int,
+    ) -> None:
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self.stats = GenerationStats(len(prompt))
+        self.seed = sampler.seed
+        self._session, self._sampler = session, sampler
+        self._detokenizer = tokenizer.stream(prompt)
+        self._max_tokens, self._eos_ids = max_tokens, eos_ids
+        self._n_neurons = n_neurons  # of all layers
+        self._is_cancelled = False
+        self._pieces = self._generate()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def cancel(self) -> None:
+        """End the generation before its next token; may be called from another thread."""
+        self._is_cancelled = True
+
+    def _generate(self) -> Iterator[str]:
+        session, stats = self._session, self.stats
+        started = time.perf_counter()
+        session.prefill(np.asarray(self.prompt, np.int32))
+        stats.prefill_s = time.perf_counter() - started
+        self._count_active(stats.prompt_tokens)
+        session.reset_active_counts()
+        while self.finish_reason is None:
+            started = time.perf_counter()
+            piece = self._step()
+            stats.decode_s += time.perf_counter() - started
+            if self.finish_reason is not None:
+                piece += self._detokenizer.finish()
+            if piece:
+                self.text += piece
+                yield piece
+
+    def _step(self) -> str:
+        """Sample one token and, where another shall follow, run it; returns the text that became certain."""
+        if self._is_cancelled:
+            self.finish_reason = "cancelled"
+            return ""
+        if len(self.tokens) == self._max_tokens:
+            self.finish_reason = "length"
+            return ""
+        token = self._sampler.sample(self._session.logits)
+        if token in self._eos_ids:
+            self.finish_reason = "stop"
+            return ""
+        self.tokens.append(token)
+        self.stats.generated_tokens += 1
+        is_full = self._session.position == self._session.n_context
+        if is_full or len(self.tokens) == self._max_tokens:
+            self.finish_reason = "length"
+        else:
+            self._session.decode(token)
+            self.stats.decode_steps += 1
+            self._count_active(self.stats.decode_steps)
+        return self._detokenizer.push(token)
+
+    def _count_active(self, n_tokens: int) -> None:
+        self.stats.active_fraction = sum(self._session.active_counts) / (n_tokens * self._n_neurons)

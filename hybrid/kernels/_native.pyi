@@ -1,0 +1,124 @@
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK: int
+GROUP: int
+SPAN: int
+PREFILL_CHUNK: int
+
+class Format(Enum):
+    bf16 = 0
+    q8 = 1
+
+class Activation(Enum):
+    relu = 0
+    fatrelu = 1
+    silu = 2
+
+def available_isas() -> list[str]: ...
+def active_isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def set_best_isa(cap: str) -> None: ...
+def allocate_bytes(n_bytes: int) -> NDArray[np.uint8]: ...
+def padded_cols(format: Format, n_cols: int) -> int: ...
+def quantize(format: Format, x: NDArray[np.float32]) -> NDArray[np.uint8]: ...
+def dequantize(rows: Rows, row: int, scale: float = 1.0) -> NDArray[np.float32]: ...
+def gemm(rows: Rows, x: NDArray[np.uint8], first: int, last: int) -> NDArray[np.float32]: ...
+def sparse_ffn(
+    gate: Rows,
+    up: Rows,
+    down: Rows,
+    x: NDArray[np.uint8],
+    first: int,
+    last: int,
+    activation: Activation,
+    threshold: float,
+) -> tuple[NDArray[np.float32], int]: ...
+def add_partials(
+    format: Format, partials: NDArray[np.float32], scale: float, x: NDArray[np.float32]
+) -> NDArray[np.float32]: ...
+def rms_norm(
+    x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, scale: float
+) -> NDArray[np.float32]: ...
+def attend_span(
+    q: NDArray[np.float32],
+    k: NDArray[np.uint16],
+    v: NDArray[np.uint16],
+    first: int,
+    last: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]: ...
+def to_fp16(x: NDArray[np.float32]) -> NDArray[np.uint16]: ...
+
+class Rows:
+    def __init__(
+        self,
+        *,
+        format: Format,
+        values: NDArray[np.uint8],
+        scales: NDArray[np.uint8] | None,
+        n_rows: int,
+        n_cols: int,
+        values_stride: int,
+        scales_stride: int = 0,
+        values_offset: int = 0,
+        scales_offset: int = 0,
+    ) -> None: ...
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def n_cols(self) -> int: ...
+
+class ThreadPool:
+    def __init__(self, n_threads: int) -> None: ...
+    @property
+    def n_threads(self) -> int: ...
+
+class Program:
+    def __init__(
+        self,
+        *,
+        format: Format,
+        hidden_size: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        rms_norm_eps: float,
+        rope_cos: NDArray[np.float32],
+        rope_sin: NDArray[np.float32],
+    ) -> None: ...
+    def embed(self, embedding: Rows, scale: float) -> None: ...
+    def qkv(self, norm: NDArray[np.float32], qkv: Rows, layer: int) -> None: ...
+    def attend(self, o: Rows, scale: float, layer: int) -> None: ...
+    def ffn(
+        self,
+        norm: NDArray[np.float32],
+        gate: Rows,
+        up: Rows,
+        down: Rows,
+        activation: Activation,
+        threshold: float,
+        scale: float,
+        layer: int,
+    ) -> None: ...
+    def head(self, norm: NDArray[np.float32], head: Rows, scale: float) -> None: ...
+    @property
+    def max_context(self) -> int: ...
+
+class Session:
+    def __init__(self, program: Program, pool: ThreadPool, n_context: int) -> None: ...
+    def prefill(
+        self, tokens: NDArray[np.int32], all_logits: bool = False
+    ) -> NDArray[np.float32] | None: ...
+    def decode(self, token: int) -> None: ...
+    def truncate(self, position: int) -> None: ...
+    @property
+    def logits(self) -> NDArray[np.float32]: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def n_context(self) -> int: ...
+    @property
+    def active_counts(self) -> list[int]: ...
+    def reset_active_counts(self) -> None: ...

@@ -1,0 +1,108 @@
+"""What every kernel computes, in plain NumPy fp32: the oracle of all tests.
+
+Quantised arithmetic is emulated by rounding: `round_activation` and `weights.quant.round_weights` give the fp32
+values that a format's activations and weights stand for, and the same plain mathematics runs on those.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.kernels._native import BLOCK, Activation, Format
+
+Array = NDArray[np.float32]
+
+
+def bf16_bits(x: Array) -> NDArray[np.uint16]:
+    """fp32 → bf16 bit patterns, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def bf16_values(bits: NDArray[np.uint16]) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def round_activation(format: Format | None, x: Array) -> Array:
+    """The values that (…, n) activations have once quantised; `None` leaves fp32.
+
+    bf16: rounded. q8: blocks of 32 along n, int8 = round(x * 127 / max|x|), one fp32 scale each.
+    """
+    if format is None:
+        return x
+    if format is Format.bf16:
+        return bf16_values(bf16_bits(x))
+    n = x.shape[-1]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
+    blocks = padded.reshape(*x.shape[:-1], -1, BLOCK)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
+    rounded = np.rint(blocks * inverse) * (largest / np.float32(127))
+    return rounded.reshape(padded.shape)[..., :n].astype(np.float32)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Over the last axis, as in Llama."""
+    inverse = 1.0 / np.sqrt(np.mean(x * x, -1, keepdims=True, dtype=np.float32) + np.float32(eps))
+    return weight * (x * inverse.astype(np.float32))
+
+
+def rope_tables(head_dim: int, theta: float, n_positions: int) -> tuple[Array, Array]:
+    """cos and sin (n_positions, head_dim / 2); angles in fp32, as the models were trained."""
+    inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    angles = np.outer(np.arange(n_positions, dtype=np.float32), inverse.astype(np.float32))
+    return np.cos(angles), np.sin(angles)
+
+
+def rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate the halves of (tokens, heads, head_dim) by tables (tokens, head_dim / 2)."""
+    first, second = np.split(x, 2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def softmax(scores: Array) -> Array:
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def attention(q: Array, k: Array, v: Array, first_position: int) -> Array:
+    """Causal attention of (tokens, heads, head_dim) queries over (context, kv_heads, head_dim).
+
+    Query t stands at position `first_position + t` and sees positions up to its own.
+    """
+    n_tokens, n_heads, head_dim = q.shape
+    group = n_heads // k.shape[1]
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    scores = np.einsum("thd,chd->htc", q, k) / np.float32(np.sqrt(head_dim))
+    positions = first_position + np.arange(n_tokens)
+    unseen = np.arange(k.shape[0]) > positions[:, None]
+    scores = np.where(unseen, np.float32(-np.inf), scores)
+    return np.einsum("htc,chd->thd", softmax(scores), v)
+
+
+def fires(activation: Activation, gate: Array, threshold: float) -> NDArray[np.bool_]:
+    """Which neurons are active: gate > 0 (relu), gate >= threshold (fatrelu), all (silu)."""
+    if activation is Activation.relu:
+        return gate > 0
+    if activation is Activation.fatrelu:
+        return gate >= np.float32(threshold)
+    return np.ones(gate.shape, np.bool_)
+
+
+def sparse_ffn(
+    gate: Array, up: Array, down: Array, x: Array, activation: Activation, threshold: float
+) -> tuple[Array, NDArray[np.bool_]]:
+    """FFN of (tokens, hidden) over neuron-major matrices (n_neurons, hidden).
+
+    Returns the output (tokens, hidden) and the mask of active neurons (tokens, n_neurons).
+    """
+    g = x @ gate.T
+    active = fires(activation, g, threshold)
+    if activation is Activation.silu:
+        g = g / (1 + np.exp(-g))
+    y = np.where(active, g * (x @ up.T), np.float32(0)) @ down
+    return y, active

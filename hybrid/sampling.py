@@ -1,0 +1,125 @@
+"""SamplingParams and Sampler: from logits to the next token.
+
+Order: temperature, then top-k, then top-p over what top-k kept. Equal logits at a cut: lowest ids
+stay. Nothing here sorts the whole vocabulary unless the distribution is flat.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.errors import HybridError, InvalidOption
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. Raises InvalidOption for a value out of range."""
+
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    top_p: float = 0.95  # keep the fewest tokens that hold this probability; 1: all
+    seed: int | None = None  # None: drawn from the system
+
+    def __post_init__(self) -> None:
+        # Comparisons are False for NaN, and exact for integers beyond the floats.
+        if not (_is_real(self.temperature) and 0 <= self.temperature <= sys.float_info.max):
+            raise _out_of_range("temperature", self.temperature, "a finite number, 0 or more")
+        if not (_is_int(self.top_k) and self.top_k >= 0):
+            raise _out_of_range("top_k", self.top_k, "an integer, 0 (off) or more")
+        if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
+            raise _out_of_range("top_p", self.top_p, "a number above 0, at most 1 (off)")
+        if self.seed is not None and not (_is_int(self.seed) and self.seed >= 0):
+            raise _out_of_range("seed", self.seed, "None or an integer, 0 or more")
+
+
+class Sampler:
+    """Draws tokens. The same seed and logits give the same tokens, in any process."""
+
+    seed: int  # the one in use, also where none was asked for
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.seed = secrets.randbits(32) if params.seed is None else params.seed
+        self._params = params
+        self._random = random.Random(self.seed)
+
+    def sample(self, logits: Floats) -> int:
+        """The next token for `logits` (vocab,), which are not changed; -inf bans a token.
+
+        Raises HybridError where a logit is NaN or +inf, or every token is banned.
+        """
+        top = logits.max()  # NaN where any is
+        if not np.isfinite(top):
+            problem = "every token is banned (-inf)" if top < 0 else f"found {top}"
+            raise HybridError(
+                f"the model's logits are not finite: {problem}; its weights or an option that "
+                "bans tokens must be broken"
+            )
+        params = self._params
+        if params.temperature == 0:
+            return int(logits.argmax())
+        ids = np.arange(logits.size) if params.top_k == 0 else _largest(logits, params.top_k)
+        weights = _weights(logits[ids], top, params.temperature)
+        if params.top_p < 1:
+            kept = _nucleus(weights, params.top_p)
+            ids, weights = ids[kept], weights[kept]
+        return int(ids[_draw(weights, self._random.random())])
+
+
+def _weights(logits: Floats, top: np.float32, temperature: float) -> Floats:
+    """Probabilities up to a factor; the largest is 1."""
+    # Beyond these bounds fp32 cannot tell the result from that at the bound, but makes 0/0 of it.
+    temperature = min(max(temperature, 1e-30), 1e30)
+    with np.errstate(over="ignore", under="ignore"):
+        weights: Floats = np.exp((logits - top) / np.float32(temperature))
+    return weights
+
+
+def _largest(values: Floats, n: int) -> Ids:
+    """Indices of the `n` largest, ascending; of equal values the first ones."""
+    if n >= values.size:
+        return np.arange(values.size)
+    cut = np.partition(values, values.size - n)[values.size - n]
+    kept = values > cut
+    kept[np.flatnonzero(values == cut)[: n - np.count_nonzero(kept)]] = True
+    return np.flatnonzero(kept)
+
+
+def _nucleus(weights: Floats, top_p: float) -> Ids:
+    """Indices, ascending, of the fewest largest weights whose sum is at least top_p of all."""
+    total = weights.sum(dtype=np.float64)
+    # Weights below (1 - top_p) / n of the total hold less than 1 - top_p together, so the rest
+    # reaches top_p without them. Half of that bound, so that no rounding matters.
+    likely = np.flatnonzero(weights >= 0.5 * (1 - top_p) * total / weights.size)
+    sums = np.sort(weights[likely])[::-1].cumsum(dtype=np.float64)
+    n = int(np.searchsorted(sums, top_p * total)) + 1
+    nucleus: Ids = likely[_largest(weights[likely], n)]
+    return nucleus
+
+
+def _draw(weights: Floats, uniform: float) -> int:
+    """The index whose share of the weights' sum holds `uniform` in [0, 1)."""
+    sums = weights.cumsum(dtype=np.float64)
+    # The product may round up to the whole sum, which lies in no share.
+    point = min(uniform * sums[-1], np.nextafter(sums[-1], 0))
+    return int(np.searchsorted(sums, point, side="right"))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, float) or _is_int(value)
+
+
+def _out_of_range(name: str, value: object, expected: str) -> InvalidOption:
+    return InvalidOption(f"{name}: expected {expected}, found {value!r}")

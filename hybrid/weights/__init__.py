@@ -1,0 +1,1 @@
+"""Weights in memory: formats (`quant`), the model's tensors (`model_weights`), the packed model (`packed`)."""

@@ -1,0 +1,109 @@
+"""The packed model: a checkpoint's weights in the CPU kernels' layout, in huge-page memory.
+
+Gate rows stand apart, since every token streams all of them; a neuron's up and down rows are bundled, since they are
+needed together or not at all. Neurons of a layer may stand in any order (`neuron_orders`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.checkpoint.hf import Checkpoint
+from hybrid.kernels import Format, Rows, _native
+from hybrid.weights.model_weights import LayerWeights, ModelWeights
+from hybrid.weights.quant import pack_rows, row_bytes
+
+PackedModel = ModelWeights[Rows]
+
+CHUNK_ROWS = 8192  # rows that are converted at a time, so that packing needs little memory beside the result
+
+
+def pack_model(
+    checkpoint: Checkpoint,
+    format: Format,
+    *,
+    neuron_orders: Sequence[NDArray[np.intp]] | None = None,
+) -> PackedModel:
+    """Read and pack all weights. `neuron_orders[layer][i]` is the neuron that comes to stand at place i."""
+    config = checkpoint.config
+    layers = []
+    for layer in range(config.n_layers):
+        qkv = np.concatenate([checkpoint.read(role, layer) for role in ("q", "k", "v")])
+        gate, up = checkpoint.read("gate", layer), checkpoint.read("up", layer)
+        down = checkpoint.read("down", layer).T
+        if neuron_orders is not None:
+            order = neuron_orders[layer]
+            gate, up, down = gate[order], up[order], down[order]
+        up_rows, down_rows = pack_bundles(format, up, down)
+        layers.append(
+            LayerWeights(
+                attention_norm=checkpoint.read("attention_norm", layer),
+                qkv=pack_matrix(format, qkv),
+                o=pack_matrix(format, checkpoint.read("o", layer)),
+                ffn_norm=checkpoint.read("ffn_norm", layer),
+                gate=pack_matrix(format, gate),
+                up=up_rows,
+                down=down_rows,
+            )
+        )
+    embedding = pack_matrix(format, checkpoint.read("embedding"))
+    head = embedding if config.has_tied_head else pack_matrix(format, checkpoint.read("head"))
+    return ModelWeights(embedding, tuple(layers), checkpoint.read("norm"), head)
+
+
+def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
+    """Rows one behind the other; scales in an array of their own."""
+    n_rows, n_cols = w.shape
+    value_bytes, scale_bytes = row_bytes(format, n_cols)
+    values = _native.allocate_bytes(n_rows * value_bytes)
+    scales = _native.allocate_bytes(n_rows * scale_bytes) if scale_bytes else None
+    for first in range(0, n_rows, CHUNK_ROWS):
+        part = slice(first, first + CHUNK_ROWS)
+        packed_values, packed_scales = pack_rows(format, w[part])
+        values.reshape(n_rows, value_bytes)[part] = packed_values
+        if scales is not None:
+            scales.reshape(n_rows, scale_bytes)[part] = packed_scales
+    return Rows(
+        format=format,
+        values=values,
+        scales=scales,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        values_stride=value_bytes,
+        scales_stride=scale_bytes,
+    )
+
+
+def pack_bundles(
+    format: Format, up: NDArray[np.float32], down: NDArray[np.float32]
+) -> tuple[Rows, Rows]:
+    """One bundle a neuron: up values, down values, up scales, down scales; padded to 64 bytes."""
+    n_neurons, n_cols = up.shape
+    value_bytes, scale_bytes = row_bytes(format, n_cols)
+    bundle_bytes = -(-2 * (value_bytes + scale_bytes) // 64) * 64
+    memory = _native.allocate_bytes(n_neurons * bundle_bytes)
+    bundles = memory.reshape(n_neurons, bundle_bytes)
+    rows = []
+    for index, matrix in enumerate((up, down)):
+        values, scales = pack_rows(format, matrix)
+        values_offset = index * value_bytes
+        scales_offset = 2 * value_bytes + index * scale_bytes
+        bundles[:, values_offset : values_offset + value_bytes] = values
+        bundles[:, scales_offset : scales_offset + scale_bytes] = scales
+        rows.append(
+            Rows(
+                format=format,
+                values=memory,
+                scales=memory if scale_bytes else None,
+                n_rows=n_neurons,
+                n_cols=n_cols,
+                values_stride=bundle_bytes,
+                scales_stride=bundle_bytes,
+                values_offset=values_offset,
+                scales_offset=scales_offset,
+            )
+        )
+    return rows[0], rows[1]

@@ -1,0 +1,75 @@
+"""Weight formats: what a matrix's values become, and how their bytes lie in memory.
+
+bf16  as stored in the checkpoint.
+q8    blocks of 32 along a row, int8 values and one fp16 scale each: GGUF's Q8_0 in meaning, laid out anew.
+
+The byte layout is described in `csrc/kernels/kernels.h`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.kernels import Format, _native
+from hybrid.kernels.reference import bf16_bits, bf16_values
+
+BLOCK, GROUP = _native.BLOCK, _native.GROUP
+GROUP_BLOCKS = GROUP // BLOCK
+
+
+def quantize_q8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """(rows, n) → int8 (rows, n) and fp16 scales (rows, n / 32); n is a multiple of 32.
+
+    A scale is max|w| / 127 rounded to fp16, and values are rounded against that rounded scale.
+    """
+    blocks = w.reshape(w.shape[0], -1, BLOCK)
+    scales = (np.abs(blocks).max(-1) / np.float32(127)).astype(np.float16)
+    divisor = scales.astype(np.float32)[..., None]
+    q = np.divide(blocks, divisor, out=np.zeros_like(blocks), where=divisor > 0)
+    return np.clip(np.rint(q), -127, 127).astype(np.int8).reshape(w.shape), scales
+
+
+def round_weights(format: Format | None, w: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The fp32 values that (rows, n) weights have in a format; `None` leaves fp32."""
+    if format is None:
+        return w
+    if format is Format.bf16:
+        return bf16_values(bf16_bits(w))
+    q, scales = quantize_q8(w)
+    return (q.reshape(*scales.shape, BLOCK) * scales.astype(np.float32)[..., None]).reshape(w.shape)
+
+
+def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
+    """Bytes of one packed row: values, scales."""
+    padded = _native.padded_cols(format, n_cols)
+    return (2 * padded, 0) if format is Format.bf16 else (padded, padded // BLOCK * 2)
+
+
+def pack_rows(
+    format: Format, w: NDArray[np.float32]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """(rows, n) → packed values (rows, value bytes) and scales (rows, scale bytes)."""
+    n_rows, n_cols = w.shape
+    padded = _native.padded_cols(format, n_cols)
+    if format is Format.bf16:
+        bits = np.zeros((n_rows, padded), np.uint16)
+        bits[:, :n_cols] = bf16_bits(w)
+        return bits.view(np.uint8), np.empty((n_rows, 0), np.uint8)
+    q, scales = quantize_q8(w)
+    values = np.full((n_rows, padded), 128, np.uint8)
+    values[:, :n_cols] = q.view(np.uint8) ^ 0x80  # int8 + 128
+    padded_scales = np.zeros((n_rows, padded // BLOCK), np.float16)
+    padded_scales[:, : scales.shape[1]] = scales
+    # (row, group, block, step, four bytes) → (row, group, step, block, four bytes)
+    groups = values.reshape(n_rows, -1, GROUP_BLOCKS, BLOCK // 4, 4).swapaxes(2, 3)
+    return np.ascontiguousarray(groups).reshape(n_rows, padded), padded_scales.view(np.uint8)
+
+
+def column_order(format: Format, n_cols: int) -> NDArray[np.intp]:
+    """Where each natural column stands in a packed row."""
+    columns = np.arange(n_cols)
+    if format is Format.bf16:
+        return columns
+    block, element = columns % GROUP // BLOCK, columns % BLOCK
+    return columns // GROUP * GROUP + element // 4 * BLOCK + block * 4 + element % 4

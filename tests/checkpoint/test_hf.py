@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.errors import (
+    EngineClosed,
+    HybridError,
+    InvalidCheckpoint,
+    InvalidOption,
+    ModelNotFound,
+    UnsupportedModel,
+)
+
+LAYER_ROLES = {
+    "attention_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+Arrays = dict[str, np.ndarray]
+Save = Callable[..., None]
+Damage = Callable[[bytes], bytes]
+
+
+def read_all(checkpoint: Checkpoint) -> Arrays:
+    """Everything that a checkpoint can be asked for, under the names of its files."""
+    arrays = {
+        "model.embed_tokens.weight": checkpoint.read("embedding"),
+        "model.norm.weight": checkpoint.read("norm"),
+        "lm_head.weight": checkpoint.read("head"),
+    }
+    for layer in range(checkpoint.config.n_layers):
+        for role, name in LAYER_ROLES.items():
+            arrays[f"model.layers.{layer}.{name}.weight"] = checkpoint.read(role, layer)
+    return arrays
+
+
+def assert_reads(folder: Path, expected: Arrays) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        actual = read_all(checkpoint)
+    head = expected.get("lm_head.weight", expected["model.embed_tokens.weight"])
+    expected = {**expected, "lm_head.weight": head}
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name, strict=True)
+
+
+def save_bin(path: Path, arrays: Arrays, dtype: str = "float32") -> None:
+    torch = pytest.importorskip("torch", reason="torch writes the .bin file that is read")
+    state = {
+        name: torch.tensor(array, dtype=getattr(torch, dtype)) for name, array in arrays.items()
+    }
+    torch.save(state, path)
+
+
+def save_index(path: Path, weight_map: object) -> None:
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_one_safetensors_file(
+    model: Path, arrays: Arrays, save_safetensors: Save, dtype: str
+) -> None:
+    save_safetensors(model / "model.safetensors", arrays, dtype)
+    assert_reads(model, arrays)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_one_bin_file(model: Path, arrays: Arrays, dtype: str) -> None:
+    (model / "model.safetensors").unlink()
+    save_bin(model / "pytorch_model.bin", arrays, dtype)
+    assert_reads(model, arrays)
+
+
+@pytest.fixture
+def sharded(model: Path, arrays: Arrays, save_safetensors: Save) -> tuple[Path, dict[str, str]]:
+    """The folder in two shards, and its weight map."""
+    (model / "model.safetensors").unlink()
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {name: shards[i % 2] for i, name in enumerate(arrays)}
+    for shard in shards:
+        save_safetensors(
+            model / shard, {name: arrays[name] for name, s in weight_map.items() if s == shard}
+        )
+    save_index(model / "model.safetensors.index.json", weight_map)
+    return model, weight_map
+
+
+def test_sharded_safetensors(sharded: tuple[Path, dict[str, str]], arrays: Arrays) -> None:
+    assert_reads(sharded[0], arrays)
+
+
+def test_sharded_bin(model: Path, arrays: Arrays) -> None:
+    (model / "model.safetensors").unlink()
+    names = list(arrays)
+    for shard, part in (("a.bin", names[::2]), ("b.bin", names[1::2])):
+        save_bin(model / shard, {name: arrays[name] for name in part})
+    weight_map = {name: "ab"[i % 2] + ".bin" for i, name in enumerate(names)}
+    save_index(model / "pytorch_model.bin.index.json", weight_map)
+    assert_reads(model, arrays)
+
+
+def test_safetensors_is_preferred(model: Path, arrays: Arrays) -> None:
+    (model / "pytorch_model.bin").write_bytes(b"not even opened")
+    save_index(model / "pytorch_model.bin.index.json", {"a": "b"})
+    assert_reads(model, arrays)
+
+
+def test_links_into_a_cache(model: Path, arrays: Arrays) -> None:
+    """As huggingface_hub lays it out: every file of a snapshot is a link to ../../blobs/…"""
+    blobs = model.parent / "blobs"
+    blobs.mkdir()
+    for path in list(model.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("..") / "blobs" / path.name)
+    assert_reads(model, arrays)
+    (blobs / "model.safetensors").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors: is missing, or a link"):
+        open_checkpoint(model)
+
+
+def test_a_tied_head_is_the_embedding(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
+    stray = {**arrays, "lm_head.weight": np.zeros((10, 32), np.float32)}
+    save_safetensors(model / "model.safetensors", stray)
+    with open_checkpoint(model) as checkpoint:  # tied, whatever the file holds
+        np.testing.assert_array_equal(checkpoint.read("head"), arrays["model.embed_tokens.weight"])
+
+
+def test_an_untied_head_is_its_own(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
+    change_config(model, tie_word_embeddings=False)
+    with pytest.raises(InvalidCheckpoint, match=r"has no tensor 'lm_head\.weight'"):
+        open_checkpoint(model)
+    arrays["lm_head.weight"] = -arrays["model.embed_tokens.weight"]
+    save_safetensors(model / "model.safetensors", arrays)
+    assert_reads(model, arrays)
+
+
+def test_a_llama_with_wide_heads(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
+    change_config(
+        model, architectures=["LlamaForCausalLM"], hidden_act="relu", head_dim=16, vocab_size=12
+    )
+    rng = np.random.default_rng(3)
+    for name, array in arrays.items():
+        shape = array.shape
+        if "q_proj" in name or "k_proj" in name or "v_proj" in name:
+            shape = (2 * shape[0], shape[1])
+        elif "o_proj" in name:
+            shape = (shape[0], 2 * shape[1])
+        elif "embed" in name:
+            shape = (12, 32)
+        arrays[name] = rng.standard_normal(shape, np.float32)
+    arrays["lm_head.weight"] = rng.standard_normal((12, 32), np.float32)
+    save_safetensors(model / "model.safetensors", arrays)
+    assert_reads(model, arrays)
+
+
+def test_extra_tensors_are_ignored(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    save_safetensors(model / "model.safetensors", {**arrays, **extra})
+    assert_reads(model, arrays)
+
+
+def test_what_a_checkpoint_tells(model: Path) -> None:
+    with open_checkpoint(model) as checkpoint:
+        assert checkpoint.folder == model
+        assert checkpoint.config.hidden_size == 32
+        weights = checkpoint.read("gate", 1)
+        for role, layer in (("gate", None), ("gate", 2), ("gate", -1), ("norm", 0), ("w1", 0)):
+            with pytest.raises(InvalidOption, match=f"role '{role}' of layer {layer}"):
+                checkpoint.read(role, layer)
+    with pytest.raises(EngineClosed, match="was closed"):
+        checkpoint.read("norm")
+    checkpoint.close()
+    assert np.isfinite(weights).all()  # what was given out survives
+
+
+# Folders that are refused
+
+
+@pytest.mark.parametrize("name", ["nothing here", "config.json"])
+def test_a_folder_that_is_none(model: Path, name: str) -> None:
+    with pytest.raises(ModelNotFound, match=f"{name}: is not a folder"):
+        open_checkpoint(model / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not readable as JSON"),
+        (b"{", "is not readable as JSON"),
+        (b"\xff{}", "is not readable as JSON"),
+        (b'{"rms_norm_eps": NaN}', "NaN is not a JSON number"),
+        (b'{"rms_norm_eps": -Infinity}', "-Infinity is not a JSON number"),
+        (b"[" * 100_000, "is not readable as JSON"),
+        (b'{"vocab_size": 1' + b"0" * 10_000 + b"}", "is not readable as JSON"),
+        (b"[]", "expected a JSON object, found list"),
+        (b"null", "expected a JSON object, found NoneType"),
+    ],
+    ids=lambda value: str(value[:20]),
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_is_none(model: Path, name: str, content: bytes, message: str) -> None:
+    (model / name).write_bytes(content)
+    with pytest.raises(InvalidCheckpoint, match=message) as raised:
+        open_checkpoint(model)
+    assert str(raised.value).startswith(str(model / name))
+
+
+def test_no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"config\.json: is missing"):
+        open_checkpoint(model)
+
+
+def test_no_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model.gguf")
+    with pytest.raises(InvalidCheckpoint) as raised:
+        open_checkpoint(model)
+    for name in ("model.safetensors", "pytorch_model.bin.index.json", "found config.json, model.g"):
+        assert name in str(raised.value)
+
+
+def test_generation_config_names_the_end(model: Path) -> None:
+    path = model / "generation_config.json"
+    for content, expected in (('{"eos_token_id": [2, 7]}', (2, 7)), ("{}", (2,))):
+        path.write_text(content)
+        with open_checkpoint(model) as checkpoint:
+            assert checkpoint.config.eos_ids == expected
+    path.write_text('{"eos_token_id": 10}')
+    with pytest.raises(InvalidCheckpoint, match=r"generation_config\.json: eos_token_id is 10"):
+        open_checkpoint(model)
+
+
+NAMES = ["model.embed_tokens.weight", "model.norm.weight"] + [
+    f"model.layers.1.{name}.weight" for name in LAYER_ROLES.values()
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_tensor(model: Path, arrays: Arrays, save_safetensors: Save, name: str) -> None:
+    del arrays[name]
+    save_safetensors(model / "model.safetensors", arrays)
+    with pytest.raises(InvalidCheckpoint, match=rf"model\.safetensors: has no tensor '{name}'"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_shape(model: Path, arrays: Arrays, save_safetensors: Save, name: str) -> None:
+    expected = arrays[name].shape
+    arrays[name] = arrays[name].reshape(1, *expected)
+    save_safetensors(model / "model.safetensors", arrays)
+    with pytest.raises(InvalidCheckpoint) as raised:
+        open_checkpoint(model)
+    assert f"{name!r} has shape {(1, *expected)}, expected {expected}" in str(raised.value)
+
+
+def test_a_wrong_type(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
+    save_safetensors(model / "model.safetensors", arrays, "I64")
+    with pytest.raises(UnsupportedModel, match=r"tensor 'model\.embed_tokens\.weight' is I64"):
+        open_checkpoint(model)
+
+
+def test_a_missing_shard(sharded: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = sharded
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InvalidCheckpoint, match="not in its folder: 'model-00002-of-00002"):
+        open_checkpoint(folder)
+
+
+def test_an_index_that_lacks_a_tensor(sharded: tuple[Path, dict[str, str]]) -> None:
+    folder, weight_map = sharded
+    del weight_map["model.norm.weight"]
+    save_index(folder / "model.safetensors.index.json", weight_map)
+    with pytest.raises(InvalidCheckpoint, match=r"index\.json: lists no tensor 'model\.norm\.w"):
+        open_checkpoint(folder)
+
+
+def test_an_index_that_names_the_wrong_shard(sharded: tuple[Path, dict[str, str]]) -> None:
+    folder, weight_map = sharded
+    right = weight_map["model.norm.weight"]
+    [wrong] = set(weight_map.values()) - {right}
+    save_index(folder / "model.safetensors.index.json", {**weight_map, "model.norm.weight": wrong})
+    with pytest.raises(InvalidCheckpoint, match=rf"{wrong}: has no tensor 'model\.norm\.weight'"):
+        open_checkpoint(folder)
+
+
+def test_shards_outside_the_folder(sharded: tuple[Path, dict[str, str]]) -> None:
+    folder, weight_map = sharded
+    shard = folder / "model-00001-of-00002.safetensors"
+    outside = folder.parent / "outside.safetensors"
+    shard.rename(outside)
+    inside = folder / "inner"
+    inside.mkdir()
+    (inside / "outside.safetensors").write_bytes(outside.read_bytes())
+    for name in (
+        "../outside.safetensors",
+        str(outside),
+        "inner/outside.safetensors",
+        "./model-00002-of-00002.safetensors",
+        "..",
+        "",
+        "a\0b",
+    ):
+        moved = {t: name if s == shard.name else s for t, s in weight_map.items()}
+        save_index(folder / "model.safetensors.index.json", moved)
+        with pytest.raises(InvalidCheckpoint, match="lists files that are not in its folder"):
+            open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "a", {"a": 1}, {"a": None}], ids=repr)
+def test_weight_maps_that_are_none(
+    sharded: tuple[Path, dict[str, str]], weight_map: object
+) -> None:
+    folder, _ = sharded
+    save_index(folder / "model.safetensors.index.json", weight_map)
+    with pytest.raises(InvalidCheckpoint, match="expected an object weight_map"):
+        open_checkpoint(folder)
+
+
+# Random damage: it loads, or it raises a HybridError
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> Damage:
+    """Cut the file, or overwrite bytes, mostly near its ends, where the structure is."""
+    near = st.integers(0, 4000) | st.integers(-3000, -1) | st.integers(0, 2**20)
+    value = st.sampled_from([0, 1, 0x22, 0x2E, 0x30, 0x39, 0x7F, 0x80, 0xFF]) | st.integers(0, 255)
+    edits = draw(st.lists(st.tuples(near, value), max_size=6))
+    cut = draw(st.none() | near)
+
+    def damage(content: bytes) -> bytes:
+        damaged = bytearray(content)
+        for position, byte in edits:
+            damaged[position % len(damaged)] = byte
+        return bytes(damaged if cut is None else damaged[: cut % len(damaged)])
+
+    return damage
+
+
+def loads_or_is_refused(folder: Path) -> None:
+    with contextlib.suppress(HybridError), open_checkpoint(folder) as checkpoint:
+        read_all(checkpoint)
+
+
+@pytest.fixture
+def sound_safetensors(model: Path, arrays: Arrays, save_safetensors: Save) -> bytes:
+    save_safetensors(model / "model.safetensors", arrays, "F16")
+    return (model / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def sound_bin(model: Path, arrays: Arrays) -> bytes:
+    (model / "model.safetensors").unlink()
+    save_bin(model / "pytorch_model.bin", arrays, "bfloat16")
+    return (model / "pytorch_model.bin").read_bytes()
+
+
+# The folder is shared by all examples on purpose: each overwrites the one file.
+FUZZ = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@FUZZ
+@given(damage=damages())
+def test_damaged_safetensors(model: Path, sound_safetensors: bytes, damage: Damage) -> None:
+    (model / "model.safetensors").write_bytes(damage(sound_safetensors))
+    loads_or_is_refused(model)
+
+
+@FUZZ
+@given(damage=damages())
+def test_damaged_bin(model: Path, sound_bin: bytes, damage: Damage) -> None:
+    (model / "pytorch_model.bin").write_bytes(damage(sound_bin))
+    loads_or_is_refused(model)
+
+
+@FUZZ
+@given(damage=damages())
+def test_damaged_config(model: Path, config: dict[str, Any], damage: Damage) -> None:
+    (model / "config.json").write_bytes(damage(json.dumps(config).encode()))
+    loads_or_is_refused(model)

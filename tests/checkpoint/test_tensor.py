@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
+from hybrid.errors import InvalidCheckpoint
+
+
+def test_every_bfloat16_widens_to_the_float32_of_the_same_bits() -> None:
+    bits = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    wide = Tensor("every", "BF16", bits).fp32()
+    np.testing.assert_array_equal(wide.view(np.uint32), bits.astype(np.uint32) << 16)
+    assert Tensor("one", "BF16", np.array([0x3F80, 0xC000], np.uint16)).fp32().tolist() == [1, -2]
+
+
+def test_every_float16_widens_to_its_value() -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    finite = bits[(bits & 0x7C00) != 0x7C00].view(np.float16)
+    np.testing.assert_array_equal(Tensor("every", "F16", finite).fp32(), finite.astype("f8"))
+
+
+def test_float32_is_a_view() -> None:
+    data = np.ones((2, 3), np.float32)
+    assert np.shares_memory(Tensor("a", "F32", data).fp32(), data)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_strided_tensors_become_contiguous(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(np.arange(64, dtype=np.uint16).tobytes())
+    buffer = map_file(path)
+    tensor = map_tensor(path, buffer, "a", dtype, (3, 2), begin=8, strides=(1, 4))
+    plain = map_tensor(path, buffer, "b", dtype, (2, 4), begin=8)
+    wide = tensor.fp32()
+    assert wide.flags.c_contiguous
+    np.testing.assert_array_equal(wide, plain.fp32()[:, :3].T)
+
+
+def test_a_scalar_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(np.float32(3.5).tobytes())
+    assert map_tensor(path, map_file(path), "a", "F32", (), begin=0).fp32().shape == ()
+
+
+def test_an_array_outlives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(np.ones(1000, np.float32).tobytes())
+    data = map_tensor(path, map_file(path), "a", "F32", (1000,), begin=0).fp32()
+    path.unlink()
+    assert data.sum() == 1000
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    for name in ("gone", "dangling", "."):
+        with pytest.raises(InvalidCheckpoint, match="is missing"):
+            map_file(tmp_path / name)

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import builtins
+import collections
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybrid.checkpoint.torch_bin import TorchBin
+from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+
+torch = pytest.importorskip("torch", reason="torch writes the files that are read")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "pytorch_model.bin"
+
+
+def rewrite(
+    path: Path, changes: dict[str, bytes | None], compression: int = zipfile.ZIP_STORED
+) -> None:
+    """Replace members by their name's end, or remove them (None)."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for ending, content in changes.items():
+        [name] = [name for name in members if name.endswith(f"/{ending}")] or [f"model/{ending}"]
+        if content is None:
+            del members[name]
+        else:
+            members[name] = content
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+
+
+def write_pickle(path: Path, program: bytes) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    rewrite(path, {"data.pkl": program})
+
+
+def test_round_trip_of_what_torch_saves(path: Path) -> None:
+    torch.manual_seed(0)
+    whole = torch.randn(6, 8)
+    tensors = {
+        "single": torch.randn(3, 5),
+        "half": torch.randn(4, 2).half(),
+        "brain": torch.randn(2, 7).bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "parameter": torch.nn.Parameter(torch.randn(5)),
+        "transposed": whole.T,
+        "middle": whole[2:4, 1:7:2],
+        "tied": whole,
+    }
+    for protocol in (2, 4, 5):
+        torch.save({**tensors, "step": 3, "lr": 0.1}, path, pickle_protocol=protocol)
+        file = TorchBin(path)
+        for name, expected in tensors.items():
+            tensor = file.tensor(name)
+            assert (tensor.name, tensor.shape) == (name, tuple(expected.shape))
+            assert not tensor.data.flags.writeable
+            np.testing.assert_array_equal(
+                tensor.fp32(), expected.detach().float().numpy(), strict=True
+            )
+        assert [file.tensor(name).dtype for name in tensors][:3] == ["F32", "F16", "BF16"]
+
+
+def test_a_modules_state_dict(path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    torch.save(module.state_dict(), path)
+    file = TorchBin(path)
+    np.testing.assert_array_equal(file.tensor("0.weight").fp32(), module[0].weight.detach())
+    with pytest.raises(UnsupportedModel, match=r"'1\.num_batches_tracked' is I64; expected F32"):
+        file.tensor("1.num_batches_tracked")
+    with pytest.raises(InvalidCheckpoint, match=r"pytorch_model\.bin: has no tensor '2\.weight'"):
+        file.tensor("2.weight")
+
+
+class Call:
+    """Pickles to a program that calls `function`."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    ("function", "argument", "name"),
+    [
+        (os.system, "rmdir '{}'", r"(posix|nt)\.system"),
+        (builtins.eval, "__import__('os').rmdir('{}')", r"(__builtin__|builtins)\.eval"),
+        (shutil.rmtree, "{}", r"shutil\.rmtree"),
+        (torch.storage._load_from_bytes, "{}", r"torch\.storage\._load_from_bytes"),
+        (collections.Counter, "{}", r"collections\.Counter"),
+    ],
+)
+def test_programs_are_refused_by_name_and_not_run(
+    path: Path, function: Callable[..., Any], argument: str, name: str, protocol: int
+) -> None:
+    victim = path.parent / "victim"
+    victim.mkdir()
+    call = Call(function, argument.format(victim))
+    nested = collections.OrderedDict({"a": torch.ones(2), "b": [{"c": (call, 1)}]})
+    for state in (call, {"a": call}, nested):
+        torch.save(state, path, pickle_protocol=protocol)
+        with pytest.raises(InvalidCheckpoint, match=f"asks for '{name}'.*was not run"):
+            TorchBin(path)
+        assert victim.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        pytest.param(b"\x80\x02(S'id'\nios\nsystem\n.", "operation STRING", id="STRING"),
+        pytest.param(b"\x80\x02(ios\nsystem\n.", "operation INST", id="INST"),
+        pytest.param(b"\x80\x02(o.", "operation OBJ", id="OBJ"),
+        pytest.param(b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ", id="NEWOBJ"),
+        pytest.param(b"\x80\x02\x82\x01.", "operation EXT1", id="EXT1"),
+        pytest.param(b"\x80\x02P1\n.", "operation PERSID", id="PERSID"),
+        pytest.param(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2 x\n.", "asks for", id="spaces"),
+        pytest.param(b"\x80\x02ctorch._utils\nos.system\n.", "asks for", id="dotted name"),
+        pytest.param(b"\x80\x02ccollections\nOrderedDict\n}\x85R.", "arguments", id="dict's pairs"),
+        pytest.param(b"\x80\x02ctorch\nFloatStorage\n)R.", "arguments", id="storage is called"),
+        pytest.param(b"\x80\x02)R.", "broken", id="REDUCE on an empty stack"),
+        pytest.param(b"\x80\x02))R.", "arguments", id="REDUCE of a tuple"),
+        pytest.param(b"\x80\x02K\x01}b.", "broken", id="BUILD of a number"),
+        pytest.param(b"\x80\x02ctorch\nFloatStorage\n}b.", "broken", id="BUILD of a global"),
+        pytest.param(b"\x80\x02K\x01Q.", "reference", id="reference to a number"),
+        pytest.param(b"\x80\x02h\x07.", "broken", id="memo never written"),
+        pytest.param(b"\x80\x02u.", "broken", id="no mark"),
+        pytest.param(b"\x80\x02}K\x01s.", "broken", id="item without a key"),
+        pytest.param(b"\x80\x02})K\x01s.", "broken", id="tuple as a key"),
+        pytest.param(b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.", "broken", id="deep key"),
+        pytest.param(b"\x80\x02)" + b"\x85" * 200_000 + b".", "no dictionary", id="deep nesting"),
+        pytest.param(b"\x80\x02].", "no dictionary", id="a list"),
+        pytest.param(b"\x80\x02}", "broken", id="no STOP"),
+        pytest.param(b"", "broken", id="empty"),
+        pytest.param(b"\x80\x02X\xff\xff\xff\x7fabc.", "broken", id="text beyond the file"),
+        pytest.param(b"\x80\x02" + b"N" * (16 << 20) + b".", "bytes; a description", id="too long"),
+    ],
+)
+def test_broken_and_hostile_pickles(path: Path, program: bytes, message: str) -> None:
+    write_pickle(path, program)
+    with pytest.raises(InvalidCheckpoint, match=message) as raised:
+        TorchBin(path)
+    assert str(raised.value).startswith(str(path))
+
+
+def test_a_huge_memo_index_costs_nothing(path: Path) -> None:
+    write_pickle(path, b"\x80\x02}r\xff\xff\xff\x7f.")
+    with pytest.raises(InvalidCheckpoint, match="has no tensor 'a'"):
+        TorchBin(path).tensor("a")
+
+
+class Described:
+    """Pickles like a tensor, with any description."""
+
+    def __init__(
+        self, shape: Any, strides: Any, offset: Any = 0, n_elements: Any = 6, key: str = "0"
+    ) -> None:
+        self.storage = (n_elements, key)
+        self.rest = (offset, shape, strides)
+
+
+class DescribingPickler(pickle._Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, tuple) and value and value[0] == "a storage":
+            n_elements, key = value[1]
+            return ("storage", torch.FloatStorage, key, "cpu", n_elements)
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Described):
+            arguments = (("a storage", value.storage), *value.rest, False, {})
+            return torch._utils._rebuild_tensor_v2, arguments
+        return NotImplemented
+
+
+@pytest.fixture
+def write_described(path: Path) -> Callable[[Described], None]:
+    """Writes a file of one float32 storage "0" of the values 0 to 5, and one tensor "a"."""
+
+    def write(described: Described) -> None:
+        torch.save({"a": torch.arange(6.0)}, path)
+        program = path.parent / "data.pkl"
+        with program.open("wb") as file:
+            DescribingPickler(file, protocol=2).dump({"a": described})
+        rewrite(path, {"data.pkl": program.read_bytes()})
+
+    return write
+
+
+def test_descriptions_that_fit(path: Path, write_described: Callable[[Described], None]) -> None:
+    for described, expected in [
+        (Described((2, 3), (3, 1)), [[0, 1, 2], [3, 4, 5]]),
+        (Described((3, 2), (1, 3)), [[0, 3], [1, 4], [2, 5]]),
+        (Described((2,), (3,), offset=2), [2, 5]),
+        (Described((), (), offset=5), 5),
+    ]:
+        write_described(described)
+        assert TorchBin(path).tensor("a").fp32().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        pytest.param(Described((7,), (1,)), "needs 7 elements", id="too long"),
+        pytest.param(Described((6,), (1,), offset=1), "needs 7 elements", id="offset"),
+        pytest.param(Described((2, 3), (4, 1)), "needs 7 elements", id="stride"),
+        pytest.param(Described((3, 2**62), (0, 0)), "needs", id="stride 0 makes it huge"),
+        pytest.param(Described((2,), (2**63,)), "needs", id="overflow"),
+        pytest.param(Described((6,), (1,), n_elements=5), "claims 5", id="storage's claim"),
+        pytest.param(Described((7,), (1,), n_elements=7), "holds 24 bytes", id="storage's bytes"),
+        pytest.param(Described((6,), (1,), key="1"), "no member", id="no such storage"),
+        pytest.param(Described((6,), (1,), key="../data.pkl"), "no member", id="key is a path"),
+        pytest.param(Described((0, 3), (3, 1)), "has shape", id="empty"),
+        pytest.param(Described((1,) * 6, (1,) * 6), "has shape", id="six dimensions"),
+        pytest.param(Described((1,) * 9, (1,) * 9), "arguments", id="nine dimensions"),
+        pytest.param(Described((-1,), (1,)), "arguments", id="negative size"),
+        pytest.param(Described((2,), (-1,), offset=1), "arguments", id="negative stride"),
+        pytest.param(Described((2,), (1,), offset=-1), "arguments", id="negative offset"),
+        pytest.param(Described((2,), (1, 1)), "arguments", id="strides too many"),
+        pytest.param(Described((2.0,), (1,)), "arguments", id="fractional size"),
+        pytest.param(Described((True,), (1,)), "arguments", id="size is a truth value"),
+        pytest.param(Described((6,), (1,), n_elements="6"), "reference", id="count is text"),
+    ],
+)
+def test_descriptions_that_do_not_fit(
+    path: Path, write_described: Callable[[Described], None], described: Described, message: str
+) -> None:
+    write_described(described)
+    with pytest.raises(InvalidCheckpoint, match=message) as raised:
+        TorchBin(path).tensor("a")
+    assert str(raised.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"byteorder": b"big"}, "big-endian"),
+        ({"data.pkl": None}, "expected one data.pkl in the zip file, found 0"),
+        ({"data/0": None}, "has no member 'pytorch_model/data/0'"),
+        ({"data/0": b"123"}, "holds 3 bytes"),
+        ({"other/data.pkl": b"}."}, "expected one data.pkl in the zip file, found 2"),
+    ],
+)
+def test_zip_files_of_wrong_content(
+    path: Path, changes: dict[str, bytes | None], message: str
+) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    rewrite(path, changes)
+    with pytest.raises(InvalidCheckpoint, match=message):
+        TorchBin(path).tensor("a")
+
+
+def test_no_byteorder_means_little(path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    rewrite(path, {"byteorder": None})
+    assert TorchBin(path).tensor("a").fp32().tolist() == [1, 1]
+
+
+def test_compressed_members(path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    rewrite(path, {}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(InvalidCheckpoint, match="is compressed or encrypted"):
+        TorchBin(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_member_that_occurs_twice(path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("pytorch_model/data/0", bytes(8))
+    with pytest.raises(InvalidCheckpoint, match="two members of the same name"):
+        TorchBin(path)
+
+
+def test_a_local_header_that_points_past_the_end(path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        header = archive.getinfo("pytorch_model/data/0").header_offset
+    content = bytearray(path.read_bytes())
+    content[header + 28 : header + 30] = b"\xff\xff"  # the length of its padding
+    path.write_bytes(content)
+    with pytest.raises(InvalidCheckpoint, match="does not lie inside the file"):
+        TorchBin(path).tensor("a")
+
+
+def test_the_format_before_torch_1_6(path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(InvalidCheckpoint, match=r"from before version 1\.6; load it with torch"):
+        TorchBin(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"some text", "no zip file"),
+        (b"PK\x03\x04 and nothing else", "broken or cut off zip"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-LFS pointer"),
+        (b"<!doctype html>", "web page"),
+    ],
+)
+def test_files_that_are_something_else(path: Path, content: bytes, message: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(InvalidCheckpoint, match=message):
+        TorchBin(path)
