@@ -38,8 +38,7 @@ def check(path: Path, etag: str, name: str, stamps: Path) -> None:
     actual = _digest(path, etag)
     if actual != etag:
         with contextlib.suppress(OSError):  # a read-only cache
-            path.resolve().unlink()  # what a blob that links into a store of shared blobs leads to
-            path.unlink(missing_ok=True)
+            path.resolve().unlink()  # a blob may be a link into a store of shared blobs
         todo = f"Remove {path} and run" if path.exists() else f"{path} was removed: run"
         raise DownloadFailed(
             f"{name} is corrupt: expected the checksum {etag}, found {actual}. {todo} the same "

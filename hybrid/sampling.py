@@ -76,7 +76,8 @@ class Sampler:
 
 def _weights(logits: Floats, top: np.float32, temperature: float) -> Floats:
     """Probabilities up to a factor; the largest is 1."""
-    # Beyond these bounds fp32 cannot tell the result from that at the bound, but makes 0/0 of it.
+    # Any gap between logits that matters is already 0 or infinite at these bounds; beyond them
+    # fp32 would make 0/0 of it.
     temperature = min(max(temperature, 1e-30), 1e30)
     with np.errstate(over="ignore", under="ignore"):
         weights: Floats = np.exp((logits - top) / np.float32(temperature))

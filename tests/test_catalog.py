@@ -89,7 +89,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, path = self.server, self.path.partition("?")[0]
-        hub.requests.append((self.command, path, dict(self.headers)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        hub.requests.append((self.command, path, headers))
         for part, status in hub.status.items():
             if part in path:
                 return self.answer(status)
@@ -169,6 +170,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def spoil(file: Path) -> None:
+    """Change a file's bytes, visibly later than its stamp whatever the clock's resolution."""
+    file.write_bytes(b"spoiled")
+    os.utime(file, (2e9, 2e9))
+
+
 def blobs(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in tmp_path.glob("hf/hub/models--*/blobs/*"))
 
@@ -222,7 +229,9 @@ def test_the_shards_are_those_that_the_index_names(hub: LocalHub, suffix: str) -
     folder = resolve(REPO)
     assert contents(folder) == files
 
-    (folder / f"{stem}-2.{suffix}").unlink()
+    spoil((folder / f"{stem}-2.{suffix}").resolve())
+    with pytest.raises(DownloadFailed, match="corrupt"):
+        resolve(REPO)
     with pytest.raises(ModelNotFound, match=rf"{stem}-2\.{suffix}"):
         resolve(REPO, offline=True)
     assert contents(resolve(REPO)) == files
@@ -243,7 +252,9 @@ def test_a_catalog_name_is_fetched_from_its_repository(hub: LocalHub) -> None:
 def test_the_token_goes_to_the_hub_and_not_to_the_host_of_the_bytes(hub: LocalHub) -> None:
     resolve(REPO)
     assert hub.seen("GET", "/api/models")[0]["authorization"] == "Bearer secret"
-    assert not any("authorization" in headers for headers in hub.seen("GET", "/cdn"))
+    (headers,) = hub.seen("GET", "/cdn")
+    assert "authorization" not in headers
+    assert headers["accept-encoding"] == "identity"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +263,13 @@ def test_the_token_goes_to_the_hub_and_not_to_the_host_of_the_bytes(hub: LocalHu
 def test_a_broken_index_is_refused(hub: LocalHub, weight_map: bytes) -> None:
     hub.repos[REPO] = {**SMALL, "model.safetensors.index.json": weight_map}
     with pytest.raises(InvalidCheckpoint, match=r"index\.json is broken"):
+        resolve(REPO)
+
+
+def test_an_index_that_names_a_shard_which_is_not_there_is_refused(hub: LocalHub) -> None:
+    index = b'{"weight_map": {"a": "model-1.safetensors"}}'
+    hub.repos[REPO] = {**SMALL, "model.safetensors.index.json": index}
+    with pytest.raises(InvalidCheckpoint, match=r"lacks model-1\.safetensors"):
         resolve(REPO)
 
 
@@ -273,7 +291,7 @@ def test_a_repository_that_holds_no_whole_model_is_refused(hub: LocalHub, lackin
 def test_a_cut_connection_is_taken_up_again(hub: LocalHub) -> None:
     hub.cut_after = 3 * CHUNK
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
-    assert hub.seen("GET", "/cdn")[-1]["Range"] == f"bytes={3 * CHUNK}-"
+    assert hub.seen("GET", "/cdn")[-1]["range"] == f"bytes={3 * CHUNK}-"
 
 
 def test_the_next_run_takes_up_an_interrupted_download(hub: LocalHub, tmp_path: Path) -> None:
@@ -285,7 +303,7 @@ def test_the_next_run_takes_up_an_interrupted_download(hub: LocalHub, tmp_path: 
     hub.status.clear()
     hub.requests.clear()
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
-    assert [headers["Range"] for headers in hub.seen("GET", "/cdn")] == [f"bytes={3 * CHUNK}-"]
+    assert [headers["range"] for headers in hub.seen("GET", "/cdn")] == [f"bytes={3 * CHUNK}-"]
     assert not hub.seen("GET", "config.json")
     assert not any(name.endswith(".incomplete") for name in blobs(tmp_path))
 
@@ -324,13 +342,23 @@ def test_a_cached_file_that_changed_is_refused_and_fetched_anew(hub: LocalHub, n
     folder = resolve(REPO)
     blob = (folder / name).resolve()
     good = blob.read_bytes()
-    blob.write_bytes(good[:-1])
-    os.utime(blob, (2e9, 2e9))  # younger than the stamp, whatever the clock's resolution
+    spoil(blob)
     with pytest.raises(DownloadFailed, match=name):
         resolve(REPO, offline=True)
     assert not blob.exists()
     assert resolve(REPO) == folder
     assert blob.read_bytes() == good
+
+
+def test_a_blob_that_was_there_before_the_download_is_checked(
+    hub: LocalHub, tmp_path: Path
+) -> None:
+    blob = tmp_path / "hf/hub/models--someone--tiny/blobs" / hashlib.sha256(WEIGHTS).hexdigest()
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"something else")
+    with pytest.raises(DownloadFailed, match="corrupt"):
+        resolve(REPO)
+    assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
 
 
 def test_a_stamped_file_is_not_hashed_again(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,13 +377,13 @@ def test_a_link_into_a_store_of_shared_blobs_is_checked_by_its_etag(hub: LocalHu
     shared = blob.with_name("f" * 64)
     blob.rename(shared)
     blob.symlink_to(shared.name)
-    os.utime(shared, (2e9, 2e9))
+    os.utime(shared, (2e9, 2e9))  # younger than its stamp: hash it again
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
-    shared.write_bytes(b"broken")
-    os.utime(shared, (2e9, 2e9))
+    spoil(shared)
     with pytest.raises(DownloadFailed, match="corrupt"):
         resolve(REPO)
     assert not shared.exists()
+    assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
 
 
 def test_a_home_that_cannot_be_written_fails_nothing(

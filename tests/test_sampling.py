@@ -84,9 +84,10 @@ def test_temperature_zero_takes_the_largest_and_of_equals_the_lowest_id() -> Non
     assert draws(floats(1, 5, 5, -INF), 5, temperature=0, top_k=2, top_p=0.1) == [1] * 5
 
 
-@given(hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-9, 9, width=32)))
+@given(hnp.arrays(np.float32, st.integers(1, 50), elements=st.integers(-99, 99)))
 @settings(deadline=None)
 def test_a_vanishing_temperature_or_nucleus_or_k_takes_a_largest(logits: Floats) -> None:
+    logits /= 16
     largest = set(np.flatnonzero(logits == logits.max()).tolist())
     assert set(draws(logits, 3, temperature=0)) == {min(largest)}
     assert set(draws(logits, 3, temperature=1e-300)) <= largest
@@ -138,7 +139,7 @@ def test_top_p_of_equal_tokens_counts_them_from_the_lowest_id(top_p: float, kept
 def test_temperature_comes_before_top_p() -> None:
     logits = np.log(floats(0.6, 0.3, 0.1))
     assert set(draws(logits, 300, temperature=1, top_p=0.5)) == {0}
-    # At temperature 4 the shares are 0.42, 0.35, 0.27 of their sum: two are needed.
+    # At temperature 4 the shares are 0.40, 0.34 and 0.26: two are needed.
     assert set(draws(logits, 300, temperature=4, top_p=0.5)) == {0, 1}
 
 
@@ -180,7 +181,7 @@ def test_frequencies_in_a_nucleus_are_those_of_the_softmax_of_its_tokens() -> No
 
 @given(
     weights=hnp.arrays(
-        np.float32, st.integers(1, 20), elements=st.sampled_from([0.0, 0.25, 1.0, 1e-7])
+        np.float32, st.integers(1, 20), elements=st.sampled_from([0.0, 0.25, 1.0, 2.0**-30])
     ),
     uniform=st.sampled_from([0.0, 0.5, 1 - 2**-53]) | st.floats(0, 1, exclude_max=True),
 )
@@ -214,7 +215,7 @@ def test_other_processes_draw_the_same_tokens() -> None:
     code = (
         "import numpy as np; from hybrid.sampling import Sampler, SamplingParams; "
         "sampler = Sampler(SamplingParams(seed=11, top_k=40)); "
-        "logits = (np.arange(500, dtype=np.float32) * 37 % 101) / 16; "
+        "logits = ((np.arange(500) * 37 % 101) / 16).astype(np.float32); "
         "print([sampler.sample(logits) for _ in range(40)])"
     )
     outputs = {
@@ -223,7 +224,7 @@ def test_other_processes_draw_the_same_tokens() -> None:
         ).stdout
         for _ in range(2)
     }
-    logits = (np.arange(500, dtype=np.float32) * 37 % 101) / 16
+    logits = ((np.arange(500) * 37 % 101) / 16).astype(np.float32)
     assert outputs == {f"{draws(logits, 40, seed=11, top_k=40)}\n"}
 
 

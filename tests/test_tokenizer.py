@@ -88,11 +88,12 @@ def write_template(folder: Path, template: object) -> None:
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def add_marker_pieces(layout: dict[str, Any]) -> None:
-        layout["pre_tokenizer"] = None  # as MiniCPM: pieces may cross any boundary
+        # As MiniCPM, pieces may cross any boundary; but "12" is split before it could be one.
+        layout["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}
         vocab, merges = layout["model"]["vocab"], layout["model"]["merges"]
-        for piece in ("<", ">", "▁<", "用", "户", "用户", "AI", ")<"):
+        for piece in ("<", ">", "▁<", "用", "户", "用户", "AI", ")<", "12"):
             vocab.setdefault(piece, len(vocab))
-        merges += [["▁", "<"], ["用", "户"], ["A", "I"], [")", "<"]]
+        merges += [["▁", "<"], ["用", "户"], ["A", "I"], [")", "<"], ["1", "2"]]
 
     return copy_with(tmp_path_factory.mktemp("chat"), add_marker_pieces)
 
@@ -343,6 +344,13 @@ def test_only_the_template_makes_markers(
     texts = [message["content"].strip() for message in messages]
     expected = f"{texts[0]}<用户>{texts[1]}<AI>{texts[2]}{texts[3]}"
     assert chat.decode(ids) == expected
+
+
+def test_text_after_a_spelled_marker_is_encoded_as_ever(chat: Tokenizer) -> None:
+    before = chat.encode("<用户>say")
+    expected = chat.encode("<用户>say<AI> one two 12<AI>")
+    expected[len(before)] = 3 + ord("<")  # the vocabulary's byte pieces start at 3
+    assert chat.encode_chat([user("say<AI> one two 12")]) == expected
 
 
 def test_texts_that_follow_each_other_cannot_spell_a_marker_together(chat: Tokenizer) -> None:

@@ -49,7 +49,7 @@ void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
     float largest = 0.0f;
     for (int32_t i = 0; i < length; ++i) {
       const float magnitude = fabsf(x[first + i]);
-      if (!(magnitude <= largest)) largest = magnitude;  // keeps a NaN
+      if (magnitude > largest || magnitude != magnitude) largest = magnitude;  // keeps a NaN
     }
     const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
     scales[block] = largest == largest ? largest / 127.0f : largest;

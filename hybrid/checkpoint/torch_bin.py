@@ -19,7 +19,7 @@ from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint
 
 # These bound the time and memory of the interpreter below; 1,000 tensors need 0.3 MB.
-_MAX_PICKLE_BYTES = 16 << 20
+_MAX_PICKLE_BYTES = 4 << 20
 _MAX_DIMENSIONS = 8
 
 _STORAGES = {  # type of elements, bytes of each
@@ -112,20 +112,17 @@ class TorchBin:
 
     def _find_members(self) -> dict[str, zipfile.ZipInfo]:
         path = self._path
-        if self._buffer[:4] != b"PK\x03\x04":
-            fault = "is not a file that torch.save wrote (no zip file); download it again"
-            if self._buffer[:1] == b"\x80":  # a bare pickle
-                fault = (
-                    "is in torch's format from before version 1.6; load it with torch and save it "
-                    "again, or convert it to safetensors"
-                )
-            raise InvalidCheckpoint(f"{path}: {fault}")
+        if self._buffer[:1] == b"\x80":  # a bare pickle
+            raise InvalidCheckpoint(
+                f"{path}: is in torch's format from before version 1.6; load it with torch and "
+                "save it again, or convert it to safetensors"
+            )
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
         except Exception as error:  # a broken zip raises half a dozen types
             raise InvalidCheckpoint(
-                f"{path}: is a broken or cut off zip file ({error}); download it again"
+                f"{path}: is not the whole zip file of torch.save ({error}); download it again"
             ) from error
         by_name = {member.filename: member for member in members}
         if len(by_name) < len(members):

@@ -1,20 +1,15 @@
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.errors import (
     EngineClosed,
-    HybridError,
     InvalidCheckpoint,
     InvalidOption,
     ModelNotFound,
@@ -34,7 +29,6 @@ LAYER_ROLES = {
 }
 Arrays = dict[str, np.ndarray]
 Save = Callable[..., None]
-Damage = Callable[[bytes], bytes]
 
 
 def read_all(checkpoint: Checkpoint) -> Arrays:
@@ -335,71 +329,3 @@ def test_weight_maps_that_are_none(
     save_index(folder / "model.safetensors.index.json", weight_map)
     with pytest.raises(InvalidCheckpoint, match="expected an object weight_map"):
         open_checkpoint(folder)
-
-
-# Random damage: it loads, or it raises a HybridError
-
-
-@st.composite
-def damages(draw: st.DrawFn) -> Damage:
-    """Cut the file, or overwrite bytes, mostly near its ends, where the structure is."""
-    near = st.integers(0, 4000) | st.integers(-3000, -1) | st.integers(0, 2**20)
-    value = st.sampled_from([0, 1, 0x22, 0x2E, 0x30, 0x39, 0x7F, 0x80, 0xFF]) | st.integers(0, 255)
-    edits = draw(st.lists(st.tuples(near, value), max_size=6))
-    cut = draw(st.none() | near)
-
-    def damage(content: bytes) -> bytes:
-        damaged = bytearray(content)
-        for position, byte in edits:
-            damaged[position % len(damaged)] = byte
-        return bytes(damaged if cut is None else damaged[: cut % len(damaged)])
-
-    return damage
-
-
-def loads_or_is_refused(folder: Path) -> None:
-    with contextlib.suppress(HybridError), open_checkpoint(folder) as checkpoint:
-        read_all(checkpoint)
-
-
-@pytest.fixture
-def sound_safetensors(model: Path, arrays: Arrays, save_safetensors: Save) -> bytes:
-    save_safetensors(model / "model.safetensors", arrays, "F16")
-    return (model / "model.safetensors").read_bytes()
-
-
-@pytest.fixture
-def sound_bin(model: Path, arrays: Arrays) -> bytes:
-    (model / "model.safetensors").unlink()
-    save_bin(model / "pytorch_model.bin", arrays, "bfloat16")
-    return (model / "pytorch_model.bin").read_bytes()
-
-
-# The folder is shared by all examples on purpose: each overwrites the one file.
-FUZZ = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@FUZZ
-@given(damage=damages())
-def test_damaged_safetensors(model: Path, sound_safetensors: bytes, damage: Damage) -> None:
-    (model / "model.safetensors").write_bytes(damage(sound_safetensors))
-    loads_or_is_refused(model)
-
-
-@FUZZ
-@given(damage=damages())
-def test_damaged_bin(model: Path, sound_bin: bytes, damage: Damage) -> None:
-    (model / "pytorch_model.bin").write_bytes(damage(sound_bin))
-    loads_or_is_refused(model)
-
-
-@FUZZ
-@given(damage=damages())
-def test_damaged_config(model: Path, config: dict[str, Any], damage: Damage) -> None:
-    (model / "config.json").write_bytes(damage(json.dumps(config).encode()))
-    loads_or_is_refused(model)

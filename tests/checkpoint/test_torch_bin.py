@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import builtins
-import collections
-import os
 import pickle
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +35,6 @@ def rewrite(
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, member in members.items():
             archive.writestr(name, member)
-
-
-def write_pickle(path: Path, program: bytes) -> None:
-    torch.save({"a": torch.ones(2)}, path)
-    rewrite(path, {"data.pkl": program})
 
 
 def test_round_trip_of_what_torch_saves(path: Path) -> None:
@@ -83,85 +74,6 @@ def test_a_modules_state_dict(path: Path) -> None:
         file.tensor("2.weight")
 
 
-class Call:
-    """Pickles to a program that calls `function`."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize(
-    ("function", "argument", "name"),
-    [
-        (os.system, "rmdir '{}'", r"(posix|nt)\.system"),
-        (builtins.eval, "__import__('os').rmdir('{}')", r"(__builtin__|builtins)\.eval"),
-        (shutil.rmtree, "{}", r"shutil\.rmtree"),
-        (torch.storage._load_from_bytes, "{}", r"torch\.storage\._load_from_bytes"),
-        (collections.Counter, "{}", r"collections\.Counter"),
-    ],
-)
-def test_programs_are_refused_by_name_and_not_run(
-    path: Path, function: Callable[..., Any], argument: str, name: str, protocol: int
-) -> None:
-    victim = path.parent / "victim"
-    victim.mkdir()
-    call = Call(function, argument.format(victim))
-    nested = collections.OrderedDict({"a": torch.ones(2), "b": [{"c": (call, 1)}]})
-    for state in (call, {"a": call}, nested):
-        torch.save(state, path, pickle_protocol=protocol)
-        with pytest.raises(InvalidCheckpoint, match=f"asks for '{name}'.*was not run"):
-            TorchBin(path)
-        assert victim.is_dir()
-
-
-@pytest.mark.parametrize(
-    ("program", "message"),
-    [
-        pytest.param(b"\x80\x02(S'id'\nios\nsystem\n.", "operation STRING", id="STRING"),
-        pytest.param(b"\x80\x02(ios\nsystem\n.", "operation INST", id="INST"),
-        pytest.param(b"\x80\x02(o.", "operation OBJ", id="OBJ"),
-        pytest.param(b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ", id="NEWOBJ"),
-        pytest.param(b"\x80\x02\x82\x01.", "operation EXT1", id="EXT1"),
-        pytest.param(b"\x80\x02P1\n.", "operation PERSID", id="PERSID"),
-        pytest.param(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2 x\n.", "asks for", id="spaces"),
-        pytest.param(b"\x80\x02ctorch._utils\nos.system\n.", "asks for", id="dotted name"),
-        pytest.param(b"\x80\x02ccollections\nOrderedDict\n}\x85R.", "arguments", id="dict's pairs"),
-        pytest.param(b"\x80\x02ctorch\nFloatStorage\n)R.", "arguments", id="storage is called"),
-        pytest.param(b"\x80\x02)R.", "broken", id="REDUCE on an empty stack"),
-        pytest.param(b"\x80\x02))R.", "arguments", id="REDUCE of a tuple"),
-        pytest.param(b"\x80\x02K\x01}b.", "broken", id="BUILD of a number"),
-        pytest.param(b"\x80\x02ctorch\nFloatStorage\n}b.", "broken", id="BUILD of a global"),
-        pytest.param(b"\x80\x02K\x01Q.", "reference", id="reference to a number"),
-        pytest.param(b"\x80\x02h\x07.", "broken", id="memo never written"),
-        pytest.param(b"\x80\x02u.", "broken", id="no mark"),
-        pytest.param(b"\x80\x02}K\x01s.", "broken", id="item without a key"),
-        pytest.param(b"\x80\x02})K\x01s.", "broken", id="tuple as a key"),
-        pytest.param(b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.", "broken", id="deep key"),
-        pytest.param(b"\x80\x02)" + b"\x85" * 200_000 + b".", "no dictionary", id="deep nesting"),
-        pytest.param(b"\x80\x02].", "no dictionary", id="a list"),
-        pytest.param(b"\x80\x02}", "broken", id="no STOP"),
-        pytest.param(b"", "broken", id="empty"),
-        pytest.param(b"\x80\x02X\xff\xff\xff\x7fabc.", "broken", id="text beyond the file"),
-        pytest.param(b"\x80\x02" + b"N" * (16 << 20) + b".", "bytes; a description", id="too long"),
-    ],
-)
-def test_broken_and_hostile_pickles(path: Path, program: bytes, message: str) -> None:
-    write_pickle(path, program)
-    with pytest.raises(InvalidCheckpoint, match=message) as raised:
-        TorchBin(path)
-    assert str(raised.value).startswith(str(path))
-
-
-def test_a_huge_memo_index_costs_nothing(path: Path) -> None:
-    write_pickle(path, b"\x80\x02}r\xff\xff\xff\x7f.")
-    with pytest.raises(InvalidCheckpoint, match="has no tensor 'a'"):
-        TorchBin(path).tensor("a")
-
-
 class Described:
     """Pickles like a tensor, with any description."""
 
@@ -181,8 +93,8 @@ class DescribingPickler(pickle._Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Described):
-            arguments = (("a storage", value.storage), *value.rest, False, {})
-            return torch._utils._rebuild_tensor_v2, arguments
+            storage = ("a storage", value.storage)
+            return torch._utils._rebuild_tensor_v2, (storage, *value.rest, False, {})
         return NotImplemented
 
 
@@ -306,8 +218,8 @@ def test_the_format_before_torch_1_6(path: Path) -> None:
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"some text", "no zip file"),
-        (b"PK\x03\x04 and nothing else", "broken or cut off zip"),
+        (b"some text", "not the whole zip file"),
+        (b"PK\x03\x04 and nothing else", "not the whole zip file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-LFS pointer"),
         (b"<!doctype html>", "web page"),
     ],

@@ -1,0 +1,43 @@
+"""Attention in spans, merged as the native session merges them, against the plain oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hybrid.kernels import _native, reference
+
+SPAN = _native.SPAN
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("n_context", [1, 5, 31, 255, 256, 257, 700])
+def test_merged_spans_match_the_oracle(isa, head_dim, n_context):
+    rng = np.random.default_rng(n_context)
+    n_group = 3
+    q = rng.standard_normal((n_group, head_dim)).astype(np.float32)
+    k, v = (rng.standard_normal((2, n_context, head_dim)) * 2).astype(np.float16)
+    scaled = q / np.float32(np.sqrt(head_dim))
+    spans = [
+        _native.attend_span(
+            scaled, k.view(np.uint16), v.view(np.uint16), first, min(first + SPAN, n_context)
+        )
+        for first in range(0, n_context, SPAN)
+    ]
+    largest = np.max([span[0] for span in spans], 0)
+    weights = [np.exp(span[0] - largest) for span in spans]
+    total = sum(weight * span[1] for weight, span in zip(weights, spans, strict=True))
+    merged = sum(weight[:, None] * span[2] for weight, span in zip(weights, spans, strict=True))
+    k32, v32 = k.astype(np.float32)[:, None], v.astype(np.float32)[:, None]
+    expected = reference.attention(q[None], k32, v32, n_context - 1)[0]
+    np.testing.assert_allclose(merged / total[:, None], expected, rtol=0, atol=1e-5)
+
+
+def test_a_dominant_score_does_not_overflow(isa):
+    q = np.full((1, 16), 100.0, np.float32)
+    k = np.zeros((40, 16), np.float16)
+    k[7], k[8] = 100, -100
+    v = np.arange(40, dtype=np.float16)[:, None].repeat(16, 1)
+    largest, total, out = _native.attend_span(q, k.view(np.uint16), v.view(np.uint16), 0, 40)
+    np.testing.assert_allclose(out / total[:, None], 7.0, rtol=1e-6)
+    assert largest[0] == 160000.0

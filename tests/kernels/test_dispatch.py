@@ -1,0 +1,84 @@
+"""Which instruction set runs: what is forced is what is active, and nothing is raised above the CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid import UnsupportedIsa, kernels
+
+CSRC = Path(__file__).parents[2] / "csrc"
+FLAGS = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split(),
+    "avx512_vnni_bf16": (
+        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mavx512vnni -mavx512bf16"
+    ).split(),
+}
+
+
+def run_python(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HYBRID_ISA": isa}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_best_isa_is_the_default():
+    result = run_python("import hybrid; print(hybrid.active_isa())", "")
+    assert result.stdout.strip() == kernels.available_isas()[-1]
+
+
+@pytest.mark.parametrize("cap", kernels.available_isas())
+def test_hybrid_isa_caps_the_choice(cap):
+    result = run_python("import hybrid; print(hybrid.active_isa())", cap)
+    assert result.stdout.strip() == cap, result.stderr
+
+
+def test_a_cap_above_the_cpu_is_no_upgrade():
+    result = run_python("import hybrid; print(hybrid.active_isa())", "avx512_vnni_bf16")
+    assert result.stdout.strip() == kernels.available_isas()[-1]
+
+
+def test_an_unknown_cap_is_an_error_that_names_the_choices():
+    result = run_python("import hybrid", "avx9000")
+    assert result.returncode != 0
+    assert "UnsupportedIsa: HYBRID_ISA='avx9000'" in result.stderr.splitlines()[-1]
+
+
+def test_using_an_unavailable_isa_is_refused_and_changes_nothing():
+    before = kernels.active_isa()
+    with pytest.raises(UnsupportedIsa, match="sse9"), kernels.using_isa("sse9"):
+        pass
+    assert kernels.active_isa() == before
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the C++ sources are not beside the tests")
+@pytest.mark.parametrize("target", FLAGS)
+def test_target_objects_have_no_weak_symbols(target, tmp_path):
+    """A weak symbol compiled with AVX-512 could be the copy that the linker keeps for everyone."""
+    compiler, nm = shutil.which("g++"), shutil.which("nm")
+    if compiler is None or nm is None:
+        pytest.skip("needs g++ and nm")
+    source = CSRC / "kernels" / f"target_{target}.cpp"
+    assert source.exists()
+    for optimisation in ("-O0", "-O3"):
+        object_file = tmp_path / f"{target}{optimisation}.o"
+        subprocess.run(
+            [compiler, "-std=c++17", optimisation, "-w", "-fPIC", *FLAGS[target], "-c", source]
+            + ["-o", object_file],
+            check=True,
+        )
+        symbols = subprocess.run(
+            [nm, object_file], check=True, capture_output=True, text=True
+        ).stdout
+        weak = [line for line in symbols.splitlines() if line.split()[-2] in "WVuw"]
+        assert not weak
+        exported = [line.split()[-1] for line in symbols.splitlines() if line.split()[-2] in "TDRB"]
+        assert len(exported) == 1  # the table

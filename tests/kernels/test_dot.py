@@ -1,0 +1,92 @@
+"""Dot products of packed rows with quantised vectors, on every instruction set and in every format."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numerics import assert_close, quantize_tokens
+
+from hybrid.kernels import Format, _native, reference
+from hybrid.weights.packed import pack_bundles, pack_matrix
+from hybrid.weights.quant import round_weights
+
+
+@given(
+    n_rows=st.integers(1, 23),
+    n_blocks=st.integers(1, 20),
+    n_tokens=st.integers(1, 9),
+    seed=st.integers(0, 2**16),
+    data=st.data(),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_gemm_matches_the_oracle(isa, format, n_rows, n_blocks, n_tokens, seed, data):
+    first = data.draw(st.integers(0, n_rows))
+    last = data.draw(st.integers(first, n_rows))
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((n_rows, 32 * n_blocks), np.float32)
+    x = rng.standard_normal((n_tokens, 32 * n_blocks), np.float32) * 3
+    actual = _native.gemm(pack_matrix(format, w), quantize_tokens(format, x), first, last)
+    w_hat = round_weights(format, w)[first:last]
+    x_hat = reference.round_activation(format, x)
+    assert_close(actual, x_hat @ w_hat.T, scale=np.abs(x_hat) @ np.abs(w_hat).T)
+
+
+@pytest.mark.parametrize("n_cols", [32, 256, 1536, 4096])
+def test_a_result_does_not_depend_on_its_neighbours(isa, format, n_cols):
+    """Rows and tokens are computed in tiles; the tile must not show in the bits."""
+    rng = np.random.default_rng(1)
+    rows = pack_matrix(format, rng.standard_normal((11, n_cols), np.float32))
+    x = quantize_tokens(format, rng.standard_normal((7, n_cols), np.float32))
+    together = _native.gemm(rows, x, 0, 11)
+    for row in range(11):
+        for token in range(7):
+            alone = _native.gemm(rows, x[token : token + 1], row, row + 1)
+            assert alone[0, 0] == together[token, row]
+
+
+def test_integers_are_exact(isa, format):
+    """Whole numbers with scale 1: every order of sums must give the same fp32."""
+    rng = np.random.default_rng(2)
+    w = rng.integers(-3, 4, (9, 352)).astype(np.float32)
+    x = rng.integers(-3, 4, (5, 352)).astype(np.float32)
+    w[:, ::32], x[:, ::32] = 127, -127
+    actual = _native.gemm(pack_matrix(format, w), quantize_tokens(format, x), 0, 9)
+    np.testing.assert_array_equal(actual, x @ w.T)
+
+
+def test_extreme_int8_values_do_not_saturate(isa):
+    w = np.full((4, 256), 127, np.float32) * np.where(np.arange(256) % 2, -1, 1).astype(np.float32)
+    for x in (w[:1], -w[:1], np.abs(w[:1])):
+        actual = _native.gemm(pack_matrix(Format.q8, w), quantize_tokens(Format.q8, x), 0, 4)
+        np.testing.assert_array_equal(actual, x @ w.T)
+
+
+def test_bundled_rows_equal_rows_apart(isa, format):
+    rng = np.random.default_rng(3)
+    up, down = rng.standard_normal((2, 13, 96), np.float32)
+    x = quantize_tokens(format, rng.standard_normal((3, 96), np.float32))
+    for bundled, w in zip(pack_bundles(format, up, down), (up, down), strict=True):
+        np.testing.assert_array_equal(
+            _native.gemm(bundled, x, 0, 13), _native.gemm(pack_matrix(format, w), x, 0, 13)
+        )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_shows(isa, format, bad):
+    """Broken activations must not turn into plausible numbers."""
+    x = np.ones((1, 64), np.float32)
+    x[0, 40] = bad
+    rows = pack_matrix(format, np.ones((1, 64), np.float32))
+    assert not np.isfinite(_native.gemm(rows, quantize_tokens(format, x), 0, 1)).any()
+
+
+def test_bad_arguments_are_refused(format):
+    rows = pack_matrix(format, np.ones((4, 64), np.float32))
+    x = quantize_tokens(format, np.ones((1, 64), np.float32))
+    for first, last in ((-1, 4), (0, 5), (3, 2)):
+        with pytest.raises(ValueError, match="row range"):
+            _native.gemm(rows, x, first, last)
+    with pytest.raises(ValueError, match="quantised vectors"):
+        _native.gemm(rows, x[:, :-1].copy(), 0, 4)

@@ -1,0 +1,89 @@
+"""Quantisation, dequantisation, norms, sums of partials, fp16."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numerics import assert_close
+
+from hybrid.kernels import Format, _native, reference
+from hybrid.weights.packed import pack_matrix
+from hybrid.weights.quant import column_order, pack_rows, round_weights
+
+
+@pytest.mark.parametrize("n", [32, 96, 256, 320, 1536])
+def test_quantize_matches_the_oracle_bit_by_bit(isa, format, n):
+    x = np.random.default_rng(n).standard_normal(n).astype(np.float32) * 5
+    x[:32] = 0.0
+    out = _native.quantize(format, x)
+    padded = _native.padded_cols(format, n)
+    if format is Format.bf16:
+        values = reference.bf16_values(out.view(np.uint16))
+    else:
+        q, rest = out[:padded].view(np.int8), out[padded:]
+        scales = rest[: padded // 8].view(np.float32)
+        corrections = rest[padded // 8 :].view(np.int32)
+        natural = q[column_order(format, padded)].reshape(-1, 32)
+        values = (natural * scales[:, None]).ravel()
+        np.testing.assert_array_equal(corrections, -128 * natural.astype(np.int32).sum(1))
+    np.testing.assert_array_equal(values[:n], reference.round_activation(format, x))
+    assert not values[n:].any()
+
+
+def test_a_block_of_tiny_values_stays_finite(isa):
+    out = _native.quantize(Format.q8, np.full(32, 1e-40, np.float32))
+    assert np.isfinite(out[256:288].view(np.float32)).all()
+
+
+@pytest.mark.parametrize("n_cols", [32, 96, 256, 544])
+def test_dequantize_gives_the_rounded_weights(isa, format, n_cols):
+    w = np.random.default_rng(0).standard_normal((5, n_cols)).astype(np.float32)
+    rows, rounded = pack_matrix(format, w), round_weights(format, w)
+    for row in range(5):
+        np.testing.assert_array_equal(_native.dequantize(rows, row), rounded[row])
+        np.testing.assert_array_equal(_native.dequantize(rows, row, 2.0), rounded[row] * 2)
+
+
+@pytest.mark.parametrize("n", [32, 96, 256, 288, 1536])
+@pytest.mark.parametrize("n_pieces", [1, 16])
+def test_add_partials_sums_pieces_in_index_order(isa, format, n, n_pieces):
+    rng = np.random.default_rng(n)
+    padded = _native.padded_cols(format, n)
+    partials = rng.standard_normal((n_pieces, padded)).astype(np.float32)
+    x = rng.standard_normal(n).astype(np.float32)
+    total = partials[0].copy()
+    for piece in partials[1:]:
+        total += piece
+    expected = x + np.float32(0.3) * total[column_order(format, n)]
+    actual = _native.add_partials(format, partials, 0.3, x)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [32, 96, 1536])
+def test_rms_norm_matches_the_oracle(isa, n):
+    rng = np.random.default_rng(n)
+    x, weight = rng.standard_normal((2, n)).astype(np.float32)
+    actual = _native.rms_norm(x, weight, 1e-5, 0.25)
+    expected = reference.rms_norm(x, weight, 1e-5) * np.float32(0.25)
+    assert_close(actual, expected, scale=np.abs(expected) + 1e-6)
+
+
+def test_to_fp16_rounds_as_numpy_does(isa):
+    rng = np.random.default_rng(0)
+    special = [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e6, -1e6, 6e-8, 2.9e-8, 3.1e-8, 6.1e-5]
+    spread = rng.standard_normal(1000) * np.exp(rng.uniform(-20, 12, 1000))
+    x = np.concatenate([special, [np.inf, -np.inf], spread]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    np.testing.assert_array_equal(_native.to_fp16(x), expected.view(np.uint16))
+    assert np.isnan(_native.to_fp16(np.array([np.nan], np.float32)).view(np.float16)).all()
+
+
+def test_packed_padding_is_zero(format):
+    """A padded column must count for nothing in any kernel."""
+    w = np.random.default_rng(0).standard_normal((3, 96)).astype(np.float32)
+    values, scales = pack_rows(format, w)
+    pad = np.setdiff1d(np.arange(_native.padded_cols(format, 96)), column_order(format, 96))
+    if format is Format.q8:
+        assert (values[:, pad] == 128).all()
+        assert not scales.view(np.float16)[:, 3:].any()

@@ -1,0 +1,86 @@
+"""Small random models as Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import hybrid
+from hybrid.kernels import reference
+
+STORIES = Path(hybrid.__file__).parent / "models" / "stories"
+
+TINY: dict[str, Any] = {
+    "architectures": ["MiniCPMForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 600,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "fatrelu",
+    "hidden_act_param": 0.1,
+    "scale_emb": 3.0,
+    "scale_depth": 1.4,
+    "dim_model_base": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights of such size that activations stay near one; every value is a bf16 value."""
+    rng = np.random.default_rng(seed)
+    hidden, n_neurons = config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+
+    def matrix(n_rows: int, n_cols: int, std: float | None = None) -> np.ndarray:
+        w = rng.standard_normal((n_rows, n_cols), np.float32) * np.float32(std or n_cols**-0.5)
+        return reference.bf16_values(reference.bf16_bits(w))
+
+    def norm() -> np.ndarray:
+        return reference.bf16_values(
+            reference.bf16_bits(rng.uniform(0.5, 1.5, hidden).astype(np.float32))
+        )
+
+    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden, 0.5)}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        tensors |= {
+            at + "input_layernorm.weight": norm(),
+            at + "self_attn.q_proj.weight": matrix(q, hidden),
+            at + "self_attn.k_proj.weight": matrix(kv, hidden),
+            at + "self_attn.v_proj.weight": matrix(kv, hidden),
+            at + "self_attn.o_proj.weight": matrix(hidden, q),
+            at + "post_attention_layernorm.weight": norm(),
+            at + "mlp.gate_proj.weight": matrix(n_neurons, hidden),
+            at + "mlp.up_proj.weight": matrix(n_neurons, hidden),
+            at + "mlp.down_proj.weight": matrix(hidden, n_neurons),
+        }
+    tensors["model.norm.weight"] = norm()
+    is_llama = config["architectures"] != ["MiniCPMForCausalLM"]
+    if not config.get("tie_word_embeddings", not is_llama):
+        tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+    return tensors
+
+
+def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A folder with TINY's config and `changes`, random weights and the bundled model's tokenizer.
+
+    A vocabulary smaller than the tokenizer's gets no tokenizer.
+    """
+    config = {key: value for key, value in (TINY | changes).items() if value is not None}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(random_tensors(config, seed), folder / "model.safetensors")
+    if config["vocab_size"] >= 4096:
+        shutil.copy(STORIES / "tokenizer.json", folder)
+    return folder
