@@ -78,21 +78,27 @@ def test_programs_are_refused_by_name_and_not_run(
         ),
         pytest.param(b"\x80\x02ccollections\nOrderedDict\n}\x85R.", "arguments", id="dict's pairs"),
         pytest.param(b"\x80\x02ctorch\nFloatStorage\n)R.", "arguments", id="storage is called"),
-        pytest.param(b"\x80\x02)R.", "broken", id="REDUCE on an empty stack"),
+        pytest.param(b"\x80\x02)R.", "data.pkl is broken", id="REDUCE on an empty stack"),
         pytest.param(b"\x80\x02))R.", "arguments", id="REDUCE of a tuple"),
-        pytest.param(b"\x80\x02K\x01}b.", "broken", id="BUILD of a number"),
-        pytest.param(b"\x80\x02ctorch\nFloatStorage\n}b.", "broken", id="BUILD of a global"),
+        pytest.param(b"\x80\x02K\x01}b.", "data.pkl is broken", id="BUILD of a number"),
+        pytest.param(
+            b"\x80\x02ctorch\nFloatStorage\n}b.", "data.pkl is broken", id="BUILD of a global"
+        ),
         pytest.param(b"\x80\x02K\x01Q.", "reference", id="reference to a number"),
-        pytest.param(b"\x80\x02h\x07.", "broken", id="memo never written"),
-        pytest.param(b"\x80\x02u.", "broken", id="no mark"),
-        pytest.param(b"\x80\x02}K\x01s.", "broken", id="item without a key"),
-        pytest.param(b"\x80\x02})K\x01s.", "broken", id="tuple as a key"),
-        pytest.param(b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.", "broken", id="deep key"),
+        pytest.param(b"\x80\x02h\x07.", "data.pkl is broken", id="memo never written"),
+        pytest.param(b"\x80\x02u.", "data.pkl is broken", id="no mark"),
+        pytest.param(b"\x80\x02}K\x01s.", "data.pkl is broken", id="item without a key"),
+        pytest.param(b"\x80\x02})K\x01s.", "data.pkl is broken", id="tuple as a key"),
+        pytest.param(
+            b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.", "data.pkl is broken", id="deep key"
+        ),
         pytest.param(b"\x80\x02)" + b"\x85" * 200_000 + b".", "no dictionary", id="deep nesting"),
         pytest.param(b"\x80\x02].", "no dictionary", id="a list"),
-        pytest.param(b"\x80\x02}", "broken", id="no STOP"),
-        pytest.param(b"", "broken", id="empty"),
-        pytest.param(b"\x80\x02X\xff\xff\xff\x7fabc.", "broken", id="text beyond the file"),
+        pytest.param(b"\x80\x02}", "data.pkl is broken", id="no STOP"),
+        pytest.param(b"", "data.pkl is broken", id="empty"),
+        pytest.param(
+            b"\x80\x02X\xff\xff\xff\x7fabc.", "data.pkl is broken", id="text beyond the file"
+        ),
         pytest.param(b"\x80\x02" + b"N" * (4 << 20) + b".", "bytes; a description", id="too long"),
     ],
 )

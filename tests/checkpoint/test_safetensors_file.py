@@ -79,32 +79,43 @@ TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
 TWICE += b'"a":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}'
 
 
+# The library's wording, of 0.4.3 or of 0.8.
+TOO_LARGE = "HeaderTooLarge|header too large"
+TOO_SMALL = "HeaderTooSmall|header too small"
+LENGTH = "InvalidHeaderLength|invalid header length"
+CONTENT = "InvalidHeader|invalid (JSON|UTF-8) in header"
+COVERAGE = "MetadataIncompleteBuffer|file not fully covered"
+OFFSET = "InvalidOffset|invalid offset for tensor"
+SIZE = "TensorInvalidInfo|invalid shape, data type, or offset"
+OVERFLOW = "ValidationOverflow|overflow computing"
+
+
 @pytest.mark.parametrize(
     ("header", "n_data", "n_header", "message"),
     [
-        pytest.param({}, 0, 100_000_001, "(?i)header", id="header over 100 MB"),
-        pytest.param({}, 0, 2**63, "(?i)header", id="header of 2**63"),
-        pytest.param({}, 0, 3, "(?i)header", id="header beyond the file"),
-        pytest.param({"a": entry([2], 0, 8)}, 4, None, "cut off", id="data cut off"),
-        pytest.param({"a": entry([2], 0, 8)}, 12, None, "cut off", id="data left over"),
-        pytest.param({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, None, "b", id="overlap"),
-        pytest.param({"a": entry([2], 0, 8), "b": entry([2], 12, 20)}, 20, None, "b", id="hole"),
-        pytest.param({"a": entry([2], 8, 0)}, 8, None, "a", id="end before begin"),
-        pytest.param({"a": entry([3], 0, 8)}, 8, None, "(?i)invalid", id="shape is not bytes"),
+        pytest.param({}, 0, 100_000_001, TOO_LARGE, id="header over 100 MB"),
+        pytest.param({}, 0, 2**63, TOO_LARGE, id="header of 2**63"),
+        pytest.param({}, 0, 3, LENGTH, id="header beyond the file"),
+        pytest.param({"a": entry([2], 0, 8)}, 4, None, COVERAGE, id="data cut off"),
+        pytest.param({"a": entry([2], 0, 8)}, 12, None, COVERAGE, id="data left over"),
         pytest.param(
-            {"a": entry([2**40, 2**40], 0, 8)}, 8, None, "(?i)overflow", id="shape overflows"
+            {"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, None, OFFSET, id="overlap"
         ),
-        pytest.param({"a": entry([-2], 0, 8)}, 8, None, "(?i)header", id="negative size"),
-        pytest.param({"a": entry([2.0], 0, 8)}, 8, None, "(?i)header", id="fractional size"),
-        pytest.param({"a": entry([2], 0, 8, "F33")}, 8, None, "(?i)header", id="unheard-of type"),
+        pytest.param({"a": entry([2], 0, 8), "b": entry([2], 12, 20)}, 20, None, OFFSET, id="hole"),
+        pytest.param({"a": entry([2], 8, 0)}, 8, None, OFFSET, id="end before begin"),
+        pytest.param({"a": entry([3], 0, 8)}, 8, None, SIZE, id="shape is not bytes"),
+        pytest.param({"a": entry([2**40] * 2, 0, 8)}, 8, None, OVERFLOW, id="shape overflows"),
+        pytest.param({"a": entry([-2], 0, 8)}, 8, None, CONTENT, id="negative size"),
+        pytest.param({"a": entry([2.0], 0, 8)}, 8, None, CONTENT, id="fractional size"),
+        pytest.param({"a": entry([2], 0, 8, "F33")}, 8, None, CONTENT, id="unheard-of type"),
         pytest.param(TWICE, 8, None, "'a' occurs twice", id="name twice"),
-        pytest.param([], 0, None, "(?i)header", id="header is no object"),
-        pytest.param(b"{x", 0, None, "(?i)header", id="header is no JSON"),
-        pytest.param(b"\xff\xfe{}", 0, None, "(?i)header", id="header is no UTF-8"),
-        pytest.param(b'{"a":' + b"[" * 5000, 0, None, "(?i)header", id="header nests deep"),
+        pytest.param([], 0, None, CONTENT, id="header is no object"),
+        pytest.param(b"{x", 0, None, CONTENT, id="header is no JSON"),
+        pytest.param(b"\xff\xfe{}", 0, None, CONTENT, id="header is no UTF-8"),
+        pytest.param(b'{"a":' + b"[" * 5000, 0, None, CONTENT, id="header nests deep"),
     ],
 )
-def test_broken_headers(
+def test_unsound_files(
     path: Path, header: object, n_data: int, n_header: int | None, message: str
 ) -> None:
     write(path, header, n_data, n_header)
@@ -117,7 +128,7 @@ def test_broken_headers(
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"abc", "(?i)header"),
+        (b"abc", TOO_SMALL),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-LFS pointer"),
         (b"\n<!DOCTYPE html><html>not found</html>", "web page"),
         (b"<html><body>not found</body></html>", "web page"),

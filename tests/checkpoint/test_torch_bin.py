@@ -197,12 +197,19 @@ def test_a_member_that_occurs_twice(path: Path) -> None:
         TorchBin(path)
 
 
-def test_a_local_header_that_points_past_the_end(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("position", "damage"),
+    [
+        pytest.param(0, b"PK\x05\x06", id="signature"),
+        pytest.param(28, b"\xff\xff", id="padding that ends beyond the file"),
+    ],
+)
+def test_a_broken_local_header(path: Path, position: int, damage: bytes) -> None:
     torch.save({"a": torch.ones(2)}, path)
     with zipfile.ZipFile(path) as archive:
-        header = archive.getinfo("pytorch_model/data/0").header_offset
+        begin = archive.getinfo("pytorch_model/data/0").header_offset + position
     content = bytearray(path.read_bytes())
-    content[header + 28 : header + 30] = b"\xff\xff"  # the length of its padding
+    content[begin : begin + len(damage)] = damage
     path.write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match="does not lie inside the file"):
         TorchBin(path).tensor("a")

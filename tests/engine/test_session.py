@@ -1,0 +1,225 @@
+"""Native sessions: against the oracle of their format, and equal bits however the work is cut."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_model
+
+from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.engine.cpu_executor import CpuExecutor
+from hybrid.engine.reference_executor import ReferenceSession, read_weights
+from hybrid.kernels import Format, _native
+from hybrid.weights.packed import pack_model
+
+IDS = np.random.default_rng(1).integers(0, 320, 150).astype(np.int32)
+CHUNK = _native.PREFILL_CHUNK
+
+
+def open_executor(
+    folder: Path, format: Format, n_threads: int = 2, n_context: int = 600, orders=None
+) -> CpuExecutor:
+    with open_checkpoint(folder) as checkpoint:
+        model = pack_model(checkpoint, format, neuron_orders=orders)
+        return CpuExecutor(
+            model, checkpoint.config, format, n_threads=n_threads, n_context=n_context
+        )
+
+
+def decode_all(executor: CpuExecutor, ids: np.ndarray) -> np.ndarray:
+    session = executor.open_session()
+    logits = []
+    for token in ids:
+        session.decode(int(token))
+        logits.append(session.logits.copy())
+    return np.array(logits)
+
+
+VARIANTS = {
+    "minicpm": {},
+    "relu": {"hidden_act": "relu", "hidden_act_param": None},
+    "silu": {"hidden_act": "silu", "hidden_act_param": None},
+    "untied": {"tie_word_embeddings": False},
+    "mha": {"num_key_value_heads": 6},
+    "odd sizes": {"head_dim": 48, "intermediate_size": 131, "vocab_size": 333},
+    "few neurons": {"intermediate_size": 7},
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "relu",
+        "hidden_act_param": None,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+    },
+}
+
+
+def assert_close_to_oracle(actual: np.ndarray, expected: np.ndarray) -> None:
+    """For (sequences, vocab) logits, one row a sequence.
+
+    Sums in another order move an activation across a rounding step now and then, which shows in the logits of that
+    sequence; where it happened to none, only the order of sums remains.
+    """
+    error = np.abs(actual - expected).max(-1) / expected.std()
+    assert error.max() < 0.1
+    assert np.mean(error < 1e-5) > 0.5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_match_the_format_oracle(tmp_path, isa, format, variant):
+    folder = write_model(tmp_path, **VARIANTS[variant])
+    executor = open_executor(folder, format)
+    actual, expected = [], []
+    with open_checkpoint(folder) as checkpoint:
+        weights = read_weights(checkpoint, format)
+        for ids in IDS.reshape(-1, 3):
+            reference = ReferenceSession(weights, checkpoint.config, format)
+            expected.append(reference.prefill(ids)[-1])
+            session = executor.open_session()
+            session.prefill(ids)
+            actual.append(session.logits.copy())
+    assert_close_to_oracle(np.array(actual), np.array(expected))
+
+
+@pytest.mark.parametrize("n", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 150])
+def test_prefill_equals_decode_bit_by_bit(tmp_path, isa, format, n):
+    executor = open_executor(write_model(tmp_path), format)
+    session = executor.open_session()
+    prefilled = session.prefill(IDS[:n], all_logits=True)
+    decoded = decode_all(executor, IDS[:n])
+    np.testing.assert_array_equal(prefilled, decoded)
+    np.testing.assert_array_equal(session.logits, decoded[-1])
+    assert session.position == n
+
+
+def test_threads_do_not_change_a_bit(tmp_path, isa, format):
+    folder = write_model(tmp_path)
+    results = []
+    for n_threads in (1, 2, 3, 8):
+        executor = open_executor(folder, format, n_threads)
+        session = executor.open_session()
+        prefilled = session.prefill(IDS, all_logits=True)
+        results.append((prefilled, decode_all(executor, IDS[:40]), session.active_counts))
+    for prefilled, decoded, active in results[1:]:
+        np.testing.assert_array_equal(prefilled, results[0][0])
+        np.testing.assert_array_equal(decoded, results[0][1])
+        assert active == results[0][2]
+
+
+def test_neuron_order_leaves_the_logits(tmp_path, format):
+    folder = write_model(tmp_path)
+    rng = np.random.default_rng(2)
+    straight = open_executor(folder, format)
+    permuted = open_executor(folder, format, orders=[rng.permutation(200) for _ in range(2)])
+    actual, expected = [], []
+    for ids in IDS.reshape(-1, 3):
+        for executor, logits in ((straight, expected), (permuted, actual)):
+            session = executor.open_session()
+            session.prefill(ids)
+            logits.append(session.logits.copy())
+    assert_close_to_oracle(np.array(actual), np.array(expected))
+
+
+def test_active_counts_are_the_oracles(tmp_path, format):
+    folder = write_model(tmp_path)
+    with open_checkpoint(folder) as checkpoint:
+        reference = ReferenceSession(read_weights(checkpoint, format), checkpoint.config, format)
+        reference.prefill(IDS)
+    session = open_executor(folder, format).open_session()
+    session.prefill(IDS)
+    expected = [int(active.sum()) for active in reference.active]
+    assert session.active_counts == pytest.approx(expected, rel=2e-3)
+    session.reset_active_counts()
+    assert session.active_counts == [0, 0]
+
+
+def test_truncate_returns_to_an_earlier_position(tmp_path):
+    executor = open_executor(write_model(tmp_path), Format.q8)
+    session = executor.open_session()
+    session.prefill(IDS[:70])
+    session.truncate(20)
+    session.prefill(IDS[100:130])
+    fresh = executor.open_session()
+    fresh.prefill(np.concatenate([IDS[:20], IDS[100:130]]))
+    np.testing.assert_array_equal(session.logits, fresh.logits)
+    with pytest.raises(ValueError, match="beyond"):
+        session.truncate(51)
+
+
+def test_long_context_spans_match_the_oracle(tmp_path):
+    """Over several attention spans, and to the last position of the context."""
+    folder = write_model(tmp_path, hidden_act="silu", hidden_act_param=None)
+    ids = np.random.default_rng(3).integers(0, 320, 600).astype(np.int32)
+    with open_checkpoint(folder) as checkpoint:
+        weights = read_weights(checkpoint, Format.bf16)
+        expected = ReferenceSession(weights, checkpoint.config, Format.bf16).prefill(ids)
+    executor = open_executor(folder, Format.bf16)
+    session = executor.open_session()
+    actual = session.prefill(ids, all_logits=True)
+    assert np.median(np.abs(actual - expected)) < 5e-3 * expected.std()
+    with pytest.raises(ValueError, match="full"):
+        session.decode(5)
+    resumed = executor.open_session()
+    resumed.prefill(ids[:590])
+    for token in ids[590:]:
+        resumed.decode(int(token))
+    np.testing.assert_array_equal(resumed.logits, actual[-1])
+
+
+def test_sessions_on_several_threads_do_not_disturb_each_other(tmp_path):
+    executor = open_executor(write_model(tmp_path), Format.q8, n_threads=3)
+    sequences = [np.roll(IDS, shift) for shift in range(4)]
+    expected = [decode_all(executor, ids) for ids in sequences]
+    results: list[np.ndarray | None] = [None] * 4
+
+    def work(index: int) -> None:
+        results[index] = decode_all(executor, sequences[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for actual, wanted in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+
+
+def test_a_session_outlives_its_executor(tmp_path):
+    executor = open_executor(write_model(tmp_path), Format.q8)
+    expected = decode_all(executor, IDS[:5])
+    session = executor.open_session()
+    del executor
+    for token, logits in zip(IDS[:5], expected, strict=True):
+        session.decode(int(token))
+        np.testing.assert_array_equal(session.logits, logits)
+
+
+def test_bad_tokens_are_refused(tmp_path):
+    session = open_executor(write_model(tmp_path), Format.q8).open_session()
+    for token in (-1, 320):
+        with pytest.raises(ValueError, match="vocabulary"):
+            session.decode(token)
+        with pytest.raises(ValueError, match="vocabulary"):
+            session.prefill(np.array([1, token], np.int32))
+    with pytest.raises(ValueError, match="n > 0"):
+        session.prefill(np.array([], np.int32))
+    assert session.position == 0
+
+
+def test_opening_and_closing_leaks_no_memory_and_no_threads(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    folder, process = write_model(tmp_path), psutil.Process()
+
+    def cycle() -> None:
+        session = open_executor(folder, Format.q8, n_threads=3).open_session()
+        session.prefill(IDS)
+
+    for _ in range(5):
+        cycle()
+    threads, rss = process.num_threads(), process.memory_info().rss
+    for _ in range(50):
+        cycle()
+    assert process.num_threads() == threads
+    assert process.memory_info().rss < rss + 8e6
