@@ -104,13 +104,10 @@ def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
     activation = _activation(fields)
     embedding_scale = residual_scale = logit_scale = 1.0
     if family == "minicpm":
+        # Where a key is absent the value is 1, as in the model's own configuration class.
         embedding_scale = fields.number("scale_emb", 1.0)
-        # No published model lacks these two. The family's own class would then assume a base width
-        # and a depth scale of 1; we take their absence to mean that the model has no such scaling.
-        if config.get("scale_depth") is not None:
-            residual_scale = fields.number("scale_depth") / math.sqrt(n_layers)
-        if config.get("dim_model_base") is not None:
-            logit_scale = fields.number("dim_model_base") / hidden_size
+        residual_scale = fields.number("scale_depth", 1.0) / math.sqrt(n_layers)
+        logit_scale = fields.number("dim_model_base", 1.0) / hidden_size
     return ModelConfig(
         family=family,
         vocab_size=vocab_size,

@@ -15,7 +15,7 @@ from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.generation import Generation
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidCheckpoint, InvalidOption
-from hybrid.kernels import Format
+from hybrid.kernels import Format, Session
 from hybrid.sampling import Sampler, SamplingParams
 from hybrid.tokenizer import ChatMessage, Tokenizer
 from hybrid.weights.packed import pack_model
@@ -84,9 +84,6 @@ class Engine:
         stand. Sampling options that are None take the model's own defaults; temperature 0 is greedy. Work begins with
         the first iteration. Raises InvalidOption, ContextOverflow, EngineClosed.
         """
-        executor = self._executor
-        if executor is None:
-            raise EngineClosed("the engine is closed; load the model again")
         defaults = self.default_sampling
         params = SamplingParams(
             temperature=defaults.temperature if temperature is None else temperature,
@@ -96,7 +93,7 @@ class Engine:
         )
         max_tokens = _checked_count("max_tokens", max_tokens, max_tokens, None)
         return Generation(
-            executor.open_session(),
+            self.open_session(),
             self.tokenizer,
             Sampler(params),
             self._checked_prompt(prompt, raw=raw),
@@ -104,6 +101,12 @@ class Engine:
             eos_ids=self.config.eos_ids,
             n_neurons=self.config.n_layers * self.config.n_neurons,
         )
+
+    def open_session(self) -> Session:
+        """A native session of its own KV cache: token ids in, logits out. What `generate` stands on."""
+        if self._executor is None:
+            raise EngineClosed("the engine is closed; load the model again")
+        return self._executor.open_session()
 
     def close(self) -> None:
         """Give back weights and threads as soon as running generations have ended."""

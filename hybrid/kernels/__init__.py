@@ -34,6 +34,7 @@ def available_isas() -> list[str]:
 
 
 def active_isa() -> str:
+    """The instruction set in use, such as "avx2"."""
     return _native.active_isa()
 
 

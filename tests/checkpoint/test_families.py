@@ -100,8 +100,8 @@ def test_llama_has_no_scales_and_no_tied_head(config: dict[str, Any]) -> None:
         ({"tie_word_embeddings": False}, {"has_tied_head": False}),
         ({**LLAMA, "tie_word_embeddings": True}, {"has_tied_head": True}),
         ({"scale_emb": ABSENT}, {"embedding_scale": 1.0}),
-        ({"scale_depth": ABSENT}, {"residual_scale": 1.0}),
-        ({"dim_model_base": ABSENT}, {"logit_scale": 1.0}),
+        ({"scale_depth": ABSENT}, {"residual_scale": 1 / math.sqrt(2)}),
+        ({"dim_model_base": ABSENT}, {"logit_scale": 1 / 32}),
         ({"rope_theta": 5e5}, {"rope_theta": 5e5}),
         ({"rope_scaling": {"type": "default"}}, {"rope_theta": 1e4}),
         (

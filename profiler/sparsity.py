@@ -1,0 +1,61 @@
+"""How sparse is a model on a text? Prints the share of inactive FFN neurons, layer by layer.
+
+    python -m profiler.sparsity -m stories --text stories.txt
+
+The text is run through the native engine in windows of the context, each from an empty KV cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid import Engine, HybridError, load
+
+
+@dataclass(frozen=True, slots=True)
+class SparsityReport:
+    n_tokens: int
+    sparsity: NDArray[np.float64]  # (n_layers,) share of inactive neurons
+
+
+def measure_sparsity(engine: Engine, ids: list[int], *, window: int | None = None) -> SparsityReport:
+    """Run `ids` through the model in windows of at most `window` tokens (the context). Raises ValueError if empty."""
+    if not ids:
+        raise ValueError("no tokens to measure on")
+    window = min(window or engine.n_context, engine.n_context)
+    counts = np.zeros(engine.config.n_layers, np.int64)
+    for first in range(0, len(ids), window):
+        session = engine.open_session()
+        session.prefill(np.asarray(ids[first : first + window], np.int32))
+        counts += session.active_counts
+    return SparsityReport(len(ids), 1.0 - counts / (len(ids) * engine.config.n_neurons))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="profiler.sparsity", description=__doc__.split("\n")[0])
+    parser.add_argument("-m", "--model", default="stories")
+    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
+    parser.add_argument("--quant", choices=("q8", "bf16"), default="q8")
+    parser.add_argument("-t", "--threads", type=int)
+    args = parser.parse_args(arguments)
+    try:
+        text = args.text.read_text(encoding="utf-8")
+        with load(args.model, threads=args.threads, quant=args.quant) as engine:
+            report = measure_sparsity(engine, engine.tokenizer.encode(text))
+    except (HybridError, OSError, UnicodeDecodeError) as error:
+        print(f"profiler.sparsity: {error}", file=sys.stderr)
+        return 1
+    for layer, sparsity in enumerate(report.sparsity):
+        print(f"layer {layer:3}  {sparsity:.4f}")
+    print(f"mean       {report.sparsity.mean():.4f}   over {report.n_tokens} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Imports go one way: predictors ← hybrid ← profiler, and within hybrid from the later layers to the earlier."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hybrid
+
+PACKAGES = Path(hybrid.__file__).parents[1]
+
+# A module may import from its own layer and from those before it.
+LAYERS = [
+    ["hybrid.errors", "hybrid.model_config"],
+    ["hybrid.kernels"],
+    ["hybrid.checkpoint", "hybrid.weights"],
+    ["hybrid.tokenizer", "hybrid.sampling"],
+    ["hybrid.engine"],
+    ["hybrid.checksum", "hybrid.download", "hybrid.catalog"],
+    ["hybrid.loading"],
+    ["hybrid"],  # the public names
+    ["hybrid.run"],
+]
+FRONT_ENDS = ["hybrid.run"]
+FRONT_END_IMPORTS = {"hybrid", "hybrid.catalog", "hybrid.engine.engine"}
+
+
+def layer_of(module: str) -> int:
+    name = module
+    while name:
+        for index, names in enumerate(LAYERS):
+            if name in names and (name != "hybrid" or module == "hybrid"):
+                return index
+        name = name.rpartition(".")[0]
+    pytest.fail(f"{module} belongs to no layer: add it to LAYERS")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGES).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> list[str]:
+    """Modules of ours that a file imports anywhere; `from package import module` counts as the module."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = (PACKAGES / inner.replace(".", "/")).with_suffix(".py").exists()
+                names.append(inner if is_module else str(node.module))
+    return [n for n in names if n.partition(".")[0] in ("hybrid", "predictors", "profiler", "torch")]
+
+
+FILES = sorted((PACKAGES / "hybrid").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_hybrid_imports_only_earlier_layers(path):
+    module = module_name(path)
+    for imported in imports_of(path):
+        assert imported.partition(".")[0] == "hybrid", f"{module} imports {imported}"
+        if imported != module:
+            assert layer_of(imported) <= layer_of(module), f"{module} imports {imported}"
+
+
+def test_front_ends_use_public_names_and_the_catalog():
+    for name in FRONT_ENDS:
+        path = (PACKAGES / name.replace(".", "/")).with_suffix(".py")
+        assert set(imports_of(path)) <= FRONT_END_IMPORTS
+
+
+def test_predictors_never_import_hybrid():
+    for path in (PACKAGES / "predictors").rglob("*.py"):
+        assert {name.partition(".")[0] for name in imports_of(path)} <= {"predictors", "torch"}
+
+
+def test_only_the_profiler_imports_the_profiler():
+    for folder in ("hybrid", "predictors"):
+        for path in (PACKAGES / folder).rglob("*.py"):
+            assert not any(name.startswith("profiler") for name in imports_of(path))

@@ -1,0 +1,252 @@
+"""The command line: what a user sees, and what a user does wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import STORIES, write_model
+
+from hybrid import run
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+def hybrid_run(*arguments: str | Path, stdin: bytes = b"", **environment: str) -> Result:
+    completed = subprocess.run(
+        [sys.executable, "-m", "hybrid.run", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    return Result(completed.returncode, completed.stdout.decode(), completed.stderr.decode())
+
+
+def test_a_story_goes_to_stdout_and_one_closing_line_to_stderr():
+    result = hybrid_run("-p", "Once upon a time", "-n", "30", "--seed", "1")
+    assert result.code == 0
+    assert result.out.startswith("Once upon a time")
+    assert len(result.out) > 60
+    (line,) = result.err.splitlines()
+    assert re.fullmatch(
+        r"\[prompt 5 tokens, [\d.]+ tok/s \| generated 30 tokens, [\d.]+ tok/s \| "
+        r"[\d.]+% of FFN neurons active \| memory \d+ MB \| q8, \d+ threads, seed 1 \| "
+        r"stopped: --max-tokens reached\]",
+        line,
+    )
+
+
+def test_the_same_seed_writes_the_same_text_on_any_number_of_threads():
+    texts = {hybrid_run("-p", "A dog", "-n", "40", "--seed", "5", "-t", t).out for t in "123"}
+    assert len(texts) == 1
+
+
+def test_the_prompt_may_come_from_a_file_or_standard_input(tmp_path):
+    path = tmp_path / "a prompt; with 'odd' name.txt"
+    path.write_text("The cat\n", encoding="utf-8")
+    options = ("-n", "10", "--temp", "0")
+    expected = hybrid_run("-p", "The cat", *options)
+    assert hybrid_run("-f", path, *options).out == expected.out
+    assert hybrid_run("-f", "-", *options, stdin=b"The cat\n").out == expected.out
+
+
+def test_a_full_context_is_said():
+    result = hybrid_run("-p", "Once upon a time", "-c", "10", "-n", "50", "--seed", "1")
+    assert result.code == 0
+    assert "stopped: the context is full" in result.err
+
+
+def test_a_dense_model_is_said(tmp_path):
+    folder = write_model(tmp_path, vocab_size=4096, hidden_act="silu", hidden_act_param=None)
+    result = hybrid_run("-m", folder, "-n", "3")
+    assert result.code == 0
+    assert "note: this model's activation is SiLU" in result.err
+    assert "100.0% of FFN neurons active" in result.err
+
+
+def test_text_arrives_while_it_is_written(monkeypatch, capfd):
+    """Every piece is flushed at once: a reader sees the story grow."""
+    pieces: list[str] = []
+
+    class Recorder(io.TextIOWrapper):
+        def flush(self) -> None:
+            super().flush()
+            pieces.append(self.buffer.getvalue().decode())  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(sys, "stdout", Recorder(io.BytesIO(), encoding="utf-8"))
+    assert run.main(["-p", "Once upon a time", "-n", "12", "--seed", "1"]) == 0
+    assert len({piece for piece in pieces if piece}) >= 12
+
+
+def test_many_byte_characters_are_never_split(tmp_path):
+    """Random weights write random bytes: what is printed must be valid UTF-8 all the same."""
+    folder = write_model(tmp_path, vocab_size=4096)
+    completed = subprocess.run(
+        [sys.executable, "-m", "hybrid.run", "-m", folder, "-p", "héllo 用户 🙂", "-n", "200"]
+        + ["--temp", "3", "--seed", "1"],
+        capture_output=True,
+        check=True,
+    )
+    assert completed.stdout.decode("utf-8").startswith("héllo 用户 🙂")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temp", "nan"], "temperature"),
+        (["--temp", "-1"], "temperature"),
+        (["--temp", "hot"], "--temp"),
+        (["--top-p", "0"], "top_p"),
+        (["--top-k", "-3"], "top_k"),
+        (["-n", "0"], "max_tokens"),
+        (["-n", "-5"], "max_tokens"),
+        (["-t", "0"], "threads"),
+        (["-t", "99999"], "threads"),
+        (["-c", "0"], "context_size"),
+        (["-c", "99999"], "context_size: expected an integer from 1 to 512, found 99999"),
+        (["--seed", "-1"], "seed"),
+        (["--quant", "q3"], "--quant"),
+        (["--colour", "red"], "--colour"),
+        (["-p", "a", "-f", "b"], "not allowed with"),
+        (["-f", "/no/such/file"], "No such file"),
+        (["-f", "/"], "directory"),
+    ],
+)
+def test_bad_options_give_one_clear_line_and_code_2(arguments, message):
+    result = hybrid_run(*arguments)
+    assert result.code == 2
+    assert message in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+def test_a_prompt_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "binary"
+    path.write_bytes(b"ok \xff\xfe")
+    result = hybrid_run("-f", path)
+    assert result.code == 2
+    assert "not UTF-8 text (byte 3 is 0xff)" in result.err
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def change_activation(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("fatrelu", "gelu"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_config, "config.json"),
+        (remove_weights, "model.safetensors"),
+        (truncate_weights, "model.safetensors"),
+        (remove_tokenizer, "tokenizer.json"),
+        (change_activation, "gelu"),
+    ],
+)
+def test_broken_model_folders_give_one_clear_line_and_code_1(tmp_path, damage, message):
+    folder = write_model(tmp_path, vocab_size=4096)
+    damage(folder)
+    result = hybrid_run("-m", folder)
+    assert result.code == 1
+    (line,) = result.err.splitlines()
+    assert message in line
+    assert result.out == ""
+
+
+@pytest.mark.parametrize("name", ["./no-such-folder", "storys", "", "a/b/c"])
+def test_models_that_do_not_exist(name):
+    result = hybrid_run("-m", name, "--offline")
+    assert result.code in (1, 2)
+    assert "Traceback" not in result.err
+    assert result.err.startswith("hybrid.run: ")
+
+
+def test_a_name_that_is_not_here_says_what_to_do(tmp_path):
+    result = hybrid_run("-m", "MiniCPM-S-1B", "--offline", HF_HOME=str(tmp_path))
+    assert result.code == 1
+    assert "openbmb/MiniCPM-S-1B-sft" in result.err
+    assert "-m" in result.err
+
+
+def test_ctrl_c_ends_with_a_closing_line_and_code_130(tmp_path):
+    # A model without an end-of-text token writes until the context is full.
+    folder = write_model(tmp_path, vocab_size=4096, max_position_embeddings=200000, eos_token_id=None)
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"bos_token_id": 1', '"bos_token_id": 1, "eos_token_id": null')
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hybrid.run", "-m", folder, "-n", "1000000", "-c", "200000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().startswith("[prompt 1 tokens")
+
+
+def test_a_closed_pipe_is_no_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hybrid.run", "-n", "400", "--temp", "3", "--seed", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    assert b"Traceback" not in process.stderr.read()
+    process.wait(timeout=60)
+
+
+def test_help_lists_the_models():
+    result = hybrid_run("--help")
+    assert result.code == 0
+    for name in ("stories", "MiniCPM-S-1B", "ProSparse-7B", "--ctx-size", "--seed"):
+        assert name in result.out
+
+
+def test_the_console_script_is_the_same_program():
+    script = Path(sys.executable).with_name("hybrid-run")
+    if not script.exists():
+        pytest.skip("the package is not installed beside this Python")
+    completed = subprocess.run([script, "-n", "3"], capture_output=True, text=True, check=True)
+    assert completed.stderr.startswith("[prompt 1 tokens")
+
+
+def test_the_bundled_model_is_in_the_package():
+    assert {path.name for path in STORIES.iterdir()} >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
