@@ -1,10 +1,10 @@
 """hybrid: runs ReLU-sparse language models fast on ordinary PCs.
 
-    import hybrid
+import hybrid
 
-    with hybrid.load("stories") as engine:
-        for piece in engine.generate("Once upon a time"):
-            print(piece, end="", flush=True)
+with hybrid.load("stories") as engine:
+    for piece in engine.generate("Once upon a time"):
+        print(piece, end="", flush=True)
 """
 
 from hybrid.engine.engine import Engine

@@ -1,10 +1,10 @@
 """Every exception that hybrid raises for a user's mistake or a broken file.
 
     HybridError
-    ├── ModelNotFound        no such name or folder, or it is not on this machine and cannot be fetched
+    ├── ModelNotFound        no such name or folder, or not here and not to be fetched
     ├── DownloadFailed       a file could not be fetched, or what came does not match its checksum
     ├── InvalidCheckpoint    a model's files are broken, incomplete or contradict each other
-    ├── UnsupportedModel     a sound model that this engine does not run: it names what is unsupported
+    ├── UnsupportedModel     a sound model that this engine does not run
     ├── UnsupportedIsa       an instruction set that this CPU or this build lacks
     ├── InvalidOption        an option's value is out of range (also a ValueError)
     ├── ContextOverflow      the prompt does not fit into the context

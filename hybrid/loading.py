@@ -18,9 +18,10 @@ def load(
 ) -> Engine:
     """Load a model and return its Engine.
 
-    `model` is a name from the catalog ("stories" is bundled), a Hugging Face repo id, or a folder; names are fetched
-    where they are not on this machine, unless `offline`. `threads` defaults to the physical cores, `context_size` (in
-    tokens) to 4096 or what the model was trained for. `quant`: "q8" or "bf16".
+    `model` is a name from the catalog ("stories" is bundled), a Hugging Face repo id, or a folder;
+    names are fetched where they are not on this machine, unless `offline`. `threads` defaults to
+    the physical cores, `context_size` (in tokens) to 4096 or what the model was trained for.
+    `quant`: "q8" or "bf16".
 
     Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, UnsupportedModel, InvalidOption.
     """

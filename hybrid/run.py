@@ -4,13 +4,16 @@
     python -m hybrid.run -m MiniCPM-S-1B -p "Why is the sky blue?" -n 200
     python -m hybrid.run -m ./my-model -f prompt.txt --temp 0 --raw
 
-Text goes to standard output as it is written; everything else, the closing line with speeds included, to standard
-error. Exit code: 0 done, 1 a model or file could not be used, 2 a bad option, 130 interrupted.
+Text goes to standard output as it is written; everything else, the closing line with speeds
+included, to standard error. Exit code: 0 done, 1 a model or file could not be used, 2 a bad option,
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from pathlib import Path
 
@@ -61,7 +64,8 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise InvalidOption(f"--file {args.file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InvalidOption(
-            f"--file {args.file}: not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x})"
+            f"--file {args.file}: not UTF-8 text "
+            f"(byte {error.start} is 0x{error.object[error.start]:02x})"
         ) from error
 
 
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"note: {notice}", file=sys.stderr)
         if not engine.config.is_sparse:
             print(
-                "note: this model's activation is SiLU: no neuron is ever zero, so nothing can be skipped",
+                "note: this model's activation is SiLU: no neuron is ever zero, so none is skipped",
                 file=sys.stderr,
             )
         generation = engine.generate(
@@ -123,8 +127,9 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character must not end the program.
-        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character must not end the program.
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         return run(parse_arguments(arguments))
     except InvalidOption as error:
@@ -137,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader has gone (`| head`): nobody is left to tell. Keep Python from trying at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
         return 1
     except MemoryError:
         print("hybrid.run: out of memory; try --quant q8 or a smaller --ctx-size", file=sys.stderr)

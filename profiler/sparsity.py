@@ -24,8 +24,12 @@ class SparsityReport:
     sparsity: NDArray[np.float64]  # (n_layers,) share of inactive neurons
 
 
-def measure_sparsity(engine: Engine, ids: list[int], *, window: int | None = None) -> SparsityReport:
-    """Run `ids` through the model in windows of at most `window` tokens (the context). Raises ValueError if empty."""
+def measure_sparsity(
+    engine: Engine, ids: list[int], *, window: int | None = None
+) -> SparsityReport:
+    """Run `ids` through the model in windows of at most `window` tokens (the context). Raises
+    ValueError if empty.
+    """
     if not ids:
         raise ValueError("no tokens to measure on")
     window = min(window or engine.n_context, engine.n_context)

@@ -1,4 +1,6 @@
-"""Imports go one way: predictors ← hybrid ← profiler, and within hybrid from the later layers to the earlier."""
+"""Imports go one way: predictors ← hybrid ← profiler, and within hybrid from the later layers to
+the earlier.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def module_name(path: Path) -> str:
 
 
 def imports_of(path: Path) -> list[str]:
-    """Modules of ours that a file imports anywhere; `from package import module` counts as the module."""
+    """Modules of ours that a file imports anywhere; `from package import module` counts as the
+    module.
+    """
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -54,7 +58,9 @@ def imports_of(path: Path) -> list[str]:
                 inner = f"{node.module}.{alias.name}"
                 is_module = (PACKAGES / inner.replace(".", "/")).with_suffix(".py").exists()
                 names.append(inner if is_module else str(node.module))
-    return [n for n in names if n.partition(".")[0] in ("hybrid", "predictors", "profiler", "torch")]
+    return [
+        n for n in names if n.partition(".")[0] in ("hybrid", "predictors", "profiler", "torch")
+    ]
 
 
 FILES = sorted((PACKAGES / "hybrid").rglob("*.py"))

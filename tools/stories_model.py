@@ -1,11 +1,12 @@
 """The story model as a torch module: MiniCPM-S's architecture at a few million parameters.
 
-Owns the mathematics of training only; `train_stories.py` owns data, schedule and files. The engine never
-imports this: it reads the Hugging Face folder that `state_dict_for_export` fills.
+Owns the mathematics of training only; `train_stories.py` owns data, schedule and files. The engine
+never imports this: it reads the Hugging Face folder that `state_dict_for_export` fills.
 
-Architecture: MiniCPM (https://arxiv.org/abs/2404.06395): embeddings times `scale_emb`, every residual branch
-times `scale_depth / sqrt(n_layers)`, logits from `h / (hidden_size / dim_model_base)` through the tied
-embedding. FFN: `down(fatrelu(gate x) * up x)`, FATReLU as in ProSparse (https://arxiv.org/abs/2402.13516).
+Architecture: MiniCPM (https://arxiv.org/abs/2404.06395): embeddings times `scale_emb`, every
+residual branch times `scale_depth / sqrt(n_layers)`, logits from `h / (hidden_size /
+dim_model_base)` through the tied embedding. FFN: `down(fatrelu(gate x) * up x)`, FATReLU as in
+ProSparse (https://arxiv.org/abs/2402.13516).
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ class Stories(nn.Module):
                 nn.init.normal_(parameter, std=1.0 / math.sqrt(parameter.shape[1]))
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean cross-entropy, mean |activation| and active fraction per layer, for ids (batch, length)."""
+        """Mean cross-entropy, mean |activation| and active fraction per layer, for ids (batch,
+        length).
+        """
         config = self.config
         inverse = config.rope_theta ** (
             -torch.arange(0, config.head_dim, 2, device=ids.device) / config.head_dim

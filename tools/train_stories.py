@@ -1,15 +1,18 @@
-"""Train the bundled story model: a small ReLU-sparse language model of MiniCPM-S's own architecture.
+"""Train the bundled story model: a small ReLU-sparse language model of MiniCPM-S's own
+architecture.
 
     python tools/train_stories.py --data TEXTS --work RUN --export hybrid/models/stories
-    python tools/train_stories.py --data TEXTS --work TWIN --dense        # the twin without sparsity terms
+    python tools/train_stories.py --data TEXTS --work TWIN --dense  # the twin: no sparsity terms
 
-Recipe, in the spirit of ProSparse (https://arxiv.org/abs/2402.13516): ReLU gate from the start; an L1 term on
-the FFN activations whose factor rises smoothly, steered so that sparsity follows a cosine ramp to
-`--target-sparsity`; then a FATReLU threshold, the largest that costs less than `THRESHOLD_COST` of held-out
-loss, with which training ends. Schedule: warm-up, stable, linear decay. Optimiser: Muon for the matrices
-(https://kellerjordan.github.io/posts/muon), AdamW for embedding and norms.
+Recipe, in the spirit of ProSparse (https://arxiv.org/abs/2402.13516): ReLU gate from the start; an
+L1 term on the FFN activations whose factor rises smoothly, steered so that sparsity follows a
+cosine ramp to `--target-sparsity`; then a FATReLU threshold, the largest that costs less than
+`THRESHOLD_COST` of held-out loss, with which training ends. Schedule: warm-up, stable, linear
+decay. Optimiser: Muon for the matrices (https://kellerjordan.github.io/posts/muon), AdamW for
+embedding and norms.
 
-Seeded; resumes from `--work` by itself. `curves.csv` there holds one row an evaluation. Needs the `train` extra.
+Seeded; resumes from `--work` by itself. `curves.csv` there holds one row an evaluation. Needs the
+`train` extra.
 """
 
 from __future__ import annotations
@@ -26,7 +29,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from stories_model import Stories, StoriesConfig
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 TRAIN_FILES = (
@@ -65,7 +77,7 @@ def letters(story: str) -> str:
 
 
 def train_tokenizer(stories: list[str], vocab_size: int) -> Tokenizer:
-    """BPE with byte fallback, normalised as MiniCPM's own tokenizer (ids 0, 1, 2: unk, bos, eos)."""
+    """BPE with byte fallback, normalised as MiniCPM's own (ids 0, 1, 2: unk, bos, eos)."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -116,7 +128,12 @@ class Batches:
     """Windows of `length + 1` ids over the stories, shuffled anew each epoch by (seed, epoch)."""
 
     def __init__(self, stories: list[np.ndarray], length: int, batch_size: int, seed: int) -> None:
-        self.stories, self.window, self.batch_size, self.seed = stories, length + 1, batch_size, seed
+        self.stories, self.window, self.batch_size, self.seed = (
+            stories,
+            length + 1,
+            batch_size,
+            seed,
+        )
         n_windows = sum(map(len, stories)) // self.window
         self.per_epoch = n_windows // batch_size
         self.epoch, self.rows = -1, np.empty((0, self.window), np.int64)
@@ -248,9 +265,7 @@ def main() -> None:
         train_tokenizer(train_stories, config.vocab_size).save(str(tokenizer_path))
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     length = config.max_position_embeddings
-    batches = Batches(
-        encode_stories(tokenizer, train_stories), length, args.batch_size, args.seed
-    )
+    batches = Batches(encode_stories(tokenizer, train_stories), length, args.batch_size, args.seed)
     valid = Batches(encode_stories(tokenizer, valid_stories), length, args.batch_size, 0)
 
     model = Stories(config).to(args.device)
@@ -267,8 +282,11 @@ def main() -> None:
         model.threshold, start_fraction = state["threshold"], state["start_fraction"]
     base_lrs = [[args.lr], [args.lr / 2, args.lr / 2]]
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{n_parameters / 1e6:.2f} M parameters, {len(train_stories)} stories, "
-          f"{batches.per_epoch} steps an epoch, from step {step}", flush=True)
+    print(
+        f"{n_parameters / 1e6:.2f} M parameters, {len(train_stories)} stories, "
+        f"{batches.per_epoch} steps an epoch, from step {step}",
+        flush=True,
+    )
 
     started, first_step = time.monotonic(), step
     while step < args.steps:

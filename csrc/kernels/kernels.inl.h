@@ -1,5 +1,6 @@
-// All kernels, compiled once per ISA by target_<isa>.cpp, which names that ISA's vocabulary in HYBRID_SIMD.
-// Everything here has internal linkage: code inlined into one target must never be merged with another's.
+// All kernels, compiled once per ISA by target_<isa>.cpp, which names that ISA's vocabulary in
+// HYBRID_SIMD. Everything here has internal linkage: code inlined into one target must never be
+// merged with another's.
 #pragma once
 
 #include "attention.inl.h"

@@ -1,4 +1,6 @@
-"""The CPU executor: records the forward pass into a native program and owns the threads that replay it."""
+"""The CPU executor: records the forward pass into a native program and owns the threads that replay
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from hybrid.weights.packed import PackedModel
 
 
 class ProgramRecorder:
-    """Operations that compute nothing: each records one native operation. See `forward.Operations`."""
+    """`forward.Operations` that compute nothing: each records one native operation."""
 
     def __init__(self, program: Program, config: ModelConfig) -> None:
         self.program, self.config = program, config
@@ -45,7 +47,7 @@ class ProgramRecorder:
 
 
 class CpuExecutor:
-    """A packed model, ready to run: one recorded program, one thread pool, any number of sessions."""
+    """A packed model, ready to run: one program, one thread pool, any number of sessions."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Engine: a loaded model. It owns weights and threads; every generation has a session of its own."""
+"""Engine: a loaded model. It owns weights and threads; each generation has its own session."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ DEFAULT_CONTEXT = 4096  # positions, where the model allows as many
 
 
 class Engine:
-    """A model, ready to generate. Open it with `hybrid.load`; close it, or use it in a `with` statement.
+    """A model, ready to generate. Open it with `hybrid.load`; close it, or use it in a `with`
+    statement.
 
     Generations may run from several threads at once; they take turns at the cores, token by token.
     """
@@ -42,7 +43,9 @@ class Engine:
         """Load the Hugging Face folder. See `hybrid.load` for the options and errors."""
         n_threads = _checked_count("threads", threads, default_threads(), 1024)
         if quant not in get_args(Quant):
-            raise InvalidOption(f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}")
+            raise InvalidOption(
+                f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
+            )
         with open_checkpoint(folder) as checkpoint:
             config = checkpoint.config
             n_context = _checked_count(
@@ -80,9 +83,10 @@ class Engine:
     ) -> Generation:
         """Continue a prompt; iterate over the result for its text.
 
-        A text prompt is put into the model's chat template where it has one, unless `raw`; token ids are taken as they
-        stand. Sampling options that are None take the model's own defaults; temperature 0 is greedy. Work begins with
-        the first iteration. Raises InvalidOption, ContextOverflow, EngineClosed.
+        A text prompt is put into the model's chat template where it has one, unless `raw`; token
+        ids are taken as they stand. Sampling options that are None take the model's own defaults;
+        temperature 0 is greedy. Work begins with the first iteration. Raises InvalidOption,
+        ContextOverflow, EngineClosed.
         """
         defaults = self.default_sampling
         params = SamplingParams(
@@ -103,7 +107,9 @@ class Engine:
         )
 
     def open_session(self) -> Session:
-        """A native session of its own KV cache: token ids in, logits out. What `generate` stands on."""
+        """A native session of its own KV cache: token ids in, logits out. What `generate` stands
+        on.
+        """
         if self._executor is None:
             raise EngineClosed("the engine is closed; load the model again")
         return self._executor.open_session()
@@ -129,7 +135,8 @@ class Engine:
             for token in ids:
                 if not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
                     raise InvalidOption(
-                        f"prompt: expected token ids from 0 to {self.config.vocab_size - 1}, found {token!r}"
+                        "prompt: expected token ids from 0 to "
+                        f"{self.config.vocab_size - 1}, found {token!r}"
                     )
         elif raw or not self.tokenizer.has_chat_template:
             ids = self.tokenizer.encode(prompt)
@@ -137,21 +144,23 @@ class Engine:
             message: ChatMessage = {"role": "user", "content": prompt}
             ids = self.tokenizer.encode_chat([message])
         if not ids:
-            raise InvalidOption("prompt: it is empty, and this model has no token to begin a text with")
+            raise InvalidOption(
+                "prompt: it is empty, and this model has no token to begin a text with"
+            )
         if len(ids) > self.n_context:
+            advice = "shorten the prompt"
+            if self.n_context < self.config.max_context:
+                advice += f" or ask for a larger context (up to {self.config.max_context})"
             raise ContextOverflow(
-                f"the prompt has {len(ids)} tokens, the context holds {self.n_context}; shorten the prompt"
-                + (
-                    f" or ask for a larger context (this model: up to {self.config.max_context})"
-                    if self.n_context < self.config.max_context
-                    else ""
-                )
+                f"the prompt has {len(ids)} tokens, the context holds {self.n_context}; {advice}"
             )
         return ids
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use: more threads only compete for the same memory bandwidth."""
+    """Physical cores that this process may use: more threads only compete for the same memory
+    bandwidth.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))
 
@@ -165,7 +174,11 @@ def read_default_sampling(folder: Path) -> SamplingParams:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         if values.get("do_sample") is False:
             return SamplingParams(temperature=0.0)
-        options = {name: values[name] for name in ("temperature", "top_k", "top_p") if values.get(name) is not None}
+        options = {
+            name: values[name]
+            for name in ("temperature", "top_k", "top_p")
+            if values.get(name) is not None
+        }
         return SamplingParams(**options)
     except (ValueError, AttributeError, TypeError, OSError) as error:
         raise InvalidCheckpoint(f"{path}: {error}") from error

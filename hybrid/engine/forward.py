@@ -1,7 +1,8 @@
 """The transformer, written once.
 
-Three users of this one definition: the reference executes it in NumPy, the CPU executor records it into a native
-program, the GPU executor captures it into a CUDA graph. Each brings its own operations; operations are fused stages:
+Three users of this one definition: the reference executes it in NumPy, the CPU executor records it
+into a native program, the GPU executor captures it into a CUDA graph. Each brings its own
+operations; operations are fused stages:
 
     embed   x = embedding[token] * scale
     qkv     norm, q k v projections, rope, KV-cache write
@@ -26,9 +27,7 @@ Logits = TypeVar("Logits", covariant=True)
 class Operations(Protocol[Matrix, X, Q, Logits]):
     def embed(self, weights: ModelWeights[Matrix], scale: float) -> X: ...
     def qkv(self, x: X, weights: LayerWeights[Matrix], layer: int) -> Q: ...
-    def attend(
-        self, x: X, q: Q, weights: LayerWeights[Matrix], layer: int, scale: float
-    ) -> X: ...
+    def attend(self, x: X, q: Q, weights: LayerWeights[Matrix], layer: int, scale: float) -> X: ...
     def ffn(self, x: X, weights: LayerWeights[Matrix], layer: int, scale: float) -> X: ...
     def head(self, x: X, weights: ModelWeights[Matrix], scale: float) -> Logits: ...
 

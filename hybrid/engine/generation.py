@@ -1,4 +1,4 @@
-"""Generation: one answer while it is being written. Iterate over it for its text, piece by piece."""
+"""Generation: one answer while it is being written, an iterator of pieces of text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(slots=True)
 class GenerationStats:
-    """Counts and times of one generation; times exclude what the consumer of the text does between pieces."""
+    """Counts and times of one generation; times exclude what the consumer of the text does between
+    pieces.
+    """
 
     prompt_tokens: int
     generated_tokens: int = 0  # without the end-of-sequence token
@@ -41,8 +43,8 @@ class GenerationStats:
 class Generation:
     """The text of one answer as an iterator of pieces; a piece never splits a character.
 
-    `text`, `tokens`, `stats` and `finish_reason` grow with it. `finish_reason` is None while it is being written,
-    then "stop" (the model ended it), "length" (max_tokens, or the context is full) or "cancelled".
+    `text`, `tokens` and `stats` grow with it. `finish_reason` is None while it is being written,
+    then "stop" (the model ended it), "length" (max_tokens, or the context is full), "cancelled".
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Generation:
                 yield piece
 
     def _step(self) -> str:
-        """Sample one token and, where another shall follow, run it; returns the text that became certain."""
+        """Sample one token and, where another shall follow, run it; returns the text that became
+        certain.
+        """
         if self._is_cancelled:
             self.finish_reason = "cancelled"
             return ""

@@ -1,7 +1,8 @@
-"""The reference executor: the forward pass in plain NumPy, for any number of tokens. The oracle, not the product.
+"""The reference executor: the forward pass in plain NumPy, for any number of tokens. The oracle,
+not the product.
 
-With `format=None` everything is fp32. With a format, weights, activations and the KV cache are rounded as the native
-kernels round them, so that the two differ only by the order of fp32 sums.
+With `format=None` everything is fp32. With a format, weights, activations and the KV cache are
+rounded as the native kernels round them, so that the two differ only by the order of fp32 sums.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The compiled kernels and the instruction set that they run on.
 
-The kernel contract (layouts, arguments, sums) stands in `csrc/kernels/kernels.h`; `reference.py` is its oracle.
-The active instruction set is process-wide: the best one of this CPU, chosen at import, capped by the environment
-variable HYBRID_ISA (tests and bug reports; it never raises what the CPU can do).
+The kernel contract (layouts, arguments, sums) stands in `csrc/kernels/kernels.h`; `reference.py` is
+its oracle. The active instruction set is process-wide: the best one of this CPU, chosen at import,
+capped by the environment variable HYBRID_ISA (tests and bug reports; it never raises what the CPU
+can do).
 """
 
 from __future__ import annotations
@@ -40,13 +41,16 @@ def active_isa() -> str:
 
 @contextmanager
 def using_isa(isa: str) -> Iterator[None]:
-    """Run the body on another instruction set: for tests. Raises UnsupportedIsa where it is not available."""
+    """Run the body on another instruction set: for tests. Raises UnsupportedIsa where it is not
+    available.
+    """
     before = active_isa()
     try:
         _native.set_isa(isa)
     except ValueError:
         raise UnsupportedIsa(
-            f"instruction set {isa!r} is not available; this machine has {', '.join(available_isas())}"
+            f"instruction set {isa!r} is not available here; there are: "
+            + ", ".join(available_isas())
         ) from None
     try:
         yield

@@ -1,7 +1,8 @@
 """What every kernel computes, in plain NumPy fp32: the oracle of all tests.
 
-Quantised arithmetic is emulated by rounding: `round_activation` and `weights.quant.round_weights` give the fp32
-values that a format's activations and weights stand for, and the same plain mathematics runs on those.
+Quantised arithmetic is emulated by rounding: `round_activation` and `weights.quant.round_weights`
+give the fp32 values that a format's activations and weights stand for, and the same plain
+mathematics runs on those.
 """
 
 from __future__ import annotations

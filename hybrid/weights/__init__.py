@@ -1,1 +1,3 @@
-"""Weights in memory: formats (`quant`), the model's tensors (`model_weights`), the packed model (`packed`)."""
+"""Weights in memory: formats (`quant`), the model's tensors (`model_weights`), the packed model
+(`packed`).
+"""

@@ -1,5 +1,6 @@
-"""ModelWeights: the tensors of one model, by the part that they play. What a matrix *is* depends on the executor:
-a NumPy array for the reference, packed rows for the CPU."""
+"""ModelWeights: the tensors of one model, by the part that they play. What a matrix *is* depends on
+the executor: a NumPy array for the reference, packed rows for the CPU.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The packed model: a checkpoint's weights in the CPU kernels' layout, in huge-page memory.
 
-Gate rows stand apart, since every token streams all of them; a neuron's up and down rows are bundled, since they are
-needed together or not at all. Neurons of a layer may stand in any order (`neuron_orders`).
+Gate rows stand apart, since every token streams all of them; a neuron's up and down rows are
+bundled, since they are needed together or not at all. Neurons of a layer may stand in any order
+(`neuron_orders`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from hybrid.weights.quant import pack_rows, row_bytes
 
 PackedModel = ModelWeights[Rows]
 
-CHUNK_ROWS = 8192  # rows that are converted at a time, so that packing needs little memory beside the result
+CHUNK_ROWS = (
+    8192  # rows that are converted at a time, so that packing needs little memory beside the result
+)
 
 
 def pack_model(
@@ -27,7 +30,9 @@ def pack_model(
     *,
     neuron_orders: Sequence[NDArray[np.intp]] | None = None,
 ) -> PackedModel:
-    """Read and pack all weights. `neuron_orders[layer][i]` is the neuron that comes to stand at place i."""
+    """Read and pack all weights. `neuron_orders[layer][i]` is the neuron that comes to stand at
+    place i.
+    """
     config = checkpoint.config
     layers = []
     for layer in range(config.n_layers):

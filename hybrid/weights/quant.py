@@ -1,7 +1,7 @@
 """Weight formats: what a matrix's values become, and how their bytes lie in memory.
 
-bf16  as stored in the checkpoint.
-q8    blocks of 32 along a row, int8 values and one fp16 scale each: GGUF's Q8_0 in meaning, laid out anew.
+bf16  as stored in the checkpoint. q8    blocks of 32 along a row, int8 values and one fp16 scale
+each: GGUF's Q8_0 in meaning, laid out anew.
 
 The byte layout is described in `csrc/kernels/kernels.h`.
 """

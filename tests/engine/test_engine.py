@@ -152,7 +152,13 @@ def test_unknown_options_are_type_errors(engine):
 
 @pytest.mark.parametrize(
     "options",
-    [{"threads": 0}, {"threads": 5000}, {"quant": "q3"}, {"context_size": 0}, {"context_size": 513}],
+    [
+        {"threads": 0},
+        {"threads": 5000},
+        {"quant": "q3"},
+        {"context_size": 0},
+        {"context_size": 513},
+    ],
 )
 def test_load_options_out_of_range_are_refused(options):
     with pytest.raises(hybrid.InvalidOption, match=next(iter(options))):
@@ -187,5 +193,8 @@ def test_broken_weights_are_an_error_and_not_a_text(tmp_path):
     tensors["model.layers.1.mlp.gate_proj.weight"] = np.full((200, 96), np.nan, np.float32)
     save_file(tensors, folder / "model.safetensors")
     for quant in ("bf16", "q8"):
-        with hybrid.load(folder, quant=quant) as engine, pytest.raises(hybrid.HybridError, match="finite"):
+        with (
+            hybrid.load(folder, quant=quant) as engine,
+            pytest.raises(hybrid.HybridError, match="finite"),
+        ):
             list(engine.generate("The cat"))

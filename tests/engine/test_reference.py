@@ -81,7 +81,9 @@ def test_another_head_dim_and_theta_match_transformers(tmp_path):
 
 
 def test_sparse_llama_with_fatrelu_matches_transformers(tmp_path, monkeypatch):
-    monkeypatch.setitem(transformers.activations.ACT2FN, "fatrelu_test", (FatRelu, {"threshold": 0.25}))
+    monkeypatch.setitem(
+        transformers.activations.ACT2FN, "fatrelu_test", (FatRelu, {"threshold": 0.25})
+    )
     folder = write_model(
         tmp_path,
         architectures=["SparseLlamaForCausalLM"],
@@ -95,17 +97,23 @@ def test_sparse_llama_with_fatrelu_matches_transformers(tmp_path, monkeypatch):
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_minicpm_matches_a_llama_with_its_scales_folded_in(tmp_path, monkeypatch, is_tied):
     """Embedding, residual and logit scales, folded by hand into the weights of a Llama."""
-    monkeypatch.setitem(transformers.activations.ACT2FN, "fatrelu_test", (FatRelu, {"threshold": 0.1}))
+    monkeypatch.setitem(
+        transformers.activations.ACT2FN, "fatrelu_test", (FatRelu, {"threshold": 0.1})
+    )
     folder = write_model(tmp_path, tie_word_embeddings=is_tied)
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
     branch = config["scale_depth"] / math.sqrt(config["num_hidden_layers"])
     head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
     folded = {
-        name: tensor * np.float32(branch) if name.endswith(("o_proj.weight", "down_proj.weight")) else tensor
+        name: tensor * np.float32(branch)
+        if name.endswith(("o_proj.weight", "down_proj.weight"))
+        else tensor
         for name, tensor in tensors.items()
     }
     folded["lm_head.weight"] = head * np.float32(config["dim_model_base"] / config["hidden_size"])
-    folded["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * np.float32(config["scale_emb"])
+    folded["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * np.float32(
+        config["scale_emb"]
+    )
     expected = llama_logits(folder, folded, "fatrelu_test")
     assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND

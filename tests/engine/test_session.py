@@ -59,8 +59,8 @@ VARIANTS = {
 def assert_close_to_oracle(actual: np.ndarray, expected: np.ndarray) -> None:
     """For (sequences, vocab) logits, one row a sequence.
 
-    Sums in another order move an activation across a rounding step now and then, which shows in the logits of that
-    sequence; where it happened to none, only the order of sums remains.
+    Sums in another order move an activation across a rounding step now and then, which shows in the
+    logits of that sequence; where it happened to none, only the order of sums remains.
     """
     error = np.abs(actual - expected).max(-1) / expected.std()
     assert error.max() < 0.1

@@ -1,4 +1,6 @@
-"""The bundled model through the native engine, teacher-forced on a story that it was not trained on."""
+"""The bundled model through the native engine, teacher-forced on a story that it was not trained
+on.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from hybrid.engine.reference_executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
 
 STORY = (Path(__file__).parents[1] / "data" / "held_out_story.txt").read_text(encoding="utf-8")
-# What rounding weights, activations and KV cache may move any logit by, against fp32. The story's logits have a
-# standard deviation of about 3. Stated in README; a change that exceeds it is a regression.
+# What rounding weights, activations and KV cache may move any logit by, against fp32. The story's
+# logits have a standard deviation of about 3. Stated in README; a change that exceeds it is a
+# regression.
 LOGIT_BOUND = {"bf16": 0.3, "q8": 0.5}
 N_TOKENS = 128
 
@@ -60,7 +63,7 @@ def test_the_model_is_sparse_and_predicts_the_story(fp32):
 
 @pytest.mark.parametrize("quant", list(LOGIT_BOUND))
 def test_the_kernels_add_nothing_to_the_rounding_of_their_format(fp32, quant):
-    """Against fp32, the engine errs as its format's oracle does, activation quantisation included."""
+    """Against fp32 the engine errs as its format's oracle does, activations rounded too."""
     ids, _, exact = fp32
     with open_checkpoint(STORIES) as checkpoint:
         weights = read_weights(checkpoint, Format[quant])

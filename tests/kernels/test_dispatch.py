@@ -1,4 +1,6 @@
-"""Which instruction set runs: what is forced is what is active, and nothing is raised above the CPU."""
+"""Which instruction set runs: what is forced is what is active, and nothing is raised above the
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ import pytest
 from hybrid import UnsupportedIsa, kernels
 
 CSRC = Path(__file__).parents[2] / "csrc"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 FLAGS = {
     "scalar": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split(),
-    "avx512_vnni_bf16": (
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mavx512vnni -mavx512bf16"
-    ).split(),
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_vnni_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 
 
@@ -71,8 +73,8 @@ def test_target_objects_have_no_weak_symbols(target, tmp_path):
     for optimisation in ("-O0", "-O3"):
         object_file = tmp_path / f"{target}{optimisation}.o"
         subprocess.run(
-            [compiler, "-std=c++17", optimisation, "-w", "-fPIC", *FLAGS[target], "-c", source]
-            + ["-o", object_file],
+            [compiler, "-std=c++17", optimisation, "-w", "-fPIC", *FLAGS[target]]
+            + ["-c", source, "-o", object_file],
             check=True,
         )
         symbols = subprocess.run(

@@ -1,4 +1,4 @@
-"""Dot products of packed rows with quantised vectors, on every instruction set and in every format."""
+"""Dot products of packed rows with quantised vectors: every instruction set, every format."""
 
 from __future__ import annotations
 

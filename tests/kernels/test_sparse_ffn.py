@@ -1,6 +1,10 @@
-"""The gate-first sparse FFN: against the oracle, partial sums, neuron order, and rows that must stay unread."""
+"""The gate-first sparse FFN: against the oracle, partial sums, neuron order, and rows that must
+stay unread.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -93,7 +97,7 @@ def test_disjoint_ranges_sum_to_the_whole(isa, format, activation):
     rows = ffn.pack()
     whole, n_active = ffn.run(activation, rows)
     cuts = [0, 1, 7, 32, 60, 61]
-    parts = [ffn.run(activation, rows, *cut) for cut in zip(cuts, cuts[1:], strict=False)]
+    parts = [ffn.run(activation, rows, *cut) for cut in itertools.pairwise(cuts)]
     assert sum(part[1] for part in parts) == n_active
     assert_close(sum(part[0] for part in parts), whole, scale=ffn.scale())
 
@@ -127,7 +131,9 @@ def test_whole_numbers_give_equal_bits_in_any_order(isa):
 @pytest.mark.parametrize("activation", [Activation.relu, Activation.fatrelu], ids=lambda a: a.name)
 @pytest.mark.parametrize("n_tokens", [1, 3])
 def test_rows_of_inactive_neurons_are_not_read(isa, format, activation, n_tokens):
-    """Up and down rows of every neuron that no token activates are NaN: one read of them would show."""
+    """Up and down rows of every neuron that no token activates are NaN: one read of them would
+    show.
+    """
     ffn = Ffn(format, 256, 120, n_tokens, seed=10)
     clean, n_active = ffn.run(activation)
     _, active = ffn.oracle(activation)

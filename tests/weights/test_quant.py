@@ -20,8 +20,12 @@ def test_q8_errs_by_half_a_step_at_most():
 
 
 def test_q8_rounding_is_idempotent():
-    """Weights that came from q8 survive another packing: the import of a quantised file is lossless."""
-    w = round_weights(Format.q8, np.random.default_rng(1).standard_normal((20, 96)).astype(np.float32))
+    """Weights that came from q8 survive another packing: the import of a quantised file is
+    lossless.
+    """
+    w = round_weights(
+        Format.q8, np.random.default_rng(1).standard_normal((20, 96)).astype(np.float32)
+    )
     np.testing.assert_array_equal(round_weights(Format.q8, w), w)
 
 
@@ -45,7 +49,10 @@ def test_bf16_rounds_to_nearest_even(bits):
     if np.isnan(x[0]):
         assert np.isnan(rounded[0])
         return
-    low, high = np.uint32(bits & 0xFFFF0000), np.uint32(min((bits & 0xFFFF0000) + 0x10000, 2**32 - 1))
+    low, high = (
+        np.uint32(bits & 0xFFFF0000),
+        np.uint32(min((bits & 0xFFFF0000) + 0x10000, 2**32 - 1)),
+    )
     below, above = (np.array([b], np.uint32).view(np.float32)[0] for b in (low, high))
     remainder = bits & 0xFFFF
     goes_up = remainder > 0x8000 or (remainder == 0x8000 and (bits >> 16) & 1)
