@@ -1,0 +1,68 @@
+"""What README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str = "") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+
+
+def shown(program: str) -> tuple[list[str], str]:
+    """The arguments and the output that README shows for `python -m program`."""
+    for block in blocks():
+        command, _, output = block.partition("\n")
+        if f"python -m {program}" in command:
+            return shlex.split(command.partition("python ")[2]), output
+    raise AssertionError(f"README does not show {program}")
+
+
+def test_the_story_is_the_one_that_is_shown():
+    arguments, output = shown("hybrid.run")
+    text, _, closing_line = output.rpartition("\n[")
+    assert run(arguments).stdout == text + "\n"
+    assert re.match(r"prompt \d+ tokens, .* of FFN neurons active \|", closing_line)
+
+
+def test_the_sparsity_is_the_one_that_is_shown():
+    arguments, output = shown("profiler.sparsity")
+    lines = run(arguments).stdout.splitlines()
+    assert len(lines) == len(output.splitlines())
+    for actual, expected in zip(lines, output.splitlines(), strict=True):
+        values = [float(re.findall(r"0\.\d+", line)[0]) for line in (actual, expected)]
+        assert values[0] == pytest.approx(values[1], abs=2e-3)
+
+
+def test_the_library_example_runs():
+    (example,) = blocks("python")
+    assert run(["-c", example]).stdout
+
+
+def test_the_embedding_example_runs():
+    result = run(["examples/embed.py", "The little robot"])
+    assert result.stdout.startswith("The little robot")
+    assert "of neurons active" in result.stdout.splitlines()[-1]
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 120
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for path in ("DEVELOPERS.md", "docs/log.md", "LICENSE"):
+        assert (ROOT / path).exists()
