@@ -11,6 +11,7 @@
 #include "kernels/dispatch.h"
 #include "platform.h"
 #include "program.h"
+#include "session.h"
 
 namespace py = pybind11;
 using hybrid::Activation;

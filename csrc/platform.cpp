@@ -6,6 +6,7 @@
 #include <windows.h>
 #else
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #if defined(__x86_64__)
@@ -44,6 +45,7 @@ void* AllocatePages(size_t bytes, bool) {
   return pages;
 }
 void FreePages(void* pages, size_t) { VirtualFree(pages, 0, MEM_RELEASE); }
+int ProcessId() { return static_cast<int>(GetCurrentProcessId()); }
 #else
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
@@ -64,6 +66,7 @@ void* AllocatePages(size_t bytes, bool huge) {
   return pages;
 }
 void FreePages(void* pages, size_t bytes) { munmap(pages, MappedBytes(bytes)); }
+int ProcessId() { return getpid(); }
 #endif
 
 }  // namespace platform

@@ -19,5 +19,8 @@ void FreePages(void* pages, size_t bytes);
 // One polite iteration of a spinning wait.
 void Pause();
 
+// Tells a forked child from its parent.
+int ProcessId();
+
 }  // namespace platform
 }  // namespace hybrid

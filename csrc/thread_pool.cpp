@@ -12,7 +12,7 @@ constexpr int kSpins = 2000;
 constexpr int kYields = 200;
 }  // namespace
 
-ThreadPool::ThreadPool(int32_t n_threads) {
+ThreadPool::ThreadPool(int32_t n_threads) : process_id_(platform::ProcessId()) {
   try {
     for (int32_t thread = 1; thread < n_threads; ++thread)
       workers_.emplace_back(&ThreadPool::Work, this, thread);
@@ -25,6 +25,11 @@ ThreadPool::ThreadPool(int32_t n_threads) {
 ThreadPool::~ThreadPool() { Stop(); }
 
 void ThreadPool::Stop() {
+  if (platform::ProcessId() != process_id_) {
+    // In a forked child: the workers are not here, and waiting for them would never end.
+    for (std::thread& worker : workers_) worker.detach();
+    return;
+  }
   {
     std::lock_guard<std::mutex> lock(park_mutex_);
     stop_.store(true);

@@ -66,6 +66,7 @@ class ThreadPool {
   std::atomic<int32_t> n_parked_{0};
   std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;
+  const int process_id_;  // workers exist in the process that started them, not in forked children
 };
 
 }  // namespace hybrid

@@ -66,17 +66,21 @@ inline void PrefetchRow(const Rows& rows, int32_t row, Format format) {
 }
 
 // One active (neuron, token) pair.
-inline void AddNeuron(const SparseFfnArgs& a, int32_t neuron, int32_t token, float gate) {
-  const uint8_t* x[1] = {a.x + token * a.x_stride};
+struct Active {
+  int32_t neuron, token;
+  float gate;
+};
+
+inline void AddNeuron(const SparseFfnArgs& a, const Active& active) {
+  const uint8_t* x[1] = {a.x + active.token * a.x_stride};
   float up[1][1];
-  PrefetchRow(a.down, neuron, a.format);
-  DotTile<1, 1>(a.format, a.up, neuron, x, up);
-  const float activation = Activate(a.activation, gate) * up[0][0];
-  float* y = a.out + token * a.out_stride;
+  DotTile<1, 1>(a.format, a.up, active.neuron, x, up);
+  const float activation = Activate(a.activation, active.gate) * up[0][0];
+  float* y = a.out + active.token * a.out_stride;
   if (a.format == Format::kBf16)
-    AxpyBf16(a.down, neuron, activation, y);
+    AxpyBf16(a.down, active.neuron, activation, y);
   else
-    AxpyQ8(a.down, neuron, activation, y);
+    AxpyQ8(a.down, active.neuron, activation, y);
 }
 
 int64_t SparseFfn(const SparseFfnArgs& a) {
@@ -84,26 +88,38 @@ int64_t SparseFfn(const SparseFfnArgs& a) {
   for (int32_t token = 0; token < a.n_tokens; ++token)
     for (int32_t col = 0; col < padded; col += kLanes)
       Store(a.out + token * a.out_stride + col, Zero());
-  int64_t n_active = 0;
   float gates[kTokenTile * kRowTile];
+  // Neurons found active wait here for one tile of gate rows, while their bundles come from memory.
+  Active waiting[2][kTokenTile * kRowTile];
+  int32_t n_waiting = 0, turn = 0;
+  int64_t n_active = 0;
   for (int32_t neuron = a.first; neuron < a.last;) {
     const int32_t n_rows = neuron + kRowTile <= a.last ? kRowTile : 1;
     if (n_rows == kRowTile)
       DotRows<kRowTile>(a.format, a.gate, neuron, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
     else
       DotRows<1>(a.format, a.gate, neuron, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
-    // Neuron by neuron, so that a row serves all tokens for which it is active while it is in the
-    // cache.
+    // Neuron by neuron, so that a row serves all tokens for which it is active while it is cached.
+    Active* found = waiting[turn];
+    int32_t n_found = 0;
     for (int32_t r = 0; r < n_rows; ++r) {
+      const int32_t n_before = n_found;
       for (int32_t token = 0; token < a.n_tokens; ++token) {
         const float gate = gates[token * kRowTile + r];
-        if (!Fires(a.activation, gate, a.threshold)) continue;
-        ++n_active;
-        AddNeuron(a, neuron + r, token, gate);
+        if (Fires(a.activation, gate, a.threshold)) found[n_found++] = {neuron + r, token, gate};
+      }
+      if (n_found > n_before) {
+        PrefetchRow(a.up, neuron + r, a.format);
+        PrefetchRow(a.down, neuron + r, a.format);
       }
     }
+    turn ^= 1;
+    for (int32_t i = 0; i < n_waiting; ++i) AddNeuron(a, waiting[turn][i]);
+    n_waiting = n_found;
+    n_active += n_found;
     neuron += n_rows;
   }
+  for (int32_t i = 0; i < n_waiting; ++i) AddNeuron(a, waiting[turn ^ 1][i]);
   return n_active;
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -198,3 +201,21 @@ def test_broken_weights_are_an_error_and_not_a_text(tmp_path):
             pytest.raises(hybrid.HybridError, match="finite"),
         ):
             list(engine.generate("The cat"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_can_generate_and_exit():
+    """Worker threads do not exist in a child; its calls must not wait for them."""
+    code = (
+        "import hybrid, os, sys, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "engine = hybrid.load('stories', threads=3)\n"
+        "def text(): return ''.join(engine.generate('The cat', max_tokens=20, temperature=0))\n"
+        "expected = text()\n"
+        "child = os.fork()\n"
+        "same = text() == expected\n"
+        "if child == 0: sys.exit(0 if same else 1)\n"
+        "assert same and os.waitpid(child, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

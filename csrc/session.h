@@ -1,0 +1,135 @@
+// A session: one sequence with its position, KV cache and scratch, running a shared program.
+//
+// Not thread-safe; different sessions of one program may run at once.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "platform.h"
+#include "program.h"
+#include "thread_pool.h"
+
+namespace hybrid {
+
+// Memory from platform::AllocatePages, as an array of T.
+template <typename T>
+class Pages {
+ public:
+  explicit Pages(int64_t n);
+  ~Pages();
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+  T* get() const { return data_; }
+  T* operator+(int64_t i) const { return data_ + i; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+  size_t bytes_;
+};
+
+template <typename T>
+Pages<T>::Pages(int64_t n)
+    : data_(static_cast<T*>(platform::AllocatePages(static_cast<size_t>(n) * sizeof(T), false))),
+      bytes_(static_cast<size_t>(n) * sizeof(T)) {}
+
+template <typename T>
+Pages<T>::~Pages() {
+  platform::FreePages(data_, bytes_);
+}
+
+inline int32_t CeilDiv(int32_t n, int32_t d) { return (n + d - 1) / d; }
+
+// Sizes of pieces: constants, independent of the number of threads, since they fix the order of
+// every sum.
+constexpr int32_t kFfnPieces = 16;
+constexpr int32_t kOutputRows = 64;  // rows per piece of the output projection
+constexpr int32_t kHeadRows = 256;   // rows per piece of the head
+constexpr int32_t kTokensPerPiece = 8;
+
+class Session {
+ public:
+  // Reserves a KV cache for `n_context` positions; memory is touched as it is used.
+  // `program` and `pool` must outlive the session. Throws std::bad_alloc.
+  Session(const Program& program, ThreadPool& pool, int32_t n_context);
+  ~Session();
+
+  int32_t position() const { return position_; }  // of the next token
+  int32_t n_context() const { return n_context_; }
+  // Forgets all tokens from `position` on.
+  void Truncate(int32_t position) { position_ = position; }
+
+  // Appends tokens. The caller guarantees position() + n <= n_context() and 0 <= token <
+  // vocab_size. `all_logits`, where not null, receives (n, vocab_size) logits; logits() always
+  // holds the last token's.
+  void Prefill(const int32_t* tokens, int32_t n, float* all_logits);
+  void Decode(int32_t token);
+
+  const float* logits() const { return logits_.get(); }
+  // Active (neuron, token) pairs per layer since the last reset, over decode and prefill alike.
+  int64_t active_count(int32_t layer) const { return active_[static_cast<size_t>(layer)].load(); }
+  void ResetActiveCounts();
+
+ private:
+  // What one thread needs for itself.
+  struct ThreadScratch {
+    ThreadScratch(int64_t n_floats, int64_t vector_bytes) : floats(n_floats), x(vector_bytes) {}
+    Pages<float> floats;
+    Pages<uint8_t> x;       // a private quantised vector
+    uint64_t x_serial = 0;  // the phase and call that `x` was made for
+    float scores[kSpan];
+  };
+
+  void RunPhases(const std::vector<Phase>& phases);
+  int32_t CountPieces(const Phase& phase) const;
+  void RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch);
+
+  void RunDecodePiece(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
+  void RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
+  const uint8_t* NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch);
+  const uint8_t* MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch);
+  void FinishHead(const Op& op, int32_t head, float* values, int32_t position, int32_t token);
+  void AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
+                  ThreadScratch& scratch, float* max, float* sum, float* out);
+  void MergeSpans(int32_t head, int32_t n_spans, const float* max, const float* sum,
+                  const float* out, int64_t stride, float* merged) const;
+  void RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens);
+  void AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
+               ThreadScratch& scratch);
+  uint16_t* KvHead(int32_t layer, bool is_value, int32_t head) const;
+
+  const Program& program_;
+  ThreadPool& pool_;
+  const KernelTable* kernels_ = nullptr;  // the table in use during one call
+  const int32_t n_context_;
+  int32_t position_ = 0;
+
+  // What the current call works on.
+  const std::vector<Phase>* phases_ = nullptr;
+  const int32_t* tokens_ = nullptr;
+  int32_t n_tokens_ = 0;
+  float* all_logits_ = nullptr;
+  bool wants_logits_ = true;
+  uint64_t serial_ = 0;  // of the call's first phase; every phase of every call has its own
+  uint64_t next_serial_ = 1;
+
+  // Shared scratch; T = kPrefillChunk tokens.
+  Pages<float> x_;          // (T, hidden) residual stream
+  Pages<uint8_t> x_quant_;  // (T) quantised vectors of the operation's input
+  Pages<float> q_;          // (T, n_heads, head_stride)
+  Pages<float> attention_;  // (T, n_heads * head_dim)
+  Pages<float> span_max_;   // (n_heads, n_spans)
+  Pages<float> span_sum_;   // (n_heads, n_spans)
+  Pages<float> span_out_;   // (n_spans, n_heads, head_stride)
+  Pages<float> partials_;   // (kFfnPieces, T, padded hidden)
+  Pages<float> logits_;     // (vocab_size,)
+  Pages<uint16_t> kv_;      // fp16 (n_layers, k and v, n_kv_heads, n_context, head_stride)
+  std::vector<std::atomic<int64_t>> active_;
+  std::vector<std::unique_ptr<ThreadScratch>> threads_;
+};
+
+}  // namespace hybrid

@@ -1,0 +1,287 @@
+// Session: what a piece of each phase computes.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "session.h"
+
+namespace hybrid {
+
+namespace {
+
+// First neuron of a piece of an FFN layer; pieces begin at multiples of 8 rows.
+int32_t FirstNeuron(int32_t n_neurons, int32_t piece) {
+  return piece == kFfnPieces
+             ? n_neurons
+             : static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
+}
+
+}  // namespace
+
+void Session::RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch) {
+  const Op& op = program_.op(phase.op);
+  if (phase.kind < PhaseKind::kEmbedTokens)
+    RunDecodePiece(phase, op, piece, scratch);
+  else
+    RunPrefillPiece(phase, op, piece, scratch);
+}
+
+void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
+                             ThreadScratch& scratch) {
+  const ProgramShape& shape = program_.shape();
+  const int32_t hidden = shape.hidden_size, head_dim = shape.head_dim,
+                head_stride = program_.head_stride();
+  const int32_t group = shape.n_heads / shape.n_kv_heads;
+  float* floats = scratch.floats.get();
+  switch (phase.kind) {
+    case PhaseKind::kEmbed:
+      kernels_->dequantize(shape.format, op.a, tokens_[0], op.scale, x_.get());
+      break;
+    case PhaseKind::kQkv: {
+      const uint8_t* x = NormOnce(phase, op, scratch);
+      kernels_->gemm(
+          {shape.format, op.a, piece * head_dim, (piece + 1) * head_dim, x, 0, 1, floats, 0});
+      FinishHead(op, piece, floats, position_, 0);
+      break;
+    }
+    case PhaseKind::kAttend: {
+      const int32_t n_spans = CeilDiv(position_ + 1, kSpan), kv_head = piece / n_spans,
+                    span = piece % n_spans;
+      const int32_t head = kv_head * group;
+      const int64_t row = int64_t{span} * shape.n_heads + head;
+      AttendSpan(op, kv_head, q_ + int64_t{head} * head_stride, span, position_ + 1, scratch,
+                 span_max_ + row, span_sum_ + row, span_out_ + row * head_stride);
+      break;
+    }
+    case PhaseKind::kOutput:
+      AddRows(op, piece, MergeHeadsOnce(phase, scratch), 1, scratch);
+      break;
+    case PhaseKind::kFfn:
+      RunFfn(op, piece, NormOnce(phase, op, scratch), 1);
+      break;
+    case PhaseKind::kFfnSum: {
+      const int32_t first = piece * kGroup;
+      const int64_t stride = int64_t{kPrefillChunk} * PaddedCols(shape.format, hidden);
+      kernels_->add_partials(shape.format, partials_.get(), stride, kFfnPieces, first,
+                             std::min(first + kGroup, hidden), op.scale, x_.get());
+      break;
+    }
+    default: {  // kHead
+      const uint8_t* x = NormOnce(phase, op, scratch);
+      const int32_t first = piece * kHeadRows, last = std::min(first + kHeadRows, op.a.n_rows);
+      kernels_->gemm({shape.format, op.a, first, last, x, 0, 1, logits_ + first, 0});
+    }
+  }
+}
+
+void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
+                              ThreadScratch& scratch) {
+  const ProgramShape& shape = program_.shape();
+  const int32_t hidden = shape.hidden_size, head_dim = shape.head_dim,
+                head_stride = program_.head_stride();
+  const int32_t group = shape.n_heads / shape.n_kv_heads, attention = shape.n_heads * head_dim;
+  const int64_t x_bytes = VectorBytes(shape.format, hidden);
+  const int32_t first_token = piece * kTokensPerPiece;  // of the phases cut by tokens alone
+  const int32_t last_token = std::min(first_token + kTokensPerPiece, n_tokens_);
+  float* floats = scratch.floats.get();
+  switch (phase.kind) {
+    case PhaseKind::kEmbedTokens:
+      for (int32_t t = first_token; t < last_token; ++t)
+        kernels_->dequantize(shape.format, op.a, tokens_[t], op.scale, x_ + int64_t{t} * hidden);
+      break;
+    case PhaseKind::kNormTokens:
+      for (int32_t t = first_token; t < last_token; ++t) {
+        const float scale = op.kind == OpKind::kHead ? op.scale : 1.0f;
+        kernels_->rms_norm(x_ + int64_t{t} * hidden, op.norm, hidden, shape.rms_norm_eps, scale,
+                           floats);
+        kernels_->quantize(shape.format, floats, hidden, x_quant_ + t * x_bytes);
+      }
+      break;
+    case PhaseKind::kQkvTokens:
+      kernels_->gemm({shape.format, op.a, piece * head_dim, (piece + 1) * head_dim, x_quant_.get(),
+                      x_bytes, n_tokens_, floats, head_dim});
+      for (int32_t t = 0; t < n_tokens_; ++t)
+        FinishHead(op, piece, floats + t * head_dim, position_ + t, t);
+      break;
+    case PhaseKind::kAttendTokens: {
+      const int32_t kv_head = piece % shape.n_kv_heads,
+                    first = piece / shape.n_kv_heads * kTokensPerPiece;
+      for (int32_t t = first; t < std::min(first + kTokensPerPiece, n_tokens_); ++t) {
+        const int32_t head = kv_head * group, end = position_ + t + 1,
+                      n_spans = CeilDiv(end, kSpan);
+        float *max = floats, *sum = max + int64_t{n_spans} * group,
+              *out = sum + int64_t{n_spans} * group;
+        for (int32_t span = 0; span < n_spans; ++span)
+          AttendSpan(op, kv_head, q_ + (int64_t{t} * shape.n_heads + head) * head_stride, span, end,
+                     scratch, max + int64_t{span} * group, sum + int64_t{span} * group,
+                     out + int64_t{span} * group * head_stride);
+        for (int32_t g = 0; g < group; ++g)
+          MergeSpans(g, n_spans, max, sum, out, group,
+                     attention_ + int64_t{t} * attention + int64_t{head + g} * head_dim);
+      }
+      break;
+    }
+    case PhaseKind::kQuantizeTokens:
+      for (int32_t t = first_token; t < last_token; ++t)
+        kernels_->quantize(shape.format, attention_ + int64_t{t} * attention, attention,
+                           x_quant_ + t * VectorBytes(shape.format, attention));
+      break;
+    case PhaseKind::kOutputTokens:
+      AddRows(op, piece, x_quant_.get(), n_tokens_, scratch);
+      break;
+    case PhaseKind::kFfnTokens:
+      RunFfn(op, piece, x_quant_.get(), n_tokens_);
+      break;
+    case PhaseKind::kFfnSumTokens: {
+      const int64_t padded = PaddedCols(shape.format, hidden);
+      for (int32_t t = first_token; t < last_token; ++t)
+        kernels_->add_partials(shape.format, partials_ + t * padded, kPrefillChunk * padded,
+                               kFfnPieces, 0, hidden, op.scale, x_ + int64_t{t} * hidden);
+      break;
+    }
+    default: {  // kHeadTokens: all tokens where asked for, else the last one
+      const int32_t first = piece * kHeadRows, last = std::min(first + kHeadRows, op.a.n_rows);
+      const uint8_t* last_x = x_quant_ + (n_tokens_ - 1) * x_bytes;
+      if (all_logits_ != nullptr)
+        kernels_->gemm({shape.format, op.a, first, last, x_quant_.get(), x_bytes, n_tokens_,
+                        all_logits_ + first, op.a.n_rows});
+      if (wants_logits_)
+        kernels_->gemm({shape.format, op.a, first, last, last_x, 0, 1, logits_ + first, 0});
+    }
+  }
+}
+
+// The normed and quantised input of a decode phase. Every thread makes its own, once a phase:
+// cheaper than a phase of its own, and equal on all threads.
+const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch) {
+  const uint64_t serial = serial_ + static_cast<uint64_t>(&phase - phases_->data());
+  if (scratch.x_serial != serial) {
+    const ProgramShape& shape = program_.shape();
+    const float scale = op.kind == OpKind::kHead ? op.scale : 1.0f;
+    kernels_->rms_norm(x_.get(), op.norm, shape.hidden_size, shape.rms_norm_eps, scale,
+                       scratch.floats.get());
+    kernels_->quantize(shape.format, scratch.floats.get(), shape.hidden_size, scratch.x.get());
+    scratch.x_serial = serial;
+  }
+  return scratch.x.get();
+}
+
+const uint8_t* Session::MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch) {
+  const uint64_t serial = serial_ + static_cast<uint64_t>(&phase - phases_->data());
+  if (scratch.x_serial != serial) {
+    const ProgramShape& shape = program_.shape();
+    for (int32_t head = 0; head < shape.n_heads; ++head)
+      MergeSpans(head, CeilDiv(position_ + 1, kSpan), span_max_.get(), span_sum_.get(),
+                 span_out_.get(), shape.n_heads, scratch.floats + int64_t{head} * shape.head_dim);
+    kernels_->quantize(shape.format, scratch.floats.get(), shape.n_heads * shape.head_dim,
+                       scratch.x.get());
+    scratch.x_serial = serial;
+  }
+  return scratch.x.get();
+}
+
+// Rope and the places where a projected head goes: q to scratch, k and v to the cache.
+void Session::FinishHead(const Op& op, int32_t head, float* values, int32_t position,
+                         int32_t token) {
+  const ProgramShape& shape = program_.shape();
+  const int32_t head_dim = shape.head_dim, half = head_dim / 2,
+                head_stride = program_.head_stride();
+  const bool is_value = head >= shape.n_heads + shape.n_kv_heads;
+  if (!is_value) {
+    const float* cos = shape.rope_cos + int64_t{position} * half;
+    const float* sin = shape.rope_sin + int64_t{position} * half;
+    for (int32_t i = 0; i < half; ++i) {
+      const float first = values[i], second = values[i + half];
+      values[i] = first * cos[i] - second * sin[i];
+      values[i + half] = second * cos[i] + first * sin[i];
+    }
+  }
+  if (head < shape.n_heads) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    float* q = q_ + (int64_t{token} * shape.n_heads + head) * head_stride;
+    for (int32_t i = 0; i < head_dim; ++i) q[i] = values[i] * scale;
+  } else {
+    const int32_t kv_head = (head - shape.n_heads) % shape.n_kv_heads;
+    kernels_->to_fp16(values, head_dim,
+                      KvHead(op.layer, is_value, kv_head) + int64_t{position} * head_stride);
+  }
+}
+
+uint16_t* Session::KvHead(int32_t layer, bool is_value, int32_t head) const {
+  const int64_t index = (int64_t{layer} * 2 + is_value) * program_.shape().n_kv_heads + head;
+  return kv_ + index * n_context_ * program_.head_stride();
+}
+
+void Session::AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
+                         ThreadScratch& scratch, float* max, float* sum, float* out) {
+  const ProgramShape& shape = program_.shape();
+  AttendSpanArgs args;
+  args.q = q;
+  args.k = KvHead(op.layer, false, kv_head);
+  args.v = KvHead(op.layer, true, kv_head);
+  args.n_group = shape.n_heads / shape.n_kv_heads;
+  args.head_stride = program_.head_stride();
+  args.first = span * kSpan;
+  args.last = std::min(args.first + kSpan, end);
+  args.scores = scratch.scores;
+  args.max = max;
+  args.sum = sum;
+  args.out = out;
+  kernels_->attend_span(args);
+}
+
+// Softmax over spans, in index order: `max`, `sum` and `out` of span s begin `s * stride` heads
+// further.
+void Session::MergeSpans(int32_t head, int32_t n_spans, const float* max, const float* sum,
+                         const float* out, int64_t stride, float* merged) const {
+  const int32_t head_dim = program_.shape().head_dim, head_stride = program_.head_stride();
+  float largest = max[head];
+  for (int32_t span = 1; span < n_spans; ++span)
+    largest = std::max(largest, max[span * stride + head]);
+  float total = 0.0f;
+  std::memset(merged, 0, sizeof(float) * static_cast<size_t>(head_dim));
+  for (int32_t span = 0; span < n_spans; ++span) {
+    const float weight = std::exp(max[span * stride + head] - largest);
+    const float* values = out + (span * stride + head) * head_stride;
+    total += weight * sum[span * stride + head];
+    for (int32_t i = 0; i < head_dim; ++i) merged[i] += weight * values[i];
+  }
+  for (int32_t i = 0; i < head_dim; ++i) merged[i] /= total;
+}
+
+void Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens) {
+  const ProgramShape& shape = program_.shape();
+  const int64_t padded = PaddedCols(shape.format, shape.hidden_size);
+  SparseFfnArgs args;
+  args.format = shape.format;
+  args.gate = op.a;
+  args.up = op.b;
+  args.down = op.c;
+  args.first = FirstNeuron(op.a.n_rows, piece);
+  args.last = FirstNeuron(op.a.n_rows, piece + 1);
+  args.activation = op.activation;
+  args.threshold = op.threshold;
+  args.x = x;
+  args.x_stride = VectorBytes(shape.format, shape.hidden_size);
+  args.n_tokens = n_tokens;
+  args.out = partials_ + int64_t{piece} * kPrefillChunk * padded;
+  args.out_stride = padded;
+  const int64_t n_active = kernels_->sparse_ffn(args);
+  active_[static_cast<size_t>(op.layer)].fetch_add(n_active, std::memory_order_relaxed);
+}
+
+// x[token] += scale * dot(rows, x) for one piece of rows.
+void Session::AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
+                      ThreadScratch& scratch) {
+  const ProgramShape& shape = program_.shape();
+  const int32_t first = piece * kOutputRows, last = std::min(first + kOutputRows, op.a.n_rows);
+  float* dots = scratch.floats.get();
+  kernels_->gemm({shape.format, op.a, first, last, x, VectorBytes(shape.format, op.a.n_cols),
+                  n_tokens, dots, kOutputRows});
+  for (int32_t t = 0; t < n_tokens; ++t)
+    for (int32_t row = first; row < last; ++row)
+      x_[int64_t{t} * shape.hidden_size + row] += op.scale * dots[t * kOutputRows + row - first];
+}
+
+}  // namespace hybrid
