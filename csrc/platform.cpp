@@ -1,5 +1,8 @@
 #include "platform.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 #include <new>
 
 #if defined(_WIN32)
@@ -49,13 +52,23 @@ int ProcessId() { return static_cast<int>(GetCurrentProcessId()); }
 #else
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
-size_t MappedBytes(size_t bytes) {
+[[maybe_unused]] size_t MappedBytes(size_t bytes) {
   // Whole huge pages where the memory is large enough for one, so that its tail is covered too.
   const size_t page = bytes >= kHugePage ? kHugePage : 4096;
   return (bytes + page - 1) / page * page;
 }
 }  // namespace
 
+#ifdef HYBRID_SANITIZE
+// Exactly the bytes asked for, from the heap, so that the sanitizer sees their bounds.
+void* AllocatePages(size_t bytes, bool) {
+  void* pages = nullptr;
+  if (posix_memalign(&pages, 64, bytes) != 0) throw std::bad_alloc();
+  memset(pages, 0, bytes);
+  return pages;
+}
+void FreePages(void* pages, size_t) { free(pages); }
+#else
 void* AllocatePages(size_t bytes, bool huge) {
   void* pages = mmap(nullptr, MappedBytes(bytes), PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -66,6 +79,7 @@ void* AllocatePages(size_t bytes, bool huge) {
   return pages;
 }
 void FreePages(void* pages, size_t bytes) { munmap(pages, MappedBytes(bytes)); }
+#endif
 int ProcessId() { return getpid(); }
 #endif
 

@@ -1,10 +1,13 @@
 #include "program.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace hybrid {
 
 namespace {
+
+constexpr int32_t kMaxLayers = 4096;
 
 void Check(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
@@ -26,6 +29,8 @@ Program::Program(const ProgramShape& shape) : shape_(shape) {
 void Program::Add(const Op& op) {
   const int32_t hidden = shape_.hidden_size, attention = shape_.n_heads * shape_.head_dim;
   const int32_t index = static_cast<int32_t>(ops_.size());
+  Check(!is_sealed_, "the program is sealed: a session was opened");
+  Check(op.layer >= 0 && op.layer < kMaxLayers, "layer out of range");
   switch (op.kind) {
     case OpKind::kEmbed:
       Check(op.a.n_cols == hidden, "embedding width");
@@ -36,7 +41,6 @@ void Program::Add(const Op& op) {
     case OpKind::kQkv:
       Check(op.a.n_cols == hidden, "qkv width");
       Check(op.a.n_rows == attention + 2 * shape_.n_kv_heads * shape_.head_dim, "qkv rows");
-      n_layers_ = op.layer + 1 > n_layers_ ? op.layer + 1 : n_layers_;
       decode_.push_back({PhaseKind::kQkv, index});
       for (PhaseKind kind : {PhaseKind::kNormTokens, PhaseKind::kQkvTokens})
         prefill_.push_back({kind, index});
@@ -52,7 +56,6 @@ void Program::Add(const Op& op) {
     case OpKind::kFfn:
       Check(op.a.n_cols == hidden && op.b.n_cols == hidden && op.c.n_cols == hidden, "FFN width");
       Check(op.a.n_rows == op.b.n_rows && op.a.n_rows == op.c.n_rows, "FFN neurons");
-      n_neurons_ = op.a.n_rows > n_neurons_ ? op.a.n_rows : n_neurons_;
       for (PhaseKind kind : {PhaseKind::kFfn, PhaseKind::kFfnSum}) decode_.push_back({kind, index});
       for (PhaseKind kind :
            {PhaseKind::kNormTokens, PhaseKind::kFfnTokens, PhaseKind::kFfnSumTokens})
@@ -65,7 +68,15 @@ void Program::Add(const Op& op) {
         prefill_.push_back({kind, index});
       break;
   }
+  has_head_ |= op.kind == OpKind::kHead;
+  if (op.kind == OpKind::kQkv || op.kind == OpKind::kAttend || op.kind == OpKind::kFfn)
+    n_layers_ = std::max(n_layers_, op.layer + 1);
   ops_.push_back(op);
+}
+
+void Program::Seal() {
+  Check(vocab_size_ > 0 && n_layers_ > 0 && has_head_, "needs an embedding, a layer and a head");
+  is_sealed_ = true;
 }
 
 }  // namespace hybrid

@@ -28,14 +28,13 @@ struct ProgramShape {
   const float* rope_sin;
 };
 
-// One fused operation; which fields count is said beside each kind.
+// The fused operations, and the rows that each takes.
 enum class OpKind : int32_t {
-  kEmbed,  // x = embedding[token] * scale                                          (a)
-  kQkv,  // norm, q k v projections, rope, KV-cache write                         (a: q, k, v rows)
-  kAttend,  // attention, output projection, x += scale * o                          (a: o)
-  kFfn,   // norm, gated FFN, x += scale * y                                       (a: gate, b: up,
-          // c: down)
-  kHead,  // logits = head(norm(x) * scale)                                        (a)
+  kEmbed,   // a: embedding. x = embedding[token] * scale
+  kQkv,     // a: q, k, v. Norm, projections, rope, KV-cache write
+  kAttend,  // a: o. Attention over the cache; x += scale * o(attention)
+  kFfn,     // a: gate, b: up, c: down. Norm, gated FFN; x += scale * y
+  kHead,    // a: head. logits = head(norm(x) * scale)
 };
 struct Op {
   OpKind kind;
@@ -77,13 +76,17 @@ class Program {
   // Throws std::invalid_argument for sizes that the kernels do not take.
   explicit Program(const ProgramShape& shape);
 
-  // Records one operation. Throws std::invalid_argument where its sizes do not fit the shape.
+  // Records one operation. Throws std::invalid_argument where its sizes do not fit the shape, or
+  // where the program is sealed.
   void Add(const Op& op);
+
+  // Ends recording: sessions rely on what they were opened with. Throws std::invalid_argument for a
+  // program that has no embedding, no layer or no head.
+  void Seal();
 
   const ProgramShape& shape() const { return shape_; }
   int32_t head_stride() const { return RoundUp(shape_.head_dim, kHeadAlign); }
   int32_t n_layers() const { return n_layers_; }
-  int32_t n_neurons() const { return n_neurons_; }  // of the widest layer
   int32_t vocab_size() const { return vocab_size_; }
   const Op& op(int32_t index) const { return ops_[static_cast<size_t>(index)]; }
   const std::vector<Phase>& decode_phases() const { return decode_; }
@@ -93,7 +96,8 @@ class Program {
   ProgramShape shape_;
   std::vector<Op> ops_;
   std::vector<Phase> decode_, prefill_;
-  int32_t n_layers_ = 0, n_neurons_ = 0, vocab_size_ = 0;
+  int32_t n_layers_ = 0, vocab_size_ = 0;
+  bool has_head_ = false, is_sealed_ = false;
 };
 
 }  // namespace hybrid

@@ -92,6 +92,7 @@ int32_t Session::CountPieces(const Phase& phase) const {
   const ProgramShape& shape = program_.shape();
   const Op& op = program_.op(phase.op);
   const int32_t token_pieces = CeilDiv(n_tokens_, kTokensPerPiece);
+  const bool wants_head = wants_logits_ || all_logits_ != nullptr;
   switch (phase.kind) {
     case PhaseKind::kEmbed:
       return 1;
@@ -111,11 +112,12 @@ int32_t Session::CountPieces(const Phase& phase) const {
     case PhaseKind::kHead:
       return CeilDiv(op.a.n_rows, kHeadRows);
     case PhaseKind::kHeadTokens:
-      return wants_logits_ || all_logits_ != nullptr ? CeilDiv(op.a.n_rows, kHeadRows) : 0;
+      return wants_head ? CeilDiv(op.a.n_rows, kHeadRows) : 0;
     case PhaseKind::kAttendTokens:
       return shape.n_kv_heads * token_pieces;
-    case PhaseKind::kEmbedTokens:
     case PhaseKind::kNormTokens:
+      return op.kind == OpKind::kHead && !wants_head ? 0 : token_pieces;
+    case PhaseKind::kEmbedTokens:
     case PhaseKind::kQuantizeTokens:
     case PhaseKind::kFfnSumTokens:
       return token_pieces;

@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <cassert>
+
 #include "platform.h"
 
 namespace hybrid {
@@ -25,11 +27,6 @@ ThreadPool::ThreadPool(int32_t n_threads) : process_id_(platform::ProcessId()) {
 ThreadPool::~ThreadPool() { Stop(); }
 
 void ThreadPool::Stop() {
-  if (platform::ProcessId() != process_id_) {
-    // In a forked child: the workers are not here, and waiting for them would never end.
-    for (std::thread& worker : workers_) worker.detach();
-    return;
-  }
   {
     std::lock_guard<std::mutex> lock(park_mutex_);
     stop_.store(true);
@@ -99,6 +96,7 @@ void ThreadPool::OpenPhase(int32_t phase) {
     finished_.store(true, std::memory_order_release);
     return;
   }
+  assert(static_cast<uint64_t>(n_pieces) <= kPieceMask);
   phase_ = phase;
   n_pieces_ = n_pieces;
   n_done_.store(0, std::memory_order_relaxed);

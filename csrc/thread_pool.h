@@ -30,6 +30,7 @@ struct Job {
 
 class ThreadPool {
  public:
+  // Must be destroyed, and run, in the process that made it: a forked child has no workers.
   // `n_threads` counts the calling thread: 1 starts none. Throws std::system_error if a thread
   // cannot start.
   explicit ThreadPool(int32_t n_threads);
@@ -37,6 +38,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
+  int process_id() const { return process_id_; }
   int32_t n_threads() const { return static_cast<int32_t>(workers_.size()) + 1; }
 
   // Runs the job to its end; the calling thread works too, as thread 0. Calls from several threads

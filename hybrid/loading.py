@@ -23,6 +23,9 @@ def load(
     the physical cores, `context_size` (in tokens) to 4096 or what the model was trained for.
     `quant`: "q8" or "bf16".
 
+    While it downloads, huggingface_hub shows its progress bar on standard error; its variable
+    HF_HUB_DISABLE_PROGRESS_BARS turns that off.
+
     Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, UnsupportedModel, InvalidOption.
     """
     return Engine(

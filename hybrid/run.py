@@ -16,12 +16,12 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
-from hybrid import Generation, HybridError, InvalidOption, load
+from hybrid import Engine, Generation, HybridError, InvalidOption, load
 from hybrid.catalog import catalog
-from hybrid.engine.engine import Engine
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -58,8 +58,13 @@ def read_prompt(args: argparse.Namespace) -> str:
     if args.file is None:
         return args.prompt or ""
     try:
-        data = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
-        return data.decode("utf-8").removesuffix("\n")
+        if args.file != "-":
+            data = Path(args.file).read_bytes()
+        elif sys.stdin is None:
+            raise InvalidOption("--file -: standard input is closed")
+        else:
+            data = sys.stdin.buffer.read()
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise InvalidOption(f"--file {args.file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -113,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         is_interrupted = False
         if args.raw or not engine.tokenizer.has_chat_template:
             sys.stdout.write(prompt)  # a completion reads as one text
+            sys.stdout.flush()
         try:
             for piece in generation:
                 sys.stdout.write(piece)
@@ -126,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # A closed stream is None in Python, and print(file=None) would go to the other one.
+    sys.stdout = sys.stdout or open_null()
+    sys.stderr = sys.stderr or open_null()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that cannot show a character must not end the program.
@@ -141,12 +150,19 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader has gone (`| head`): nobody is left to tell. Keep Python from trying at exit.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+        sys.stdout = open_null()  # the reader has gone (`| head`): Python must not flush at exit
+        return 1
+    except OSError as error:
+        sys.stdout = open_null()
+        print(f"hybrid.run: cannot write the text: {error.strerror}", file=sys.stderr)
         return 1
     except MemoryError:
         print("hybrid.run: out of memory; try --quant q8 or a smaller --ctx-size", file=sys.stderr)
         return 1
+
+
+def open_null() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ stay. Nothing here sorts the whole vocabulary unless the distribution is flat.
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
-import sys
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +31,9 @@ class SamplingParams:
     seed: int | None = None  # None: drawn from the system
 
     def __post_init__(self) -> None:
-        # Comparisons are False for NaN, and exact for integers beyond the floats.
-        if not (_is_real(self.temperature) and 0 <= self.temperature <= sys.float_info.max):
+        if not (
+            _is_real(self.temperature) and _is_finite(self.temperature) and self.temperature >= 0
+        ):
             raise _out_of_range("temperature", self.temperature, "a finite number, 0 or more")
         if not (_is_int(self.top_k) and self.top_k >= 0):
             raise _out_of_range("top_k", self.top_k, "an integer, 0 (off) or more")
@@ -47,7 +49,7 @@ class Sampler:
     seed: int  # the one in use, also where none was asked for
 
     def __init__(self, params: SamplingParams) -> None:
-        self.seed = secrets.randbits(32) if params.seed is None else params.seed
+        self.seed = secrets.randbits(32) if params.seed is None else int(params.seed)
         self._params = params
         self._random = random.Random(self.seed)
 
@@ -115,11 +117,18 @@ def _draw(weights: Floats, uniform: float) -> int:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, float) or _is_int(value)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
 def _out_of_range(name: str, value: object, expected: str) -> InvalidOption:

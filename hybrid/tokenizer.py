@@ -200,6 +200,8 @@ def _piece_bytes(bpe: tokenizers.Tokenizer, vocab: dict[str, int], vocab_size: i
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(f"{path}: missing or not text: {error}; fetch it again") from error

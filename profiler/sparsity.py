@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid import Engine, HybridError, load
+from hybrid import Engine, HybridError, InvalidOption, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def measure_sparsity(
     counts = np.zeros(engine.config.n_layers, np.int64)
     for first in range(0, len(ids), window):
         session = engine.open_session()
-        session.prefill(np.asarray(ids[first : first + window], np.int32))
+        session.prefill(np.asarray(ids[first : first + window], np.int64))
         counts += session.active_counts
     return SparsityReport(len(ids), 1.0 - counts / (len(ids) * engine.config.n_neurons))
 
@@ -50,9 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         text = args.text.read_text(encoding="utf-8")
+        if not text.strip():
+            raise InvalidOption(f"--text {args.text}: there is no text in it")
         with load(args.model, threads=args.threads, quant=args.quant) as engine:
             report = measure_sparsity(engine, engine.tokenizer.encode(text))
-    except (HybridError, OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        print(f"profiler.sparsity: --text {args.text}: {error}", file=sys.stderr)
+        return 1
+    except HybridError as error:
         print(f"profiler.sparsity: {error}", file=sys.stderr)
         return 1
     for layer, sparsity in enumerate(report.sparsity):

@@ -26,7 +26,7 @@ LAYERS = [
     ["hybrid.run"],
 ]
 FRONT_ENDS = ["hybrid.run"]
-FRONT_END_IMPORTS = {"hybrid", "hybrid.catalog", "hybrid.engine.engine"}
+FRONT_END_IMPORTS = {"hybrid", "hybrid.catalog"}
 
 
 def layer_of(module: str) -> int:

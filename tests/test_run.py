@@ -131,6 +131,33 @@ def test_bad_options_give_one_clear_line_and_code_2(arguments, message):
     assert result.out == ""
 
 
+def test_a_windows_file_is_read_as_it_is_meant(tmp_path):
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"\xef\xbb\xbfThe cat\r\n")
+    options = ("-n", "10", "--temp", "0")
+    assert hybrid_run("-f", path, *options).out == hybrid_run("-p", "The cat", *options).out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    result = shell("{python} -m hybrid.run -n 3 > /dev/full")
+    assert result.code == 1
+    assert result.err == "hybrid.run: cannot write the text: No space left on device\n"
+
+
+def test_closed_streams_are_no_traceback_and_do_not_mix():
+    assert shell("{python} -m hybrid.run -n 3 >&-").err.startswith("[prompt")
+    assert "[prompt" not in shell("{python} -m hybrid.run -n 3 2>&-").out
+    assert "input is closed" in shell("{python} -m hybrid.run -f - <&-").err
+
+
+def shell(command: str) -> Result:
+    completed = subprocess.run(
+        ["sh", "-c", command.format(python=sys.executable)], capture_output=True, check=False
+    )
+    return Result(completed.returncode, completed.stdout.decode(), completed.stderr.decode())
+
+
 def test_a_prompt_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "binary"
     path.write_bytes(b"ok \xff\xfe")

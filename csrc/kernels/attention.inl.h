@@ -13,9 +13,9 @@ namespace hybrid {
 namespace {
 
 // exp(x) for x <= 0, by 2^n * exp(r) with |r| <= ln(2)/2 and a Taylor polynomial of degree 6 (error
-// < 2e-7).
+// < 2e-7). Below -87 it stays at exp(-87), which no sum in fp32 sees.
 inline F32 Exp(F32 x) {
-  x = Max(x, Set(-87.0f));
+  x = Max(Set(-87.0f), x);  // in this order a NaN stays one
   const F32 n = Round(Mul(x, Set(1.44269504f)));
   F32 r = Fma(n, Set(-0.693359375f), x);
   r = Fma(n, Set(2.12194440e-4f), r);

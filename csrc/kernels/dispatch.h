@@ -12,8 +12,7 @@ namespace hybrid {
 // Names of the tables that this build holds and this CPU runs, worst first.
 std::vector<std::string> AvailableIsas();
 
-// The table in use. Process-wide; a session reads it once per call, so a change never splits a
-// token.
+// The table in use. Process-wide; a session reads it once per token or chunk.
 const KernelTable& ActiveKernels();
 
 // Makes `name` the active table. Throws std::invalid_argument where AvailableIsas() lacks it.

@@ -4,6 +4,8 @@
 // Each (row, token) pair owns one vector accumulator and sums its groups in order, whatever the
 // tile: so a result does not depend on how rows and tokens were tiled, and prefill equals decode to
 // the last bit.
+//
+// kStream: the rows that follow are wanted next, so they are prefetched.
 #pragma once
 
 #include "kernels.h"
@@ -15,7 +17,7 @@ namespace {
 constexpr int32_t kRowTile = 4;
 constexpr int32_t kTokenDotTile = 4;
 
-template <int kRows, int kTokens>
+template <int kRows, int kTokens, bool kStream>
 inline void DotTileBf16(const Rows& rows, int32_t row, const uint8_t* const* x,
                         float (*out)[kTokens]) {
   const int32_t padded = PaddedCols(Format::kBf16, rows.n_cols);
@@ -34,7 +36,7 @@ inline void DotTileBf16(const Rows& rows, int32_t row, const uint8_t* const* x,
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Bf16s line = LoadBf16s(reinterpret_cast<const uint16_t*>(w[r]) + col);
-      if (kTokens == 1) Prefetch(w[r] + 2 * col + ahead);
+      if (kStream) Prefetch(w[r] + 2 * col + ahead);
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) sum[r][t] = DotBf16(sum[r][t], line, x_line[t]);
     }
@@ -43,7 +45,7 @@ inline void DotTileBf16(const Rows& rows, int32_t row, const uint8_t* const* x,
     for (int t = 0; t < kTokens; ++t) out[r][t] = ReduceAdd(sum[r][t]);
 }
 
-template <int kRows, int kTokens>
+template <int kRows, int kTokens, bool kStream>
 inline void DotTileQ8(const Rows& rows, int32_t row, const uint8_t* const* x,
                       float (*out)[kTokens]) {
   const int32_t padded = PaddedCols(Format::kQ8, rows.n_cols), n_blocks = padded / kBlock;
@@ -73,7 +75,7 @@ inline void DotTileQ8(const Rows& rows, int32_t row, const uint8_t* const* x,
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const auto w_line = LoadWeights(w[r] + first + line);
-        if (kTokens == 1) Prefetch(w[r] + first + line + ahead);
+        if (kStream) Prefetch(w[r] + first + line + ahead);
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) dot[r][t] = DotQ8(dot[r][t], w_line, x_line[t]);
       }
@@ -94,13 +96,13 @@ inline void DotTileQ8(const Rows& rows, int32_t row, const uint8_t* const* x,
     for (int t = 0; t < kTokens; ++t) out[r][t] = ReduceAdd(sum[r][t]);
 }
 
-template <int kRows, int kTokens>
+template <int kRows, int kTokens, bool kStream>
 inline void DotTile(Format format, const Rows& rows, int32_t row, const uint8_t* const* x,
                     float (*out)[kTokens]) {
   if (format == Format::kBf16)
-    DotTileBf16<kRows, kTokens>(rows, row, x, out);
+    DotTileBf16<kRows, kTokens, kStream>(rows, row, x, out);
   else
-    DotTileQ8<kRows, kTokens>(rows, row, x, out);
+    DotTileQ8<kRows, kTokens, kStream>(rows, row, x, out);
 }
 
 // kRows rows by any number of tokens. Token t's result for row r goes to out[t * out_stride + r].
@@ -112,14 +114,14 @@ inline void DotRows(Format format, const Rows& rows, int32_t row, const uint8_t*
     const uint8_t* tile[kTokenDotTile];
     float dots[kRows][kTokenDotTile];
     for (int t = 0; t < kTokenDotTile; ++t) tile[t] = x + (token + t) * x_stride;
-    DotTile<kRows, kTokenDotTile>(format, rows, row, tile, dots);
+    DotTile<kRows, kTokenDotTile, false>(format, rows, row, tile, dots);
     for (int t = 0; t < kTokenDotTile; ++t)
       for (int r = 0; r < kRows; ++r) out[(token + t) * out_stride + r] = dots[r][t];
   }
   for (; token < n_tokens; ++token) {
     const uint8_t* tile[1] = {x + token * x_stride};
     float dots[kRows][1];
-    DotTile<kRows, 1>(format, rows, row, tile, dots);
+    DotTile<kRows, 1, true>(format, rows, row, tile, dots);
     for (int r = 0; r < kRows; ++r) out[token * out_stride + r] = dots[r][0];
   }
 }

@@ -3,22 +3,24 @@
 // Every function is thread-safe: it reads its inputs and writes only the outputs named in its
 // arguments, which no two concurrent calls may share. No kernel allocates, throws or keeps state.
 //
-// Packed rows. A matrix is a number of rows of `n_cols` weights, each row padded to whole groups:
-//   bf16  n_cols bf16 values in order; padded with zeros to a multiple of 32.
-//   q8    blocks of 32 weights with one fp16 scale (the semantics of GGUF's Q8_0). Values are
-//   stored as
-//         uint8 = int8 + 128, eight blocks (256 weights) interleaved into a group: byte 32 k + 4 b
-//         + c of a group is element 4 k + c of block b. So an int32 lane of a vector register
-//         always belongs to one block, and a whole group needs one conversion and one
-//         multiplication by its scales. Padded with zero weights (uint8 128) of scale 0 to a
-//         multiple of 256.
+// Packed rows. A matrix is a number of rows of `n_cols` weights, each padded to whole groups.
+//
+// bf16: values in order; padded with zeros to a multiple of 32.
+//
+// q8: blocks of 32 weights with one fp16 scale (the semantics of GGUF's Q8_0). Values are stored as
+// uint8 = int8 + 128, eight blocks (256 weights) interleaved into a group: byte 32 k + 4 b + c of a
+// group is element 4 k + c of block b. So an int32 lane of a vector register always belongs to one
+// block, and a whole group needs one conversion and one multiplication by its scales. Padded with
+// zero weights (uint8 128) of scale 0 to a multiple of 256.
+//
 // An activation vector that meets such rows is laid out alike ("quantised vector", see
-// VectorBytes):
-//   bf16  values rounded to bf16.
-//   q8    int8 values interleaved as above, then a fp32 scale per block, then an int32 per block:
-//   -128 times
-//         the block's sum, which undoes the +128 of the weights where the ISA multiplies uint8 by
-//         int8.
+// VectorBytes).
+//
+// bf16: values rounded to bf16.
+//
+// q8: int8 values interleaved as above, then a fp32 scale per block, then an int32 per block: -128
+// times the block's sum, which undoes the +128 of the weights where the ISA multiplies uint8 by
+// int8.
 #pragma once
 
 #include <stdint.h>
@@ -36,7 +38,7 @@ constexpr int32_t kSpan = 256;      // context positions per piece of attention
 constexpr int32_t kTokenTile = 64;  // tokens that sparse_ffn takes at most
 
 struct Rows {
-  const uint8_t* values;  // row r begins at values + r * values_stride; 64-byte aligned or better
+  const uint8_t* values;  // row r begins at values + r * values_stride; 2-byte aligned at least
   const uint8_t* scales;  // q8: fp16 scales of row r begin at scales + r * scales_stride
   int64_t values_stride;  // bytes
   int64_t scales_stride;  // bytes

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bf16.h"
+
 namespace hybrid {
 namespace {
 
@@ -30,19 +32,6 @@ struct Bf16s {
   for (int i = 0; i < kLanes; ++i) y.v[i] = (expression); \
   return y
 
-inline float Bf16ToFloat(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  memcpy(&x, &wide, 4);
-  return x;
-}
-inline uint16_t FloatToBf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u)
-    return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 inline float Fp16ToFloat(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 31u, mantissa = half & 1023u;
@@ -78,13 +67,15 @@ inline F32 LoadFp16(const uint16_t* p) { HYBRID_LANES(Fp16ToFloat(p[i])); }
 inline void StoreFp16(uint16_t* p, F32 x) {
   for (int i = 0; i < kLanes; ++i) p[i] = FloatToFp16(x.v[i]);
 }
-inline F32 LoadBf16(const uint16_t* p) { HYBRID_LANES(Bf16ToFloat(p[i])); }
+inline F32 LoadBf16(const uint16_t* p) { HYBRID_LANES(WidenBf16(p[i])); }
 inline F32 Add(F32 a, F32 b) { HYBRID_LANES(a.v[i] + b.v[i]); }
 inline F32 Mul(F32 a, F32 b) { HYBRID_LANES(a.v[i] * b.v[i]); }
 inline F32 Fma(F32 a, F32 b, F32 c) { HYBRID_LANES(a.v[i] * b.v[i] + c.v[i]); }
 inline F32 Max(F32 a, F32 b) { HYBRID_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline F32 Round(F32 a) { HYBRID_LANES(rintf(a.v[i])); }
-inline F32 Pow2(F32 n) { HYBRID_LANES(ldexpf(1.0f, static_cast<int>(n.v[i]))); }
+inline F32 Pow2(F32 n) {
+  HYBRID_LANES(n.v[i] == n.v[i] ? ldexpf(1.0f, static_cast<int>(n.v[i])) : n.v[i]);
+}
 inline float ReduceAdd(F32 a) {
   float sum = 0.0f;
   for (int i = 0; i < kLanes; ++i) sum += a.v[i];
@@ -104,8 +95,8 @@ inline Bf16s LoadBf16s(const uint16_t* p) {
 }
 inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
   for (int i = 0; i < kLanes; ++i) {
-    sum.v[i] += Bf16ToFloat(w.v[2 * i]) * Bf16ToFloat(x.v[2 * i]);
-    sum.v[i] += Bf16ToFloat(w.v[2 * i + 1]) * Bf16ToFloat(x.v[2 * i + 1]);
+    sum.v[i] += WidenBf16(w.v[2 * i]) * WidenBf16(x.v[2 * i]);
+    sum.v[i] += WidenBf16(w.v[2 * i + 1]) * WidenBf16(x.v[2 * i + 1]);
   }
   return sum;
 }

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "bf16.h"
 #include "kernels.h"
 #include HYBRID_SIMD
 
@@ -15,21 +16,6 @@ inline int32_t ColumnOrder(Format format, int32_t col) {
   if (format == Format::kBf16) return col;
   const int32_t in_group = col % kGroup, block = in_group / kBlock, element = in_group % kBlock;
   return col - in_group + element / 4 * kBlock + block * 4 + element % 4;
-}
-
-// Scalar conversions, for tails and single rows.
-inline float WidenBf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  memcpy(&x, &wide, 4);
-  return x;
-}
-inline uint16_t NarrowBf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u)
-    return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
@@ -52,7 +38,7 @@ void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
       if (magnitude > largest || magnitude != magnitude) largest = magnitude;  // keeps a NaN
     }
     const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    scales[block] = largest == largest ? largest / 127.0f : largest;
+    scales[block] = largest / 127.0f;
     int32_t sum = 0;
     for (int32_t i = 0; i < kBlock; ++i) {
       const float scaled = i < length ? rintf(x[first + i] * inverse) : 0.0f;

@@ -96,11 +96,11 @@ def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
     vocab_size = fields.size("vocab_size")
     hidden_size = fields.size("hidden_size")
     n_layers = fields.size("num_hidden_layers")
-    n_heads, n_kv_heads, head_dim = _heads(fields, hidden_size)
     if hidden_size % _BLOCK:
         raise UnsupportedModel(
             f"{path}: hidden_size is {hidden_size}; expected a multiple of {_BLOCK}"
         )
+    n_heads, n_kv_heads, head_dim = _heads(fields, hidden_size)
     activation = _activation(fields)
     embedding_scale = residual_scale = logit_scale = 1.0
     if family == "minicpm":
@@ -212,6 +212,11 @@ def _heads(fields: _Fields, hidden_size: int) -> tuple[int, int, int]:
         )
     if n_heads * head_dim > _MAX_SIZE:
         raise fields.invalid("num_attention_heads", f"at most {_MAX_SIZE} dimensions in all")
+    if n_heads * head_dim % _BLOCK:
+        raise UnsupportedModel(
+            f"{fields.path}: {n_heads} heads of {head_dim} dimensions make {n_heads * head_dim}; "
+            f"expected a multiple of {_BLOCK}"
+        )
     return n_heads, n_kv_heads, head_dim
 
 

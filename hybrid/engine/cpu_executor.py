@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 from hybrid.engine.forward import forward
+from hybrid.errors import InvalidOption
 from hybrid.kernels import Activation, Format, Program, Rows, Session, ThreadPool
 from hybrid.kernels.reference import rope_tables
 from hybrid.model_config import ModelConfig
@@ -60,7 +61,10 @@ class CpuExecutor:
     ) -> None:
         cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
         self.n_context = n_context
-        self.pool = ThreadPool(n_threads)
+        try:
+            self.pool = ThreadPool(n_threads)
+        except RuntimeError as error:
+            raise InvalidOption(f"threads: cannot start {n_threads} threads ({error})") from error
         self.program = Program(
             format=format,
             hidden_size=config.hidden_size,

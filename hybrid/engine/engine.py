@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
+import numpy as np
 import psutil
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.generation import Generation
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidCheckpoint, InvalidOption
-from hybrid.kernels import Format, Session
+from hybrid.kernels import Format, Session, check_isa_cap
 from hybrid.sampling import Sampler, SamplingParams
 from hybrid.tokenizer import ChatMessage, Tokenizer
 from hybrid.weights.packed import pack_model
@@ -41,19 +43,19 @@ class Engine:
         context_size: int | None = None,
     ) -> None:
         """Load the Hugging Face folder. See `hybrid.load` for the options and errors."""
-        n_threads = _checked_count("threads", threads, default_threads(), 1024)
+        check_isa_cap()
+        n_threads = _checked_count(
+            "threads", default_threads() if threads is None else threads, 1024
+        )
         if quant not in get_args(Quant):
             raise InvalidOption(
                 f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
             )
         with open_checkpoint(folder) as checkpoint:
             config = checkpoint.config
-            n_context = _checked_count(
-                "context_size",
-                context_size,
-                min(config.max_context, DEFAULT_CONTEXT),
-                config.max_context,
-            )
+            if context_size is None:
+                context_size = min(config.max_context, DEFAULT_CONTEXT)
+            n_context = _checked_count("context_size", context_size, config.max_context)
             self.tokenizer = Tokenizer.from_folder(
                 folder, vocab_size=config.vocab_size, bos_id=config.bos_id
             )
@@ -61,6 +63,7 @@ class Engine:
             model = pack_model(checkpoint, Format[quant])
         self.config, self.quant = config, quant
         self.n_threads, self.n_context = n_threads, n_context
+        self._process_id = os.getpid()
         self._executor: CpuExecutor | None = CpuExecutor(
             model, config, Format[quant], n_threads=n_threads, n_context=n_context
         )
@@ -95,7 +98,7 @@ class Engine:
             top_p=defaults.top_p if top_p is None else top_p,
             seed=seed,
         )
-        max_tokens = _checked_count("max_tokens", max_tokens, max_tokens, None)
+        max_tokens = _checked_count("max_tokens", max_tokens)
         return Generation(
             self.open_session(),
             self.tokenizer,
@@ -112,6 +115,11 @@ class Engine:
         """
         if self._executor is None:
             raise EngineClosed("the engine is closed; load the model again")
+        if os.getpid() != self._process_id:
+            raise EngineClosed(
+                "the engine was loaded before this process was forked, and its threads stayed "
+                "behind; load the model in the child"
+            )
         return self._executor.open_session()
 
     def close(self) -> None:
@@ -131,13 +139,7 @@ class Engine:
 
     def _checked_prompt(self, prompt: str | Sequence[int], *, raw: bool) -> list[int]:
         if not isinstance(prompt, str):
-            ids = list(prompt)
-            for token in ids:
-                if not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
-                    raise InvalidOption(
-                        "prompt: expected token ids from 0 to "
-                        f"{self.config.vocab_size - 1}, found {token!r}"
-                    )
+            ids = self._checked_ids(prompt)
         elif raw or not self.tokenizer.has_chat_template:
             ids = self.tokenizer.encode(prompt)
         else:
@@ -154,6 +156,19 @@ class Engine:
             raise ContextOverflow(
                 f"the prompt has {len(ids)} tokens, the context holds {self.n_context}; {advice}"
             )
+        return ids
+
+    def _checked_ids(self, prompt: Sequence[int]) -> list[int]:
+        expected = f"text, or token ids from 0 to {self.config.vocab_size - 1}"
+        if isinstance(prompt, (bytes, bytearray, memoryview)) or not isinstance(prompt, Iterable):
+            raise InvalidOption(f"prompt: expected {expected}, found {type(prompt).__name__}")
+        ids = []
+        for token in prompt:
+            if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
+                raise InvalidOption(f"prompt: expected {expected}, found {token!r}")
+            if not 0 <= token < self.config.vocab_size:
+                raise InvalidOption(f"prompt: expected {expected}, found {token}")
+            ids.append(int(token))
         return ids
 
 
@@ -184,11 +199,14 @@ def read_default_sampling(folder: Path) -> SamplingParams:
         raise InvalidCheckpoint(f"{path}: {error}") from error
 
 
-def _checked_count(name: str, value: int | None, default: int, largest: int | None) -> int:
-    if value is None:
-        return default
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not is_count or (largest is not None and value > largest):
+def _checked_count(name: str, value: SupportsIndex, largest: int | None = None) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1 or (largest is not None and count > largest):
         expected = "an integer, 1 or more" if largest is None else f"an integer from 1 to {largest}"
         raise InvalidOption(f"{name}: expected {expected}, found {value!r}")
-    return value
+    return count

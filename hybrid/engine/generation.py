@@ -9,11 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-from hybrid.kernels import Session
+from hybrid.kernels import PREFILL_CHUNK, Session
 from hybrid.sampling import Sampler
 from hybrid.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+PROMPT_PART = 4 * PREFILL_CHUNK  # prompt tokens that are run between two looks at cancellation
 
 
 @dataclass(slots=True)
@@ -45,6 +47,7 @@ class Generation:
 
     `text`, `tokens` and `stats` grow with it. `finish_reason` is None while it is being written,
     then "stop" (the model ended it), "length" (max_tokens, or the context is full), "cancelled".
+    Its KV cache is given back at the end, or with `close`. One thread may iterate; any may cancel.
     """
 
     def __init__(
@@ -64,64 +67,76 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.stats = GenerationStats(len(prompt))
         self.seed = sampler.seed
-        self._session, self._sampler = session, sampler
+        self._session: Session | None = session
+        self._sampler = sampler
         self._detokenizer = tokenizer.stream(prompt)
         self._max_tokens, self._eos_ids = max_tokens, eos_ids
         self._n_neurons = n_neurons  # of all layers
         self._is_cancelled = False
-        self._pieces = self._generate()
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        session = self._session
+        if session is None:
+            raise StopIteration
+        if session.position < len(self.prompt):
+            self._prefill(session)
+        piece = ""
+        while not piece and self.finish_reason is None:
+            started = time.perf_counter()
+            piece = self._step(session)
+            self.stats.decode_s += time.perf_counter() - started
+        if self.finish_reason is not None:
+            piece += self._detokenizer.finish()
+            self._session = None
+        if not piece:
+            raise StopIteration
+        self.text += piece
+        return piece
 
     def cancel(self) -> None:
         """End the generation before its next token; may be called from another thread."""
         self._is_cancelled = True
 
-    def _generate(self) -> Iterator[str]:
-        session, stats = self._session, self.stats
-        started = time.perf_counter()
-        session.prefill(np.asarray(self.prompt, np.int32))
-        stats.prefill_s = time.perf_counter() - started
-        self._count_active(stats.prompt_tokens)
-        session.reset_active_counts()
-        while self.finish_reason is None:
-            started = time.perf_counter()
-            piece = self._step()
-            stats.decode_s += time.perf_counter() - started
-            if self.finish_reason is not None:
-                piece += self._detokenizer.finish()
-            if piece:
-                self.text += piece
-                yield piece
+    def close(self) -> None:
+        """End the generation here and give its memory back."""
+        self._session = None
+        if self.finish_reason is None:
+            self.finish_reason = "cancelled"
 
-    def _step(self) -> str:
-        """Sample one token and, where another shall follow, run it; returns the text that became
-        certain.
-        """
+    def _prefill(self, session: Session) -> None:
+        """Run the prompt, in parts, so that cancelling and Ctrl-C need not wait for all of it."""
+        started = time.perf_counter()
+        while session.position < len(self.prompt) and not self._is_cancelled:
+            part = self.prompt[session.position : session.position + PROMPT_PART]
+            session.prefill(np.asarray(part, np.int64))
+        self.stats.prefill_s += time.perf_counter() - started
+        self._count_active(session, session.position)
+        session.reset_active_counts()
+
+    def _step(self, session: Session) -> str:
+        """Sample a token and, where another shall follow, run it; returns what became certain."""
         if self._is_cancelled:
             self.finish_reason = "cancelled"
             return ""
-        if len(self.tokens) == self._max_tokens:
-            self.finish_reason = "length"
-            return ""
-        token = self._sampler.sample(self._session.logits)
+        token = self._sampler.sample(session.logits)
         if token in self._eos_ids:
             self.finish_reason = "stop"
             return ""
         self.tokens.append(token)
         self.stats.generated_tokens += 1
-        is_full = self._session.position == self._session.n_context
+        is_full = session.position == session.n_context
         if is_full or len(self.tokens) == self._max_tokens:
             self.finish_reason = "length"
         else:
-            self._session.decode(token)
+            session.decode(token)
             self.stats.decode_steps += 1
-            self._count_active(self.stats.decode_steps)
+            self._count_active(session, self.stats.decode_steps)
         return self._detokenizer.push(token)
 
-    def _count_active(self, n_tokens: int) -> None:
-        self.stats.active_fraction = sum(self._session.active_counts) / (n_tokens * self._n_neurons)
+    def _count_active(self, session: Session, n_tokens: int) -> None:
+        if n_tokens:
+            n_active = sum(session.active_counts)
+            self.stats.active_fraction = n_active / (n_tokens * self._n_neurons)

@@ -13,10 +13,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hybrid.errors import UnsupportedIsa
-from hybrid.kernels import _native
-from hybrid.kernels._native import Activation, Format, Program, Rows, Session, ThreadPool
+
+try:
+    from hybrid.kernels import _native
+except ImportError as error:
+    raise ImportError(
+        "hybrid's compiled kernels are not here, or not for this Python: run `pip install .` in "
+        f"hybrid's source folder with this Python ({error})"
+    ) from error
+from hybrid.kernels._native import (
+    PREFILL_CHUNK,
+    Activation,
+    Format,
+    Program,
+    Rows,
+    Session,
+    ThreadPool,
+)
 
 __all__ = [
+    "PREFILL_CHUNK",
     "Activation",
     "Format",
     "Program",
@@ -25,8 +41,23 @@ __all__ = [
     "ThreadPool",
     "active_isa",
     "available_isas",
+    "check_isa_cap",
     "using_isa",
 ]
+
+_isa_cap = os.environ.get("HYBRID_ISA", "").lower()
+
+
+def check_isa_cap() -> None:
+    """Raises UnsupportedIsa where HYBRID_ISA names no instruction set that hybrid knows.
+
+    Not raised at import: a program that embeds hybrid must be able to import it.
+    """
+    if _isa_cap and not _is_cap_applied:
+        raise UnsupportedIsa(
+            f"HYBRID_ISA={_isa_cap!r} is no instruction set that hybrid knows; "
+            "use scalar, avx2, avx512 or avx512_vnni_bf16, or unset it"
+        )
 
 
 def available_isas() -> list[str]:
@@ -58,14 +89,9 @@ def using_isa(isa: str) -> Iterator[None]:
         _native.set_isa(before)
 
 
-def _apply_cap(cap: str) -> None:
-    try:
-        _native.set_best_isa(cap)
-    except ValueError:
-        raise UnsupportedIsa(
-            f"HYBRID_ISA={cap!r} is no instruction set that hybrid knows; "
-            "use scalar, avx2, avx512 or avx512_vnni_bf16, or unset it"
-        ) from None
-
-
-_apply_cap(os.environ.get("HYBRID_ISA", ""))
+try:
+    _native.set_best_isa(_isa_cap)
+    _is_cap_applied = True
+except ValueError:
+    _native.set_best_isa("")
+    _is_cap_applied = False

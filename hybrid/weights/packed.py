@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.checkpoint.hf import Checkpoint
+from hybrid.errors import InvalidCheckpoint
 from hybrid.kernels import Format, Rows, _native
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
 from hybrid.weights.quant import pack_rows, row_bytes
 
 PackedModel = ModelWeights[Rows]
 
-CHUNK_ROWS = (
-    8192  # rows that are converted at a time, so that packing needs little memory beside the result
-)
+LARGEST_Q8 = 65504.0 * 127  # the largest fp16 scale times the largest int8
+CHUNK_ROWS = 8192  # converted at a time: packing needs little memory beside the result
 
 
 def pack_model(
@@ -34,29 +34,49 @@ def pack_model(
     place i.
     """
     config = checkpoint.config
+
+    def read(role: str, layer: int | None = None) -> NDArray[np.float32]:
+        w = checkpoint.read(role, layer)
+        check_range(format, w, f"{checkpoint.folder}: {role}" + _of_layer(layer))
+        return w
+
     layers = []
     for layer in range(config.n_layers):
-        qkv = np.concatenate([checkpoint.read(role, layer) for role in ("q", "k", "v")])
-        gate, up = checkpoint.read("gate", layer), checkpoint.read("up", layer)
-        down = checkpoint.read("down", layer).T
+        qkv = np.concatenate([read(role, layer) for role in ("q", "k", "v")])
+        gate, up, down = read("gate", layer), read("up", layer), read("down", layer).T
         if neuron_orders is not None:
             order = neuron_orders[layer]
             gate, up, down = gate[order], up[order], down[order]
         up_rows, down_rows = pack_bundles(format, up, down)
         layers.append(
             LayerWeights(
-                attention_norm=checkpoint.read("attention_norm", layer),
+                attention_norm=read("attention_norm", layer),
                 qkv=pack_matrix(format, qkv),
-                o=pack_matrix(format, checkpoint.read("o", layer)),
-                ffn_norm=checkpoint.read("ffn_norm", layer),
+                o=pack_matrix(format, read("o", layer)),
+                ffn_norm=read("ffn_norm", layer),
                 gate=pack_matrix(format, gate),
                 up=up_rows,
                 down=down_rows,
             )
         )
-    embedding = pack_matrix(format, checkpoint.read("embedding"))
-    head = embedding if config.has_tied_head else pack_matrix(format, checkpoint.read("head"))
-    return ModelWeights(embedding, tuple(layers), checkpoint.read("norm"), head)
+    embedding = pack_matrix(format, read("embedding"))
+    head = embedding if config.has_tied_head else pack_matrix(format, read("head"))
+    return ModelWeights(embedding, tuple(layers), read("norm"), head)
+
+
+def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
+    """Raises InvalidCheckpoint for NaN, infinity, or more than `format` can hold."""
+    largest = max(float(w.max()), -float(w.min()))  # NaN where any weight is
+    if not np.isfinite(largest):
+        raise InvalidCheckpoint(f"{name} holds values that are not finite; its weights are broken")
+    if format is Format.q8 and largest > LARGEST_Q8:
+        raise InvalidCheckpoint(
+            f"{name} holds {largest:g}; q8 reaches {LARGEST_Q8:g}: load it with quant bf16"
+        )
+
+
+def _of_layer(layer: int | None) -> str:
+    return "" if layer is None else f" of layer {layer}"
 
 
 def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:

@@ -191,6 +191,11 @@ def test_fatrelu_without_a_threshold(config: dict[str, Any], threshold: object) 
         ({"head_dim": 7}, UnsupportedModel, "7 dimensions; expected an even number"),
         ({"head_dim": 0}, InvalidCheckpoint, "head_dim is 0"),
         ({"head_dim": 2**30}, InvalidCheckpoint, "num_attention_heads is 4"),
+        (
+            {"num_attention_heads": 2, "head_dim": 10},
+            UnsupportedModel,
+            "make 20; expected a multiple",
+        ),
         ({"hidden_size": 40}, UnsupportedModel, "hidden_size is 40; expected a multiple of 32"),
         ({"eos_token_id": 10}, InvalidCheckpoint, "eos_token_id is 10; expected ids from 0 to 9"),
         ({"eos_token_id": [2, -1]}, InvalidCheckpoint, "eos_token_id"),

@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import write_model
 
 import hybrid
@@ -187,35 +191,111 @@ def test_two_engines_in_one_process(tmp_path):
         assert "".join(stories.generate("The cat", max_tokens=10, temperature=0)) == first
 
 
-def test_broken_weights_are_an_error_and_not_a_text(tmp_path):
-    import numpy as np
-    from safetensors.numpy import load_file, save_file
-
+@pytest.mark.parametrize("quant", ["bf16", "q8"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_broken_weights_are_an_error_that_names_them(tmp_path, quant, bad):
     folder = write_model(tmp_path, vocab_size=4096)
+    change_weight(folder, bad)
+    with pytest.raises(hybrid.InvalidCheckpoint, match=r"gate of layer 1 holds .* not finite"):
+        hybrid.load(folder, quant=quant)
+
+
+def test_weights_beyond_q8_are_refused_with_a_way_out(tmp_path):
+    folder = write_model(tmp_path, vocab_size=4096)
+    change_weight(folder, 1e8)
+    with pytest.raises(hybrid.InvalidCheckpoint, match="quant bf16"):
+        hybrid.load(folder)
+    with hybrid.load(folder, quant="bf16") as engine:
+        assert list(engine.generate("a", max_tokens=2)) is not None
+
+
+def change_weight(folder: Path, value: float) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.gate_proj.weight"] = np.full((200, 96), np.nan, np.float32)
+    tensors["model.layers.1.mlp.gate_proj.weight"] = np.full((200, 96), value, np.float32)
     save_file(tensors, folder / "model.safetensors")
-    for quant in ("bf16", "q8"):
-        with (
-            hybrid.load(folder, quant=quant) as engine,
-            pytest.raises(hybrid.HybridError, match="finite"),
-        ):
-            list(engine.generate("The cat"))
+
+
+FORKED = """
+import hybrid, os, sys, time, warnings
+warnings.simplefilter("ignore")
+def text(engine): return "".join(engine.generate("The cat", max_tokens=20, temperature=0))
+engine = hybrid.load("stories", threads=3)
+expected = text(engine)
+time.sleep(0.3)  # the workers park
+child = os.fork()
+if child == 0:
+    try:
+        text(engine)
+    except hybrid.EngineClosed as error:
+        assert "forked" in str(error)
+    else:
+        os._exit(1)
+    engine.close()
+    with hybrid.load("stories", threads=3) as own:
+        sys.exit(0 if text(own) == expected else 2)
+assert text(engine) == expected
+assert os.waitpid(child, 0)[1] == 0
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_can_generate_and_exit():
-    """Worker threads do not exist in a child; its calls must not wait for them."""
+def test_a_forked_child_is_told_to_load_for_itself_and_can_exit():
+    """Worker threads do not exist in a child: nothing there may wait for them."""
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
+
+
+def test_the_process_may_end_while_a_thread_generates():
     code = (
-        "import hybrid, os, sys, warnings\n"
-        "warnings.simplefilter('ignore')\n"
-        "engine = hybrid.load('stories', threads=3)\n"
-        "def text(): return ''.join(engine.generate('The cat', max_tokens=20, temperature=0))\n"
-        "expected = text()\n"
-        "child = os.fork()\n"
-        "same = text() == expected\n"
-        "if child == 0: sys.exit(0 if same else 1)\n"
-        "assert same and os.waitpid(child, 0)[1] == 0\n"
+        "import hybrid, threading, time\n"
+        "engine = hybrid.load('stories', threads=2)\n"
+        "def work():\n"
+        "    while True: list(engine.generate('Once', temperature=2.0))\n"
+        "threading.Thread(target=work, daemon=True).start()\n"
+        "time.sleep(0.3)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    for _ in range(4):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_generation_gives_its_memory_back(engine):
+    """At its end, when closed, and when dropped half-way: by reference counts alone."""
+    for finish in (list, lambda generation: generation.close(), next):
+        generation = engine.generate("Once", max_tokens=3)
+        session = weakref.ref(generation._session)
+        finish(generation)
+        is_dropped = finish is next
+        if is_dropped:
+            del generation
+        assert session() is None
+        if not is_dropped:
+            assert list(generation) == []
+
+
+def test_cancel_ends_a_long_prompt_early():
+    with hybrid.load("stories") as engine:
+        generation = engine.generate([5] * 500)
+        generation.cancel()
+        assert list(generation) == []
+        assert generation.finish_reason == "cancelled"
+        assert generation.stats.prefill_s < 1
+
+
+@pytest.mark.parametrize("prompt", [b"hello", None, 5, [True, False], object()])
+def test_prompts_of_another_type_are_refused(engine, prompt):
+    with pytest.raises(hybrid.InvalidOption, match="prompt"):
+        engine.generate(prompt)
+
+
+def test_numpy_numbers_are_numbers(engine):
+    ids = np.array(engine.tokenizer.encode("The cat"))
+    options = {"max_tokens": np.int64(5), "temperature": np.float32(0.5), "seed": np.int64(1)}
+    assert "".join(engine.generate(ids, **options))
+
+
+def test_an_unknown_isa_cap_is_an_error_of_load_and_not_of_import():
+    code = "import hybrid\ntry: hybrid.load()\nexcept hybrid.UnsupportedIsa as e: print(e)"
+    environment = os.environ | {"HYBRID_ISA": "avx9000"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("HYBRID_ISA='avx9000' is no instruction set")

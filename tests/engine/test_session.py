@@ -12,8 +12,8 @@ from tiny_models import write_model
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.reference_executor import ReferenceSession, read_weights
-from hybrid.kernels import Format, _native
-from hybrid.weights.packed import pack_model
+from hybrid.kernels import Format, Program, Session, ThreadPool, _native
+from hybrid.weights.packed import pack_matrix, pack_model
 
 IDS = np.random.default_rng(1).integers(0, 320, 150).astype(np.int32)
 CHUNK = _native.PREFILL_CHUNK
@@ -223,3 +223,51 @@ def test_opening_and_closing_leaks_no_memory_and_no_threads(tmp_path):
         cycle()
     assert process.num_threads() == threads
     assert process.memory_info().rss < rss + 8e6
+
+
+def test_two_threads_cannot_use_one_session(tmp_path):
+    executor = open_executor(write_model(tmp_path), Format.q8, n_context=64)
+    for _ in range(20):
+        session = executor.open_session()
+        refused: list[str] = []
+
+        def work(session=session, refused=refused) -> None:
+            for _ in range(40):
+                try:
+                    session.decode(1)
+                except ValueError as error:
+                    refused.append(str(error))
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert session.position <= 64
+        assert all("another thread" in text or "full" in text for text in refused)
+
+
+def test_tokens_are_never_truncated_to_fit(tmp_path):
+    session = open_executor(write_model(tmp_path), Format.q8).open_session()
+    with pytest.raises(ValueError, match="vocabulary"):
+        session.prefill(np.array([2**32 + 5, 1]))
+    with pytest.raises(TypeError):
+        session.prefill(np.array([1.9, 2.2]))
+
+
+def test_a_program_is_complete_and_sealed_once_a_session_is_open(tmp_path):
+    executor = open_executor(write_model(tmp_path), Format.q8)
+    executor.open_session()
+    rows = pack_matrix(Format.q8, np.zeros((320, 96), np.float32))
+    with pytest.raises(ValueError, match="sealed"):
+        executor.program.embed(rows, 1.0)
+    tables = np.zeros((8, 8), np.float32)
+    sizes = {"hidden_size": 96, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16}
+    empty = Program(format=Format.q8, rms_norm_eps=1e-5, rope_cos=tables, rope_sin=tables, **sizes)
+    with pytest.raises(ValueError, match="needs an embedding"):
+        Session(empty, executor.pool, 8)
+    for layer in (-1, 10**6):
+        with pytest.raises(ValueError, match="layer"):
+            empty.attend(pack_matrix(Format.q8, np.zeros((96, 96), np.float32)), 1.0, layer)
+    with pytest.raises(ValueError, match="positive"):
+        ThreadPool(0)

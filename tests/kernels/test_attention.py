@@ -41,3 +41,15 @@ def test_a_dominant_score_does_not_overflow(isa):
     largest, total, out = _native.attend_span(q, k.view(np.uint16), v.view(np.uint16), 0, 40)
     np.testing.assert_allclose(out / total[:, None], 7.0, rtol=1e-6)
     assert largest[0] == 160000.0
+
+
+@pytest.mark.parametrize("position", [0, 7, 39])
+def test_a_key_that_is_not_a_number_shows(isa, position):
+    k = np.ones((40, 16), np.float16)
+    k[position, 0] = np.nan
+    v = np.ones((40, 16), np.float16)
+    _, total, out = _native.attend_span(
+        np.ones((1, 16), np.float32), k.view(np.uint16), v.view(np.uint16), 0, 40
+    )
+    assert np.isnan(total).all()
+    assert np.isnan(out).all()

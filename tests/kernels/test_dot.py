@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_close, quantize_tokens
 
-from hybrid.kernels import Format, _native, reference
+from hybrid.kernels import Format, Rows, _native, reference
 from hybrid.weights.packed import pack_bundles, pack_matrix
 from hybrid.weights.quant import round_weights
 
@@ -90,3 +90,22 @@ def test_bad_arguments_are_refused(format):
             _native.gemm(rows, x, first, last)
     with pytest.raises(ValueError, match="quantised vectors"):
         _native.gemm(rows, x[:, :-1].copy(), 0, 4)
+
+
+def test_rows_beyond_their_array_are_refused(format):
+    values, scales = np.zeros(1024, np.uint8), np.zeros(64, np.uint8)
+    good = {"format": format, "values": values, "scales": scales, "n_rows": 2, "n_cols": 32}
+    good |= {"values_stride": 256, "scales_stride": 16}
+    Rows(**good)
+    for change in (
+        {"n_rows": 5},
+        {"n_rows": 0},
+        {"n_rows": 3, "values_stride": 2**62},
+        {"n_cols": 2**31 - 1},
+        {"values_stride": 8},
+        {"values_offset": 1000},
+        {"values_offset": -64},
+        {"values_offset": 1},
+    ):
+        with pytest.raises(ValueError, match=r"range|beyond|aligned"):
+            Rows(**good | change)

@@ -1,0 +1,53 @@
+// What the bindings share. Only bindings*.cpp know Python: they check every argument, so that the
+// code below them need not.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "kernels/kernels.h"
+
+namespace hybrid {
+
+namespace py = pybind11;
+
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using Halves = py::array_t<uint16_t, py::array::c_style>;
+
+inline void Check(bool ok, const char* what) {
+  if (!ok) throw py::value_error(what);
+}
+
+inline bool IsAligned(const void* p, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// Runs `compute`, which must not throw, without the GIL. At interpreter exit Python ends a thread
+// that asks for the GIL by unwinding its stack: here that passes, while the destructor of
+// pybind11's own guard would abort the process.
+template <typename Compute>
+void WithoutGil(const Compute& compute) {
+  PyThreadState* state = PyEval_SaveThread();
+  compute();
+  PyEval_RestoreThread(state);
+}
+
+// Packed rows within NumPy arrays, which it keeps alive.
+struct PyRows {
+  PyRows(Format format, Bytes values, std::optional<Bytes> scales, int32_t n_rows, int32_t n_cols,
+         int64_t values_stride, int64_t scales_stride, int64_t values_offset,
+         int64_t scales_offset);
+  Format format;
+  Rows rows;
+  Bytes values_array;
+  std::optional<Bytes> scales_array;
+};
+
+void BindKernels(py::module_& m);
+void BindProgram(py::module_& m);
+
+}  // namespace hybrid

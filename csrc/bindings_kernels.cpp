@@ -1,0 +1,198 @@
+// Single kernels, for tests and benchmarks, and memory for packed weights.
+
+#include <algorithm>
+
+#include "bindings.h"
+#include "kernels/dispatch.h"
+#include "platform.h"
+
+namespace hybrid {
+
+namespace {
+
+constexpr int32_t kMaxCols = 1 << 24;  // keeps every product of sizes far from overflow
+
+Bytes AllocateBytes(int64_t n_bytes) {
+  Check(n_bytes > 0, "n_bytes must be positive");
+  const size_t size = static_cast<size_t>(n_bytes);
+  struct Allocation {
+    void* pages;
+    size_t size;
+  };
+  auto* allocation = new Allocation{platform::AllocatePages(size, true), size};
+  py::capsule owner(allocation, [](void* p) {
+    auto* a = static_cast<Allocation*>(p);
+    platform::FreePages(a->pages, a->size);
+    delete a;
+  });
+  return Bytes({n_bytes}, {int64_t{1}}, static_cast<uint8_t*>(allocation->pages), owner);
+}
+
+}  // namespace
+
+PyRows::PyRows(Format format, Bytes values, std::optional<Bytes> scales, int32_t n_rows,
+               int32_t n_cols, int64_t values_stride, int64_t scales_stride, int64_t values_offset,
+               int64_t scales_offset)
+    : format(format), values_array(values), scales_array(std::move(scales)) {
+  Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols, "rows or columns out of range");
+  const auto check = [n_rows](const Bytes& array, int64_t row_bytes, int64_t stride,
+                              int64_t offset) {
+    const int64_t n_bytes = array.nbytes();
+    Check(stride >= row_bytes && stride <= n_bytes, "stride out of range");
+    Check(offset >= 0 && offset <= n_bytes, "offset out of range");
+    Check(offset + (n_rows - 1) * stride + row_bytes <= n_bytes, "rows beyond the array");
+    Check(IsAligned(array.data() + offset, 2) && stride % 2 == 0, "rows must be 2-byte aligned");
+  };
+  const int64_t padded = PaddedCols(format, n_cols);
+  check(values_array, format == Format::kBf16 ? 2 * padded : padded, values_stride, values_offset);
+  rows = {
+      values_array.data() + values_offset, nullptr, values_stride, scales_stride, n_rows, n_cols};
+  if (format == Format::kQ8) {
+    Check(scales_array.has_value(), "q8 rows need scales");
+    check(*scales_array, padded / kBlock * 2, scales_stride, scales_offset);
+    rows.scales = scales_array->data() + scales_offset;
+  }
+}
+
+void BindKernels(py::module_& m) {
+  m.def("available_isas", &AvailableIsas);
+  m.def("active_isa", [] { return std::string(ActiveKernels().name); });
+  m.def("set_isa", &SetIsa, py::arg("name"));
+  m.def("set_best_isa", &SetBestIsa, py::arg("cap"));
+  m.def("allocate_bytes", &AllocateBytes, py::arg("n_bytes"));
+  m.def(
+      "padded_cols",
+      [](Format format, int32_t n_cols) {
+        Check(n_cols > 0 && n_cols <= kMaxCols, "n_cols out of range");
+        return PaddedCols(format, n_cols);
+      },
+      py::arg("format"), py::arg("n_cols"));
+
+  m.def(
+      "quantize",
+      [](Format format, const Floats& x) {
+        Check(x.ndim() == 1 && x.shape(0) > 0, "x must be (n,)");
+        const int32_t n = static_cast<int32_t>(x.shape(0));
+        Bytes out(VectorBytes(format, n));
+        ActiveKernels().quantize(format, x.data(), n, out.mutable_data());
+        return out;
+      },
+      py::arg("format"), py::arg("x"));
+  m.def(
+      "dequantize",
+      [](const PyRows& rows, int32_t row, float scale) {
+        Check(row >= 0 && row < rows.rows.n_rows, "row out of range");
+        Floats out(rows.rows.n_cols);
+        ActiveKernels().dequantize(rows.format, rows.rows, row, scale, out.mutable_data());
+        return out;
+      },
+      py::arg("rows"), py::arg("row"), py::arg("scale") = 1.0f);
+  m.def(
+      "gemm",
+      [](const PyRows& rows, const Bytes& x, int32_t first, int32_t last) {
+        Check(0 <= first && first <= last && last <= rows.rows.n_rows, "row range");
+        Check(x.ndim() == 2 && x.shape(1) == VectorBytes(rows.format, rows.rows.n_cols) &&
+                  IsAligned(x.data(), 4),
+              "x must be quantised vectors");
+        Floats out({x.shape(0), py::ssize_t{last - first}});
+        const GemmArgs args = {rows.format,
+                               rows.rows,
+                               first,
+                               last,
+                               x.data(),
+                               x.shape(1),
+                               static_cast<int32_t>(x.shape(0)),
+                               out.mutable_data(),
+                               last - first};
+        WithoutGil([&] { ActiveKernels().gemm(args); });
+        return out;
+      },
+      py::arg("rows"), py::arg("x"), py::arg("first"), py::arg("last"));
+  m.def(
+      "sparse_ffn",
+      [](const PyRows& gate, const PyRows& up, const PyRows& down, const Bytes& x, int32_t first,
+         int32_t last, Activation activation, float threshold) {
+        const Format format = gate.format;
+        Check(0 <= first && first <= last && last <= gate.rows.n_rows, "neuron range");
+        Check(up.format == format && down.format == format, "formats differ");
+        Check(up.rows.n_rows == gate.rows.n_rows && down.rows.n_rows == gate.rows.n_rows,
+              "neurons differ");
+        Check(up.rows.n_cols == gate.rows.n_cols, "gate and up widths differ");
+        Check(x.ndim() == 2 && x.shape(0) <= kTokenTile, "at most kTokenTile tokens");
+        Check(x.shape(1) == VectorBytes(format, gate.rows.n_cols) && IsAligned(x.data(), 4),
+              "x must be quantised vectors");
+        const int64_t padded = PaddedCols(format, down.rows.n_cols);
+        Floats out({x.shape(0), static_cast<py::ssize_t>(padded)});
+        const SparseFfnArgs args = {format,
+                                    gate.rows,
+                                    up.rows,
+                                    down.rows,
+                                    first,
+                                    last,
+                                    activation,
+                                    threshold,
+                                    x.data(),
+                                    x.shape(1),
+                                    static_cast<int32_t>(x.shape(0)),
+                                    out.mutable_data(),
+                                    padded};
+        int64_t n_active = 0;
+        WithoutGil([&] { n_active = ActiveKernels().sparse_ffn(args); });
+        return py::make_tuple(out, n_active);
+      },
+      py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("x"), py::arg("first"),
+      py::arg("last"), py::arg("activation"), py::arg("threshold"));
+  m.def(
+      "add_partials",
+      [](Format format, const Floats& partials, float scale, const Floats& x) {
+        Check(partials.ndim() == 2 && x.ndim() == 1, "partials must be (pieces, padded), x (n,)");
+        const int32_t n = static_cast<int32_t>(x.shape(0));
+        Check(partials.shape(0) > 0 && partials.shape(1) == PaddedCols(format, n),
+              "partials must be padded");
+        Floats out(n);
+        std::copy(x.data(), x.data() + n, out.mutable_data());
+        ActiveKernels().add_partials(format, partials.data(), partials.shape(1),
+                                     static_cast<int32_t>(partials.shape(0)), 0, n, scale,
+                                     out.mutable_data());
+        return out;
+      },
+      py::arg("format"), py::arg("partials"), py::arg("scale"), py::arg("x"));
+  m.def(
+      "rms_norm",
+      [](const Floats& x, const Floats& weight, float eps, float scale) {
+        Check(x.ndim() == 1 && weight.ndim() == 1 && x.shape(0) == weight.shape(0),
+              "x and weight must be (n,)");
+        Floats out(x.shape(0));
+        ActiveKernels().rms_norm(x.data(), weight.data(), static_cast<int32_t>(x.shape(0)), eps,
+                                 scale, out.mutable_data());
+        return out;
+      },
+      py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("scale"));
+  m.def(
+      "attend_span",
+      [](const Floats& q, const Halves& k, const Halves& v, int32_t first, int32_t last) {
+        Check(q.ndim() == 2 && k.ndim() == 2 && v.ndim() == 2, "q, k and v must be matrices");
+        Check(q.shape(1) % kHeadAlign == 0 && k.shape(1) == q.shape(1) && v.shape(1) == q.shape(1),
+              "head_stride");
+        Check(0 <= first && first < last && last <= k.shape(0) && last <= v.shape(0) &&
+                  last - first <= kSpan,
+              "span");
+        Floats max(q.shape(0)), sum(q.shape(0)), out({q.shape(0), q.shape(1)});
+        float scores[kSpan];
+        ActiveKernels().attend_span({q.data(), k.data(), v.data(), static_cast<int32_t>(q.shape(0)),
+                                     static_cast<int32_t>(q.shape(1)), first, last, scores,
+                                     max.mutable_data(), sum.mutable_data(), out.mutable_data()});
+        return py::make_tuple(max, sum, out);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("first"), py::arg("last"));
+  m.def(
+      "to_fp16",
+      [](const Floats& x) {
+        Halves out(x.size());
+        ActiveKernels().to_fp16(x.data(), static_cast<int32_t>(x.size()), out.mutable_data());
+        return out;
+      },
+      py::arg("x"));
+}
+
+}  // namespace hybrid
