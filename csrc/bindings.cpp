@@ -15,6 +15,7 @@ PYBIND11_MODULE(_native, m) {
   py::native_enum<Format>(m, "Format", "enum.Enum")
       .value("bf16", Format::kBf16)
       .value("q8", Format::kQ8)
+      .value("q4", Format::kQ4)
       .finalize();
   py::native_enum<Activation>(m, "Activation", "enum.Enum")
       .value("relu", Activation::kRelu)

@@ -44,11 +44,11 @@ PyRows::PyRows(Format format, Bytes values, std::optional<Bytes> scales, int32_t
     Check(IsAligned(array.data() + offset, 2) && stride % 2 == 0, "rows must be 2-byte aligned");
   };
   const int64_t padded = PaddedCols(format, n_cols);
-  check(values_array, format == Format::kBf16 ? 2 * padded : padded, values_stride, values_offset);
+  check(values_array, ValueBytes(format, n_cols), values_stride, values_offset);
   rows = {
       values_array.data() + values_offset, nullptr, values_stride, scales_stride, n_rows, n_cols};
-  if (format == Format::kQ8) {
-    Check(scales_array.has_value(), "q8 rows need scales");
+  if (format != Format::kBf16) {
+    Check(scales_array.has_value(), "quantised rows need scales");
     check(*scales_array, padded / kBlock * 2, scales_stride, scales_offset);
     rows.scales = scales_array->data() + scales_offset;
   }

@@ -21,7 +21,7 @@ def load(
     `model` is a name from the catalog ("stories" is bundled), a Hugging Face repo id, or a folder;
     names are fetched where they are not on this machine, unless `offline`. `threads` defaults to
     the physical cores, `context_size` (in tokens) to 4096 or what the model was trained for.
-    `quant`: "q8" or "bf16".
+    `quant`: "q8", "q4" or "bf16".
 
     While it downloads, huggingface_hub shows its progress bar on standard error; its variable
     HF_HUB_DISABLE_PROGRESS_BARS turns that off.

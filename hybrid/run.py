@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--top-k", type=int, help="sample from the k likeliest tokens; 0: all (the model's)")
     add("--top-p", type=float, help="sample from the likeliest tokens of this mass (the model's)")
     add("--seed", type=int, help="repeat a run: the seed that the closing line names")
-    add("--quant", choices=("q8", "bf16"), default="q8", help="weight format (q8)")
+    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
     add("--raw", action="store_true", help="do not apply the model's chat template")
     add("--offline", action="store_true", help="never use the network")
     return parser.parse_args(arguments)

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="profiler.sparsity", description=__doc__.split("\n")[0])
     parser.add_argument("-m", "--model", default="stories")
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
-    parser.add_argument("--quant", choices=("q8", "bf16"), default="q8")
+    parser.add_argument("--quant", choices=("q8", "q4", "bf16"), default="q8")
     parser.add_argument("-t", "--threads", type=int)
     args = parser.parse_args(arguments)
     try:

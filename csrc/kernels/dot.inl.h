@@ -45,10 +45,18 @@ inline void DotTileBf16(const Rows& rows, int32_t row, const uint8_t* const* x,
     for (int t = 0; t < kTokens; ++t) out[r][t] = ReduceAdd(sum[r][t]);
 }
 
-template <int kRows, int kTokens, bool kStream>
-inline void DotTileQ8(const Rows& rows, int32_t row, const uint8_t* const* x,
-                      float (*out)[kTokens]) {
-  const int32_t padded = PaddedCols(Format::kQ8, rows.n_cols), n_blocks = padded / kBlock;
+// One line of q8 values, or two of q4: the first from the low nibbles, the second, half a group
+// further, from the high ones.
+template <Format kFormat>
+constexpr int32_t kLinesPerLoad = kFormat == Format::kQ4 ? 2 : 1;
+
+// q8 and q4: blocks of integers with scales.
+template <Format kFormat, int kRows, int kTokens, bool kStream>
+inline void DotTileBlocks(const Rows& rows, int32_t row, const uint8_t* const* x,
+                          float (*out)[kTokens]) {
+  constexpr int32_t kLoads = kLinesPerLoad<kFormat>;
+  constexpr int32_t kGroupBytes = kGroup / kLoads;
+  const int32_t padded = PaddedCols(kFormat, rows.n_cols), n_blocks = padded / kBlock;
   const uint8_t *w[kRows], *w_scales[kRows];
   F32 sum[kRows][kTokens];
   for (int r = 0; r < kRows; ++r) {
@@ -58,26 +66,38 @@ inline void DotTileQ8(const Rows& rows, int32_t row, const uint8_t* const* x,
   }
   const int64_t ahead = kRowTile * rows.values_stride;
   for (int32_t group = 0; group < n_blocks; group += kGroupBlocks) {
-    const int32_t first = group * kBlock;
+    const int32_t x_first = group * kBlock, w_first = x_first / kLoads;
     I32 dot[kRows][kTokens];
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const int32_t* correction =
           reinterpret_cast<const int32_t*>(x[t] + padded + n_blocks * 4) + group;
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) dot[r][t] = StartSum(correction);
+      for (int r = 0; r < kRows; ++r)
+        dot[r][t] = kFormat == Format::kQ8 ? StartQ8(correction) : StartQ4(correction);
     }
 #pragma GCC unroll 8
-    for (int32_t line = 0; line < kGroup; line += kLine) {
-      decltype(LoadX(nullptr)) x_line[kTokens];
+    for (int32_t line = 0; line < kGroupBytes; line += kLine) {
+      XBytes x_line[kLoads][kTokens];
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) x_line[t] = LoadX(x[t] + first + line);
+      for (int t = 0; t < kTokens; ++t)
+        for (int load = 0; load < kLoads; ++load)
+          x_line[load][t] = LoadX(x[t] + x_first + load * kGroupBytes + line);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const auto w_line = LoadWeights(w[r] + first + line);
-        if (kStream) Prefetch(w[r] + first + line + ahead);
+        const uint8_t* p = w[r] + w_first + line;
+        if (kStream) Prefetch(p + ahead);
+        if constexpr (kFormat == Format::kQ8) {
+          const Q8Weights weights = LoadQ8Weights(p);
 #pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) dot[r][t] = DotQ8(dot[r][t], w_line, x_line[t]);
+          for (int t = 0; t < kTokens; ++t) dot[r][t] = DotQ8(dot[r][t], weights, x_line[0][t]);
+        } else {
+          const Nibbles weights = LoadQ4Weights(p);
+#pragma GCC unroll 8
+          for (int t = 0; t < kTokens; ++t)
+            dot[r][t] = DotQ4(DotQ4(dot[r][t], weights.low, x_line[0][t]), weights.high,
+                              x_line[kLoads - 1][t]);
+        }
       }
     }
     F32 x_scale[kTokens];
@@ -101,8 +121,10 @@ inline void DotTile(Format format, const Rows& rows, int32_t row, const uint8_t*
                     float (*out)[kTokens]) {
   if (format == Format::kBf16)
     DotTileBf16<kRows, kTokens, kStream>(rows, row, x, out);
+  else if (format == Format::kQ8)
+    DotTileBlocks<Format::kQ8, kRows, kTokens, kStream>(rows, row, x, out);
   else
-    DotTileQ8<kRows, kTokens, kStream>(rows, row, x, out);
+    DotTileBlocks<Format::kQ4, kRows, kTokens, kStream>(rows, row, x, out);
 }
 
 // kRows rows by any number of tokens. Token t's result for row r goes to out[t * out_stride + r].

@@ -13,21 +13,25 @@
 // block, and a whole group needs one conversion and one multiplication by its scales. Padded with
 // zero weights (uint8 128) of scale 0 to a multiple of 256.
 //
+// q4: blocks of 32 weights (nibble - 8) * scale (the semantics of GGUF's Q4_0), in groups as in q8.
+// Byte j of a group's 128 holds the nibbles of positions j (low) and 128 + j (high), where position
+// 32 k + 4 b + c is element 4 k + c of block b. Padded with nibbles 8 of scale 0.
+//
 // An activation vector that meets such rows is laid out alike ("quantised vector", see
 // VectorBytes).
 //
 // bf16: values rounded to bf16.
 //
-// q8: int8 values interleaved as above, then a fp32 scale per block, then an int32 per block: -128
-// times the block's sum, which undoes the +128 of the weights where the ISA multiplies uint8 by
-// int8.
+// q8, q4: int8 values interleaved as above, then a fp32 scale per block, then an int32 per block:
+// -128 times the block's sum, which undoes the +128 of the weights where the ISA multiplies uint8
+// by int8.
 #pragma once
 
 #include <stdint.h>
 
 namespace hybrid {
 
-enum class Format : int32_t { kBf16 = 0, kQ8 = 1 };
+enum class Format : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2 };
 enum class Activation : int32_t { kRelu = 0, kFatRelu = 1, kSilu = 2 };
 
 constexpr int32_t kBlock = 32;       // weights that share a scale
@@ -39,7 +43,7 @@ constexpr int32_t kTokenTile = 64;  // tokens that sparse_ffn takes at most
 
 struct Rows {
   const uint8_t* values;  // row r begins at values + r * values_stride; 2-byte aligned at least
-  const uint8_t* scales;  // q8: fp16 scales of row r begin at scales + r * scales_stride
+  const uint8_t* scales;  // q8, q4: fp16 scales of row r begin at scales + r * scales_stride
   int64_t values_stride;  // bytes
   int64_t scales_stride;  // bytes
   int32_t n_rows;
@@ -51,6 +55,11 @@ static inline int32_t RoundUp(int32_t n, int32_t multiple) {
 }
 static inline int32_t PaddedCols(Format format, int32_t n_cols) {
   return RoundUp(n_cols, format == Format::kBf16 ? kBlock : kGroup);
+}
+// Bytes of the values of one packed row.
+static inline int64_t ValueBytes(Format format, int32_t n_cols) {
+  const int64_t padded = PaddedCols(format, n_cols);
+  return format == Format::kBf16 ? padded * 2 : format == Format::kQ8 ? padded : padded / 2;
 }
 // Bytes of a quantised vector of n_cols elements, a multiple of 64.
 static inline int64_t VectorBytes(Format format, int32_t n_cols) {

@@ -14,9 +14,16 @@ constexpr int32_t kLine = 32;
 using F32 = __m256;
 using I32 = __m256i;
 using Bf16s = __m256i;
+using XBytes = __m256i;
 // For maddubs: |w| as uint8; the sign moves to x.
-struct Weights {
+struct Q8Weights {
   __m256i magnitude, sign;
+};
+struct Nibbles {
+  __m256i low, high;
+};
+struct F32Pair {
+  F32 low, high;
 };
 
 inline F32 Zero() { return _mm256_setzero_ps(); }
@@ -68,7 +75,7 @@ inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
                          _mm256_castsi256_ps(_mm256_and_si256(x, odd)), sum);
 }
 
-inline Weights LoadWeights(const uint8_t* p) {
+inline Q8Weights LoadQ8Weights(const uint8_t* p) {
   const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
                                      _mm256_set1_epi8(static_cast<char>(0x80)));
   return {_mm256_abs_epi8(w), w};
@@ -76,9 +83,20 @@ inline Weights LoadWeights(const uint8_t* p) {
 inline __m256i LoadX(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-inline I32 StartSum(const int32_t*) { return _mm256_setzero_si256(); }
+inline I32 StartQ8(const int32_t*) { return _mm256_setzero_si256(); }
+inline I32 StartQ4(const int32_t* corrections) {
+  return _mm256_srai_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections)), 4);
+}
+inline Nibbles LoadQ4Weights(const uint8_t* p) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
+}
+inline I32 DotQ4(I32 sum, __m256i w, __m256i x) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
 // |w| <= 128 and |x| <= 127, so a pair's sum of at most 32512 does not saturate.
-inline I32 DotQ8(I32 sum, Weights w, __m256i x) {
+inline I32 DotQ8(I32 sum, Q8Weights w, __m256i x) {
   const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.sign));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
@@ -89,6 +107,13 @@ inline F32 LoadXScales(const float* p) { return Load(p); }
 inline F32 LoadQ8(const uint8_t* p) {
   const __m256i w = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(w, _mm256_set1_epi32(128)));
+}
+inline F32Pair LoadQ4(const uint8_t* p) {
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m256i offset = _mm256_set1_epi32(8);
+  const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, offset)),
+          _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), offset))};
 }
 inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
   const __m256 all = LoadFp16(scales);

@@ -16,6 +16,13 @@ constexpr int32_t kLine =
 using F32 = __m512;
 using I32 = __m512i;
 using Bf16s = __m512i;
+using XBytes = __m512i;
+struct Nibbles {
+  __m512i low, high;
+};
+struct F32Pair {
+  F32 low, high;
+};
 
 inline F32 Zero() { return _mm512_setzero_ps(); }
 inline F32 Set(float x) { return _mm512_set1_ps(x); }
@@ -60,31 +67,43 @@ inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
 }
 
 #ifdef __AVX512VNNI__
-using Weights = __m512i;
-inline Weights LoadWeights(const uint8_t* p) { return _mm512_loadu_si512(p); }
+using Q8Weights = __m512i;
+inline Q8Weights LoadQ8Weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
 // Weights are used as they are stored, 128 too large: the sum starts at the correction.
-inline I32 StartSum(const int32_t* correction) {
-  return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(correction)));
+inline I32 StartQ8(const int32_t* corrections) {
+  return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections)));
 }
-inline I32 DotQ8(I32 sum, Weights w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline I32 DotQ8(I32 sum, Q8Weights w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline I32 DotQ4(I32 sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
 #else
-struct Weights {
+struct Q8Weights {
   __m512i magnitude;
   __mmask64 negative;
 };
-inline Weights LoadWeights(const uint8_t* p) {
+inline Q8Weights LoadQ8Weights(const uint8_t* p) {
   const __m512i w =
       _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
   return {_mm512_abs_epi8(w), _mm512_movepi8_mask(w)};
 }
-inline I32 StartSum(const int32_t*) { return _mm512_setzero_si512(); }
+inline I32 StartQ8(const int32_t*) { return _mm512_setzero_si512(); }
 // |w| <= 128 and |x| <= 127, so a pair's sum of at most 32512 does not saturate.
-inline I32 DotQ8(I32 sum, Weights w, __m512i x) {
+inline I32 DotQ8(I32 sum, Q8Weights w, __m512i x) {
   const __m512i signed_x = _mm512_mask_sub_epi8(x, w.negative, _mm512_setzero_si512(), x);
   const __m512i pairs = _mm512_maddubs_epi16(w.magnitude, signed_x);
   return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
+inline I32 DotQ4(I32 sum, __m512i w, __m512i x) {
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+}
 #endif
+inline I32 StartQ4(const int32_t* corrections) {
+  const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections));
+  return _mm512_zextsi256_si512(_mm256_srai_epi32(sums, 4));
+}
+inline Nibbles LoadQ4Weights(const uint8_t* p) {
+  const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+  return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
+}
 inline __m512i LoadX(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline F32 ToF32(I32 a) { return _mm512_cvtepi32_ps(a); }
 inline F32 LoadWeightScales(const uint16_t* p) {
@@ -96,6 +115,13 @@ inline F32 LoadXScales(const float* p) { return _mm512_broadcast_f32x8(_mm256_lo
 inline F32 LoadQ8(const uint8_t* p) {
   const __m512i w = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm512_cvtepi32_ps(_mm512_sub_epi32(w, _mm512_set1_epi32(128)));
+}
+inline F32Pair LoadQ4(const uint8_t* p) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i offset = _mm512_set1_epi32(8);
+  const __m512i low = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
+  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(low, offset)),
+          _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(bytes, 4), offset))};
 }
 inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
   const __m512i base = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);

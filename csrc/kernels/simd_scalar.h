@@ -20,8 +20,15 @@ struct F32 {
 struct I32 {
   int32_t v[kLanes];
 };
-struct Bytes {
+struct XBytes {
   uint8_t v[kLine];
+};
+using Q8Weights = XBytes;
+struct Nibbles {
+  XBytes low, high;
+};
+struct F32Pair {
+  F32 low, high;
 };
 struct Bf16s {
   uint16_t v[2 * kLanes];
@@ -102,20 +109,40 @@ inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
 }
 
 // q8 rows: kLine bytes a step, eight blocks at a time; lane b sums block b.
-inline Bytes LoadWeights(const uint8_t* p) {
-  Bytes y;
+inline XBytes LoadX(const uint8_t* p) {
+  XBytes y;
   memcpy(y.v, p, kLine);
   return y;
 }
-inline Bytes LoadX(const uint8_t* p) { return LoadWeights(p); }
-inline I32 StartSum(const int32_t*) {
+// The sum of a block begins at 0, or at what undoes the offset of weights that are used as stored:
+// `corrections` holds -128 times each block's sum of x.
+inline I32 StartQ8(const int32_t*) {
   I32 y;
   for (int i = 0; i < kLanes; ++i) y.v[i] = 0;
   return y;
 }
-inline I32 DotQ8(I32 sum, Bytes w, Bytes x) {
+inline I32 StartQ4(const int32_t* corrections) {
+  I32 y;
+  for (int i = 0; i < kLanes; ++i) y.v[i] = corrections[i] / 16;  // -8 times the sum
+  return y;
+}
+inline Q8Weights LoadQ8Weights(const uint8_t* p) { return LoadX(p); }
+inline I32 DotQ8(I32 sum, Q8Weights w, XBytes x) {
   for (int i = 0; i < kLine; ++i)
     sum.v[i / 4] += (static_cast<int32_t>(w.v[i]) - 128) * static_cast<int8_t>(x.v[i]);
+  return sum;
+}
+inline Nibbles LoadQ4Weights(const uint8_t* p) {
+  Nibbles y;
+  for (int i = 0; i < kLine; ++i) {
+    y.low.v[i] = p[i] & 15;
+    y.high.v[i] = p[i] >> 4;
+  }
+  return y;
+}
+inline I32 DotQ4(I32 sum, XBytes w, XBytes x) {
+  for (int i = 0; i < kLine; ++i)
+    sum.v[i / 4] += static_cast<int32_t>(w.v[i]) * static_cast<int8_t>(x.v[i]);
   return sum;
 }
 inline F32 ToF32(I32 a) { HYBRID_LANES(static_cast<float>(a.v[i])); }
@@ -125,6 +152,15 @@ inline F32 LoadXScales(const float* p) { return Load(p); }
 // kLanes q8 weights as fp32, without their scale.
 inline F32 LoadQ8(const uint8_t* p) {
   HYBRID_LANES(static_cast<float>(static_cast<int32_t>(p[i]) - 128));
+}
+// kLanes bytes of q4 weights as fp32, without their scale.
+inline F32Pair LoadQ4(const uint8_t* p) {
+  F32Pair y;
+  for (int i = 0; i < kLanes; ++i) {
+    y.low.v[i] = static_cast<float>((p[i] & 15) - 8);
+    y.high.v[i] = static_cast<float>((p[i] >> 4) - 8);
+  }
+  return y;
 }
 // Scales of the blocks that own bytes [first, first + kLanes) of any step of the group (four bytes
 // a block).

@@ -58,11 +58,42 @@ inline void AxpyQ8(const Rows& rows, int32_t row, float a, float* y) {
   }
 }
 
+inline void AxpyQ4(const Rows& rows, int32_t row, float a, float* y) {
+  const uint8_t* w = rows.values + row * rows.values_stride;
+  const uint16_t* scales =
+      reinterpret_cast<const uint16_t*>(rows.scales + row * rows.scales_stride);
+  const int32_t padded = PaddedCols(Format::kQ4, rows.n_cols);
+  constexpr int kParts = kBlock / kLanes;
+  for (int32_t first = 0; first < padded; first += kGroup) {
+    F32 factor[kParts];
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part)
+      factor[part] = Mul(Set(a), SpreadScales(scales + first / kBlock, part * kLanes));
+    for (int32_t col = 0; col < kGroup / 2; col += kBlock) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        const F32Pair weights = LoadQ4(w + first / 2 + col + part * kLanes);
+        float* low = y + first + col + part * kLanes;
+        float* high = low + kGroup / 2;
+        Store(low, Fma(factor[part], weights.low, Load(low)));
+        Store(high, Fma(factor[part], weights.high, Load(high)));
+      }
+    }
+  }
+}
+
+inline void Axpy(Format format, const Rows& rows, int32_t row, float a, float* y) {
+  if (format == Format::kBf16)
+    AxpyBf16(rows, row, a, y);
+  else if (format == Format::kQ8)
+    AxpyQ8(rows, row, a, y);
+  else
+    AxpyQ4(rows, row, a, y);
+}
+
 inline void PrefetchRow(const Rows& rows, int32_t row, Format format) {
-  const int64_t bytes = format == Format::kBf16 ? 2 * PaddedCols(format, rows.n_cols)
-                                                : PaddedCols(format, rows.n_cols);
   const uint8_t* p = rows.values + row * rows.values_stride;
-  for (int64_t i = 0; i < bytes; i += 64) Prefetch(p + i);
+  for (int64_t i = 0; i < ValueBytes(format, rows.n_cols); i += 64) Prefetch(p + i);
 }
 
 // One active (neuron, token) pair.
@@ -76,11 +107,7 @@ inline void AddNeuron(const SparseFfnArgs& a, const Active& active) {
   float up[1][1];
   DotTile<1, 1, false>(a.format, a.up, active.neuron, x, up);
   const float activation = Activate(a.activation, active.gate) * up[0][0];
-  float* y = a.out + active.token * a.out_stride;
-  if (a.format == Format::kBf16)
-    AxpyBf16(a.down, active.neuron, activation, y);
-  else
-    AxpyQ8(a.down, active.neuron, activation, y);
+  Axpy(a.format, a.down, active.neuron, activation, a.out + active.token * a.out_stride);
 }
 
 int64_t SparseFfn(const SparseFfnArgs& a) {

@@ -6,6 +6,7 @@
 
 #include "bf16.h"
 #include "kernels.h"
+#include "sparse_ffn.inl.h"
 #include HYBRID_SIMD
 
 namespace hybrid {
@@ -58,20 +59,17 @@ void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float
     for (int32_t i = 0; i < rows.n_cols; ++i) out[i] = WidenBf16(values[i]) * scale;
     return;
   }
-  const uint16_t* scales =
-      reinterpret_cast<const uint16_t*>(rows.scales + row * rows.scales_stride);
+  // As a row that is added to zero, then put into natural order.
+  float packed[kGroup];
   for (int32_t first = 0; first < rows.n_cols; first += kGroup) {
-    for (int32_t col = 0; col < kGroup; col += kLanes) {
-      float lanes[kLanes];
-      const F32 block_scale = SpreadScales(scales + first / kBlock, col % kBlock);
-      Store(lanes, Mul(Mul(LoadQ8(w + first + col), block_scale), Set(scale)));
-      for (int32_t i = 0; i < kLanes; ++i) {
-        const int32_t position = col + i;
-        const int32_t natural =
-            first + position % kBlock / 4 * kBlock + position / kBlock * 4 + position % 4;
-        if (natural < rows.n_cols) out[natural] = lanes[i];
-      }
-    }
+    Rows group = rows;
+    group.n_cols = kGroup;
+    group.values += first / kGroup * ValueBytes(format, kGroup);
+    group.scales += first / kBlock * 2;
+    for (int32_t col = 0; col < kGroup; col += kLanes) Store(packed + col, Zero());
+    Axpy(format, group, row, 1.0f, packed);
+    for (int32_t i = 0; i < kGroup && first + i < rows.n_cols; ++i)
+      out[first + i] = packed[ColumnOrder(format, i)] * scale;
   }
 }
 

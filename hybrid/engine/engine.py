@@ -22,7 +22,7 @@ from hybrid.sampling import Sampler, SamplingParams
 from hybrid.tokenizer import ChatMessage, Tokenizer
 from hybrid.weights.packed import pack_model
 
-Quant = Literal["bf16", "q8"]
+Quant = Literal["bf16", "q8", "q4"]
 
 DEFAULT_CONTEXT = 4096  # positions, where the model allows as many
 

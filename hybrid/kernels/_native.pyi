@@ -11,6 +11,7 @@ PREFILL_CHUNK: int
 class Format(Enum):
     bf16 = 0
     q8 = 1
+    q4 = 2
 
 class Activation(Enum):
     relu = 0

@@ -29,7 +29,8 @@ def bf16_values(bits: NDArray[np.uint16]) -> Array:
 def round_activation(format: Format | None, x: Array) -> Array:
     """The values that (…, n) activations have once quantised; `None` leaves fp32.
 
-    bf16: rounded. q8: blocks of 32 along n, int8 = round(x * 127 / max|x|), one fp32 scale each.
+    bf16: rounded. q8 and q4: blocks of 32 along n, int8 = round(x * 127 / max|x|), one fp32 scale
+    each.
     """
     if format is None:
         return x

@@ -20,7 +20,8 @@ from hybrid.weights.quant import pack_rows, row_bytes
 
 PackedModel = ModelWeights[Rows]
 
-LARGEST_Q8 = 65504.0 * 127  # the largest fp16 scale times the largest int8
+# The largest fp16 scale times the largest integer.
+LARGEST = {Format.q8: 65504.0 * 127, Format.q4: 65504.0 * 8}
 CHUNK_ROWS = 8192  # converted at a time: packing needs little memory beside the result
 
 
@@ -69,9 +70,10 @@ def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
     largest = max(float(w.max()), -float(w.min()))  # NaN where any weight is
     if not np.isfinite(largest):
         raise InvalidCheckpoint(f"{name} holds values that are not finite; its weights are broken")
-    if format is Format.q8 and largest > LARGEST_Q8:
+    if largest > LARGEST.get(format, largest):
         raise InvalidCheckpoint(
-            f"{name} holds {largest:g}; q8 reaches {LARGEST_Q8:g}: load it with quant bf16"
+            f"{name} holds {largest:g}; {format.name} reaches {LARGEST[format]:g}: "
+            "load it with quant bf16"
         )
 
 

@@ -3,6 +3,8 @@
 bf16  as stored in the checkpoint. q8    blocks of 32 along a row, int8 values and one fp16 scale
 each: GGUF's Q8_0 in meaning, laid out anew.
 
+q4: blocks of 32 along a row, values of four bits and one fp16 scale each: GGUF's Q4_0 in meaning.
+
 The byte layout is described in `csrc/kernels/kernels.h`.
 """
 
@@ -30,20 +32,43 @@ def quantize_q8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
     return np.clip(np.rint(q), -127, 127).astype(np.int8).reshape(w.shape), scales
 
 
+def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """(rows, n) → nibbles 0…15 as uint8 (rows, n) and fp16 scales (rows, n / 32).
+
+    A weight is (nibble - 8) * scale; the scale maps the block's value of largest magnitude to -8.
+    """
+    blocks = w.reshape(w.shape[0], -1, BLOCK)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    scales = (extreme / np.float32(-8)).astype(np.float16)
+    divisor = scales.astype(np.float32)
+    q = np.divide(blocks, divisor, out=np.zeros_like(blocks), where=np.abs(divisor) > 0)
+    nibbles = np.clip(np.rint(q) + 8, 0, 15).astype(np.uint8)
+    return nibbles.reshape(w.shape), scales[..., 0]
+
+
 def round_weights(format: Format | None, w: NDArray[np.float32]) -> NDArray[np.float32]:
     """The fp32 values that (rows, n) weights have in a format; `None` leaves fp32."""
     if format is None:
         return w
     if format is Format.bf16:
         return bf16_values(bf16_bits(w))
-    q, scales = quantize_q8(w)
-    return (q.reshape(*scales.shape, BLOCK) * scales.astype(np.float32)[..., None]).reshape(w.shape)
+    if format is Format.q8:
+        values, scales = quantize_q8(w)
+        integers = values.astype(np.float32)
+    else:
+        nibbles, scales = quantize_q4(w)
+        integers = nibbles.astype(np.float32) - np.float32(8)
+    return (integers.reshape(*scales.shape, BLOCK) * scales.astype(np.float32)[..., None]).reshape(
+        w.shape
+    )
 
 
 def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
     """Bytes of one packed row: values, scales."""
     padded = _native.padded_cols(format, n_cols)
-    return (2 * padded, 0) if format is Format.bf16 else (padded, padded // BLOCK * 2)
+    if format is Format.bf16:
+        return 2 * padded, 0
+    return padded if format is Format.q8 else padded // 2, padded // BLOCK * 2
 
 
 def pack_rows(
@@ -56,14 +81,21 @@ def pack_rows(
         bits = np.zeros((n_rows, padded), np.uint16)
         bits[:, :n_cols] = bf16_bits(w)
         return bits.view(np.uint8), np.empty((n_rows, 0), np.uint8)
-    q, scales = quantize_q8(w)
-    values = np.full((n_rows, padded), 128, np.uint8)
-    values[:, :n_cols] = q.view(np.uint8) ^ 0x80  # int8 + 128
+    if format is Format.q8:
+        q, scales = quantize_q8(w)
+        stored, zero = q.view(np.uint8) ^ np.uint8(0x80), 128  # int8 + 128
+    else:
+        (stored, scales), zero = quantize_q4(w), 8
+    values = np.full((n_rows, padded), zero, np.uint8)
+    values[:, :n_cols] = stored
     padded_scales = np.zeros((n_rows, padded // BLOCK), np.float16)
     padded_scales[:, : scales.shape[1]] = scales
     # (row, group, block, step, four bytes) → (row, group, step, block, four bytes)
     groups = values.reshape(n_rows, -1, GROUP_BLOCKS, BLOCK // 4, 4).swapaxes(2, 3)
-    return np.ascontiguousarray(groups).reshape(n_rows, padded), padded_scales.view(np.uint8)
+    packed = np.ascontiguousarray(groups).reshape(n_rows, -1, GROUP)
+    if format is Format.q4:
+        packed = packed[..., : GROUP // 2] | packed[..., GROUP // 2 :] << 4
+    return packed.reshape(n_rows, -1), padded_scales.view(np.uint8)
 
 
 def column_order(format: Format, n_cols: int) -> NDArray[np.intp]:
