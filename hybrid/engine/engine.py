@@ -60,7 +60,7 @@ class Engine:
                 folder, vocab_size=config.vocab_size, bos_id=config.bos_id
             )
             self.default_sampling = read_default_sampling(folder)
-            model = pack_model(checkpoint, Format[quant])
+            model = pack_model(checkpoint, Format[quant], n_threads=n_threads)
         self.config, self.quant = config, quant
         self.n_threads, self.n_context = n_threads, n_context
         self._process_id = os.getpid()

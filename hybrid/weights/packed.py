@@ -8,6 +8,7 @@ bundled, since they are needed together or not at all. Neurons of a layer may st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ PackedModel = ModelWeights[Rows]
 
 # The largest fp16 scale times the largest integer.
 LARGEST = {Format.q8: 65504.0 * 127, Format.q4: 65504.0 * 8}
-CHUNK_ROWS = 8192  # converted at a time: packing needs little memory beside the result
+CHUNK_ROWS = 256  # packed at a time: what NumPy makes on the way stays in the cache
 
 
 def pack_model(
@@ -30,10 +31,21 @@ def pack_model(
     format: Format,
     *,
     neuron_orders: Sequence[NDArray[np.intp]] | None = None,
+    n_threads: int = 1,
 ) -> PackedModel:
     """Read and pack all weights. `neuron_orders[layer][i]` is the neuron that comes to stand at
-    place i.
+    place i. The bytes do not depend on `n_threads`.
     """
+    with ThreadPoolExecutor(n_threads) as workers:
+        return _pack_model(checkpoint, format, neuron_orders, workers)
+
+
+def _pack_model(
+    checkpoint: Checkpoint,
+    format: Format,
+    neuron_orders: Sequence[NDArray[np.intp]] | None,
+    workers: Executor,
+) -> PackedModel:
     config = checkpoint.config
 
     def read(role: str, layer: int | None = None) -> NDArray[np.float32]:
@@ -48,20 +60,20 @@ def pack_model(
         if neuron_orders is not None:
             order = neuron_orders[layer]
             gate, up, down = gate[order], up[order], down[order]
-        up_rows, down_rows = pack_bundles(format, up, down)
+        up_rows, down_rows = pack_bundles(format, up, down, workers)
         layers.append(
             LayerWeights(
                 attention_norm=read("attention_norm", layer),
-                qkv=pack_matrix(format, qkv),
-                o=pack_matrix(format, read("o", layer)),
+                qkv=pack_matrix(format, qkv, workers),
+                o=pack_matrix(format, read("o", layer), workers),
                 ffn_norm=read("ffn_norm", layer),
-                gate=pack_matrix(format, gate),
+                gate=pack_matrix(format, gate, workers),
                 up=up_rows,
                 down=down_rows,
             )
         )
-    embedding = pack_matrix(format, read("embedding"))
-    head = embedding if config.has_tied_head else pack_matrix(format, read("head"))
+    embedding = pack_matrix(format, read("embedding"), workers)
+    head = embedding if config.has_tied_head else pack_matrix(format, read("head"), workers)
     return ModelWeights(embedding, tuple(layers), read("norm"), head)
 
 
@@ -81,18 +93,16 @@ def _of_layer(layer: int | None) -> str:
     return "" if layer is None else f" of layer {layer}"
 
 
-def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
+def pack_matrix(format: Format, w: NDArray[np.float32], workers: Executor | None = None) -> Rows:
     """Rows one behind the other; scales in an array of their own."""
     n_rows, n_cols = w.shape
     value_bytes, scale_bytes = row_bytes(format, n_cols)
     values = _native.allocate_bytes(n_rows * value_bytes)
     scales = _native.allocate_bytes(n_rows * scale_bytes) if scale_bytes else None
-    for first in range(0, n_rows, CHUNK_ROWS):
-        part = slice(first, first + CHUNK_ROWS)
-        packed_values, packed_scales = pack_rows(format, w[part])
-        values.reshape(n_rows, value_bytes)[part] = packed_values
-        if scales is not None:
-            scales.reshape(n_rows, scale_bytes)[part] = packed_scales
+    scale_rows = (
+        np.empty((n_rows, 0), np.uint8) if scales is None else scales.reshape(n_rows, scale_bytes)
+    )
+    _pack_into(format, w, values.reshape(n_rows, value_bytes), scale_rows, workers)
     return Rows(
         format=format,
         values=values,
@@ -105,7 +115,10 @@ def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
 
 
 def pack_bundles(
-    format: Format, up: NDArray[np.float32], down: NDArray[np.float32]
+    format: Format,
+    up: NDArray[np.float32],
+    down: NDArray[np.float32],
+    workers: Executor | None = None,
 ) -> tuple[Rows, Rows]:
     """One bundle a neuron: up values, down values, up scales, down scales; padded to 64 bytes."""
     n_neurons, n_cols = up.shape
@@ -115,11 +128,15 @@ def pack_bundles(
     bundles = memory.reshape(n_neurons, bundle_bytes)
     rows = []
     for index, matrix in enumerate((up, down)):
-        values, scales = pack_rows(format, matrix)
         values_offset = index * value_bytes
         scales_offset = 2 * value_bytes + index * scale_bytes
-        bundles[:, values_offset : values_offset + value_bytes] = values
-        bundles[:, scales_offset : scales_offset + scale_bytes] = scales
+        _pack_into(
+            format,
+            matrix,
+            bundles[:, values_offset : values_offset + value_bytes],
+            bundles[:, scales_offset : scales_offset + scale_bytes],
+            workers,
+        )
         rows.append(
             Rows(
                 format=format,
@@ -134,3 +151,21 @@ def pack_bundles(
             )
         )
     return rows[0], rows[1]
+
+
+def _pack_into(
+    format: Format,
+    w: NDArray[np.float32],
+    values: NDArray[np.uint8],
+    scales: NDArray[np.uint8],
+    workers: Executor | None,
+) -> None:
+    """Pack the rows of `w` into the rows of two views, chunk by chunk."""
+
+    def pack(first: int) -> None:
+        part = slice(first, first + CHUNK_ROWS)
+        values[part], scales[part] = pack_rows(format, w[part])
+
+    chunks = range(0, w.shape[0], CHUNK_ROWS)
+    for _ in map(pack, chunks) if workers is None else workers.map(pack, chunks):
+        pass

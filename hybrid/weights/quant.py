@@ -18,6 +18,7 @@ from hybrid.kernels.reference import bf16_bits, bf16_values
 
 BLOCK, GROUP = _native.BLOCK, _native.GROUP
 GROUP_BLOCKS = GROUP // BLOCK
+Q4_EXTREMES = (-8, 7, -7.5, -8.5, -9)  # beyond -8 the extreme is clipped and the others gain
 
 
 def quantize_q8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
@@ -35,15 +36,25 @@ def quantize_q8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
 def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """(rows, n) → nibbles 0…15 as uint8 (rows, n) and fp16 scales (rows, n / 32).
 
-    A weight is (nibble - 8) * scale; the scale maps the block's value of largest magnitude to -8.
+    A weight is (nibble - 8) * scale. Of the scales that map a block's value of largest magnitude to
+    one of Q4_EXTREMES, the one with the least squared error is taken.
     """
     blocks = w.reshape(w.shape[0], -1, BLOCK)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
-    scales = (extreme / np.float32(-8)).astype(np.float16)
-    divisor = scales.astype(np.float32)
-    q = np.divide(blocks, divisor, out=np.zeros_like(blocks), where=np.abs(divisor) > 0)
-    nibbles = np.clip(np.rint(q) + 8, 0, 15).astype(np.uint8)
-    return nibbles.reshape(w.shape), scales[..., 0]
+    best_error = np.full(extreme.shape, np.inf, np.float32)
+    best_scales = np.zeros(extreme.shape, np.float16)
+    best_nibbles = np.full(blocks.shape, 8, np.uint8)
+    for level in Q4_EXTREMES:
+        scales = (extreme / np.float32(level)).astype(np.float16)
+        divisor = scales.astype(np.float32)
+        q = np.divide(blocks, divisor, out=np.zeros_like(blocks), where=np.abs(divisor) > 0)
+        q = np.clip(np.rint(q), -8, 7)
+        error = np.square(q * divisor - blocks).sum(-1, keepdims=True)
+        is_better = ~(error >= best_error)  # a NaN is kept, so that it shows
+        best_error = np.where(is_better, error, best_error)
+        best_scales = np.where(is_better, scales, best_scales)
+        best_nibbles = np.where(is_better, (q + 8).astype(np.uint8), best_nibbles)
+    return best_nibbles.reshape(w.shape), best_scales[..., 0]
 
 
 def round_weights(format: Format | None, w: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -61,7 +61,7 @@ def test_the_model_is_sparse_and_predicts_the_story(fp32):
     assert loss < 3.5  # an untrained model: log(4096) = 8.3
 
 
-@pytest.mark.parametrize("quant", list(LOGIT_BOUND))
+@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
 def test_the_kernels_add_nothing_to_the_rounding_of_their_format(fp32, quant):
     """Against fp32 the engine errs as its format's oracle does, activations rounded too."""
     ids, _, exact = fp32

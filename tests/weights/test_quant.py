@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.kernels import Format, _native, reference
-from hybrid.weights.quant import column_order, pack_rows, quantize_q8, round_weights, row_bytes
+from hybrid.weights.quant import (
+    column_order,
+    pack_rows,
+    quantize_q4,
+    quantize_q8,
+    round_weights,
+    row_bytes,
+)
 
 
 def test_q8_errs_by_half_a_step_at_most():
@@ -57,6 +64,45 @@ def test_bf16_rounds_to_nearest_even(bits):
     remainder = bits & 0xFFFF
     goes_up = remainder > 0x8000 or (remainder == 0x8000 and (bits >> 16) & 1)
     assert rounded[0] == (above if goes_up else below) or np.isinf(rounded[0])
+
+
+def test_q4_keeps_weights_that_have_four_bits():
+    """Blocks as Q4_0 makes them, the extreme at -8, survive."""
+    rng = np.random.default_rng(3)
+    integers = rng.integers(-7, 8, (20, 3, 32))
+    integers[..., 5] = -8
+    scales = rng.uniform(0.001, 0.1, (20, 3, 1)).astype(np.float16).astype(np.float32)
+    w = (integers * scales * rng.choice([-1, 1], (20, 3, 1))).astype(np.float32).reshape(20, 96)
+    np.testing.assert_array_equal(round_weights(Format.q4, w), w)
+
+
+def test_q4_is_better_than_the_plain_rule():
+    w = np.random.default_rng(4).standard_normal((200, 256)).astype(np.float32)
+    blocks = w.reshape(-1, 32)
+    extreme = blocks[np.arange(len(blocks)), np.abs(blocks).argmax(1)][:, None]
+    scales = (extreme / -8).astype(np.float16).astype(np.float32)
+    plain = np.clip(np.rint(blocks / scales), -8, 7) * scales
+    error = np.square(round_weights(Format.q4, w) - w).sum()
+    assert error < 0.93 * np.square(plain - blocks).sum()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 1e-7, 1e-12])
+def test_q4_of_constant_blocks(value):
+    rounded = round_weights(Format.q4, np.full((1, 32), value, np.float32))
+    np.testing.assert_allclose(rounded, value, rtol=2e-3, atol=4e-6)
+
+
+def test_packed_q4_bytes_lie_as_documented():
+    """Byte j of a group holds the nibbles of positions j and 128 + j of the q8 order."""
+    w = np.random.default_rng(5).standard_normal((3, 288)).astype(np.float32)
+    nibbles, scales = quantize_q4(w)
+    values, packed_scales = pack_rows(Format.q4, w)
+    assert (values.shape[1], packed_scales.shape[1]) == row_bytes(Format.q4, 288)
+    for col in range(288):
+        group, position = divmod(int(column_order(Format.q4, 288)[col]), 256)
+        byte = values[:, group * 128 + position % 128]
+        np.testing.assert_array_equal(byte >> 4 if position >= 128 else byte & 15, nibbles[:, col])
+    np.testing.assert_array_equal(packed_scales.view(np.float16)[:, :9], scales)
 
 
 @pytest.mark.parametrize("n_cols", [32, 96, 256, 288, 1536])
