@@ -46,6 +46,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--temp", type=float, help="temperature; 0 always takes the likeliest token (the model's)")
     add("--top-k", type=int, help="sample from the k likeliest tokens; 0: all (the model's)")
     add("--top-p", type=float, help="sample from the likeliest tokens of this mass (the model's)")
+    add(
+        "--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest (0)"
+    )
+    add("--repeat-penalty", type=float, default=1.0, help="make recent tokens less likely (1: off)")
+    add("--stop", action="append", default=[], help="end before this text; may be repeated")
     add("--seed", type=int, help="repeat a run: the seed that the closing line names")
     add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
     add("--raw", action="store_true", help="do not apply the model's chat template")
@@ -112,6 +117,9 @@ def run(args: argparse.Namespace) -> int:
             temperature=args.temp,
             top_k=args.top_k,
             top_p=args.top_p,
+            min_p=args.min_p,
+            repeat_penalty=args.repeat_penalty,
+            stop=args.stop,
             seed=args.seed,
             raw=args.raw,
         )

@@ -1,7 +1,8 @@
 """SamplingParams and Sampler: from logits to the next token.
 
-Order: temperature, then top-k, then top-p over what top-k kept. Equal logits at a cut: lowest ids
-stay. Nothing here sorts the whole vocabulary unless the distribution is flat.
+Order: repeat penalty, temperature, top-k, top-p over what top-k kept, min-p over what is left.
+Equal logits at a cut: lowest ids stay. Nothing here sorts the whole vocabulary unless the
+distribution is flat.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -28,6 +30,8 @@ class SamplingParams:
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0: all
     top_p: float = 0.95  # keep the fewest tokens that hold this probability; 1: all
+    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
+    repeat_penalty: float = 1.0  # above 1: recent tokens become less likely; 1: off
     seed: int | None = None  # None: drawn from the system
 
     def __post_init__(self) -> None:
@@ -39,6 +43,10 @@ class SamplingParams:
             raise _out_of_range("top_k", self.top_k, "an integer, 0 (off) or more")
         if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
             raise _out_of_range("top_p", self.top_p, "a number above 0, at most 1 (off)")
+        if not (_is_real(self.min_p) and 0 <= self.min_p <= 1):
+            raise _out_of_range("min_p", self.min_p, "a number from 0 (off) to 1")
+        if not (_is_real(self.repeat_penalty) and 0.1 <= self.repeat_penalty <= 10):
+            raise _out_of_range("repeat_penalty", self.repeat_penalty, "a number from 0.1 to 10")
         if self.seed is not None and not (_is_int(self.seed) and self.seed >= 0):
             raise _out_of_range("seed", self.seed, "None or an integer, 0 or more")
 
@@ -53,8 +61,11 @@ class Sampler:
         self._params = params
         self._random = random.Random(self.seed)
 
-    def sample(self, logits: Floats) -> int:
+    def sample(self, logits: Floats, recent: Sequence[int] = ()) -> int:
         """The next token for `logits` (vocab,), which are not changed; -inf bans a token.
+
+        `recent` are the tokens that the repeat penalty is for: each positive logit among them is
+        divided by it, each negative one multiplied (CTRL, https://arxiv.org/abs/1909.05858).
 
         Raises HybridError where a logit is NaN or +inf, or every token is banned.
         """
@@ -66,6 +77,12 @@ class Sampler:
                 "bans tokens must be broken"
             )
         params = self._params
+        if params.repeat_penalty != 1 and recent:
+            logits = logits.copy()
+            ids = np.unique(np.asarray(recent, np.intp))
+            penalty = np.float32(params.repeat_penalty)
+            logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+            top = logits.max()
         if params.temperature == 0:
             return int(logits.argmax())
         ids = np.arange(logits.size) if params.top_k == 0 else _largest(logits, params.top_k)
@@ -73,6 +90,9 @@ class Sampler:
         if params.top_p < 1:
             kept = _nucleus(weights, params.top_p)
             ids, weights = ids[kept], weights[kept]
+        if params.min_p > 0:
+            likely = weights >= params.min_p * weights.max()
+            ids, weights = ids[likely], weights[likely]
         return int(ids[_draw(weights, self._random.random())])
 
 

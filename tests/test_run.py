@@ -61,6 +61,15 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(tmp_path):
     assert hybrid_run("-f", "-", *options, stdin=b"The cat\n").out == expected.out
 
 
+def test_stop_texts_end_the_story():
+    whole = hybrid_run("-p", "Once upon a time", "-n", "40", "--seed", "1").out
+    word = whole.split()[9]
+    options = ("-p", "Once upon a time", "-n", "40", "--seed", "1", "--stop", word)
+    result = hybrid_run(*options, "--stop", "no such text")
+    assert result.out == whole[: whole.index(word, 16)] + "\n"
+    assert "stopped: --max-tokens" not in result.err
+
+
 def test_a_full_context_is_said():
     result = hybrid_run("-p", "Once upon a time", "-c", "10", "-n", "50", "--seed", "1")
     assert result.code == 0
@@ -116,6 +125,9 @@ def test_many_byte_characters_are_never_split(tmp_path):
         (["-c", "0"], "context_size"),
         (["-c", "99999"], "context_size: expected an integer from 1 to 512, found 99999"),
         (["--seed", "-1"], "seed"),
+        (["--min-p", "2"], "min_p"),
+        (["--repeat-penalty", "0"], "repeat_penalty"),
+        (["--stop", ""], "stop"),
         (["--quant", "q3"], "--quant"),
         (["--colour", "red"], "--colour"),
         (["-p", "a", "-f", "b"], "not allowed with"),

@@ -269,3 +269,39 @@ def test_the_whole_range_of_floats_is_sampled_without_a_warning() -> None:
     largest = np.finfo(np.float32).max
     assert draws(floats(largest, -largest, 0), 20) == [0] * 20
     assert set(draws(floats(-largest, -largest), 100)) == {0, 1}
+
+
+def test_repeat_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
+    logits = np.array([2.0, 1.9, -1.0], np.float32)
+    before = logits.copy()
+    sampler = Sampler(SamplingParams(temperature=0, repeat_penalty=2.0))
+    assert sampler.sample(logits) == 0
+    assert sampler.sample(logits, [0]) == 1
+    assert sampler.sample(logits, [0, 1, 1]) == 0
+    assert sampler.sample(np.array([-3.0, -2.0], np.float32), [1]) == 0
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_min_p_drops_what_is_far_below_the_likeliest() -> None:
+    logits = np.log(np.array([0.6, 0.25, 0.1, 0.05], np.float32))
+    params = SamplingParams(temperature=1.0, top_p=1.0, min_p=0.3, seed=1)
+    sampler = Sampler(params)
+    assert {sampler.sample(logits) for _ in range(300)} == {0, 1}
+    everything = Sampler(SamplingParams(temperature=1.0, top_p=1.0, seed=1))
+    assert {everything.sample(logits) for _ in range(300)} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": float("nan")},
+        {"repeat_penalty": 0.0},
+        {"repeat_penalty": float("nan")},
+        {"repeat_penalty": 100},
+    ],
+)
+def test_more_options_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(InvalidOption, match=next(iter(options))):
+        SamplingParams(**options)

@@ -81,6 +81,9 @@ class Engine:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
         seed: int | None = None,
         raw: bool = False,
     ) -> Generation:
@@ -88,14 +91,16 @@ class Engine:
 
         A text prompt is put into the model's chat template where it has one, unless `raw`; token
         ids are taken as they stand. Sampling options that are None take the model's own defaults;
-        temperature 0 is greedy. Work begins with the first iteration. Raises InvalidOption,
-        ContextOverflow, EngineClosed.
+        temperature 0 is greedy. The text ends before the first of the `stop` strings. Work begins
+        with the first iteration. Raises InvalidOption, ContextOverflow, EngineClosed.
         """
         defaults = self.default_sampling
         params = SamplingParams(
             temperature=defaults.temperature if temperature is None else temperature,
             top_k=defaults.top_k if top_k is None else top_k,
             top_p=defaults.top_p if top_p is None else top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
             seed=seed,
         )
         max_tokens = _checked_count("max_tokens", max_tokens)
@@ -105,6 +110,7 @@ class Engine:
             Sampler(params),
             self._checked_prompt(prompt, raw=raw),
             max_tokens=max_tokens,
+            stop=_checked_stop(stop),
             eos_ids=self.config.eos_ids,
             n_neurons=self.config.n_layers * self.config.n_neurons,
         )
@@ -197,6 +203,14 @@ def read_default_sampling(folder: Path) -> SamplingParams:
         return SamplingParams(**options)
     except (ValueError, AttributeError, TypeError, OSError) as error:
         raise InvalidCheckpoint(f"{path}: {error}") from error
+
+
+def _checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InvalidOption(f"stop: expected strings that are not empty, found {string!r}")
+    return strings
 
 
 def _checked_count(name: str, value: SupportsIndex, largest: int | None = None) -> int:

@@ -15,6 +15,7 @@ from hybrid.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+RECENT = 64  # tokens that the repeat penalty looks back
 PROMPT_PART = 4 * PREFILL_CHUNK  # prompt tokens that are run between two looks at cancellation
 
 
@@ -46,8 +47,9 @@ class Generation:
     """The text of one answer as an iterator of pieces; a piece never splits a character.
 
     `text`, `tokens` and `stats` grow with it. `finish_reason` is None while it is being written,
-    then "stop" (the model ended it), "length" (max_tokens, or the context is full), "cancelled".
-    Its KV cache is given back at the end, or with `close`. One thread may iterate; any may cancel.
+    then "stop" (the model ended it, or a stop string came), "length" (max_tokens, or the context is
+    full) or "cancelled". Its KV cache is given back at the end, or with `close`. One thread may
+    iterate; any may cancel.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Generation:
         prompt: list[int],
         *,
         max_tokens: int,
+        stop: tuple[str, ...],
         eos_ids: tuple[int, ...],
         n_neurons: int,
     ) -> None:
@@ -71,6 +74,8 @@ class Generation:
         self._sampler = sampler
         self._detokenizer = tokenizer.stream(prompt)
         self._max_tokens, self._eos_ids = max_tokens, eos_ids
+        self._stop = stop
+        self._held = ""  # text that may turn out to begin a stop string
         self._n_neurons = n_neurons  # of all layers
         self._is_cancelled = False
 
@@ -86,10 +91,9 @@ class Generation:
         piece = ""
         while not piece and self.finish_reason is None:
             started = time.perf_counter()
-            piece = self._step(session)
+            piece = self._until_stop(self._step(session))
             self.stats.decode_s += time.perf_counter() - started
         if self.finish_reason is not None:
-            piece += self._detokenizer.finish()
             self._session = None
         if not piece:
             raise StopIteration
@@ -121,7 +125,8 @@ class Generation:
         if self._is_cancelled:
             self.finish_reason = "cancelled"
             return ""
-        token = self._sampler.sample(session.logits)
+        recent = [*self.prompt[-RECENT:], *self.tokens[-RECENT:]][-RECENT:]
+        token = self._sampler.sample(session.logits, recent)
         if token in self._eos_ids:
             self.finish_reason = "stop"
             return ""
@@ -135,6 +140,22 @@ class Generation:
             self.stats.decode_steps += 1
             self._count_active(session, self.stats.decode_steps)
         return self._detokenizer.push(token)
+
+    def _until_stop(self, piece: str) -> str:
+        """The part of the text so far that is certain to stand before any stop string."""
+        is_last = self.finish_reason is not None
+        text = self._held + piece + (self._detokenizer.finish() if is_last else "")
+        self._held = ""
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.finish_reason = "stop"
+            return text[: min(found)]
+        if not is_last:
+            for n in range(min(max(map(len, self._stop), default=1) - 1, len(text)), 0, -1):
+                if any(stop.startswith(text[-n:]) for stop in self._stop):
+                    text, self._held = text[:-n], text[-n:]
+                    break
+        return text
 
     def _count_active(self, session: Session, n_tokens: int) -> None:
         if n_tokens:

@@ -299,3 +299,34 @@ def test_an_unknown_isa_cap_is_an_error_of_load_and_not_of_import():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout.startswith("HYBRID_ISA='avx9000' is no instruction set")
+
+
+def test_text_ends_before_a_stop_string(engine):
+    options = {"max_tokens": 60, "seed": 1}
+    whole = "".join(engine.generate("Once upon a time", **options))
+    words = whole.split()
+    for stop in (words[5], whole[20:33], whole[-4:]):
+        generation = engine.generate("Once upon a time", stop=["no such text", stop], **options)
+        pieces = list(generation)
+        assert "".join(pieces) == generation.text == whole[: whole.index(stop)]
+        assert generation.finish_reason == "stop"
+    generation = engine.generate("Once upon a time", stop=whole + "x", **options)
+    assert "".join(generation) == whole  # held back to the end, then given
+    assert generation.finish_reason == "length"
+
+
+@pytest.mark.parametrize("stop", ["", [""], [5], ["a", None]])
+def test_stop_strings_that_make_no_sense_are_refused(engine, stop):
+    if stop == "":
+        stop = [stop]
+    with pytest.raises(hybrid.InvalidOption, match="stop"):
+        engine.generate("x", stop=stop)
+
+
+def test_a_repeat_penalty_makes_text_less_repetitive(engine):
+    def share_of_new_words(penalty: float) -> float:
+        options = {"max_tokens": 150, "temperature": 0, "repeat_penalty": penalty}
+        words = "".join(engine.generate("The tree", **options)).split()
+        return len(set(words)) / len(words)
+
+    assert share_of_new_words(1.5) > share_of_new_words(1.0)
