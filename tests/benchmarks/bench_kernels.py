@@ -1,8 +1,8 @@
-"""Kernels at MiniCPM-S-1B's shapes, one thread, from memory.
+"""Kernels at MiniCPM-S-1B's shapes, one thread, from beyond the L2 cache.
 
     pytest tests/benchmarks --benchmark-only --benchmark-columns=median
 
-`extra_info` holds GB/s of weights read. Each round takes other rows, so that no cache helps.
+`extra_info` holds GB/s of weights read. Each round takes the next of some layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hybrid.weights.packed import pack_bundles, pack_matrix
 from hybrid.weights.quant import row_bytes
 
 HIDDEN, N_NEURONS = 1536, 3840
-N_LAYERS = 12  # more bytes than a large cache holds
+N_LAYERS = 12  # more than an L2 holds; a server's last level may hold all of it
 
 
 @pytest.fixture(scope="module", params=list(Format), ids=lambda format: format.name)
