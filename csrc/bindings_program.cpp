@@ -221,8 +221,8 @@ void BindProgram(py::module_& m) {
       .def_property_readonly("logits",
                              [](py::object self) {
                                const PySession& s = self.cast<const PySession&>();
-                               Floats view({py::ssize_t{s.program.vocab_size()}},
-                                           s.session.logits(), self);
+                               const std::vector<py::ssize_t> shape = {s.program.vocab_size()};
+                               Floats view(shape, s.session.logits(), self);
                                view.attr("flags").attr("writeable") = false;
                                return view;
                              })

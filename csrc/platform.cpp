@@ -13,6 +13,7 @@
 #endif
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -20,19 +21,41 @@ namespace hybrid {
 namespace platform {
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-// __builtin_cpu_supports also asks whether the operating system saves the registers.
-bool HasAvx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+namespace {
+// Asked of the CPU itself: what __builtin_cpu_supports knows by name differs from compiler to
+// compiler. Source: Intel's Software Developer's Manual, CPUID and XGETBV.
+struct Cpu {
+  bool avx2 = false, avx512 = false, avx512_vnni_bf16 = false;
+
+  Cpu() {
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return;
+    const bool has_xsave = Bit(ecx, 27), has_fma = Bit(ecx, 12), has_f16c = Bit(ecx, 29);
+    if (!has_xsave) return;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    // The operating system saves the YMM registers; the ZMM and mask registers too.
+    const bool saves_ymm = (low & 0x06) == 0x06, saves_zmm = (low & 0xe6) == 0xe6;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return;
+    avx2 = saves_ymm && has_fma && has_f16c && Bit(ebx, 5);
+    const bool has_f_dq_bw_vl = Bit(ebx, 16) && Bit(ebx, 17) && Bit(ebx, 30) && Bit(ebx, 31);
+    const bool has_vnni = Bit(ecx, 11);
+    avx512 = avx2 && saves_zmm && has_f_dq_bw_vl;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return;
+    avx512_vnni_bf16 = avx512 && has_vnni && Bit(eax, 5);
+  }
+  static bool Bit(unsigned value, int bit) { return (value >> bit & 1) != 0; }
+};
+
+const Cpu& ThisCpu() {
+  static const Cpu cpu;
+  return cpu;
 }
-bool HasAvx512() {
-  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-bool HasAvx512VnniBf16() {
-  return HasAvx512() && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bf16");
-}
+}  // namespace
+
+bool HasAvx2() { return ThisCpu().avx2; }
+bool HasAvx512() { return ThisCpu().avx512; }
+bool HasAvx512VnniBf16() { return ThisCpu().avx512_vnni_bf16; }
 void Pause() { _mm_pause(); }
 #else
 bool HasAvx2() { return false; }
