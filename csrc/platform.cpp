@@ -73,15 +73,6 @@ void* AllocatePages(size_t bytes, bool) {
 void FreePages(void* pages, size_t) { VirtualFree(pages, 0, MEM_RELEASE); }
 int ProcessId() { return static_cast<int>(GetCurrentProcessId()); }
 #else
-namespace {
-constexpr size_t kHugePage = size_t{2} << 20;
-[[maybe_unused]] size_t MappedBytes(size_t bytes) {
-  // Whole huge pages where the memory is large enough for one, so that its tail is covered too.
-  const size_t page = bytes >= kHugePage ? kHugePage : 4096;
-  return (bytes + page - 1) / page * page;
-}
-}  // namespace
-
 #ifdef HYBRID_SANITIZE
 // Exactly the bytes asked for, from the heap, so that the sanitizer sees their bounds.
 void* AllocatePages(size_t bytes, bool) {
@@ -92,6 +83,15 @@ void* AllocatePages(size_t bytes, bool) {
 }
 void FreePages(void* pages, size_t) { free(pages); }
 #else
+namespace {
+constexpr size_t kHugePage = size_t{2} << 20;
+size_t MappedBytes(size_t bytes) {
+  // Whole huge pages where the memory is large enough for one, so that its tail is covered too.
+  const size_t page = bytes >= kHugePage ? kHugePage : 4096;
+  return (bytes + page - 1) / page * page;
+}
+}  // namespace
+
 void* AllocatePages(size_t bytes, bool huge) {
   void* pages = mmap(nullptr, MappedBytes(bytes), PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -142,12 +142,16 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
     }
     default: {  // kHeadTokens: all tokens where asked for, else the last one
       const int32_t first = piece * kHeadRows, last = std::min(first + kHeadRows, op.a.n_rows);
-      const uint8_t* last_x = x_quant_ + (n_tokens_ - 1) * x_bytes;
-      if (all_logits_ != nullptr)
-        kernels_->gemm({shape.format, op.a, first, last, x_quant_.get(), x_bytes, n_tokens_,
-                        all_logits_ + first, op.a.n_rows});
-      if (wants_logits_)
-        kernels_->gemm({shape.format, op.a, first, last, last_x, 0, 1, logits_ + first, 0});
+      const int32_t final_token = n_tokens_ - 1;
+      if (all_logits_ == nullptr) {
+        const uint8_t* x = x_quant_ + final_token * x_bytes;
+        kernels_->gemm({shape.format, op.a, first, last, x, 0, 1, logits_ + first, 0});
+        break;
+      }
+      kernels_->gemm({shape.format, op.a, first, last, x_quant_.get(), x_bytes, n_tokens_,
+                      all_logits_ + first, op.a.n_rows});
+      const float* row = all_logits_ + int64_t{final_token} * op.a.n_rows;
+      if (wants_logits_) std::copy(row + first, row + last, logits_ + first);
     }
   }
 }

@@ -37,46 +37,34 @@ inline void AxpyBf16(const Rows& rows, int32_t row, float a, float* y) {
     Store(y + col, Fma(factor, LoadBf16(w + col), Load(y + col)));
 }
 
-inline void AxpyQ8(const Rows& rows, int32_t row, float a, float* y) {
-  const uint8_t* w = rows.values + row * rows.values_stride;
-  const uint16_t* scales =
-      reinterpret_cast<const uint16_t*>(rows.scales + row * rows.scales_stride);
-  const int32_t padded = PaddedCols(Format::kQ8, rows.n_cols);
+// q8 and q4: a register of weights times its blocks' scales, which every step of a group shares.
+template <Format kFormat>
+inline void AxpyBlocks(const Rows& rows, int32_t row, float a, float* y) {
   constexpr int kParts = kBlock / kLanes;  // registers that cover one 32-byte step
-  for (int32_t first = 0; first < padded; first += kGroup) {
-    F32 factor[kParts];
-#pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part)
-      factor[part] = Mul(Set(a), SpreadScales(scales + first / kBlock, part * kLanes));
-    for (int32_t col = first; col < first + kGroup; col += kBlock) {
-#pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part) {
-        float* p = y + col + part * kLanes;
-        Store(p, Fma(factor[part], LoadQ8(w + col + part * kLanes), Load(p)));
-      }
-    }
-  }
-}
-
-inline void AxpyQ4(const Rows& rows, int32_t row, float a, float* y) {
+  constexpr int32_t kGroupBytes = kGroup / kLinesPerLoad<kFormat>;
   const uint8_t* w = rows.values + row * rows.values_stride;
   const uint16_t* scales =
       reinterpret_cast<const uint16_t*>(rows.scales + row * rows.scales_stride);
-  const int32_t padded = PaddedCols(Format::kQ4, rows.n_cols);
-  constexpr int kParts = kBlock / kLanes;
+  const int32_t padded = PaddedCols(kFormat, rows.n_cols);
   for (int32_t first = 0; first < padded; first += kGroup) {
     F32 factor[kParts];
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part)
       factor[part] = Mul(Set(a), SpreadScales(scales + first / kBlock, part * kLanes));
-    for (int32_t col = 0; col < kGroup / 2; col += kBlock) {
+    for (int32_t step = 0; step < kGroupBytes; step += kBlock) {
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; ++part) {
-        const F32Pair weights = LoadQ4(w + first / 2 + col + part * kLanes);
-        float* low = y + first + col + part * kLanes;
-        float* high = low + kGroup / 2;
-        Store(low, Fma(factor[part], weights.low, Load(low)));
-        Store(high, Fma(factor[part], weights.high, Load(high)));
+        const int32_t at = step + part * kLanes;
+        const uint8_t* p = w + first / kLinesPerLoad<kFormat> + at;
+        float* low = y + first + at;
+        if constexpr (kFormat == Format::kQ8) {
+          Store(low, Fma(factor[part], LoadQ8(p), Load(low)));
+        } else {
+          const F32Pair weights = LoadQ4(p);
+          float* high = low + kGroupBytes;
+          Store(low, Fma(factor[part], weights.low, Load(low)));
+          Store(high, Fma(factor[part], weights.high, Load(high)));
+        }
       }
     }
   }
@@ -86,9 +74,9 @@ inline void Axpy(Format format, const Rows& rows, int32_t row, float a, float* y
   if (format == Format::kBf16)
     AxpyBf16(rows, row, a, y);
   else if (format == Format::kQ8)
-    AxpyQ8(rows, row, a, y);
+    AxpyBlocks<Format::kQ8>(rows, row, a, y);
   else
-    AxpyQ4(rows, row, a, y);
+    AxpyBlocks<Format::kQ4>(rows, row, a, y);
 }
 
 inline void PrefetchRow(const Rows& rows, int32_t row, Format format) {
