@@ -15,7 +15,7 @@ PACKAGES = Path(hybrid.__file__).parents[1]
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["hybrid.errors", "hybrid.model_config"],
+    ["hybrid.errors", "hybrid.model_config", "hybrid.progress"],
     ["hybrid.kernels"],
     ["hybrid.checkpoint", "hybrid.weights"],
     ["hybrid.tokenizer", "hybrid.sampling"],
