@@ -60,10 +60,10 @@ BROAD_FILES = ("fairytales.txt", "childrens_classics.txt")
 VALID_FILE = "tinystories/tinystories_valid.txt"
 
 WARMUP = 0.03  # shares of all steps
-SPARSITY_RAMP = (0.20, 0.70)
+SPARSITY_RAMP = (0.30, 0.72)
 THRESHOLD_AT = 0.80
 DECAY_FROM = 0.55
-BROAD_SHARE = 5 / 16  # of the windows of a batch before the decay
+BROAD_SHARE = 4 / 16  # of the windows of a batch before the decay
 THRESHOLD_COST = 0.002  # share of held-out loss that the threshold may cost when it is set
 BRANCH_FILE = "checkpoint_at_ramp.pt"  # where the twin branches off
 EVAL_EVERY = 100  # steps
@@ -308,7 +308,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of the training texts")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and curves go here")
     parser.add_argument("--export", type=Path, help="write the finished model's folder here")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 512 tokens")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
