@@ -69,6 +69,34 @@ void BindKernels(py::module_& m) {
       py::arg("format"), py::arg("n_cols"));
 
   m.def(
+      "pack_rows",
+      [](Format format, const Floats& w, py::array_t<uint8_t> values,
+         std::optional<py::array_t<uint8_t>> scales) {
+        Check(w.ndim() == 2 && w.shape(0) > 0 && w.shape(1) > 0 && w.shape(1) <= kMaxCols &&
+                  w.shape(1) % kBlock == 0,
+              "w must be (rows, n), n a multiple of 32");
+        const int32_t n_cols = static_cast<int32_t>(w.shape(1));
+        const auto check = [&](const py::array_t<uint8_t>& out, int64_t row_bytes) {
+          Check(out.ndim() == 2 && out.shape(0) == w.shape(0) && out.shape(1) == row_bytes &&
+                    out.strides(1) == 1 && out.strides(0) >= row_bytes,
+                "values and scales must be (rows, bytes of a row)");
+        };
+        check(values, ValueBytes(format, n_cols));
+        Check(scales.has_value() == (format != Format::kBf16), "q8 and q4 have scales, bf16 none");
+        if (scales) check(*scales, ScaleBytes(format, n_cols));
+        uint8_t* value_row = values.mutable_data();
+        uint8_t* scale_row = scales ? scales->mutable_data() : nullptr;
+        const int64_t value_stride = values.strides(0),
+                      scale_stride = scales ? scales->strides(0) : 0;
+        WithoutGil([&] {
+          for (int64_t row = 0; row < w.shape(0); ++row)
+            ActiveKernels().pack_row(format, w.data() + row * n_cols, n_cols,
+                                     value_row + row * value_stride,
+                                     scale_row + row * scale_stride);
+        });
+      },
+      py::arg("format"), py::arg("w"), py::arg("values"), py::arg("scales"));
+  m.def(
       "quantize",
       [](Format format, const Floats& x) {
         Check(x.ndim() == 1 && x.shape(0) > 0, "x must be (n,)");
@@ -111,7 +139,7 @@ void BindKernels(py::module_& m) {
   m.def(
       "sparse_ffn",
       [](const PyRows& gate, const PyRows& up, const PyRows& down, const Bytes& x, int32_t first,
-         int32_t last, Activation activation, float threshold) {
+         int32_t last, Activation activation, float threshold, bool computes_all) {
         const Format format = gate.format;
         Check(0 <= first && first <= last && last <= gate.rows.n_rows, "neuron range");
         Check(up.format == format && down.format == format, "formats differ");
@@ -135,13 +163,15 @@ void BindKernels(py::module_& m) {
                                     x.shape(1),
                                     static_cast<int32_t>(x.shape(0)),
                                     out.mutable_data(),
-                                    padded};
+                                    padded,
+                                    computes_all};
         int64_t n_active = 0;
         WithoutGil([&] { n_active = ActiveKernels().sparse_ffn(args); });
         return py::make_tuple(out, n_active);
       },
       py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("x"), py::arg("first"),
-      py::arg("last"), py::arg("activation"), py::arg("threshold"));
+      py::arg("last"), py::arg("activation"), py::arg("threshold"),
+      py::arg("computes_all") = false);
   m.def(
       "add_partials",
       [](Format format, const Floats& partials, float scale, const Floats& x) {

@@ -1,9 +1,12 @@
 // Thread pools, recorded programs and sessions.
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
+#include <numeric>
 
 #include "bindings.h"
+#include "kernels/dispatch.h"
 #include "platform.h"
 #include "program.h"
 #include "session.h"
@@ -20,6 +23,33 @@ struct FreeInOwnProcess {
     if (platform::ProcessId() == pool->process_id()) delete pool;
   }
 };
+
+constexpr int64_t kReadPiece = int64_t{1} << 18;  // floats: 1 MiB
+
+// Reads all of `memory` once, in pieces handed out to the pool's threads. Returns its sum.
+double ReadMemory(ThreadPool& pool, const Floats& memory) {
+  struct Context {
+    const float* floats;
+    int64_t n;
+    const KernelTable* kernels;
+    std::vector<double> sums;
+  } context{memory.data(), memory.size() / 128 * 128, &ActiveKernels(), {}};
+  Check(context.n > 0 && context.n / kReadPiece < (1 << 20), "memory: from 128 floats to 1 TiB");
+  context.sums.resize(static_cast<size_t>((context.n + kReadPiece - 1) / kReadPiece));
+  Job job;
+  job.context = &context;
+  job.n_phases = 1;
+  job.n_pieces = [](void* c, int32_t) {
+    return static_cast<int32_t>(static_cast<Context*>(c)->sums.size());
+  };
+  job.run_piece = [](void* c, int32_t, int32_t piece, int32_t) {
+    Context& all = *static_cast<Context*>(c);
+    const int64_t first = piece * kReadPiece, n = std::min(kReadPiece, all.n - first);
+    all.sums[static_cast<size_t>(piece)] = all.kernels->read(all.floats + first, n);
+  };
+  WithoutGil([&] { pool.Run(job); });
+  return std::accumulate(context.sums.begin(), context.sums.end(), 0.0);
+}
 
 // A recorded program together with the arrays that its pointers lead to.
 struct PyProgram {
@@ -58,12 +88,12 @@ struct PyProgram {
 
 // A session, what it points to, and the flag that keeps its calls apart.
 struct PySession {
-  PySession(py::object program, py::object pool, int32_t n_context)
+  PySession(py::object program, py::object pool, int32_t n_context, bool is_dense)
       : keep_program(program),
         keep_pool(pool),
         program(program.cast<PyProgram&>().program),
         pool(pool.cast<ThreadPool&>()),
-        session(this->program, this->pool, CheckContext(this->program, n_context)) {}
+        session(this->program, this->pool, CheckContext(this->program, n_context), is_dense) {}
 
   static int32_t CheckContext(Program& program, int32_t n_context) {
     Check(n_context > 0 && n_context <= program.shape().max_context,
@@ -123,7 +153,14 @@ void BindProgram(py::module_& m) {
              return std::unique_ptr<ThreadPool, FreeInOwnProcess>(new ThreadPool(n_threads));
            }),
            py::arg("n_threads"))
-      .def_property_readonly("n_threads", &ThreadPool::n_threads);
+      .def_property_readonly("n_threads", &ThreadPool::n_threads)
+      .def(
+          "read",
+          [](ThreadPool& pool, const Floats& memory) {
+            Check(platform::ProcessId() == pool.process_id(), "made before a fork");
+            return ReadMemory(pool, memory);
+          },
+          py::arg("memory"));
 
   py::class_<PyProgram>(m, "Program")
       .def(py::init<Format, int32_t, int32_t, int32_t, int32_t, float, Floats, Floats>(),
@@ -180,8 +217,8 @@ void BindProgram(py::module_& m) {
                              [](const PyProgram& p) { return p.program.shape().max_context; });
 
   py::class_<PySession>(m, "Session")
-      .def(py::init<py::object, py::object, int32_t>(), py::arg("program"), py::arg("pool"),
-           py::arg("n_context"))
+      .def(py::init<py::object, py::object, int32_t, bool>(), py::arg("program"), py::arg("pool"),
+           py::arg("n_context"), py::arg("is_dense") = false)
       .def(
           "prefill",
           [](PySession& s, const Tokens& tokens, bool all_logits) -> py::object {
@@ -235,7 +272,19 @@ void BindProgram(py::module_& m) {
                                  counts.push_back(s.session.active_count(layer));
                                return counts;
                              })
-      .def("reset_active_counts", [](PySession& s) { s.session.ResetActiveCounts(); });
+      .def_property_readonly("decode_bytes",
+                             [](PySession& s) {
+                               Turn turn(s);
+                               py::dict bytes;
+                               for (int32_t stage = 0; stage < kStages; ++stage)
+                                 bytes[kStageNames[stage]] =
+                                     s.session.decode_bytes(static_cast<Stage>(stage));
+                               return bytes;
+                             })
+      .def("reset_counts", [](PySession& s) {
+        Turn turn(s);
+        s.session.ResetCounts();
+      });
 }
 
 }  // namespace hybrid

@@ -8,10 +8,11 @@
 
 namespace hybrid {
 
-Session::Session(const Program& program, ThreadPool& pool, int32_t n_context)
+Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense)
     : program_(program),
       pool_(pool),
       n_context_(n_context),
+      is_dense_(is_dense),
       x_(int64_t{kPrefillChunk} * program.shape().hidden_size),
       x_quant_(kPrefillChunk *
                VectorBytes(program.shape().format,
@@ -45,8 +46,15 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context)
 
 Session::~Session() = default;
 
-void Session::ResetActiveCounts() {
+int64_t Session::decode_bytes(Stage stage) const {
+  int64_t bytes = 0;
+  for (const auto& thread : threads_) bytes += thread->bytes[stage];
+  return bytes;
+}
+
+void Session::ResetCounts() {
   for (std::atomic<int64_t>& count : active_) count.store(0);
+  for (const auto& thread : threads_) std::fill_n(thread->bytes, kStages, 0);
 }
 
 void Session::Decode(int32_t token) {

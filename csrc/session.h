@@ -51,11 +51,24 @@ constexpr int32_t kOutputRows = 64;  // rows per piece of the output projection
 constexpr int32_t kHeadRows = 256;   // rows per piece of the head
 constexpr int32_t kTokensPerPiece = 8;
 
+// The parts of a token that bytes are counted by.
+enum Stage : int32_t {
+  kStageQkv,
+  kStageAttend,
+  kStageOutput,
+  kStageGate,
+  kStageUpDown,
+  kStageHead
+};
+constexpr int32_t kStages = 6;
+constexpr const char* kStageNames[kStages] = {"qkv", "attend", "output", "gate", "up_down", "head"};
+
 class Session {
  public:
-  // Reserves a KV cache for `n_context` positions; memory is touched as it is used.
-  // `program` and `pool` must outlive the session. Throws std::bad_alloc.
-  Session(const Program& program, ThreadPool& pool, int32_t n_context);
+  // Reserves a KV cache for `n_context` positions; memory is touched as it is used. `is_dense`: no
+  // neuron is skipped, for comparisons. `program` and `pool` must outlive the session. Throws
+  // std::bad_alloc.
+  Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense);
   ~Session();
 
   int32_t position() const { return position_; }  // of the next token
@@ -72,7 +85,10 @@ class Session {
   const float* logits() const { return logits_.get(); }
   // Active (neuron, token) pairs per layer since the last reset, over decode and prefill alike.
   int64_t active_count(int32_t layer) const { return active_[static_cast<size_t>(layer)].load(); }
-  void ResetActiveCounts();
+  // Bytes of packed rows and of the KV cache that decode has read since the last reset; the head's
+  // include the token's embedding row. Not to be asked during a call.
+  int64_t decode_bytes(Stage stage) const;
+  void ResetCounts();
 
  private:
   // What one thread needs for itself.
@@ -81,6 +97,7 @@ class Session {
     Pages<float> floats;
     Pages<uint8_t> x;       // a private quantised vector
     uint64_t x_serial = 0;  // the phase and call that `x` was made for
+    int64_t bytes[kStages] = {};
     float scores[kSpan];
   };
 
@@ -97,7 +114,7 @@ class Session {
                   ThreadScratch& scratch, float* max, float* sum, float* out);
   void MergeSpans(int32_t head, int32_t n_spans, const float* max, const float* sum,
                   const float* out, int64_t stride, float* merged) const;
-  void RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens);
+  int64_t RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens);
   void AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
                ThreadScratch& scratch);
   uint16_t* KvHead(int32_t layer, bool is_value, int32_t head) const;
@@ -106,6 +123,7 @@ class Session {
   ThreadPool& pool_;
   const KernelTable* kernels_ = nullptr;  // the table in use during one call
   const int32_t n_context_;
+  const bool is_dense_;
   int32_t position_ = 0;
 
   // What the current call works on.

@@ -37,12 +37,14 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
   switch (phase.kind) {
     case PhaseKind::kEmbed:
       kernels_->dequantize(shape.format, op.a, tokens_[0], op.scale, x_.get());
+      scratch.bytes[kStageHead] += RowBytes(op.a, shape.format);
       break;
     case PhaseKind::kQkv: {
       const uint8_t* x = NormOnce(phase, op, scratch);
       kernels_->gemm(
           {shape.format, op.a, piece * head_dim, (piece + 1) * head_dim, x, 0, 1, floats, 0});
       FinishHead(op, piece, floats, position_, 0);
+      scratch.bytes[kStageQkv] += head_dim * RowBytes(op.a, shape.format);
       break;
     }
     case PhaseKind::kAttend: {
@@ -52,14 +54,24 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       const int64_t row = int64_t{span} * shape.n_heads + head;
       AttendSpan(op, kv_head, q_ + int64_t{head} * head_stride, span, position_ + 1, scratch,
                  span_max_ + row, span_sum_ + row, span_out_ + row * head_stride);
+      scratch.bytes[kStageAttend] += 2 * int64_t{sizeof(uint16_t)} * head_stride *
+                                     std::min(kSpan, position_ + 1 - span * kSpan);
       break;
     }
     case PhaseKind::kOutput:
       AddRows(op, piece, MergeHeadsOnce(phase, scratch), 1, scratch);
+      scratch.bytes[kStageOutput] +=
+          std::min(kOutputRows, op.a.n_rows - piece * kOutputRows) * RowBytes(op.a, shape.format);
       break;
-    case PhaseKind::kFfn:
-      RunFfn(op, piece, NormOnce(phase, op, scratch), 1);
+    case PhaseKind::kFfn: {
+      const int64_t n_neurons =
+          FirstNeuron(op.a.n_rows, piece + 1) - FirstNeuron(op.a.n_rows, piece);
+      const int64_t n_active = RunFfn(op, piece, NormOnce(phase, op, scratch), 1);
+      scratch.bytes[kStageGate] += n_neurons * RowBytes(op.a, shape.format);
+      scratch.bytes[kStageUpDown] += (is_dense_ ? n_neurons : n_active) *
+                                     (RowBytes(op.b, shape.format) + RowBytes(op.c, shape.format));
       break;
+    }
     case PhaseKind::kFfnSum: {
       const int32_t first = piece * kGroup;
       const int64_t stride = int64_t{kPrefillChunk} * PaddedCols(shape.format, hidden);
@@ -71,6 +83,7 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       const uint8_t* x = NormOnce(phase, op, scratch);
       const int32_t first = piece * kHeadRows, last = std::min(first + kHeadRows, op.a.n_rows);
       kernels_->gemm({shape.format, op.a, first, last, x, 0, 1, logits_ + first, 0});
+      scratch.bytes[kStageHead] += (last - first) * RowBytes(op.a, shape.format);
     }
   }
 }
@@ -254,7 +267,8 @@ void Session::MergeSpans(int32_t head, int32_t n_spans, const float* max, const 
   for (int32_t i = 0; i < head_dim; ++i) merged[i] /= total;
 }
 
-void Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens) {
+// Returns the number of active (neuron, token) pairs.
+int64_t Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens) {
   const ProgramShape& shape = program_.shape();
   const int64_t padded = PaddedCols(shape.format, shape.hidden_size);
   SparseFfnArgs args;
@@ -271,8 +285,10 @@ void Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_to
   args.n_tokens = n_tokens;
   args.out = partials_ + int64_t{piece} * kPrefillChunk * padded;
   args.out_stride = padded;
+  args.computes_all = is_dense_;
   const int64_t n_active = kernels_->sparse_ffn(args);
   active_[static_cast<size_t>(op.layer)].fetch_add(n_active, std::memory_order_relaxed);
+  return n_active;
 }
 
 // x[token] += scale * dot(rows, x) for one piece of rows.

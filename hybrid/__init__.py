@@ -7,8 +7,9 @@ with hybrid.load("stories") as engine:
         print(piece, end="", flush=True)
 """
 
-from hybrid.engine.engine import Engine
-from hybrid.engine.generation import Generation, GenerationStats
+from hybrid.engine.engine import Engine, EngineStats
+from hybrid.engine.generation import Generation, GenerationStats, TokenLogprobs
+from hybrid.engine.session import Session
 from hybrid.errors import (
     ContextOverflow,
     DownloadFailed,
@@ -17,23 +18,30 @@ from hybrid.errors import (
     InvalidCheckpoint,
     InvalidOption,
     ModelNotFound,
+    OutOfMemory,
     UnsupportedIsa,
     UnsupportedModel,
 )
 from hybrid.kernels import active_isa
 from hybrid.loading import load
+from hybrid.progress import Progress
 
 __all__ = [
     "ContextOverflow",
     "DownloadFailed",
     "Engine",
     "EngineClosed",
+    "EngineStats",
     "Generation",
     "GenerationStats",
     "HybridError",
     "InvalidCheckpoint",
     "InvalidOption",
     "ModelNotFound",
+    "OutOfMemory",
+    "Progress",
+    "Session",
+    "TokenLogprobs",
     "UnsupportedIsa",
     "UnsupportedModel",
     "active_isa",

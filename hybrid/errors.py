@@ -8,6 +8,7 @@
     ├── UnsupportedIsa       an instruction set that this CPU or this build lacks
     ├── InvalidOption        an option's value is out of range (also a ValueError)
     ├── ContextOverflow      the prompt does not fit into the context
+    ├── OutOfMemory          the model or a context does not fit into this machine's memory
     └── EngineClosed         the engine or session was used after it was closed
 
 A message says what is wrong, what was expected, what was found, and what to do.
@@ -46,6 +47,10 @@ class InvalidOption(HybridError, ValueError):
 
 class ContextOverflow(HybridError):
     """The prompt does not fit into the context."""
+
+
+class OutOfMemory(HybridError):
+    """The model or a context does not fit into this machine's memory."""
 
 
 class EngineClosed(HybridError):

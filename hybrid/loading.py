@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hybrid.catalog import resolve
+from hybrid.catalog import hybrid_home, resolve
 from hybrid.engine.engine import Engine, Quant
+from hybrid.progress import Progress, ignore_progress
 
 
 def load(
@@ -14,7 +15,9 @@ def load(
     threads: int | None = None,
     quant: Quant = "q8",
     context_size: int | None = None,
+    mmap: bool | None = None,
     offline: bool = False,
+    progress: Progress = ignore_progress,
 ) -> Engine:
     """Load a model and return its Engine.
 
@@ -23,11 +26,21 @@ def load(
     the physical cores, `context_size` (in tokens) to 4096 or what the model was trained for.
     `quant`: "q8", "q4" or "bf16".
 
-    While it downloads, huggingface_hub shows its progress bar on standard error; its variable
-    HF_HUB_DISABLE_PROGRESS_BARS turns that off.
+    A large model is packed once and kept under HYBRID_HOME (the user's cache folder); from there
+    its weights are copied into memory or, with `mmap`, mapped: then several processes share them,
+    and a file that shrinks while it is mapped ends the process. None copies where they fit.
 
-    Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, UnsupportedModel, InvalidOption.
+    `progress` is told how far downloading and packing are.
+
+    Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, UnsupportedModel, InvalidOption,
+    OutOfMemory.
     """
     return Engine(
-        resolve(model, offline=offline), threads=threads, quant=quant, context_size=context_size
+        resolve(model, offline=offline),
+        threads=threads,
+        quant=quant,
+        context_size=context_size,
+        mmap=mmap,
+        packed_cache=hybrid_home() / "packed",
+        progress=progress,
     )

@@ -96,6 +96,13 @@ class Sampler:
         return int(ids[_draw(weights, self._random.random())])
 
 
+def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    """Natural logarithms of the probabilities (vocab,)."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
 def _weights(logits: Floats, top: np.float32, temperature: float) -> Floats:
     """Probabilities up to a factor; the largest is 1."""
     # Any gap between logits that matters is already 0 or infinite at these bounds; beyond them

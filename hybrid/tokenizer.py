@@ -102,7 +102,20 @@ class Tokenizer:
             raise InvalidOption("no chat template that hybrid knows; use encode() to complete text")
         first, *rest = _render_chat(messages).split(_ESCAPED)
         ids = self._bos + self._bpe.encode(first, add_special_tokens=False).ids
-        for part in rest:
+        return ids + self._encode_escaped(rest)
+
+    def encode_next_turn(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The ids that follow an answer of the model: `<用户>question<AI>`, without BOS.
+
+        The answer's own tokens stay as the model wrote them, so a KV cache keeps all of them.
+        """
+        first, *rest = _render_chat(messages).split(_ESCAPED)
+        return self._continuation.encode(first).ids + self._encode_escaped(rest)
+
+    def _encode_escaped(self, parts: Sequence[str]) -> list[int]:
+        """Texts that each follow a "<" which begins no marker."""
+        ids: list[int] = []
+        for part in parts:
             ids.append(self._escaped_id)
             ids += self._continuation.encode(part).ids
         return ids
@@ -110,6 +123,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`: special tokens skipped, one leading space removed."""
         return self._join(ids).decode("utf-8", errors="replace").removeprefix(" ")
+
+    def continue_text(self, context: Sequence[int], tokens: Sequence[int]) -> str:
+        """The text that `tokens` add to that of `context`, as a stream of them gives it."""
+        detokenizer = self.stream(context)
+        return "".join([detokenizer.push(token) for token in tokens]) + detokenizer.finish()
+
+    def decode_token(self, token: int) -> str:
+        """What one token adds to a text, its space included; U+FFFD for a part of a character."""
+        return self._join((token,)).decode("utf-8", errors="replace")
 
     def stream(self, context: Sequence[int]) -> StreamingDetokenizer:
         """A detokenizer for the tokens that follow `context`."""

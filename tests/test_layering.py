@@ -18,6 +18,7 @@ LAYERS = [
     ["hybrid.errors", "hybrid.model_config", "hybrid.progress"],
     ["hybrid.kernels"],
     ["hybrid.checkpoint", "hybrid.weights"],
+    ["hybrid.placement"],
     ["hybrid.tokenizer", "hybrid.sampling"],
     ["hybrid.engine"],
     ["hybrid.checksum", "hybrid.download", "hybrid.catalog"],

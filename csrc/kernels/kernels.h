@@ -61,6 +61,14 @@ static inline int64_t ValueBytes(Format format, int32_t n_cols) {
   const int64_t padded = PaddedCols(format, n_cols);
   return format == Format::kBf16 ? padded * 2 : format == Format::kQ8 ? padded : padded / 2;
 }
+// Bytes of the scales of one packed row.
+static inline int64_t ScaleBytes(Format format, int32_t n_cols) {
+  return format == Format::kBf16 ? 0 : PaddedCols(format, n_cols) / kBlock * 2;
+}
+// Bytes that reading one packed row takes.
+static inline int64_t RowBytes(const Rows& rows, Format format) {
+  return ValueBytes(format, rows.n_cols) + ScaleBytes(format, rows.n_cols);
+}
 // Bytes of a quantised vector of n_cols elements, a multiple of 64.
 static inline int64_t VectorBytes(Format format, int32_t n_cols) {
   const int64_t padded = PaddedCols(format, n_cols);
@@ -94,6 +102,7 @@ struct SparseFfnArgs {
   int32_t n_tokens;
   float* out;  // PaddedCols(format, hidden) floats per token, out_stride apart
   int64_t out_stride;
+  bool computes_all;  // compute inactive neurons too, as a dense engine does: they add zeros
 };
 
 // Attention of the query heads of one KV head over context positions [first, last), last - first <=
@@ -113,6 +122,8 @@ struct AttendSpanArgs {
 
 struct KernelTable {
   const char* name;
+  // (n,) fp32 weights -> one packed row: ValueBytes and ScaleBytes, padding included.
+  void (*pack_row)(Format format, const float* w, int32_t n, uint8_t* values, uint8_t* scales);
   // x (n,) fp32 -> quantised vector.
   void (*quantize)(Format format, const float* x, int32_t n, uint8_t* out);
   // One packed row -> (n_cols,) fp32 in natural order, times `scale`.
@@ -130,6 +141,8 @@ struct KernelTable {
   void (*attend_span)(const AttendSpanArgs& args);
   // (n,) fp32 -> fp16, round to nearest even.
   void (*to_fp16)(const float* x, int32_t n, uint16_t* out);
+  // The sum of (n,) floats, n a multiple of 128: reads memory as fast as this ISA can.
+  float (*read)(const float* x, int64_t n);
 };
 
 }  // namespace hybrid

@@ -5,6 +5,7 @@
 
 #include "attention.inl.h"
 #include "dot.inl.h"
+#include "pack.inl.h"
 #include "sparse_ffn.inl.h"
 #include "vectors.inl.h"
 
@@ -12,7 +13,8 @@ namespace hybrid {
 namespace {
 
 constexpr KernelTable MakeTable(const char* name) {
-  return {name, Quantize, Dequantize, Gemm, SparseFfn, AddPartials, RmsNorm, AttendSpan, ToFp16};
+  return {name,        PackRow, Quantize,   Dequantize, Gemm, SparseFfn,
+          AddPartials, RmsNorm, AttendSpan, ToFp16,     Read};
 }
 
 }  // namespace

@@ -121,7 +121,9 @@ int64_t SparseFfn(const SparseFfnArgs& a) {
       const int32_t n_before = n_found;
       for (int32_t token = 0; token < a.n_tokens; ++token) {
         const float gate = gates[token * kRowTile + r];
-        if (Fires(a.activation, gate, a.threshold)) found[n_found++] = {neuron + r, token, gate};
+        const bool fires = Fires(a.activation, gate, a.threshold);
+        n_active += fires;
+        if (fires || a.computes_all) found[n_found++] = {neuron + r, token, fires ? gate : 0.0f};
       }
       if (n_found > n_before) {
         PrefetchRow(a.up, neuron + r, a.format);
@@ -131,7 +133,6 @@ int64_t SparseFfn(const SparseFfnArgs& a) {
     turn ^= 1;
     for (int32_t i = 0; i < n_waiting; ++i) AddNeuron(a, waiting[turn][i]);
     n_waiting = n_found;
-    n_active += n_found;
     neuron += n_rows;
   }
   for (int32_t i = 0; i < n_waiting; ++i) AddNeuron(a, waiting[turn ^ 1][i]);

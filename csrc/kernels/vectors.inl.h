@@ -114,5 +114,16 @@ void ToFp16(const float* x, int32_t n, uint16_t* out) {
   }
 }
 
+float Read(const float* x, int64_t n) {
+  constexpr int kSums = 8;  // enough for additions in flight not to limit
+  F32 sums[kSums];
+  for (int i = 0; i < kSums; ++i) sums[i] = Zero();
+  for (int64_t at = 0; at < n; at += kSums * kLanes)
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i) sums[i] = Add(sums[i], Load(x + at + i * kLanes));
+  for (int i = 1; i < kSums; ++i) sums[0] = Add(sums[0], sums[i]);
+  return ReduceAdd(sums[0]);
+}
+
 }  // namespace
 }  // namespace hybrid

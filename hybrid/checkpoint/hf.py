@@ -34,10 +34,15 @@ class Checkpoint:
     """A model's config and its weights, mapped. The arrays that it gave out survive `close`."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, tensors: dict[tuple[str, int | None], Tensor]
+        self,
+        folder: Path,
+        config: ModelConfig,
+        tensors: dict[tuple[str, int | None], Tensor],
+        sources: tuple[Path, ...],
     ) -> None:
         self.folder = folder
         self.config = config
+        self.sources = sources  # the files that the weights come from
         self._tensors: dict[tuple[str, int | None], Tensor] | None = tensors
 
     def read(self, role: str, layer: int | None = None) -> np.ndarray:
@@ -91,7 +96,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 "config.json; the files are of different models, or broken"
             )
         tensors[role, layer] = tensor
-    return Checkpoint(folder, config, tensors)
+    return Checkpoint(folder, config, tensors, weights.paths)
 
 
 def _read_config(folder: Path) -> ModelConfig:
@@ -142,6 +147,7 @@ class _Shards:
                 f"{', '.join(map(repr, missing[:20]))}; download them"
             )
         self._files = {shard: reader(index.parent / shard) for shard in shards}
+        self.paths = (index, *(index.parent / shard for shard in sorted(shards)))
 
     def tensor(self, name: str) -> Tensor:
         if name not in self._shard_of:

@@ -23,6 +23,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.paths: tuple[Path, ...] = (path,)
         self._buffer = map_file(path)
         try:
             with safe_open(path, framework="numpy"):

@@ -50,6 +50,8 @@ class Tensor:
 class WeightFile(Protocol):
     """A file, or several that belong together, from which tensors are asked for by name."""
 
+    paths: tuple[Path, ...]
+
     def tensor(self, name: str) -> Tensor:
         """Raises `InvalidCheckpoint` or `UnsupportedModel` where it is missing or unusable."""
 

@@ -71,6 +71,7 @@ class TorchBin:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.paths: tuple[Path, ...] = (path,)
         self._buffer = map_file(path)
         self._members = self._find_members()
         pickles = [name for name in self._members if name.endswith("/data.pkl")]

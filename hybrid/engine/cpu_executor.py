@@ -77,6 +77,9 @@ class CpuExecutor:
         )
         forward(ProgramRecorder(self.program, config), model, config)
 
-    def open_session(self) -> Session:
-        """A new sequence with a KV cache of its own; it keeps the program and the threads alive."""
-        return Session(self.program, self.pool, self.n_context)
+    def open_session(self, *, is_dense: bool = False) -> Session:
+        """A new sequence with a KV cache of its own; it keeps the program and the threads alive.
+
+        `is_dense` computes all neurons, for comparisons; the results are the same.
+        """
+        return Session(self.program, self.pool, self.n_context, is_dense)

@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
-import json
-import operator
 import os
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, SupportsIndex, get_args
-
-import numpy as np
-import psutil
+from typing import Literal, get_args
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
-from hybrid.engine.generation import Generation
-from hybrid.errors import ContextOverflow, EngineClosed, InvalidCheckpoint, InvalidOption
-from hybrid.kernels import Format, Session, check_isa_cap
+from hybrid.engine.generation import Generation, GenerationStats
+from hybrid.engine.options import checked_count, checked_ids, checked_stop, read_default_sampling
+from hybrid.engine.session import Session
+from hybrid.errors import (
+    ContextOverflow,
+    EngineClosed,
+    InvalidOption,
+    OutOfMemory,
+)
+from hybrid.kernels import Format, active_isa, available_isas, check_isa_cap
+from hybrid.placement.hardware import (
+    available_memory_bytes,
+    default_threads,
+    last_level_cache_bytes,
+    measure_stream_gbs,
+)
+from hybrid.progress import Progress, ignore_progress
 from hybrid.sampling import Sampler, SamplingParams
 from hybrid.tokenizer import ChatMessage, Tokenizer
-from hybrid.weights.packed import pack_model
+from hybrid.weights.packed import packed_layout
+from hybrid.weights.packed_file import load_packed
 
 Quant = Literal["bf16", "q8", "q4"]
 
 DEFAULT_CONTEXT = 4096  # positions, where the model allows as many
+MAX_LOGPROBS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine has done since it was loaded; generations count once they have ended."""
+
+    load_s: float = 0.0
+    weight_bytes: int = 0  # packed
+    is_mapped: bool = False  # whether the weights are a mapped file, not memory of our own
+    n_generations: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts: taken from a session's KV cache
+    generated_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
 
 
 class Engine:
@@ -41,42 +70,86 @@ class Engine:
         threads: int | None = None,
         quant: Quant = "q8",
         context_size: int | None = None,
+        mmap: bool | None = None,
+        packed_cache: Path | None = None,
+        progress: Progress = ignore_progress,
     ) -> None:
-        """Load the Hugging Face folder. See `hybrid.load` for the options and errors."""
+        """Load the Hugging Face folder; see `hybrid.load` for the options and errors. Packed models
+        are kept in `packed_cache`, where given.
+        """
+        started = time.perf_counter()
         check_isa_cap()
-        n_threads = _checked_count(
+        n_threads = checked_count(
             "threads", default_threads() if threads is None else threads, 1024
         )
         if quant not in get_args(Quant):
             raise InvalidOption(
                 f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
             )
+        format = Format[quant]
         with open_checkpoint(folder) as checkpoint:
             config = checkpoint.config
             if context_size is None:
                 context_size = min(config.max_context, DEFAULT_CONTEXT)
-            n_context = _checked_count("context_size", context_size, config.max_context)
+            n_context = checked_count("context_size", context_size, config.max_context)
             self.tokenizer = Tokenizer.from_folder(
                 folder, vocab_size=config.vocab_size, bos_id=config.bos_id
             )
             self.default_sampling = read_default_sampling(folder)
-            model = pack_model(checkpoint, Format[quant], n_threads=n_threads)
-        self.config, self.quant = config, quant
+            use_mmap, memory_notices = _choose_mmap(mmap, packed_layout(config, format).n_bytes)
+            loaded = load_packed(
+                checkpoint,
+                format,
+                cache=packed_cache,
+                use_mmap=use_mmap,
+                n_threads=n_threads,
+                progress=progress,
+            )
+        self.folder, self.config, self.quant = folder, config, quant
         self.n_threads, self.n_context = n_threads, n_context
+        # One line each, which a user should see: what is slower, or not applied, and why.
+        self.notices: tuple[str, ...] = (
+            *self.tokenizer.notices,
+            *memory_notices,
+            *loaded.notices,
+            *_isa_notices(),
+        )
         self._process_id = os.getpid()
         self._executor: CpuExecutor | None = CpuExecutor(
-            model, config, Format[quant], n_threads=n_threads, n_context=n_context
+            loaded.model, config, format, n_threads=n_threads, n_context=n_context
+        )
+        self._stats_lock = threading.Lock()
+        self._stats = EngineStats(
+            time.perf_counter() - started, loaded.n_bytes, is_mapped=loaded.is_mapped
         )
 
     @property
-    def notices(self) -> tuple[str, ...]:
-        """One-line notes that a user should see, such as a chat template that is not applied."""
-        return self.tokenizer.notices
+    def stats(self) -> EngineStats:
+        """Counts and times since the engine was loaded."""
+        with self._stats_lock:
+            return self._stats
+
+    @property
+    def fits_in_cache(self) -> bool:
+        """Whether the weights are under four times the CPU's last-level cache: then much of them
+        may stay there, and speed is not a question of memory bandwidth.
+        """
+        return self._stats.weight_bytes < 4 * (last_level_cache_bytes() or 0)
+
+    def measure_stream_gbs(self) -> float:
+        """Memory bandwidth in GB/s, measured now with the engine's threads, in half a second and
+        1 GiB of memory. Raises OutOfMemory.
+        """
+        try:
+            return measure_stream_gbs(self._open().pool)
+        except MemoryError:
+            raise OutOfMemory("measuring the memory's bandwidth needs 1 GiB of memory") from None
 
     def generate(
         self,
         prompt: str | Sequence[int],
         *,
+        session: Session | None = None,
         max_tokens: int = 256,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -84,6 +157,7 @@ class Engine:
         min_p: float = 0.0,
         repeat_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
         seed: int | None = None,
         raw: bool = False,
     ) -> Generation:
@@ -91,42 +165,64 @@ class Engine:
 
         A text prompt is put into the model's chat template where it has one, unless `raw`; token
         ids are taken as they stand. Sampling options that are None take the model's own defaults;
-        temperature 0 is greedy. The text ends before the first of the `stop` strings. Work begins
-        with the first iteration. Raises InvalidOption, ContextOverflow, EngineClosed.
+        temperature 0 is greedy. The text ends before the first of the `stop` strings. `logprobs`
+        asks for each token's log-probability and for those of so many likeliest ones. With a
+        `session` of this engine, what its KV cache holds of the prompt is not computed again. Work
+        begins with the first iteration. Raises InvalidOption, ContextOverflow, EngineClosed.
         """
-        defaults = self.default_sampling
-        params = SamplingParams(
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            seed=seed,
-        )
-        max_tokens = _checked_count("max_tokens", max_tokens)
-        return Generation(
-            self.open_session(),
-            self.tokenizer,
-            Sampler(params),
+        return self._begin(
             self._checked_prompt(prompt, raw=raw),
+            session,
+            self._sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed),
             max_tokens=max_tokens,
-            stop=_checked_stop(stop),
-            eos_ids=self.config.eos_ids,
-            n_neurons=self.config.n_layers * self.config.n_neurons,
+            stop=stop,
+            logprobs=logprobs,
         )
 
-    def open_session(self) -> Session:
-        """A native session of its own KV cache: token ids in, logits out. What `generate` stands
-        on.
+    def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        session: Session | None = None,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        seed: int | None = None,
+    ) -> Generation:
+        """Answer the last of `messages`, such as `[{"role": "user", "content": "Hello"}]`; roles
+        are "system" (first only), "user" and "assistant".
+
+        With a `session`, hand in the whole conversation each time: only what is new is computed.
+        Options and errors are those of `generate`; a model without a chat template that hybrid
+        knows raises InvalidOption.
         """
-        if self._executor is None:
-            raise EngineClosed("the engine is closed; load the model again")
-        if os.getpid() != self._process_id:
-            raise EngineClosed(
-                "the engine was loaded before this process was forked, and its threads stayed "
-                "behind; load the model in the child"
-            )
-        return self._executor.open_session()
+        return self._begin(
+            self._chat_ids(messages, session),
+            session,
+            self._sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed),
+            max_tokens=max_tokens,
+            stop=stop,
+            logprobs=logprobs,
+            messages=messages,
+        )
+
+    def open_session(self, *, dense: bool = False) -> Session:
+        """A new, empty sequence with a KV cache of its own; weights and threads are shared.
+
+        `dense` computes all neurons and gives the same results: to see what skipping brings.
+        """
+        try:
+            return Session(self._open().open_session(is_dense=dense))
+        except MemoryError:
+            raise OutOfMemory(
+                f"a context of {self.n_context} tokens does not fit into memory; "
+                "ask for a smaller context_size"
+            ) from None
 
     def close(self) -> None:
         """Give back weights and threads as soon as running generations have ended."""
@@ -143,14 +239,101 @@ class Engine:
     ) -> None:
         self.close()
 
+    def _open(self) -> CpuExecutor:
+        if self._executor is None:
+            raise EngineClosed("the engine is closed; load the model again")
+        if os.getpid() != self._process_id:
+            raise EngineClosed(
+                "the engine was loaded before this process was forked, and its threads stayed "
+                "behind; load the model in the child"
+            )
+        return self._executor
+
+    def _begin(
+        self,
+        ids: list[int],
+        session: Session | None,
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        stop: str | Sequence[str],
+        logprobs: int | None,
+        messages: Sequence[ChatMessage] = (),
+    ) -> Generation:
+        max_tokens, stop = checked_count("max_tokens", max_tokens), checked_stop(stop)
+        if logprobs is not None:
+            logprobs = checked_count("logprobs", logprobs, MAX_LOGPROBS, least=0)
+        self._open()
+        if session is not None and session.n_context != self.n_context:
+            raise InvalidOption("session: it belongs to another engine")
+        return Generation(
+            self.open_session() if session is None else session,
+            self.tokenizer,
+            Sampler(params),
+            ids,
+            max_tokens=max_tokens,
+            stop=stop,
+            logprobs=logprobs,
+            eos_ids=self.config.eos_ids,
+            n_neurons=self.config.n_layers * self.config.n_neurons,
+            owns_session=session is None,
+            messages=tuple(messages),
+            on_end=self._count,
+        )
+
+    def _count(self, ended: GenerationStats) -> None:
+        with self._stats_lock:
+            before = self._stats
+            self._stats = replace(
+                before,
+                n_generations=before.n_generations + 1,
+                prompt_tokens=before.prompt_tokens + ended.prompt_tokens,
+                cached_tokens=before.cached_tokens + ended.cached_tokens,
+                generated_tokens=before.generated_tokens + ended.generated_tokens,
+                prefill_s=before.prefill_s + ended.prefill_s,
+                decode_s=before.decode_s + ended.decode_s,
+            )
+
+    def _sampling(
+        self,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        min_p: float,
+        repeat_penalty: float,
+        seed: int | None,
+    ) -> SamplingParams:
+        defaults = self.default_sampling
+        return SamplingParams(
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            seed=seed,
+        )
+
+    def _chat_ids(self, messages: Sequence[ChatMessage], session: Session | None) -> list[int]:
+        """The conversation's ids; where it goes on from the session's last answer, those of the
+        session and the new turn's.
+        """
+        if session is not None and session.chat is not None:
+            earlier, ids = session.chat
+            new = tuple(messages[len(earlier) :])
+            if new and tuple(messages[: len(earlier)]) == earlier:
+                return self._checked_length(ids + self.tokenizer.encode_next_turn(new))
+        return self._checked_length(self.tokenizer.encode_chat(messages))
+
     def _checked_prompt(self, prompt: str | Sequence[int], *, raw: bool) -> list[int]:
         if not isinstance(prompt, str):
-            ids = self._checked_ids(prompt)
+            ids = checked_ids(prompt, self.config.vocab_size)
         elif raw or not self.tokenizer.has_chat_template:
             ids = self.tokenizer.encode(prompt)
         else:
-            message: ChatMessage = {"role": "user", "content": prompt}
-            ids = self.tokenizer.encode_chat([message])
+            ids = self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return self._checked_length(ids)
+
+    def _checked_length(self, ids: list[int]) -> list[int]:
         if not ids:
             raise InvalidOption(
                 "prompt: it is empty, and this model has no token to begin a text with"
@@ -164,63 +347,24 @@ class Engine:
             )
         return ids
 
-    def _checked_ids(self, prompt: Sequence[int]) -> list[int]:
-        expected = f"text, or token ids from 0 to {self.config.vocab_size - 1}"
-        if isinstance(prompt, (bytes, bytearray, memoryview)) or not isinstance(prompt, Iterable):
-            raise InvalidOption(f"prompt: expected {expected}, found {type(prompt).__name__}")
-        ids = []
-        for token in prompt:
-            if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
-                raise InvalidOption(f"prompt: expected {expected}, found {token!r}")
-            if not 0 <= token < self.config.vocab_size:
-                raise InvalidOption(f"prompt: expected {expected}, found {token}")
-            ids.append(int(token))
-        return ids
+
+def _choose_mmap(mmap: bool | None, weight_bytes: int) -> tuple[bool, list[str]]:
+    """Whether to map the weights: as asked for, else where memory has no room for them."""
+    available = available_memory_bytes()
+    fits = weight_bytes <= available
+    sizes = f"the weights have {weight_bytes / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory"
+    if mmap is None and not fits:
+        return True, [f"{sizes} are free: they are mapped from disk, which may be slow"]
+    if not mmap and not fits:
+        raise OutOfMemory(
+            f"{sizes} are free; close other programs, use quant q4, or allow mmap (slow)"
+        )
+    return bool(mmap), []
 
 
-def default_threads() -> int:
-    """Physical cores that this process may use: more threads only compete for the same memory
-    bandwidth.
-    """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))
-
-
-def read_default_sampling(folder: Path) -> SamplingParams:
-    """The model's own sampling defaults, from generation_config.json where there is one."""
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return SamplingParams()
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("do_sample") is False:
-            return SamplingParams(temperature=0.0)
-        options = {
-            name: values[name]
-            for name in ("temperature", "top_k", "top_p")
-            if values.get(name) is not None
-        }
-        return SamplingParams(**options)
-    except (ValueError, AttributeError, TypeError, OSError) as error:
-        raise InvalidCheckpoint(f"{path}: {error}") from error
-
-
-def _checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise InvalidOption(f"stop: expected strings that are not empty, found {string!r}")
-    return strings
-
-
-def _checked_count(name: str, value: SupportsIndex, largest: int | None = None) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1 or (largest is not None and count > largest):
-        expected = "an integer, 1 or more" if largest is None else f"an integer from 1 to {largest}"
-        raise InvalidOption(f"{name}: expected {expected}, found {value!r}")
-    return count
+def _isa_notices() -> list[str]:
+    if active_isa() != "scalar":
+        return []
+    if len(available_isas()) > 1:
+        return ["HYBRID_ISA=scalar: the portable kernels are in use, which are slow"]
+    return ["this CPU has no AVX2, or this build lacks it: the portable kernels are slow"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hybrid.kernels import PREFILL_CHUNK, Session
-from hybrid.sampling import Sampler
-from hybrid.tokenizer import Tokenizer
+from hybrid.engine.session import Session
+from hybrid.kernels import PREFILL_CHUNK
+from hybrid.sampling import Sampler, log_softmax
+from hybrid.tokenizer import ChatMessage, Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -26,30 +28,47 @@ class GenerationStats:
     """
 
     prompt_tokens: int
+    cached_tokens: int = 0  # of the prompt: they were in the session's KV cache already
     generated_tokens: int = 0  # without the end-of-sequence token
     prefill_s: float = 0.0
     decode_s: float = 0.0
     decode_steps: int = 0  # forward passes of one token; the first token comes from prefill
+    decode_bytes: int = 0  # of weights and KV cache, read by these passes
     active_fraction: float | None = None  # of FFN neurons, over decode; over prefill before that
 
     @property
     def prefill_tps(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+        """Prompt tokens per second, without those that were cached."""
+        n = self.prompt_tokens - self.cached_tokens
+        return n / self.prefill_s if self.prefill_s else 0.0
 
     @property
     def decode_tps(self) -> float:
         """Generated tokens per second."""
         return self.decode_steps / self.decode_s if self.decode_s else 0.0
 
+    @property
+    def decode_gbs(self) -> float:
+        """GB (1e9 bytes) of weights and KV cache read per second of decode."""
+        return self.decode_bytes / self.decode_s / 1e9 if self.decode_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A generated token and what the model, before any sampling option, thought of it."""
+
+    token: int
+    text: str
+    logprob: float  # natural logarithm
+    top: tuple[tuple[int, float], ...]  # the likeliest (token, logprob), best first
+
 
 class Generation:
     """The text of one answer as an iterator of pieces; a piece never splits a character.
 
-    `text`, `tokens` and `stats` grow with it. `finish_reason` is None while it is being written,
-    then "stop" (the model ended it, or a stop string came), "length" (max_tokens, or the context is
-    full) or "cancelled". Its KV cache is given back at the end, or with `close`. One thread may
-    iterate; any may cancel.
+    `text`, `tokens`, `logprobs` and `stats` grow with it. `finish_reason` is None while it is being
+    written, then "stop" (the model ended it, or a stop string came), "length" (max_tokens, or the
+    context is full) or "cancelled". One thread may iterate; any may cancel.
     """
 
     def __init__(
@@ -61,43 +80,57 @@ class Generation:
         *,
         max_tokens: int,
         stop: tuple[str, ...],
+        logprobs: int | None,
         eos_ids: tuple[int, ...],
         n_neurons: int,
+        owns_session: bool,
+        messages: tuple[ChatMessage, ...] = (),
+        on_end: Callable[[GenerationStats], None],
     ) -> None:
         self.prompt = prompt
         self.tokens: list[int] = []
         self.text = ""
+        self.logprobs: list[TokenLogprobs] | None = None if logprobs is None else []
         self.finish_reason: FinishReason | None = None
+        self.context_is_full = False  # whether that is why it ended
         self.stats = GenerationStats(len(prompt))
         self.seed = sampler.seed
-        self._session: Session | None = session
+        self._session = session
         self._sampler = sampler
-        self._detokenizer = tokenizer.stream(prompt)
+        self._tokenizer, self._detokenizer = tokenizer, tokenizer.stream(prompt)
         self._max_tokens, self._eos_ids = max_tokens, eos_ids
-        self._stop = stop
+        self._stop, self._n_top = stop, logprobs
         self._held = ""  # text that may turn out to begin a stop string
         self._n_neurons = n_neurons  # of all layers
-        self._is_cancelled = False
+        self._owns_session, self._on_end = owns_session, on_end
+        self._messages = messages  # the chat that this answers
+        self._is_prefilled = self._is_cancelled = self._is_over = False
+        self._ticket = object()
+        session.hand_to(self._ticket)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        session = self._session
-        if session is None:
+        if self._is_over:
             raise StopIteration
-        if session.position < len(self.prompt):
-            self._prefill(session)
         piece = ""
-        while not piece and self.finish_reason is None:
-            started = time.perf_counter()
-            piece = self._until_stop(self._step(session))
-            self.stats.decode_s += time.perf_counter() - started
+        with self._session.turn(self._ticket) as is_mine:
+            if not is_mine:  # the session was closed, reset, or given another prompt
+                self._is_cancelled = True
+            elif not self._is_prefilled:
+                self._prefill()
+            while not piece and self.finish_reason is None:
+                started = time.perf_counter()
+                piece = self._until_stop(self._step())
+                self.stats.decode_s += time.perf_counter() - started
+            if is_mine and self.stats.decode_steps:
+                self.stats.decode_bytes = sum(self._session.decode_bytes.values())
+        self.text += piece
         if self.finish_reason is not None:
-            self._session = None
+            self._end()
         if not piece:
             raise StopIteration
-        self.text += piece
         return piece
 
     def cancel(self) -> None:
@@ -105,40 +138,68 @@ class Generation:
         self._is_cancelled = True
 
     def close(self) -> None:
-        """End the generation here and give its memory back."""
-        self._session = None
+        """End the generation here; a session that was opened for it alone gives its memory back."""
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
+        self._end()
 
-    def _prefill(self, session: Session) -> None:
+    def _end(self) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        if self._owns_session:
+            self._session.close()
+        elif self._messages:
+            self._keep_chat()
+        self._on_end(self.stats)
+
+    def _keep_chat(self) -> None:
+        """Note in the session which ids stand for the conversation, this answer included.
+
+        Encoding the answer's text might split it differently, and all of the KV cache from there
+        on would be lost. Not where a stop string cut the text: the ids say more than it.
+        """
+        with self._session.turn(self._ticket) as is_mine:
+            said = self._tokenizer.continue_text(self.prompt, self.tokens)
+            if is_mine and said == self.text:
+                answer: ChatMessage = {"role": "assistant", "content": self.text}
+                self._session.chat = (*self._messages, answer), [*self.prompt, *self.tokens]
+
+    def _prefill(self) -> None:
         """Run the prompt, in parts, so that cancelling and Ctrl-C need not wait for all of it."""
-        started = time.perf_counter()
+        session, started = self._session, time.perf_counter()
+        self.stats.cached_tokens = n_before = session.keep_common_prefix(self.prompt)
+        session.reset_counts()
         while session.position < len(self.prompt) and not self._is_cancelled:
             part = self.prompt[session.position : session.position + PROMPT_PART]
             session.prefill(np.asarray(part, np.int64))
         self.stats.prefill_s += time.perf_counter() - started
-        self._count_active(session, session.position)
-        session.reset_active_counts()
+        self._count_active(session.position - n_before)
+        session.reset_counts()
+        self._is_prefilled = session.position == len(self.prompt)
 
-    def _step(self, session: Session) -> str:
+    def _step(self) -> str:
         """Sample a token and, where another shall follow, run it; returns what became certain."""
         if self._is_cancelled:
             self.finish_reason = "cancelled"
             return ""
+        session, logits = self._session, self._session.logits
         recent = [*self.prompt[-RECENT:], *self.tokens[-RECENT:]][-RECENT:]
-        token = self._sampler.sample(session.logits, recent)
+        token = self._sampler.sample(logits, recent)
         if token in self._eos_ids:
             self.finish_reason = "stop"
             return ""
         self.tokens.append(token)
         self.stats.generated_tokens += 1
-        is_full = session.position == session.n_context
-        if is_full or len(self.tokens) == self._max_tokens:
+        if self.logprobs is not None:
+            self.logprobs.append(self._logprobs_of(token, logits))
+        self.context_is_full = session.position == session.n_context
+        if self.context_is_full or len(self.tokens) == self._max_tokens:
             self.finish_reason = "length"
         else:
             session.decode(token)
             self.stats.decode_steps += 1
-            self._count_active(session, self.stats.decode_steps)
+            self._count_active(self.stats.decode_steps)
         return self._detokenizer.push(token)
 
     def _until_stop(self, piece: str) -> str:
@@ -157,7 +218,19 @@ class Generation:
                     break
         return text
 
-    def _count_active(self, session: Session, n_tokens: int) -> None:
+    def _logprobs_of(self, token: int, logits: NDArray[np.float32]) -> TokenLogprobs:
+        values = log_softmax(logits)
+        n_top = min(self._n_top or 0, values.size)
+        best = np.argpartition(values, -n_top)[-n_top:] if n_top else np.empty(0, np.intp)
+        best = best[np.lexsort((best, -values[best]))]
+        return TokenLogprobs(
+            token,
+            self._tokenizer.decode_token(token),
+            float(values[token]),
+            tuple((int(other), float(values[other])) for other in best),
+        )
+
+    def _count_active(self, n_tokens: int) -> None:
         if n_tokens:
-            n_active = sum(session.active_counts)
+            n_active = sum(self._session.active_counts)
             self.stats.active_fraction = n_active / (n_tokens * self._n_neurons)

@@ -1,80 +1,233 @@
-"""The packed model: a checkpoint's weights in the CPU kernels' layout, in huge-page memory.
+"""The packed model: a checkpoint's weights in the CPU kernels' layout, in one stretch of memory.
 
 Gate rows stand apart, since every token streams all of them; a neuron's up and down rows are
 bundled, since they are needed together or not at all. Neurons of a layer may stand in any order
-(`neuron_orders`).
+(`neuron_orders`). Keeping a packed model in a file is `packed_file`'s job.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.checkpoint.hf import Checkpoint
 from hybrid.errors import InvalidCheckpoint
 from hybrid.kernels import Format, Rows, _native
+from hybrid.model_config import ModelConfig
+from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
-from hybrid.weights.quant import pack_rows, row_bytes
+from hybrid.weights.quant import row_bytes
 
 PackedModel = ModelWeights[Rows]
+Buffer = NDArray[np.uint8]
 
+ALIGNMENT = 64  # bytes: a cache line
 # The largest fp16 scale times the largest integer.
 LARGEST = {Format.q8: 65504.0 * 127, Format.q4: 65504.0 * 8}
 CHUNK_ROWS = 256  # packed at a time: what NumPy makes on the way stays in the cache
 
 
+class Source(Protocol):
+    """Where weights come from: an open checkpoint."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    def read(self, role: str, layer: int | None = None) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Where the arrays of a packed model lie in its buffer."""
+
+    arrays: dict[str, tuple[int, int]]  # name → its first byte, its number of bytes
+    n_bytes: int
+
+
+def packed_layout(config: ModelConfig, format: Format) -> PackedLayout:
+    """The arrays in the order in which a token needs them, each beginning at a cache line."""
+    arrays: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name, n_bytes in _array_sizes(config, format):
+        arrays[name] = (end, n_bytes)
+        end += -(-n_bytes // ALIGNMENT) * ALIGNMENT
+    return PackedLayout(arrays, end)
+
+
+def _array_sizes(config: ModelConfig, format: Format) -> Iterator[tuple[str, int]]:
+    hidden, attention = config.hidden_size, config.n_heads * config.head_dim
+    n_qkv = attention + 2 * config.n_kv_heads * config.head_dim
+
+    def matrix(name: str, n_rows: int, n_cols: int) -> Iterator[tuple[str, int]]:
+        value_bytes, scale_bytes = row_bytes(format, n_cols)
+        yield f"{name}.values", n_rows * value_bytes
+        if scale_bytes:
+            yield f"{name}.scales", n_rows * scale_bytes
+
+    yield from matrix("embedding", config.vocab_size, hidden)
+    for layer in range(config.n_layers):
+        yield f"{layer}.attention_norm", 4 * hidden
+        yield from matrix(f"{layer}.qkv", n_qkv, hidden)
+        yield from matrix(f"{layer}.o", hidden, attention)
+        yield f"{layer}.ffn_norm", 4 * hidden
+        yield from matrix(f"{layer}.gate", config.n_neurons, hidden)
+        yield f"{layer}.bundles", config.n_neurons * bundle_bytes(format, hidden)
+    yield "norm", 4 * hidden
+    if not config.has_tied_head:
+        yield from matrix("head", config.vocab_size, hidden)
+
+
+def bundle_bytes(format: Format, n_cols: int) -> int:
+    """Bytes of one neuron's bundle: up values, down values, up scales, down scales, padded."""
+    return -(-2 * sum(row_bytes(format, n_cols)) // ALIGNMENT) * ALIGNMENT
+
+
 def pack_model(
-    checkpoint: Checkpoint,
+    source: Source,
     format: Format,
     *,
+    buffer: Buffer | None = None,
     neuron_orders: Sequence[NDArray[np.intp]] | None = None,
     n_threads: int = 1,
+    progress: Progress = ignore_progress,
 ) -> PackedModel:
-    """Read and pack all weights. `neuron_orders[layer][i]` is the neuron that comes to stand at
-    place i. The bytes do not depend on `n_threads`.
+    """Read and pack all weights, into `buffer` or huge-page memory of its own.
+
+    `neuron_orders[layer][i]` is the neuron that comes to stand at place i. The bytes do not depend
+    on `n_threads`. Raises InvalidCheckpoint for weights that are not finite or beyond the format.
     """
-    with ThreadPoolExecutor(n_threads) as workers:
-        return _pack_model(checkpoint, format, neuron_orders, workers)
+    layout = packed_layout(source.config, format)
+    if buffer is None:
+        buffer = _native.allocate_bytes(layout.n_bytes)
+    task, done = f"packing to {format.name}", 0
+    progress(task, 0, layout.n_bytes)
+    packer = _Packer(source, format, layout, buffer, neuron_orders)
+    workers = ThreadPoolExecutor(n_threads)
+    try:
+        for n_bytes in workers.map(lambda pack: pack(), packer.parts()):
+            done += n_bytes
+            progress(task, done, layout.n_bytes)
+    finally:
+        workers.shutdown(cancel_futures=True)
+    progress(task, layout.n_bytes, layout.n_bytes)
+    return view_packed(buffer, source.config, format)
 
 
-def _pack_model(
-    checkpoint: Checkpoint,
-    format: Format,
-    neuron_orders: Sequence[NDArray[np.intp]] | None,
-    workers: Executor,
-) -> PackedModel:
-    config = checkpoint.config
+class _Packer:
+    """Fills a buffer, part by part; parts may run at once."""
 
-    def read(role: str, layer: int | None = None) -> NDArray[np.float32]:
-        w = checkpoint.read(role, layer)
-        check_range(format, w, f"{checkpoint.folder}: {role}" + _of_layer(layer))
+    def __init__(
+        self,
+        source: Source,
+        format: Format,
+        layout: PackedLayout,
+        buffer: Buffer,
+        neuron_orders: Sequence[NDArray[np.intp]] | None,
+    ) -> None:
+        self.source, self.format = source, format
+        self.layout, self.buffer, self.neuron_orders = layout, buffer, neuron_orders
+
+    def parts(self) -> Iterator[Callable[[], int]]:
+        """Functions that each pack one part and return its bytes."""
+        config = self.source.config
+        yield partial(self._pack_matrix, "embedding", None, ["embedding"])
+        for layer in range(config.n_layers):
+            for role in ("attention_norm", "ffn_norm"):
+                yield partial(self._copy_norm, role, layer)
+            yield partial(self._pack_matrix, "qkv", layer, ["q", "k", "v"])
+            yield partial(self._pack_matrix, "o", layer, ["o"])
+            yield partial(self._pack_matrix, "gate", layer, ["gate"])
+            yield partial(self._pack_bundles, layer)
+        yield partial(self._copy_norm, "norm", None)
+        if not config.has_tied_head:
+            yield partial(self._pack_matrix, "head", None, ["head"])
+
+    def _read(self, role: str, layer: int | None) -> NDArray[np.float32]:
+        w = self.source.read(role, layer)
+        check_range(self.format, w, role if layer is None else f"{role} of layer {layer}")
+        if role == "down":
+            w = w.T  # neuron-major: row j is what neuron j adds
+        if self.neuron_orders is not None and layer is not None and role in ("gate", "up", "down"):
+            w = w[self.neuron_orders[layer]]
         return w
+
+    def _array(self, name: str) -> Buffer:
+        first, n_bytes = self.layout.arrays[name]
+        return self.buffer[first : first + n_bytes]
+
+    def _copy_norm(self, role: str, layer: int | None) -> int:
+        norm = np.ascontiguousarray(self._read(role, layer), np.float32)
+        array = self._array(role if layer is None else f"{layer}.{role}")
+        array[:] = norm.view(np.uint8)
+        return array.size
+
+    def _pack_matrix(self, name: str, layer: int | None, roles: list[str]) -> int:
+        name = name if layer is None else f"{layer}.{name}"
+        parts = [self._read(role, layer) for role in roles]
+        w = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        values = self._array(f"{name}.values")
+        n_bytes = values.size
+        scales = None
+        if f"{name}.scales" in self.layout.arrays:
+            scales = self._array(f"{name}.scales")
+            n_bytes += scales.size
+            scales = scales.reshape(len(w), -1)
+        _pack_into(self.format, w, values.reshape(len(w), -1), scales)
+        return n_bytes
+
+    def _pack_bundles(self, layer: int) -> int:
+        array = self._array(f"{layer}.bundles")
+        up, down = self._read("up", layer), self._read("down", layer)
+        _pack_bundles_into(self.format, up, down, array.reshape(len(up), -1))
+        return array.size
+
+
+def view_packed(buffer: Buffer, config: ModelConfig, format: Format) -> PackedModel:
+    """The packed model whose bytes are in `buffer`."""
+    layout = packed_layout(config, format)
+    hidden, attention = config.hidden_size, config.n_heads * config.head_dim
+    n_qkv = attention + 2 * config.n_kv_heads * config.head_dim
+
+    def matrix(name: str, n_rows: int, n_cols: int) -> Rows:
+        value_bytes, scale_bytes = row_bytes(format, n_cols)
+        return Rows(
+            format=format,
+            values=buffer,
+            scales=buffer if scale_bytes else None,
+            n_rows=n_rows,
+            n_cols=n_cols,
+            values_stride=value_bytes,
+            scales_stride=scale_bytes,
+            values_offset=layout.arrays[f"{name}.values"][0],
+            scales_offset=layout.arrays[f"{name}.scales"][0] if scale_bytes else 0,
+        )
+
+    def norm(name: str) -> NDArray[np.float32]:
+        first, n_bytes = layout.arrays[name]
+        return buffer[first : first + n_bytes].view(np.float32)
 
     layers = []
     for layer in range(config.n_layers):
-        qkv = np.concatenate([read(role, layer) for role in ("q", "k", "v")])
-        gate, up, down = read("gate", layer), read("up", layer), read("down", layer).T
-        if neuron_orders is not None:
-            order = neuron_orders[layer]
-            gate, up, down = gate[order], up[order], down[order]
-        up_rows, down_rows = pack_bundles(format, up, down, workers)
+        first = layout.arrays[f"{layer}.bundles"][0]
+        up, down = _bundle_rows(format, buffer, first, config.n_neurons, hidden)
         layers.append(
             LayerWeights(
-                attention_norm=read("attention_norm", layer),
-                qkv=pack_matrix(format, qkv, workers),
-                o=pack_matrix(format, read("o", layer), workers),
-                ffn_norm=read("ffn_norm", layer),
-                gate=pack_matrix(format, gate, workers),
-                up=up_rows,
-                down=down_rows,
+                attention_norm=norm(f"{layer}.attention_norm"),
+                qkv=matrix(f"{layer}.qkv", n_qkv, hidden),
+                o=matrix(f"{layer}.o", hidden, attention),
+                ffn_norm=norm(f"{layer}.ffn_norm"),
+                gate=matrix(f"{layer}.gate", config.n_neurons, hidden),
+                up=up,
+                down=down,
             )
         )
-    embedding = pack_matrix(format, read("embedding"), workers)
-    head = embedding if config.has_tied_head else pack_matrix(format, read("head"), workers)
-    return ModelWeights(embedding, tuple(layers), read("norm"), head)
+    embedding = matrix("embedding", config.vocab_size, hidden)
+    head = embedding if config.has_tied_head else matrix("head", config.vocab_size, hidden)
+    return ModelWeights(embedding, tuple(layers), norm("norm"), head)
 
 
 def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
@@ -89,20 +242,14 @@ def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
         )
 
 
-def _of_layer(layer: int | None) -> str:
-    return "" if layer is None else f" of layer {layer}"
-
-
-def pack_matrix(format: Format, w: NDArray[np.float32], workers: Executor | None = None) -> Rows:
-    """Rows one behind the other; scales in an array of their own."""
+def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
+    """One matrix in memory of its own: for tests and benchmarks of kernels."""
     n_rows, n_cols = w.shape
     value_bytes, scale_bytes = row_bytes(format, n_cols)
     values = _native.allocate_bytes(n_rows * value_bytes)
     scales = _native.allocate_bytes(n_rows * scale_bytes) if scale_bytes else None
-    scale_rows = (
-        np.empty((n_rows, 0), np.uint8) if scales is None else scales.reshape(n_rows, scale_bytes)
-    )
-    _pack_into(format, w, values.reshape(n_rows, value_bytes), scale_rows, workers)
+    scale_rows = None if scales is None else scales.reshape(n_rows, scale_bytes)
+    _pack_into(format, w, values.reshape(n_rows, value_bytes), scale_rows)
     return Rows(
         format=format,
         values=values,
@@ -115,57 +262,53 @@ def pack_matrix(format: Format, w: NDArray[np.float32], workers: Executor | None
 
 
 def pack_bundles(
-    format: Format,
-    up: NDArray[np.float32],
-    down: NDArray[np.float32],
-    workers: Executor | None = None,
+    format: Format, up: NDArray[np.float32], down: NDArray[np.float32]
 ) -> tuple[Rows, Rows]:
-    """One bundle a neuron: up values, down values, up scales, down scales; padded to 64 bytes."""
+    """Up and down rows bundled in memory of their own: for tests and benchmarks of kernels."""
     n_neurons, n_cols = up.shape
+    memory = _native.allocate_bytes(n_neurons * bundle_bytes(format, n_cols))
+    _pack_bundles_into(format, up, down, memory.reshape(n_neurons, -1))
+    return _bundle_rows(format, memory, 0, n_neurons, n_cols)
+
+
+def _bundle_rows(
+    format: Format, memory: Buffer, first: int, n_neurons: int, n_cols: int
+) -> tuple[Rows, Rows]:
     value_bytes, scale_bytes = row_bytes(format, n_cols)
-    bundle_bytes = -(-2 * (value_bytes + scale_bytes) // 64) * 64
-    memory = _native.allocate_bytes(n_neurons * bundle_bytes)
-    bundles = memory.reshape(n_neurons, bundle_bytes)
-    rows = []
-    for index, matrix in enumerate((up, down)):
-        values_offset = index * value_bytes
-        scales_offset = 2 * value_bytes + index * scale_bytes
-        _pack_into(
-            format,
-            matrix,
-            bundles[:, values_offset : values_offset + value_bytes],
-            bundles[:, scales_offset : scales_offset + scale_bytes],
-            workers,
+    stride = bundle_bytes(format, n_cols)
+    up, down = (
+        Rows(
+            format=format,
+            values=memory,
+            scales=memory if scale_bytes else None,
+            n_rows=n_neurons,
+            n_cols=n_cols,
+            values_stride=stride,
+            scales_stride=stride,
+            values_offset=first + index * value_bytes,
+            scales_offset=first + 2 * value_bytes + index * scale_bytes,
         )
-        rows.append(
-            Rows(
-                format=format,
-                values=memory,
-                scales=memory if scale_bytes else None,
-                n_rows=n_neurons,
-                n_cols=n_cols,
-                values_stride=bundle_bytes,
-                scales_stride=bundle_bytes,
-                values_offset=values_offset,
-                scales_offset=scales_offset,
-            )
-        )
-    return rows[0], rows[1]
+        for index in range(2)
+    )
+    return up, down
+
+
+def _pack_bundles_into(
+    format: Format, up: NDArray[np.float32], down: NDArray[np.float32], bundles: Buffer
+) -> None:
+    """`bundles` (n_neurons, bundle bytes)."""
+    value_bytes, scale_bytes = row_bytes(format, up.shape[1])
+    for index, w in enumerate((up, down)):
+        values = bundles[:, index * value_bytes : (index + 1) * value_bytes]
+        first = 2 * value_bytes + index * scale_bytes
+        scales = bundles[:, first : first + scale_bytes] if scale_bytes else None
+        _pack_into(format, w, values, scales)
 
 
 def _pack_into(
-    format: Format,
-    w: NDArray[np.float32],
-    values: NDArray[np.uint8],
-    scales: NDArray[np.uint8],
-    workers: Executor | None,
+    format: Format, w: NDArray[np.float32], values: Buffer, scales: Buffer | None
 ) -> None:
     """Pack the rows of `w` into the rows of two views, chunk by chunk."""
-
-    def pack(first: int) -> None:
+    for first in range(0, w.shape[0], CHUNK_ROWS):
         part = slice(first, first + CHUNK_ROWS)
-        values[part], scales[part] = pack_rows(format, w[part])
-
-    chunks = range(0, w.shape[0], CHUNK_ROWS)
-    for _ in map(pack, chunks) if workers is None else workers.map(pack, chunks):
-        pass
+        _native.pack_rows(format, w[part], values[part], None if scales is None else scales[part])

@@ -49,12 +49,20 @@ def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.f
         divisor = scales.astype(np.float32)
         q = np.divide(blocks, divisor, out=np.zeros_like(blocks), where=np.abs(divisor) > 0)
         q = np.clip(np.rint(q), -8, 7)
-        error = np.square(q * divisor - blocks).sum(-1, keepdims=True)
+        error = _sum_blocks(np.square(q * divisor - blocks))
         is_better = ~(error >= best_error)  # a NaN is kept, so that it shows
         best_error = np.where(is_better, error, best_error)
         best_scales = np.where(is_better, scales, best_scales)
         best_nibbles = np.where(is_better, (q + 8).astype(np.uint8), best_nibbles)
     return best_nibbles.reshape(w.shape), best_scales[..., 0]
+
+
+def _sum_blocks(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(…, 32) → (…, 1), summed in the one order that the kernel has too."""
+    x = x.reshape(*x.shape[:-1], 4, 8)
+    x = (x[..., 0, :] + x[..., 1, :]) + (x[..., 2, :] + x[..., 3, :])
+    x = x[..., :4] + x[..., 4:]
+    return ((x[..., 0] + x[..., 2]) + (x[..., 1] + x[..., 3]))[..., None]
 
 
 def round_weights(format: Format | None, w: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -85,7 +93,10 @@ def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
 def pack_rows(
     format: Format, w: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """(rows, n) → packed values (rows, value bytes) and scales (rows, scale bytes)."""
+    """(rows, n) → packed values (rows, value bytes) and scales (rows, scale bytes).
+
+    The oracle of `_native.pack_rows`, which packs the same bytes faster.
+    """
     n_rows, n_cols = w.shape
     padded = _native.padded_cols(format, n_cols)
     if format is Format.bf16:

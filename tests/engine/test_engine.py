@@ -261,7 +261,7 @@ def test_a_generation_gives_its_memory_back(engine):
     """At its end, when closed, and when dropped half-way: by reference counts alone."""
     for finish in (list, lambda generation: generation.close(), next):
         generation = engine.generate("Once", max_tokens=3)
-        session = weakref.ref(generation._session)
+        session = weakref.ref(generation._session._native)
         finish(generation)
         is_dropped = finish is next
         if is_dropped:

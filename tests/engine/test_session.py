@@ -131,7 +131,7 @@ def test_active_counts_are_the_oracles(tmp_path, format):
     session.prefill(IDS)
     expected = [int(active.sum()) for active in reference.active]
     assert session.active_counts == pytest.approx(expected, rel=2e-3)
-    session.reset_active_counts()
+    session.reset_counts()
     assert session.active_counts == [0, 0]
 
 

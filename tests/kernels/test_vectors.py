@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numerics import assert_close
 
-from hybrid.kernels import Format, _native, reference
+from hybrid.kernels import Format, ThreadPool, _native, reference
 from hybrid.weights.packed import pack_matrix
 from hybrid.weights.quant import column_order, pack_rows, round_weights
 
@@ -93,3 +93,26 @@ def test_packed_padding_is_zero(format):
     else:
         positions = np.concatenate([values & 15, values >> 4], 1)  # of the one group
         assert (positions[:, pad] == 8).all()
+
+
+@pytest.mark.parametrize("n_cols", [32, 96, 288, 1536])
+def test_packed_bytes_are_the_oracles(isa, format, n_cols):
+    rng = np.random.default_rng(n_cols)
+    w = rng.standard_normal((40, n_cols), np.float32) * rng.uniform(1e-8, 2, (40, 1))
+    w = w.astype(np.float32)
+    w[0], w[1], w[2, :32], w[3] = 0, -1, np.arange(-16, 16), 1e-12
+    values, scales = pack_rows(format, w)
+    actual_values = np.full_like(values, 7)
+    actual_scales = np.full_like(scales, 7) if scales.size else None
+    _native.pack_rows(format, w, actual_values, actual_scales)
+    np.testing.assert_array_equal(actual_values, values)
+    if actual_scales is not None:
+        np.testing.assert_array_equal(actual_scales, scales)
+
+
+def test_reading_memory_sums_it(isa):
+    pool = ThreadPool(2)
+    assert pool.read(np.ones(1 << 20, np.float32)) == 1 << 20
+    assert pool.read(np.arange(256, dtype=np.float32)) == 255 * 128
+    with pytest.raises(ValueError, match="128 floats"):
+        pool.read(np.ones(100, np.float32))

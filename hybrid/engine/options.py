@@ -1,0 +1,74 @@
+"""Checks of what a caller asks of an engine, and the model's own defaults."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from hybrid.errors import InvalidCheckpoint, InvalidOption
+from hybrid.sampling import SamplingParams
+
+
+def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """A prompt of token ids. Raises InvalidOption."""
+    expected = f"text, or token ids from 0 to {vocab_size - 1}"
+    if isinstance(prompt, (bytes, bytearray, memoryview)) or not isinstance(prompt, Iterable):
+        raise InvalidOption(f"prompt: expected {expected}, found {type(prompt).__name__}")
+    ids = []
+    for token in prompt:
+        if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
+            raise InvalidOption(f"prompt: expected {expected}, found {token!r}")
+        if not 0 <= token < vocab_size:
+            raise InvalidOption(f"prompt: expected {expected}, found {token}")
+        ids.append(int(token))
+    return ids
+
+
+def read_default_sampling(folder: Path) -> SamplingParams:
+    """The model's own sampling defaults, from generation_config.json where there is one."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return SamplingParams()
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("do_sample") is False:
+            return SamplingParams(temperature=0.0)
+        options = {
+            name: values[name]
+            for name in ("temperature", "top_k", "top_p")
+            if values.get(name) is not None
+        }
+        return SamplingParams(**options)
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        raise InvalidCheckpoint(f"{path}: {error}") from error
+
+
+def checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InvalidOption(f"stop: expected strings that are not empty, found {string!r}")
+    return strings
+
+
+def checked_count(
+    name: str, value: SupportsIndex, largest: int | None = None, *, least: int = 1
+) -> int:
+    """An integer from `least` to `largest`. Raises InvalidOption."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if count < least or (largest is not None and count > largest):
+        expected = f"an integer, {least} or more"
+        if largest is not None:
+            expected = f"an integer from {least} to {largest}"
+        raise InvalidOption(f"{name}: expected {expected}, found {value!r}")
+    return count

@@ -1,0 +1,165 @@
+"""Session: one sequence of tokens over an engine's weights, with a KV cache of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.errors import ContextOverflow, EngineClosed
+from hybrid.kernels import Session as NativeSession
+from hybrid.tokenizer import ChatMessage
+
+
+class Session:
+    """A sequence and its KV cache; open it with `Engine.open_session`.
+
+    Two ways to use it. Hand it to `Engine.generate` or `Engine.chat`, again and again: what a new
+    prompt shares with the tokens that are already here is not computed again. Or feed it ids
+    with `prefill` and `decode` and look at `logits`.
+
+    Sessions of one engine may run on several threads at once; one session serves one at a time.
+    """
+
+    def __init__(self, native: NativeSession) -> None:
+        self._native: NativeSession | None = native
+        self._tokens: list[int] = []
+        self._lock = threading.RLock()  # held for each call into the native session
+        self._owner: object = None  # the generation that is running on it
+        # The last conversation, its answer included, and the ids that stand for it.
+        self.chat: tuple[tuple[ChatMessage, ...], list[int]] | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The ids in the KV cache."""
+        return tuple(self._tokens)
+
+    @property
+    def position(self) -> int:
+        """How many tokens there are; the next one stands at this position."""
+        return len(self._tokens)
+
+    @property
+    def n_context(self) -> int:
+        """How many tokens the KV cache can hold."""
+        return self._open().n_context
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """(vocab,) logits of the token that follows: a read-only view, overwritten by the next
+        call.
+        """
+        return self._open().logits
+
+    def prefill(
+        self, tokens: Sequence[int] | NDArray[np.integer], *, all_logits: bool = False
+    ) -> NDArray[np.float32] | None:
+        """Append tokens. Returns the logits (n, vocab) of all of them where asked for.
+
+        Raises ContextOverflow where they do not fit, EngineClosed, and ValueError for ids that the
+        vocabulary does not have.
+        """
+        ids = np.asarray(tokens, np.int64)
+        with self._lock:
+            native = self._open()
+            self._check_room(ids.size)
+            logits = native.prefill(ids, all_logits)
+            self._tokens += ids.tolist()
+            return logits
+
+    def decode(self, token: int) -> None:
+        """Append one token. Raises as `prefill` does."""
+        with self._lock:
+            native = self._open()
+            self._check_room(1)
+            native.decode(token)
+            self._tokens.append(int(token))
+
+    def truncate(self, position: int) -> None:
+        """Forget all tokens from `position` on. Raises ValueError where there are fewer."""
+        with self._lock:
+            self._open().truncate(position)
+            del self._tokens[position:]
+
+    def reset(self) -> None:
+        """Forget everything: the next prompt begins a new text. A generation that is running on
+        this session ends.
+        """
+        with self._lock:
+            self._owner = self.chat = None
+            self.truncate(0)
+
+    def keep_common_prefix(self, tokens: Sequence[int]) -> int:
+        """Forget all but what `tokens` begin with, their last one excluded, since its logits are
+        wanted. Returns how many tokens were kept.
+        """
+        with self._lock:
+            n = 0
+            for mine, theirs in zip(self._tokens, tokens[:-1], strict=False):
+                if mine != theirs:
+                    break
+                n += 1
+            self.truncate(n)
+            return n
+
+    @property
+    def active_counts(self) -> list[int]:
+        """Per layer: (neuron, token) pairs that fired since the last `reset_counts`."""
+        return self._open().active_counts
+
+    @property
+    def decode_bytes(self) -> dict[str, int]:
+        """Bytes of weights and KV cache that `decode` has read since the last `reset_counts`, by
+        the part of the model, as the native program counted them.
+        """
+        with self._lock:
+            return self._open().decode_bytes
+
+    def reset_counts(self) -> None:
+        with self._lock:
+            self._open().reset_counts()
+
+    def close(self) -> None:
+        """Give the KV cache back, as soon as a call that runs on another thread has ended."""
+        with self._lock:
+            self._native = self._owner = None
+
+    def hand_to(self, owner: object) -> None:
+        """Make `owner`, any object, that of the generation that runs here; the one before ends."""
+        with self._lock:
+            self._open()
+            self._owner = owner
+
+    @contextmanager
+    def turn(self, owner: object) -> Iterator[bool]:
+        """Hold the session for one step of `owner`; yields False where it is another's by now."""
+        with self._lock:
+            yield self._native is not None and self._owner is owner
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> NativeSession:
+        if self._native is None:
+            raise EngineClosed("the session is closed; open another one")
+        return self._native
+
+    def _check_room(self, n: int) -> None:
+        n_context = self._open().n_context
+        if self.position + n > n_context:
+            raise ContextOverflow(
+                f"the context holds {n_context} tokens; {self.position} are there and {n} more do "
+                "not fit"
+            )

@@ -1,0 +1,1 @@
+"""What this machine is, and (later) what goes where on it."""

@@ -1,0 +1,66 @@
+"""This machine: cores, caches, memory, and how fast it reads memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from hybrid.kernels import ThreadPool, _native
+
+STREAM_BYTES = 1 << 30  # far beyond any cache
+STREAM_PASSES = 5
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: more threads only compete for the same memory
+    bandwidth.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))
+
+
+def last_level_cache_bytes() -> int | None:
+    """The size of the largest cache, or None where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            match = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
+        except OSError:
+            continue
+        if match:
+            sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+    return max(sizes, default=None)
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be had without swapping, a container's limit included."""
+    available = psutil.virtual_memory().available
+    try:  # https://docs.kernel.org/admin-guide/cgroup-v2.html
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            available = min(available, int(limit) - used)
+    except (OSError, ValueError):
+        pass
+    return max(available, 0)
+
+
+def measure_stream_gbs(pool: ThreadPool, *, n_bytes: int = STREAM_BYTES) -> float:
+    """Memory bandwidth in GB/s (1e9 bytes): the best of several read-only SIMD passes over
+    huge-page memory, by the threads of `pool`.
+
+    Takes about half a second and `n_bytes` of memory. Raises MemoryError.
+    """
+    memory = _native.allocate_bytes(n_bytes).view(np.float32)
+    memory[:] = 1.0  # untouched pages would all be one page of zeros
+    best = float("inf")
+    for _ in range(STREAM_PASSES):
+        started = time.perf_counter()
+        pool.read(memory)
+        best = min(best, time.perf_counter() - started)
+    return n_bytes / best / 1e9

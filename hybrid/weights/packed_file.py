@@ -1,0 +1,234 @@
+"""Packed models kept in files, so that a large model is packed once.
+
+A file is safetensors (https://github.com/huggingface/safetensors): its header says what is packed
+and from what, its tensors are the bytes of the packed model's buffer, nothing else. The header
+depends on nothing but that, so a file is current exactly where it begins with the header that would
+be written today. Files appear under their name only once they are complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from hybrid.errors import OutOfMemory
+from hybrid.kernels import Format, _native
+from hybrid.progress import Progress, ignore_progress
+from hybrid.weights.packed import (
+    ALIGNMENT,
+    Buffer,
+    PackedModel,
+    Source,
+    pack_model,
+    packed_layout,
+    view_packed,
+)
+
+VERSION = "1"  # of the byte layout: another one makes every file stale
+KEEP_FROM_BYTES = 64 << 20  # smaller models are packed faster than a file is worth
+_READ_BYTES = 32 << 20  # of one read
+
+
+class FileSource(Source, Protocol):
+    """A checkpoint whose files are known."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def sources(self) -> Sequence[Path]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A packed model in memory, and how it came there."""
+
+    model: PackedModel
+    n_bytes: int
+    is_mapped: bool
+    was_packed: bool  # now, rather than read from a file
+    notices: tuple[str, ...]
+
+
+def load_packed(
+    checkpoint: FileSource,
+    format: Format,
+    *,
+    cache: Path | None,
+    use_mmap: bool = False,
+    n_threads: int = 1,
+    progress: Progress = ignore_progress,
+) -> LoadedModel:
+    """The packed model, from its file in `cache` if that is current, else packed and kept there.
+
+    With `use_mmap` the file is mapped, whatever its size; otherwise its bytes are copied into
+    huge-page memory. `cache` None keeps nothing. A folder that cannot be written costs packing at
+    each load, and a notice.
+
+    Raises OutOfMemory, and what `pack_model` raises.
+    """
+    config = checkpoint.config
+    n_bytes = packed_layout(config, format).n_bytes
+
+    def loaded(buffer: Buffer, was_packed: bool, *notices: str) -> LoadedModel:
+        model = view_packed(buffer, config, format)
+        return LoadedModel(model, n_bytes, use_mmap and not notices, was_packed, notices)
+
+    def pack(buffer: Buffer) -> Buffer:
+        pack_model(checkpoint, format, buffer=buffer, n_threads=n_threads, progress=progress)
+        return buffer
+
+    if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
+        return loaded(pack(_allocate(n_bytes)), True, *(["mmap: there is no file"] * use_mmap))
+    path = cache / _file_name(checkpoint, format)
+    header = _header(checkpoint, format)
+    if _is_current(path, header, n_bytes):
+        with contextlib.suppress(_FileChanged):
+            if use_mmap:
+                return loaded(_map(path, len(header), n_bytes), False)
+            return loaded(_read(path, len(header), n_bytes, n_threads), False)
+    try:
+        if use_mmap:
+            with _replacing(path, len(header) + n_bytes) as file:
+                file.write(header)
+                file.flush()
+                with mmap.mmap(file.fileno(), len(header) + n_bytes) as mapping:
+                    view = np.frombuffer(mapping, np.uint8)[len(header) :]
+                    pack(view)
+                    del view  # or the mapping cannot be closed
+            return loaded(_map(path, len(header), n_bytes), True)
+        buffer = pack(_allocate(n_bytes))
+    except OSError as error:
+        buffer = pack(_allocate(n_bytes))
+        return loaded(buffer, True, _not_kept(path, error))
+    try:
+        with _replacing(path, len(header) + n_bytes) as file:
+            file.write(header)
+            file.write(buffer.data)
+    except OSError as error:
+        return loaded(buffer, True, _not_kept(path, error))
+    return loaded(buffer, True)
+
+
+def _file_name(checkpoint: FileSource, format: Format) -> str:
+    """One name per model folder and format: a model that changes replaces its file."""
+    folder = checkpoint.folder.resolve()
+    name = re.sub(r"[^\w.-]", "_", folder.name)[:80]
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
+    return f"{name}-{digest}-{format.name}.safetensors"
+
+
+def _header(checkpoint: FileSource, format: Format) -> bytes:
+    """The first bytes of the file; padded so that the buffer begins at a cache line."""
+    layout = packed_layout(checkpoint.config, format)
+    starts = [first for first, _ in layout.arrays.values()] + [layout.n_bytes]
+    entries: dict[str, object] = {
+        "__metadata__": {
+            "hybrid_packed": VERSION,
+            "format": format.name,
+            "source": _fingerprint(checkpoint),
+            "neuron_order": "as in the source",
+        }
+    }
+    for name, first, end in zip(layout.arrays, starts, starts[1:], strict=False):
+        # Padding between arrays belongs to the one before: safetensors knows no holes.
+        entries[name] = {"dtype": "U8", "shape": [end - first], "data_offsets": [first, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _fingerprint(checkpoint: FileSource) -> str:
+    """A hash of the config as it was understood, and of each source file's name, size and time."""
+    digest = hashlib.sha256(repr(checkpoint.config).encode())
+    for path in checkpoint.sources:
+        stat = path.stat()
+        digest.update(f"\0{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _is_current(path: Path, header: bytes, n_bytes: int) -> bool:
+    try:
+        with path.open("rb") as file:
+            is_whole = os.fstat(file.fileno()).st_size == len(header) + n_bytes
+            return is_whole and file.read(len(header)) == header
+    except OSError:
+        return False
+
+
+def _allocate(n_bytes: int) -> Buffer:
+    try:
+        return _native.allocate_bytes(n_bytes)
+    except MemoryError:
+        raise OutOfMemory(
+            f"the packed weights need {n_bytes / 1e9:.2f} GB of memory, which there are not; "
+            "use quant q4, a smaller model, or mmap"
+        ) from None
+
+
+class _FileChanged(Exception):
+    """The file became shorter, or was replaced, after it was looked at."""
+
+
+def _map(path: Path, offset: int, n_bytes: int) -> Buffer:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size < offset + n_bytes:
+            raise _FileChanged
+        mapping = mmap.mmap(file.fileno(), offset + n_bytes, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapping, np.uint8)[offset:]  # the array keeps the mapping
+
+
+def _read(path: Path, offset: int, n_bytes: int, n_threads: int) -> Buffer:
+    """Into huge-page memory, by several threads: one alone copies more slowly than it streams."""
+    buffer = _allocate(n_bytes)
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(n_threads) as workers:
+
+        def read(first: int) -> None:
+            part = buffer.data[first : first + _READ_BYTES]
+            while part:
+                n = os.preadv(file.fileno(), [part], offset + first)
+                if n == 0:
+                    raise _FileChanged
+                first, part = first + n, part[n:]
+
+        list(workers.map(read, range(0, n_bytes, _READ_BYTES)))
+    return buffer
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
+    """A new file that takes `path`'s place once the body has ended without an exception.
+
+    Its space is reserved first, so that a full disk is an OSError and not half a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _not_kept(path: Path, error: OSError) -> str:
+    return (
+        f"the packed model cannot be kept in {path.parent} ({error.strerror or error}), so it is "
+        "packed again at each start; set HYBRID_HOME to a folder with room"
+    )
