@@ -69,6 +69,9 @@ void BindKernels(py::module_& m) {
       py::arg("format"), py::arg("n_cols"));
 
   m.def(
+      "head_stride", [](int32_t head_dim) { return RoundUp(head_dim, kHeadAlign); },
+      py::arg("head_dim"));
+  m.def(
       "pack_rows",
       [](Format format, const Floats& w, py::array_t<uint8_t> values,
          std::optional<py::array_t<uint8_t>> scales) {

@@ -25,8 +25,10 @@ from hybrid.errors import (
 from hybrid.kernels import active_isa
 from hybrid.loading import load
 from hybrid.progress import Progress
+from hybrid.tokenizer import ChatMessage
 
 __all__ = [
+    "ChatMessage",
     "ContextOverflow",
     "DownloadFailed",
     "Engine",

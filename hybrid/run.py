@@ -2,7 +2,8 @@
 
     python -m hybrid.run -p "Once upon a time"
     python -m hybrid.run -m MiniCPM-S-1B -p "Why is the sky blue?" -n 200
-    python -m hybrid.run -m ./my-model -f prompt.txt --temp 0 --raw
+    python -m hybrid.run -m MiniCPM-S-1B --chat
+    python -m hybrid.run -m ./my-model -f prompt.txt --temp 0 --raw --json
 
 Text goes to standard output as it is written; everything else, the closing line with speeds
 included, to standard error. Exit code: 0 done, 1 a model or file could not be used, 2 a bad option,
@@ -13,15 +14,27 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import psutil
 
-from hybrid import Engine, Generation, HybridError, InvalidOption, load
+from hybrid import (
+    ChatMessage,
+    Engine,
+    Generation,
+    HybridError,
+    InvalidOption,
+    active_isa,
+    load,
+)
 from hybrid.catalog import catalog
+from hybrid.conversation import Conversation
+from hybrid.progress_bar import progress_bar
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -33,13 +46,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "-m", "--model", default="stories", help="a name below, a Hugging Face repo id, or a folder"
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("-p", "--prompt", help="the prompt")
     prompt.add_argument("-f", "--file", help="read the prompt from a file; - is standard input")
-    add = parser.add_argument
+    add("-i", "--interactive", action="store_true", help="go on with what you type, turn by turn")
+    add("--chat", action="store_true", help="chat; -i unless there is a prompt (needs a template)")
+    add("--system", help="what a chat begins with, before your first message")
     add("-n", "--max-tokens", type=int, default=256, help="tokens to write at most (256)")
     add("-t", "--threads", type=int, help="threads (the physical cores)")
     add("-c", "--ctx-size", type=int, help="context in tokens (4096, or the model's maximum)")
@@ -54,8 +70,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="repeat a run: the seed that the closing line names")
     add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
     add("--raw", action="store_true", help="do not apply the model's chat template")
+    add("--no-stream", action="store_true", help="show the text once it is whole")
+    add("--json", action="store_true", help="one JSON object instead of the text")
+    add("--logprobs", type=int, metavar="K", help="log-probability of each token, and K likeliest")
+    add("--mmap", action=argparse.BooleanOptionalAction, help="map the weights (as memory allows)")
     add("--offline", action="store_true", help="never use the network")
-    return parser.parse_args(arguments)
+    add("-v", "--verbose", action="store_true", help="say what is loaded and how it is run")
+    args = parser.parse_args(arguments)
+    args.interactive |= args.chat and args.prompt is None and args.file is None
+    for option, other in (("raw", "chat"), ("raw", "system"), ("json", "interactive")):
+        if getattr(args, option) and getattr(args, other):
+            parser.error(f"--{option} and --{other} exclude each other")
+    return args
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -81,62 +107,162 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def closing_line(engine: Engine, generation: Generation) -> str:
     stats = generation.stats
-    parts = [
-        f"prompt {stats.prompt_tokens} tokens, {stats.prefill_tps:.1f} tok/s",
-        f"generated {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s",
-    ]
+    prompt = f"prompt {stats.prompt_tokens} tokens"
+    if stats.cached_tokens:
+        prompt += f" ({stats.cached_tokens} cached)"
+    decode = f"generated {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
+    if stats.decode_steps:
+        decode += f", {stats.decode_gbs:.1f} GB/s"
+        # A small model's weights stay in the CPU's cache: memory bandwidth says nothing there.
+        if not engine.fits_in_cache:
+            decode += f" ({stats.decode_gbs / engine.measure_stream_gbs():.0%} of bandwidth)"
+    parts = [f"{prompt}, {stats.prefill_tps:.1f} tok/s", decode]
     if stats.active_fraction is not None:
         parts.append(f"{stats.active_fraction:.1%} of FFN neurons active")
     parts.append(f"memory {psutil.Process().memory_info().rss / 1e6:.0f} MB")
     parts.append(f"{engine.quant}, {engine.n_threads} threads, seed {generation.seed}")
     if generation.finish_reason == "length":
-        is_full = stats.prompt_tokens + stats.generated_tokens > engine.n_context
+        is_full = generation.context_is_full
         parts.append("stopped: the context is full" if is_full else "stopped: --max-tokens reached")
     return "[" + " | ".join(parts) + "]"
 
 
+def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
+    lines = list(engine.notices)
+    config = engine.config
+    if not config.is_sparse:
+        lines.append("this model's activation is SiLU: no neuron is ever zero, so none is skipped")
+    if args.verbose:
+        stats = engine.stats
+        where = "mapped from disk" if stats.is_mapped else "in memory"
+        lines += [
+            f"{engine.folder}: {config.family}, {config.n_layers} layers of {config.n_neurons} "
+            f"neurons, hidden size {config.hidden_size}, {config.activation} "
+            f"{config.threshold:g}, vocabulary {config.vocab_size}",
+            f"{stats.weight_bytes / 1e6:.0f} MB of {engine.quant} weights {where}, loaded in "
+            f"{stats.load_s:.2f} s; context {engine.n_context} of {config.max_context} tokens",
+            f"{active_isa()}, {engine.n_threads} threads",
+            f"the model's sampling defaults: {engine.default_sampling}",
+        ]
+    return lines
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `Engine.generate` and `Engine.chat` take alike."""
+    return {
+        "max_tokens": args.max_tokens,
+        "temperature": args.temp,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repeat_penalty": args.repeat_penalty,
+        "stop": args.stop,
+        "logprobs": args.logprobs,
+        "seed": args.seed,
+    }
+
+
+def begin(engine: Engine, prompt: str, args: argparse.Namespace) -> Generation:
+    if args.system is None:
+        return engine.generate(prompt, raw=args.raw, **options_of(args))
+    messages: list[ChatMessage] = [
+        {"role": "system", "content": args.system},
+        {"role": "user", "content": prompt},
+    ]
+    return engine.chat(messages, **options_of(args))
+
+
+def answer(engine: Engine, prompt: str, args: argparse.Namespace) -> int:
+    """One generation; returns the exit code."""
+    generation = begin(engine, prompt, args)
+    is_interrupted = False
+    is_completion = args.raw or not engine.tokenizer.has_chat_template
+    if is_completion and not args.json:
+        write(prompt)  # a completion reads as one text
+    try:
+        for piece in generation:
+            if not (args.json or args.no_stream):
+                write(piece)
+    except KeyboardInterrupt:
+        is_interrupted = True
+        generation.close()
+    if args.json:
+        print(json.dumps(as_json(engine, generation, args), ensure_ascii=False))
+    else:
+        write((generation.text if args.no_stream else "") + "\n")
+        for entry in generation.logprobs or ():
+            likeliest = "  ".join(
+                f"{engine.tokenizer.decode_token(token)!r} {logprob:.3f}"
+                for token, logprob in entry.top
+            )
+            print(f"{entry.logprob:9.4f} {entry.text!r:16} {likeliest}".rstrip(), file=sys.stderr)
+        print(closing_line(engine, generation), file=sys.stderr)
+    return 130 if is_interrupted else 0
+
+
+def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) -> dict[str, Any]:
+    stats = generation.stats
+    summary: dict[str, Any] = {
+        "model": args.model,
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "context_is_full": generation.context_is_full,
+        "tokens": generation.tokens,
+        "seed": generation.seed,
+        "quant": engine.quant,
+        "threads": engine.n_threads,
+        "synthetic": engine.is_synthetic,
+        "stats": {
+            **asdict(stats),
+            "prefill_tps": stats.prefill_tps,
+            "decode_tps": stats.decode_tps,
+            "decode_gbs": stats.decode_gbs,
+        },
+    }
+    if generation.logprobs is not None:
+        summary["logprobs"] = [asdict(entry) for entry in generation.logprobs]
+    return summary
+
+
 def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
-    with load(
-        args.model,
-        threads=args.threads,
-        quant=args.quant,
-        context_size=args.ctx_size,
-        offline=args.offline,
-    ) as engine:
-        for notice in engine.notices:
-            print(f"note: {notice}", file=sys.stderr)
-        if not engine.config.is_sparse:
-            print(
-                "note: this model's activation is SiLU: no neuron is ever zero, so none is skipped",
-                file=sys.stderr,
+    with (
+        progress_bar() as progress,
+        load(
+            args.model,
+            threads=args.threads,
+            quant=args.quant,
+            context_size=args.ctx_size,
+            mmap=args.mmap,
+            offline=args.offline,
+            progress=progress,
+        ) as engine,
+    ):
+        for line in notes(engine, args):
+            print(f"note: {line}", file=sys.stderr)
+        if (args.chat or args.system is not None) and not engine.tokenizer.has_chat_template:
+            raise InvalidOption(
+                f"{'--chat' if args.chat else '--system'}: {args.model} has no chat template that "
+                "hybrid knows, it completes text: use -p, or -i to write on together"
             )
-        generation = engine.generate(
-            prompt,
-            max_tokens=args.max_tokens,
-            temperature=args.temp,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            repeat_penalty=args.repeat_penalty,
-            stop=args.stop,
-            seed=args.seed,
-            raw=args.raw,
+        if not args.interactive:
+            return answer(engine, prompt, args)
+        conversation = Conversation(
+            engine,
+            options_of(args),
+            system=args.system,
+            is_chat=engine.tokenizer.has_chat_template and not args.raw,
+            describe=closing_line,
+            streams=not args.no_stream,
+            is_verbose=args.verbose,
         )
-        is_interrupted = False
-        if args.raw or not engine.tokenizer.has_chat_template:
-            sys.stdout.write(prompt)  # a completion reads as one text
-            sys.stdout.flush()
-        try:
-            for piece in generation:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            is_interrupted = True
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        print(closing_line(engine, generation), file=sys.stderr)
-        return 130 if is_interrupted else 0
+        conversation.run(first=prompt)
+        return 0
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def main(arguments: list[str] | None = None) -> int:

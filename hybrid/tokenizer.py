@@ -91,6 +91,10 @@ class Tokenizer:
         checked = _checked_text(text, "text")
         return self._bos + self._bpe.encode(checked, add_special_tokens=False).ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Text that goes on after other text: no BOS, and no space put before it."""
+        return self._continuation.encode(_checked_text(text, "text")).ids
+
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """`<用户>question<AI>answer<用户>question<AI>`: contents stripped, system text first.
 

@@ -24,10 +24,12 @@ LAYERS = [
     ["hybrid.checksum", "hybrid.download", "hybrid.catalog"],
     ["hybrid.loading"],
     ["hybrid"],  # the public names
-    ["hybrid.run"],
+    ["hybrid.progress_bar"],
+    ["hybrid.conversation"],
+    ["hybrid.run", "hybrid.bench"],
 ]
-FRONT_ENDS = ["hybrid.run"]
-FRONT_END_IMPORTS = {"hybrid", "hybrid.catalog"}
+FRONT_ENDS = ["hybrid.run", "hybrid.conversation", "hybrid.bench"]
+FRONT_END_IMPORTS = {"hybrid", "hybrid.catalog", "hybrid.progress_bar", "hybrid.conversation"}
 
 
 def layer_of(module: str) -> int:

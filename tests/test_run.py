@@ -40,7 +40,8 @@ def test_a_story_goes_to_stdout_and_one_closing_line_to_stderr():
     assert len(result.out) > 60
     (line,) = result.err.splitlines()
     assert re.fullmatch(
-        r"\[prompt 5 tokens, [\d.]+ tok/s \| generated 30 tokens, [\d.]+ tok/s \| "
+        r"\[prompt 5 tokens, [\d.]+ tok/s \| generated 30 tokens, [\d.]+ tok/s, [\d.]+ GB/s"
+        r"( \(\d+% of bandwidth\))? \| "
         r"[\d.]+% of FFN neurons active \| memory \d+ MB \| q8, \d+ threads, seed 1 \| "
         r"stopped: --max-tokens reached\]",
         line,

@@ -18,6 +18,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import add_marker_pieces
 
 import hybrid
 from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
@@ -87,14 +88,6 @@ def write_template(folder: Path, template: object) -> None:
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def add_marker_pieces(layout: dict[str, Any]) -> None:
-        # As MiniCPM, pieces may cross any boundary; but "12" is split before it could be one.
-        layout["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}
-        vocab, merges = layout["model"]["vocab"], layout["model"]["merges"]
-        for piece in ("<", ">", "▁<", "用", "户", "用户", "AI", ")<", "12"):
-            vocab.setdefault(piece, len(vocab))
-        merges += [["▁", "<"], ["用", "户"], ["A", "I"], [")", "<"], ["1", "2"]]
-
     return copy_with(tmp_path_factory.mktemp("chat"), add_marker_pieces)
 
 

@@ -72,6 +72,25 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     return tensors
 
 
+def add_marker_pieces(layout: dict[str, Any]) -> None:
+    """Give the bundled tokenizer the pieces that MiniCPM's chat markers need."""
+    # As MiniCPM, pieces may cross any boundary; but "12" is split before it could be one.
+    layout["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}
+    vocab, merges = layout["model"]["vocab"], layout["model"]["merges"]
+    for piece in ("<", ">", "▁<", "用", "户", "用户", "AI", ")<", "12"):
+        vocab.setdefault(piece, len(vocab))
+    merges += [["▁", "<"], ["用", "户"], ["A", "I"], [")", "<"], ["1", "2"]]
+
+
+def write_chat_model(folder: Path, **changes: Any) -> Path:
+    """A random model with MiniCPM's chat template; its answers are noise."""
+    write_model(folder, vocab_size=4200, **changes)
+    layout = json.loads((STORIES / "tokenizer.json").read_text(encoding="utf-8"))
+    add_marker_pieces(layout)
+    (folder / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    return folder
+
+
 def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """A folder with TINY's config and `changes`, random weights and the bundled model's tokenizer.
 

@@ -33,6 +33,8 @@ _MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
 class Checkpoint:
     """A model's config and its weights, mapped. The arrays that it gave out survive `close`."""
 
+    is_synthetic = False  # random weights, for measurements of speed
+
     def __init__(
         self,
         folder: Path,

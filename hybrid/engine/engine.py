@@ -32,7 +32,7 @@ from hybrid.placement.hardware import (
 from hybrid.progress import Progress, ignore_progress
 from hybrid.sampling import Sampler, SamplingParams
 from hybrid.tokenizer import ChatMessage, Tokenizer
-from hybrid.weights.packed import packed_layout
+from hybrid.weights.packed import decode_bytes, packed_layout
 from hybrid.weights.packed_file import load_packed
 
 Quant = Literal["bf16", "q8", "q4"]
@@ -105,6 +105,7 @@ class Engine:
                 n_threads=n_threads,
                 progress=progress,
             )
+            self.is_synthetic: bool = checkpoint.is_synthetic
         self.folder, self.config, self.quant = folder, config, quant
         self.n_threads, self.n_context = n_threads, n_context
         # One line each, which a user should see: what is slower, or not applied, and why.
@@ -144,6 +145,13 @@ class Engine:
             return measure_stream_gbs(self._open().pool)
         except MemoryError:
             raise OutOfMemory("measuring the memory's bandwidth needs 1 GiB of memory") from None
+
+    def expected_decode_bytes(self, *, n_tokens: int, first_position: int, n_active: int) -> int:
+        """Bytes of weights and KV cache that decoding tokens from a position on reads, by the
+        model's sizes: what `Session.decode_bytes` must have counted. `n_active` pairs of neuron and
+        token fire.
+        """
+        return decode_bytes(self.config, Format[self.quant], n_tokens, first_position, n_active)
 
     def generate(
         self,

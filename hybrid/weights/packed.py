@@ -86,6 +86,26 @@ def bundle_bytes(format: Format, n_cols: int) -> int:
     return -(-2 * sum(row_bytes(format, n_cols)) // ALIGNMENT) * ALIGNMENT
 
 
+def decode_bytes(
+    config: ModelConfig, format: Format, n_tokens: int, first_position: int, n_active: int
+) -> int:
+    """Bytes that decoding `n_tokens` from `first_position` on reads, where `n_active` pairs of
+    neuron and token fire: all rows of attention, gate and head, one row of the embedding, up and
+    down rows of the active neurons, and fp16 keys and values of all positions so far.
+    """
+    hidden, attention = config.hidden_size, config.n_heads * config.head_dim
+    n_qkv = attention + 2 * config.n_kv_heads * config.head_dim
+    row, attention_row = sum(row_bytes(format, hidden)), sum(row_bytes(format, attention))
+    layer = (n_qkv + config.n_neurons) * row + hidden * attention_row
+    n_seen = sum(range(first_position + 1, first_position + n_tokens + 1))
+    kv_row = 2 * 2 * config.n_kv_heads * _native.head_stride(config.head_dim)
+    return (
+        n_tokens * (config.n_layers * layer + (config.vocab_size + 1) * row)
+        + n_active * 2 * row
+        + n_seen * config.n_layers * kv_row
+    )
+
+
 def pack_model(
     source: Source,
     format: Format,

@@ -104,10 +104,9 @@ def load_packed(
             with _replacing(path, len(header) + n_bytes) as file:
                 file.write(header)
                 file.flush()
-                with mmap.mmap(file.fileno(), len(header) + n_bytes) as mapping:
-                    view = np.frombuffer(mapping, np.uint8)[len(header) :]
-                    pack(view)
-                    del view  # or the mapping cannot be closed
+                mapping = mmap.mmap(file.fileno(), len(header) + n_bytes)
+                pack(np.frombuffer(mapping, np.uint8)[len(header) :])
+                mapping.flush()
             return loaded(_map(path, len(header), n_bytes), True)
         buffer = pack(_allocate(n_bytes))
     except OSError as error:

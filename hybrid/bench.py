@@ -1,0 +1,243 @@
+"""Measure a model's speed on this machine, against the machine's own memory bandwidth.
+
+    python -m hybrid.bench -m MiniCPM-S-1B --quant q4
+    python -m hybrid.bench -m synthetic:MiniCPM-S-1B        # random weights of the same shape
+
+Decoding is fed seeded random token ids, so that every run does the same work. Bytes are those that
+the native program counted while it read them. The bandwidth is measured in the same run, before and
+after, with the same threads. GB are 1e9 bytes. The last line is one JSON object; its fractions are
+not percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+
+from hybrid import Engine, HybridError, InvalidOption, Session, active_isa, load
+from hybrid.progress_bar import progress_bar
+
+PREFILL_LENGTHS = (128, 512)
+SHORT_CONTEXT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeResult:
+    """Repeated decoding of the same tokens from the same position."""
+
+    context: int  # tokens before the first
+    tps: list[float]
+    bytes_per_token: float
+    active_fraction: float
+
+    @property
+    def median_tps(self) -> float:
+        return statistics.median(self.tps)
+
+    @property
+    def gbs(self) -> float:
+        return self.bytes_per_token * self.median_tps / 1e9
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="hybrid.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-m", "--model", default="stories", help="as for hybrid.run (stories)")
+    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
+    add("-t", "--threads", type=int, help="threads (the physical cores)")
+    add("-n", "--tokens", type=int, default=128, help="tokens decoded in each run (128)")
+    add("--runs", type=int, default=5, help="runs of everything; medians are reported (5)")
+    add("--long-context", type=int, default=1024, help="tokens before the long decode (1024)")
+    add("--seed", type=int, default=0, help="of the token ids (0)")
+    add("--mmap", action=argparse.BooleanOptionalAction, help="map the weights (as memory allows)")
+    add("--offline", action="store_true", help="never use the network")
+    args = parser.parse_args(arguments)
+    for name in ("tokens", "runs", "long_context"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected 1 or more")
+    if args.seed < 0:
+        parser.error("--seed: expected 0 or more")
+    return args
+
+
+def measure_prefill(engine: Engine, ids: np.ndarray, n_runs: int) -> list[float]:
+    """Tokens per second of each run."""
+    rates = []
+    with engine.open_session() as session:
+        for _ in range(n_runs):
+            session.reset()
+            started = time.perf_counter()
+            session.prefill(ids)
+            rates.append(ids.size / (time.perf_counter() - started))
+    return rates
+
+
+class DecodeBench:
+    """Decodes the same tokens again and again, each time from the end of the same context."""
+
+    def __init__(
+        self, engine: Engine, context: np.ndarray, ids: np.ndarray, *, dense: bool
+    ) -> None:
+        self.engine, self.ids, self.context = engine, ids, context.size
+        self.session: Session = engine.open_session(dense=dense)
+        self.session.prefill(context)
+        self.tps: list[float] = []
+        self.n_bytes = self.n_active = 0
+        self.dense = dense
+        for token in ids[:8].tolist():  # the first tokens find cold caches and pages
+            self.session.decode(token)
+
+    def run(self) -> None:
+        session = self.session
+        session.truncate(self.context)
+        session.reset_counts()
+        tokens = self.ids.tolist()
+        started = time.perf_counter()
+        for token in tokens:
+            session.decode(token)
+        self.tps.append(len(tokens) / (time.perf_counter() - started))
+        self.n_bytes = sum(session.decode_bytes.values())
+        self.n_active = sum(session.active_counts)
+
+    def result(self) -> DecodeResult:
+        n, config = self.ids.size, self.engine.config
+        n_neurons = n * config.n_layers * config.n_neurons
+        expected = self.engine.expected_decode_bytes(
+            n_tokens=n,
+            first_position=self.context,
+            n_active=n_neurons if self.dense else self.n_active,
+        )
+        assert self.n_bytes == expected, f"{self.n_bytes} bytes counted, {expected} expected"
+        return DecodeResult(self.context, self.tps, self.n_bytes / n, self.n_active / n_neurons)
+
+
+def bench(args: argparse.Namespace) -> int:
+    with (
+        progress_bar() as progress,
+        load(
+            args.model,
+            threads=args.threads,
+            quant=args.quant,
+            mmap=args.mmap,
+            offline=args.offline,
+            progress=progress,
+        ) as engine,
+    ):
+        report(args, engine)
+    return 0
+
+
+def report(args: argparse.Namespace, engine: Engine) -> None:
+    for notice in engine.notices:
+        print(f"note: {notice}")
+    n_context, n = engine.n_context, args.tokens
+    if n_context < SHORT_CONTEXT + n:
+        raise InvalidOption(
+            f"--tokens {n}: expected at most {n_context - SHORT_CONTEXT}, the context less "
+            f"{SHORT_CONTEXT}"
+        )
+    ids = np.random.default_rng(args.seed).integers(0, engine.config.vocab_size, n_context)
+    stats = engine.stats
+    kept = "mapped" if stats.is_mapped else "in memory"
+    print(f"model      {args.model}, {args.quant}, {stats.weight_bytes / 1e6:.0f} MB {kept}")
+    streams = [engine.measure_stream_gbs()]
+
+    prefill_tps = {}
+    lengths = [length for length in PREFILL_LENGTHS if length <= n_context]
+    rows = []
+    for length in lengths:
+        rates = measure_prefill(engine, ids[:length], min(args.runs, 3))
+        prefill_tps[str(length)] = round(statistics.median(rates), 2)
+        rows.append([f"prefill {length} tokens", spread(rates)])
+
+    long_context = min(args.long_context, n_context - n)
+    runs = {
+        f"decode, context {SHORT_CONTEXT}": (SHORT_CONTEXT, False),
+        f"decode, context {long_context}": (long_context, False),
+        "decode, all neurons": (SHORT_CONTEXT, True),
+    }
+    benches = {
+        name: DecodeBench(engine, ids[:context], ids[context : context + n], dense=dense)
+        for name, (context, dense) in runs.items()
+    }
+    for _ in range(args.runs):  # in turns: the machine's level drifts
+        for decode in benches.values():
+            decode.run()
+    streams.append(engine.measure_stream_gbs())
+    stream = max(streams)
+    results = {name: decode.result() for name, decode in benches.items()}
+    for name, result in results.items():
+        share = "–" if engine.fits_in_cache else f"{result.gbs / stream:.0%}"
+        megabytes = f"{result.bytes_per_token / 1e6:.1f}"
+        rows.append([name, spread(result.tps), megabytes, f"{result.gbs:.1f}", share])
+
+    short, _, dense = results.values()
+    rss = psutil.Process().memory_info().rss
+    print(
+        f"machine    {engine.n_threads} threads, {active_isa()}; memory streams {stream:.1f} GB/s "
+        f"(before {streams[0]:.1f}, after {streams[1]:.1f})"
+    )
+    print(f"load       {stats.load_s:.2f} s; resident {rss / 1e6:.0f} MB")
+    print(
+        f"active     {short.active_fraction:.2%} of FFN neurons; sparse over dense "
+        f"{short.median_tps / dense.median_tps:.2f}x\n"
+    )
+    print(f"{'':28}{'tok/s [min - max]':>26}{'MB/token':>10}{'GB/s':>7}{'of bandwidth':>14}")
+    for name, *cells in rows:
+        widths = (26, 10, 7, 14)
+        print(f"{name:28}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=False)))
+    if engine.fits_in_cache:
+        print("the weights are under four times the last-level cache: bandwidth is not their limit")
+    summary = {
+        "model": args.model,
+        "quant": args.quant,
+        "threads": engine.n_threads,
+        "isa": active_isa(),
+        "synthetic": engine.is_synthetic,
+        "mmap": stats.is_mapped,
+        "load_s": round(stats.load_s, 3),
+        "prefill_tps": prefill_tps,
+        "decode_tps": round(short.median_tps, 2),
+        "decode_gbs": round(short.gbs, 2),
+        "stream_gbs": round(stream, 2),
+        "decode_mbu": None if engine.fits_in_cache else round(short.gbs / stream, 4),
+        "bytes_per_token": round(short.bytes_per_token),
+        "active_fraction": round(short.active_fraction, 5),
+        "dense_decode_tps": round(dense.median_tps, 2),
+        "rss_bytes": rss,
+    }
+    print(json.dumps(summary))
+
+
+def spread(rates: list[float]) -> str:
+    return f"{statistics.median(rates):.1f} [{min(rates):.1f} - {max(rates):.1f}]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return bench(parse_arguments(arguments))
+    except InvalidOption as error:
+        print(f"hybrid.bench: {error}", file=sys.stderr)
+        return 2
+    except HybridError as error:
+        print(f"hybrid.bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""`hybrid.run -i`: a conversation, or a text written together, in the terminal.
+
+With a chat template each line is a message. Without one each line goes on with the text so far, and
+the model goes on with that. Either way the KV cache stays, so a turn costs its own tokens only.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from hybrid import ChatMessage, ContextOverflow, Engine, Generation
+
+HELP = """\
+/reset  begin anew        /stats  tokens, speeds, memory
+/quit   leave (or Ctrl-D) Ctrl-C  stops the answer"""
+
+
+class Conversation:
+    """The turns so far, and the session that holds their keys and values."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        options: dict[str, Any],
+        *,
+        system: str | None,
+        is_chat: bool,
+        describe: Callable[[Engine, Generation], str],
+        streams: bool,
+        is_verbose: bool,
+    ) -> None:
+        self.engine, self.options = engine, options
+        self.session = engine.open_session()
+        self.is_chat, self.streams, self.is_verbose = is_chat, streams, is_verbose
+        self.describe = describe
+        self.opening: list[ChatMessage] = []
+        if system is not None:
+            self.opening = [{"role": "system", "content": system}]
+        self.messages = list(self.opening)
+        self.text_ids: list[int] = []  # of a text written together
+        self.last: Generation | None = None
+
+    def run(self, first: str = "") -> None:
+        """Read lines until /quit or the end of the input; `first` is answered before."""
+        with suppress(ImportError):
+            import readline  # noqa: F401 - arrow keys and history in input()
+        is_terminal = sys.stdin is not None and sys.stdin.isatty()
+        if is_terminal:
+            kind = "Chat" if self.is_chat else "Write a text together: you begin"
+            print(f"{kind}. /help shows what else there is.", file=sys.stderr)
+        if first:
+            self.answer(first)
+        while True:
+            try:
+                line = input("> " if is_terminal else "")
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print("\n(/quit or Ctrl-D leaves)", file=sys.stderr)
+                continue
+            if line.strip() == "/quit":
+                return
+            self.obey(line)
+
+    def obey(self, line: str) -> None:
+        """One line of input: a command or a message."""
+        command = line.strip()
+        if not command:
+            return
+        if command == "/reset":
+            self.session.reset()
+            self.messages, self.text_ids, self.last = list(self.opening), [], None
+            print("(begun anew)", file=sys.stderr)
+        elif command == "/stats":
+            print(self.stats(), file=sys.stderr)
+        elif command == "/help":
+            print(HELP, file=sys.stderr)
+        elif command.startswith("/") and " " not in command and "/" not in command[1:]:
+            print(f"({command} is no command)\n{HELP}", file=sys.stderr)
+        else:
+            self.answer(line)
+
+    def answer(self, line: str) -> None:
+        try:
+            generation = self.begin(line)
+        except ContextOverflow as error:
+            print(f"({error}; /reset begins anew)", file=sys.stderr)
+            return
+        self.last = generation
+        with _interrupts(generation):
+            for piece in generation:
+                if self.streams:
+                    print(piece, end="", flush=True)
+        print("" if self.streams else generation.text, flush=True)
+        if self.is_chat:
+            self.messages += [
+                {"role": "user", "content": line},
+                {"role": "assistant", "content": generation.text},
+            ]
+        else:
+            self.text_ids = [*generation.prompt, *generation.tokens]
+        if generation.finish_reason == "cancelled":
+            print("(stopped)", file=sys.stderr)
+        elif generation.context_is_full:
+            print("(stopped: the context is full; /reset begins anew)", file=sys.stderr)
+        elif generation.finish_reason == "length":
+            print(f"(stopped after --max-tokens {self.options['max_tokens']})", file=sys.stderr)
+        if self.is_verbose:
+            print(self.describe(self.engine, generation), file=sys.stderr)
+
+    def begin(self, line: str) -> Generation:
+        engine, tokenizer = self.engine, self.engine.tokenizer
+        if self.is_chat:
+            message: ChatMessage = {"role": "user", "content": line}
+            return engine.chat([*self.messages, message], session=self.session, **self.options)
+        ids = tokenizer.encode(line)
+        if self.text_ids:
+            ids = self.text_ids + tokenizer.encode_continuation(" " + line)
+        return engine.generate(ids, session=self.session, **self.options)
+
+    def stats(self) -> str:
+        totals, session = self.engine.stats, self.session
+        lines = [
+            f"context: {session.position} of {session.n_context} tokens",
+            f"so far: {totals.n_generations} answers, {totals.generated_tokens} tokens in "
+            f"{totals.decode_s:.1f} s; prompts {totals.prompt_tokens} tokens, "
+            f"{totals.cached_tokens} of them cached",
+            f"memory: {psutil.Process().memory_info().rss / 1e6:.0f} MB, of which weights "
+            f"{totals.weight_bytes / 1e6:.0f} MB",
+        ]
+        if self.last is not None:
+            lines.append("last: " + self.describe(self.engine, self.last))
+        return "\n".join(lines)
+
+
+@contextmanager
+def _interrupts(generation: Generation) -> Iterator[None]:
+    """Ctrl-C ends the answer between two tokens, and nothing else."""
+
+    def cancel(signal_number: int, frame: FrameType | None) -> None:
+        generation.cancel()
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,320 @@
+"""Sessions over shared weights: several at once, prefixes kept, chats, and what is counted."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_chat_model, write_model
+
+import hybrid
+from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption
+from hybrid.tokenizer import ChatMessage
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with hybrid.load("stories", threads=2) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def chat_engine(tmp_path_factory: pytest.TempPathFactory):
+    with hybrid.load(write_chat_model(tmp_path_factory.mktemp("chat")), quant="bf16") as engine:
+        yield engine
+
+
+def user(content: str) -> ChatMessage:
+    return {"role": "user", "content": content}
+
+
+def text_of(generation: hybrid.Generation) -> str:
+    return "".join(generation)
+
+
+# Prefixes
+
+
+def test_what_a_session_holds_of_a_prompt_is_not_computed_again(engine):
+    ids = engine.tokenizer.encode("Once upon a time there was a little dog")
+    fresh = engine.generate(ids, max_tokens=12, temperature=0)
+    expected = text_of(fresh)
+    with engine.open_session() as session:
+        text_of(engine.generate(ids[:6], session=session, max_tokens=1, temperature=0))
+        generation = engine.generate(ids, session=session, max_tokens=12, temperature=0)
+        assert text_of(generation) == expected
+        assert generation.stats.prompt_tokens == len(ids)
+        assert generation.stats.cached_tokens == 6
+        # The same prompt again: only its last token runs, whose logits are wanted.
+        again = engine.generate(ids, session=session, max_tokens=12, temperature=0)
+        assert text_of(again) == expected
+        assert again.stats.cached_tokens == len(ids) - 1
+
+
+def test_another_prompt_shares_nothing_but_its_beginning(engine):
+    with engine.open_session() as session:
+        text_of(engine.generate("A cat sat", session=session, max_tokens=5, seed=1))
+        other = engine.generate("The sun is", session=session, max_tokens=8, temperature=0)
+        assert text_of(other) == text_of(engine.generate("The sun is", max_tokens=8, temperature=0))
+        assert other.stats.cached_tokens == 1  # BOS
+
+
+def test_reset_forgets(engine):
+    with engine.open_session() as session:
+        text_of(engine.generate("A cat", session=session, max_tokens=3, seed=1))
+        session.reset()
+        assert session.tokens == ()
+        again = engine.generate("A cat", session=session, max_tokens=3, seed=1)
+        text_of(again)
+        assert again.stats.cached_tokens == 0
+
+
+def test_a_new_generation_on_a_session_ends_the_one_before(engine):
+    with engine.open_session() as session:
+        first = engine.generate("A cat", session=session, max_tokens=50, seed=1)
+        next(first)
+        second = engine.generate("A dog", session=session, max_tokens=5, seed=1)
+        assert list(first) == []
+        assert first.finish_reason == "cancelled"
+        assert text_of(second) == text_of(engine.generate("A dog", max_tokens=5, seed=1))
+
+
+def test_closing_a_session_ends_its_generation(engine):
+    session = engine.open_session()
+    generation = engine.generate("A cat", session=session, max_tokens=50, seed=1)
+    next(generation)
+    session.close()
+    assert list(generation) == []
+    assert generation.finish_reason == "cancelled"
+    with pytest.raises(EngineClosed, match="session is closed"):
+        engine.generate("A cat", session=session)
+    with pytest.raises(EngineClosed, match="session is closed"):
+        session.prefill([1])
+
+
+# Threads
+
+
+def test_sessions_on_several_threads_write_what_each_would_alone(engine):
+    prompts = ["Once upon a time", "The dog", "Tom and Lily", "One day, a bird"]
+    expected = [text_of(engine.generate(p, max_tokens=25, seed=3)) for p in prompts]
+    results: list[list[str]] = [[] for _ in prompts]
+
+    def work(index: int) -> None:
+        with engine.open_session() as session:
+            for _ in range(3):
+                options = {"session": session, "max_tokens": 25, "seed": 3}
+                results[index].append(text_of(engine.generate(prompts[index], **options)))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [[text] * 3 for text in expected]
+
+
+def test_one_session_used_from_two_threads_ends_one_generation_cleanly(engine):
+    with engine.open_session() as session:
+        first = engine.generate("A cat", session=session, max_tokens=400, temperature=2.0, seed=1)
+        next(first)
+        second: list[str] = []
+
+        def work() -> None:
+            generation = engine.generate("A dog", session=session, max_tokens=5, seed=1)
+            second.append(text_of(generation))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        list(first)
+        thread.join()
+    assert first.finish_reason == "cancelled"
+    assert second == [text_of(engine.generate("A dog", max_tokens=5, seed=1))]
+
+
+# Chat
+
+
+def test_a_chat_computes_each_turn_once(chat_engine):
+    """Prefilled tokens: the new turn's own, and the answer's last one, which no pass has seen."""
+    options = {"max_tokens": 7, "temperature": 0}
+    tokenizer = chat_engine.tokenizer
+    with chat_engine.open_session() as session:
+        messages = [{"role": "system", "content": "Be kind."}, user("Hello there")]
+        first = chat_engine.chat(messages, session=session, **options)
+        messages.append({"role": "assistant", "content": text_of(first)})
+        assert first.stats.cached_tokens == 0
+        assert first.prompt == tokenizer.encode_chat(messages[:2])
+        for question in ("And you?", "<AI> is no marker <用户>"):
+            before = len(session.tokens)
+            messages.append(user(question))
+            turn = tokenizer.encode_next_turn([user(question)])
+            answer = chat_engine.chat(messages, session=session, **options)
+            messages.append({"role": "assistant", "content": text_of(answer)})
+            n_prefilled = answer.stats.prompt_tokens - answer.stats.cached_tokens
+            assert n_prefilled == len(turn) + 1
+            assert answer.stats.cached_tokens == before
+            # The same ids in a fresh session give the same answer.
+            fresh = chat_engine.generate(answer.prompt, **options)
+            assert text_of(fresh) == answer.text
+
+
+def test_a_chat_that_was_changed_is_encoded_anew(chat_engine):
+    with chat_engine.open_session() as session:
+        text_of(chat_engine.chat([user("Hello")], session=session, max_tokens=4, temperature=0))
+        changed = [user("Hello"), {"role": "assistant", "content": "Hi."}, user("Well?")]
+        generation = chat_engine.chat(changed, session=session, max_tokens=4, temperature=0)
+        assert generation.prompt == chat_engine.tokenizer.encode_chat(changed)
+        answer = text_of(generation)
+    assert answer == text_of(chat_engine.chat(changed, max_tokens=4, temperature=0))
+
+
+def test_a_chat_cut_by_a_stop_string_is_encoded_from_its_text(chat_engine):
+    whole = text_of(chat_engine.chat([user("Hello")], max_tokens=12, temperature=0))
+    stop = whole[4:7]
+    with chat_engine.open_session() as session:
+        options = {"session": session, "max_tokens": 12, "temperature": 0}
+        answer = text_of(chat_engine.chat([user("Hello")], stop=stop, **options))
+        assert stop not in answer
+        messages = [user("Hello"), {"role": "assistant", "content": answer}, user("More")]
+        generation = chat_engine.chat(messages, **options)
+        assert generation.prompt == chat_engine.tokenizer.encode_chat(messages)
+
+
+def test_chat_without_a_template_is_refused(engine):
+    with pytest.raises(InvalidOption, match="no chat template"):
+        engine.chat([user("Hello")])
+
+
+# Contexts
+
+
+def test_a_session_never_takes_more_than_its_context(tmp_path):
+    with hybrid.load(write_model(tmp_path, vocab_size=4096), context_size=8) as engine:
+        session = engine.open_session()
+        session.prefill(list(range(10, 16)))
+        with pytest.raises(ContextOverflow, match="holds 8 tokens; 6 are there and 3 more"):
+            session.prefill([1, 2, 3])
+        session.decode(1)
+        session.decode(2)
+        with pytest.raises(ContextOverflow):
+            session.decode(3)
+        assert session.tokens == (10, 11, 12, 13, 14, 15, 1, 2)
+
+
+def test_a_session_of_another_engine_is_refused(engine, chat_engine):
+    with (
+        chat_engine.open_session() as session,
+        pytest.raises(InvalidOption, match="another engine"),
+    ):
+        engine.generate("A", session=session)
+
+
+# Counts
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("has_tied_head", [False, True])
+def test_bytes_counted_are_those_of_the_formula(tmp_path, quant, dense, has_tied_head):
+    changes = {"vocab_size": 4096, "tie_word_embeddings": has_tied_head}
+    with hybrid.load(write_model(tmp_path, **changes), quant=quant, threads=3) as engine:
+        session = engine.open_session(dense=dense)
+        session.prefill(np.arange(300))  # more than one span of attention
+        assert sum(session.decode_bytes.values()) == 0  # prefill reads rows for many tokens at once
+        session.reset_counts()
+        for token in (5, 6, 7):
+            session.decode(token)
+        n_active = sum(session.active_counts)
+        config = engine.config
+        n_all = 3 * config.n_layers * config.n_neurons
+        assert 0 < n_active < n_all
+        expected = engine.expected_decode_bytes(
+            n_tokens=3, first_position=300, n_active=n_all if dense else n_active
+        )
+        assert sum(session.decode_bytes.values()) == expected
+        assert all(session.decode_bytes.values())
+
+
+def test_dense_changes_nothing_but_the_work(engine):
+    ids = engine.tokenizer.encode("Once upon a time there was a dog")
+    sparse, dense = engine.open_session(), engine.open_session(dense=True)
+    np.testing.assert_array_equal(
+        sparse.prefill(ids, all_logits=True), dense.prefill(ids, all_logits=True)
+    )
+    sparse.decode(300)
+    dense.decode(300)
+    np.testing.assert_array_equal(sparse.logits, dense.logits)
+    assert sparse.active_counts == dense.active_counts
+    assert sum(sparse.decode_bytes.values()) < sum(dense.decode_bytes.values())
+
+
+def test_engine_stats_add_up():
+    with hybrid.load("stories") as engine:
+        assert engine.stats.n_generations == 0
+        assert engine.stats.weight_bytes > 7e6
+        first = engine.generate("A cat", max_tokens=5, seed=1)
+        text_of(first)
+        second = engine.generate("A dog", max_tokens=50, seed=1)
+        next(second)
+        second.close()
+        second.close()
+        stats = engine.stats
+        assert stats.n_generations == 2
+        assert stats.prompt_tokens == len(first.prompt) + len(second.prompt)
+        assert stats.generated_tokens == len(first.tokens) + len(second.tokens)
+        assert stats.load_s > 0
+
+
+# Logprobs
+
+
+def test_logprobs_are_those_of_the_models_distribution(engine):
+    generation = engine.generate(
+        "Once upon", max_tokens=6, temperature=2.0, top_k=5, seed=3, logprobs=4
+    )
+    text_of(generation)
+    entries = generation.logprobs
+    assert [entry.token for entry in entries] == generation.tokens
+    assert "".join(entry.text for entry in entries) == generation.text
+    session = engine.open_session()
+    session.prefill(generation.prompt)
+    for entry in entries:
+        logits = session.logits.astype(np.float64)
+        expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        assert entry.logprob == pytest.approx(expected[entry.token], abs=1e-9)
+        best = np.argsort(-expected, kind="stable")[:4]
+        assert [token for token, _ in entry.top] == best.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(expected[best].tolist(), abs=1e-9)
+        session.decode(entry.token)
+
+
+@pytest.mark.parametrize("logprobs", [-1, 101, 1.5, "2", True])
+def test_logprobs_out_of_range_are_refused(engine, logprobs):
+    with pytest.raises(InvalidOption, match="logprobs"):
+        engine.generate("A", logprobs=logprobs)
+
+
+def test_no_logprobs_unless_asked_for(engine):
+    assert engine.generate("A", max_tokens=1).logprobs is None
+    with_none = engine.generate("A", max_tokens=2, logprobs=0)
+    text_of(with_none)
+    assert [entry.top for entry in with_none.logprobs] == [(), ()]
+
+
+# Memory
+
+
+def test_weights_beyond_free_memory_are_mapped_or_refused(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "model", vocab_size=4096)
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("hybrid.engine.engine.available_memory_bytes", lambda: 1000)
+    with pytest.raises(hybrid.OutOfMemory, match="mmap"):
+        hybrid.load(folder, mmap=False)
+    with hybrid.load(folder) as engine:
+        assert engine.stats.is_mapped
+        assert any("mapped from disk" in notice for notice in engine.notices)
+        assert text_of(engine.generate("A", max_tokens=3, seed=1))
+    assert list(Path(tmp_path / "home" / "packed").glob("*.safetensors"))

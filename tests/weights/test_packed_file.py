@@ -1,0 +1,233 @@
+"""Packed models in files: current or replaced, whole or absent, equal to what was packed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tiny_models import write_model
+
+from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.kernels import Format
+from hybrid.weights import packed_file
+from hybrid.weights.packed import packed_layout
+from hybrid.weights.packed_file import LoadedModel, load_packed
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "a model; $(x)")
+
+
+@pytest.fixture(autouse=True)
+def keep_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_file, "KEEP_FROM_BYTES", 0)
+
+
+def load(model: Path, cache: Path | None, **options) -> LoadedModel:
+    with open_checkpoint(model) as checkpoint:
+        return load_packed(checkpoint, options.pop("format", Format.q8), cache=cache, **options)
+
+
+def norms(loaded: LoadedModel) -> np.ndarray:
+    return np.stack([layer.ffn_norm for layer in loaded.model.layers])
+
+
+def files(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
+
+
+@pytest.mark.parametrize("use_mmap", [False, True])
+def test_a_model_is_packed_once(model, tmp_path, format, use_mmap):
+    cache = tmp_path / "home" / "packed"
+    first = load(model, cache, format=format, use_mmap=use_mmap)
+    assert first.was_packed
+    (name,) = files(cache)
+    before = (cache / name).read_bytes()
+    again = load(model, cache, format=format, use_mmap=use_mmap, n_threads=3)
+    assert not again.was_packed
+    assert again.is_mapped == use_mmap
+    assert again.notices == ()
+    np.testing.assert_array_equal(norms(again), norms(first))
+    assert files(cache) == [name]
+    assert (cache / name).read_bytes() == before
+    other = load(model, cache, format=format, use_mmap=not use_mmap)
+    assert not other.was_packed
+
+
+def test_mapped_copied_and_packed_weights_are_the_same_bytes(model, tmp_path, format):
+    mapped = load(model, tmp_path / "a", format=format, use_mmap=True)
+    load(model, tmp_path / "b", format=format)
+    (a,), (b,) = ((tmp_path / name).glob("*.safetensors") for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+    assert mapped.n_bytes % 64 == 0
+
+
+def test_the_file_is_sound_safetensors(model, tmp_path, format):
+    load(model, tmp_path / "cache", format=format)
+    (path,) = (tmp_path / "cache").iterdir()
+    with open_checkpoint(model) as checkpoint:
+        layout = packed_layout(checkpoint.config, format)
+    with safe_open(path, framework="numpy") as file:
+        assert set(file.keys()) == set(layout.arrays)
+        assert file.metadata()["format"] == format.name
+    assert (path.stat().st_size - layout.n_bytes) % 64 == 0  # the buffer begins at a cache line
+
+
+def test_small_models_are_not_kept(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed_file, "KEEP_FROM_BYTES", 64 << 20)
+    assert load(model, tmp_path / "cache").was_packed
+    assert files(tmp_path / "cache") == []
+    assert load(model, tmp_path / "cache", use_mmap=True).is_mapped  # mapping needs a file
+
+
+def test_without_a_cache_nothing_is_kept(model):
+    loaded = load(model, None, use_mmap=True)
+    assert not loaded.is_mapped
+    assert "no file" in loaded.notices[0]
+
+
+# Stale and damaged files
+
+
+@pytest.mark.parametrize("use_mmap", [False, True])
+def test_changed_weights_are_packed_anew_in_the_same_place(model, tmp_path, use_mmap):
+    cache = tmp_path / "cache"
+    load(model, cache)
+    before = files(cache)
+    write_model(model, seed=1)
+    changed = load(model, cache, use_mmap=use_mmap)
+    assert changed.was_packed
+    assert files(cache) == before
+    fresh = load(model, None)
+    np.testing.assert_array_equal(norms(changed), norms(fresh))
+
+
+def test_a_changed_config_is_packed_anew(model, tmp_path):
+    cache = tmp_path / "cache"
+    load(model, cache)
+    write_model(model, hidden_act_param=0.2)
+    assert load(model, cache).was_packed
+
+
+def test_the_same_model_elsewhere_has_a_file_of_its_own(model, tmp_path):
+    cache = tmp_path / "cache"
+    load(model, cache)
+    load(Path(shutil.copytree(model, tmp_path / "copy" / model.name)), cache)
+    assert len(files(cache)) == 2
+
+
+@pytest.mark.parametrize("use_mmap", [False, True])
+@pytest.mark.parametrize("damage", ["empty", "header", "cut", "longer", "other version", "folder"])
+def test_damaged_files_are_replaced(model, tmp_path, damage, use_mmap):
+    cache = tmp_path / "cache"
+    expected = norms(load(model, cache))
+    (path,) = cache.iterdir()
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    else:
+        changed = {
+            "empty": b"",
+            "header": data[:100],
+            "cut": data[:-1],
+            "longer": data + b"x",
+            "other version": data.replace(b'"hybrid_packed":"', b'"hybrid_packed":"9', 1)[:-1],
+        }
+        path.write_bytes(changed[damage])
+    loaded = load(model, cache, use_mmap=use_mmap)
+    assert loaded.was_packed
+    np.testing.assert_array_equal(norms(loaded), expected)
+    if damage == "folder":
+        assert "cannot be kept" in loaded.notices[0]
+        assert files(cache) == [path.name]
+    else:
+        assert path.read_bytes() == data
+
+
+def test_a_file_that_shrinks_between_look_and_read_is_packed_anew(model, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    expected = norms(load(model, cache))
+    (path,) = cache.iterdir()
+
+    def cut_then_current(*args: object) -> bool:
+        os.truncate(path, path.stat().st_size // 2)
+        return True
+
+    monkeypatch.setattr(packed_file, "_is_current", cut_then_current)
+    loaded = load(model, cache)
+    assert loaded.was_packed
+    np.testing.assert_array_equal(norms(loaded), expected)
+
+
+# Disks
+
+
+@pytest.mark.parametrize("use_mmap", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_costs_a_notice(model, tmp_path, monkeypatch, code, use_mmap):
+    def fail(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    loaded = load(model, tmp_path / "cache", use_mmap=use_mmap)
+    assert loaded.was_packed
+    assert not loaded.is_mapped
+    assert os.strerror(code) in loaded.notices[0]
+    assert "HYBRID_HOME" in loaded.notices[0]
+    assert files(tmp_path / "cache") == []
+
+
+def test_a_cache_that_is_no_folder_costs_a_notice(model, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    loaded = load(model, tmp_path / "cache")
+    assert "cannot be kept" in loaded.notices[0]
+    assert norms(loaded).size
+
+
+@pytest.mark.parametrize("use_mmap", [False, True])
+def test_interrupted_packing_leaves_nothing(model, tmp_path, use_mmap):
+    def interrupt(task: str, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load(model, tmp_path / "cache", progress=interrupt, use_mmap=use_mmap)
+    assert files(tmp_path / "cache") == []
+
+
+def test_progress_counts_to_the_end(model):
+    calls: list[tuple[str, int, int]] = []
+    load(model, None, progress=lambda task, done, total: calls.append((task, done, total)))
+    assert {task for task, _, _ in calls} == {"packing to q8"}
+    done = [n for _, n, _ in calls]
+    assert done[0] == 0
+    assert done == sorted(done)
+    assert calls[-1][1] == calls[-1][2]
+
+
+def test_two_processes_may_pack_at_once(model, tmp_path):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from hybrid.checkpoint.hf import open_checkpoint\n"
+        "from hybrid.kernels import Format\n"
+        "from hybrid.weights import packed_file\n"
+        "packed_file.KEEP_FROM_BYTES = 0\n"
+        "for _ in range(5):\n"
+        "    with open_checkpoint(Path(sys.argv[1])) as checkpoint:\n"
+        "        loaded = packed_file.load_packed(checkpoint, Format.q8, cache=Path(sys.argv[2]))\n"
+        "    for path in Path(sys.argv[2]).glob('*.safetensors'): path.unlink(missing_ok=True)\n"
+        "    assert not loaded.notices\n"
+    )
+    arguments = [sys.executable, "-c", code, str(model), str(tmp_path / "cache")]
+    processes = [subprocess.Popen(arguments) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert not [name for name in files(tmp_path / "cache") if name.endswith(".tmp")]
