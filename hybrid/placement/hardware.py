@@ -50,17 +50,17 @@ def available_memory_bytes() -> int:
     return max(available, 0)
 
 
-def measure_stream_gbs(pool: ThreadPool, *, n_bytes: int = STREAM_BYTES) -> float:
+def measure_stream_gbs(pool: ThreadPool) -> float:
     """Memory bandwidth in GB/s (1e9 bytes): the best of several read-only SIMD passes over
     huge-page memory, by the threads of `pool`.
 
-    Takes about half a second and `n_bytes` of memory. Raises MemoryError.
+    Takes about half a second and 1 GiB. Raises MemoryError.
     """
-    memory = _native.allocate_bytes(n_bytes).view(np.float32)
+    memory = _native.allocate_bytes(STREAM_BYTES).view(np.float32)
     memory[:] = 1.0  # untouched pages would all be one page of zeros
     best = float("inf")
     for _ in range(STREAM_PASSES):
         started = time.perf_counter()
         pool.read(memory)
         best = min(best, time.perf_counter() - started)
-    return n_bytes / best / 1e9
+    return STREAM_BYTES / best / 1e9

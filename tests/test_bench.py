@@ -1,0 +1,106 @@
+"""hybrid.bench: its table, its last line, its errors. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import hybrid
+from hybrid import bench
+from hybrid.placement import hardware
+
+KEYS = [
+    "model",
+    "quant",
+    "threads",
+    "isa",
+    "synthetic",
+    "mmap",
+    "load_s",
+    "prefill_tps",
+    "decode_tps",
+    "decode_gbs",
+    "stream_gbs",
+    "decode_mbu",
+    "bytes_per_token",
+    "active_fraction",
+    "dense_decode_tps",
+    "rss_bytes",
+]
+
+
+@pytest.fixture(autouse=True)
+def small_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "STREAM_BYTES", 8 << 20)
+
+
+@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+def test_the_last_line_is_one_json_object(capsys, quant):
+    assert bench.main(["--quant", quant, "--runs", "2", "-n", "20", "-t", "2"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    summary = json.loads(last)
+    assert list(summary) == KEYS
+    assert (summary["model"], summary["quant"], summary["threads"]) == ("stories", quant, 2)
+    assert summary["isa"] == hybrid.active_isa()
+    assert summary["synthetic"] is False
+    assert list(summary["prefill_tps"]) == ["128", "512"]
+    assert 0 < summary["active_fraction"] < 1
+    # GB are 1e9 bytes; both figures are rounded.
+    expected_gbs = summary["bytes_per_token"] * summary["decode_tps"] / 1e9
+    assert summary["decode_gbs"] == pytest.approx(expected_gbs, rel=0.01)
+    assert any(line.startswith("decode, all neurons") for line in table)
+
+
+def test_the_share_of_bandwidth_is_given_where_memory_is_the_limit(capsys, monkeypatch):
+    monkeypatch.setattr("hybrid.engine.engine.last_level_cache_bytes", lambda: 1 << 20)
+    bench.main(["--runs", "1", "-n", "10"])
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["decode_mbu"] == pytest.approx(
+        summary["decode_gbs"] / summary["stream_gbs"], rel=0.02
+    )
+    monkeypatch.setattr("hybrid.engine.engine.last_level_cache_bytes", lambda: 1 << 30)
+    bench.main(["--runs", "1", "-n", "10"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["decode_mbu"] is None
+
+
+def test_the_same_seed_does_the_same_work(capsys):
+    figures = []
+    for seed in ("1", "1", "2"):
+        bench.main(["--runs", "1", "-n", "10", "--seed", seed])
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        figures.append((summary["bytes_per_token"], summary["active_fraction"]))
+    assert figures[0] == figures[1] != figures[2]
+
+
+def test_a_miscount_is_not_reported_as_a_speed(monkeypatch):
+    monkeypatch.setattr(hybrid.Engine, "expected_decode_bytes", lambda self, **sizes: 1)
+    with pytest.raises(AssertionError, match="bytes counted"):
+        bench.main(["--runs", "1", "-n", "4"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "--tokens"),
+        (["--runs", "-1"], "--runs"),
+        (["--long-context", "0"], "--long-context"),
+        (["--seed", "-1"], "--seed"),
+        (["--quant", "q3"], "--quant"),
+    ],
+)
+def test_options_out_of_range_are_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_info:
+        bench.main(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_more_tokens_than_the_context_holds_are_refused(capsys):
+    assert bench.main(["-n", "500"]) == 2
+    assert "--tokens 500" in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_one_line(capsys):
+    assert bench.main(["-m", "./no such model"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
