@@ -5,7 +5,9 @@
 // tile: so a result does not depend on how rows and tokens were tiled, and prefill equals decode to
 // the last bit.
 //
-// kStream: the rows that follow are wanted next, so they are prefetched.
+// One token alone is a matter of memory: its rows are read one after the other, since a single
+// sequential stream is what hardware prefetches best. Tiles of rows, and prefetch instructions
+// beside it, halve the bandwidth (docs/log.md).
 #pragma once
 
 #include "kernels.h"
@@ -17,7 +19,7 @@ namespace {
 constexpr int32_t kRowTile = 4;
 constexpr int32_t kTokenDotTile = 4;
 
-template <int kRows, int kTokens, bool kStream>
+template <int kRows, int kTokens>
 inline void DotTileBf16(const Rows& rows, int32_t row, const uint8_t* const* x,
                         float (*out)[kTokens]) {
   const int32_t padded = PaddedCols(Format::kBf16, rows.n_cols);
@@ -27,7 +29,6 @@ inline void DotTileBf16(const Rows& rows, int32_t row, const uint8_t* const* x,
     w[r] = rows.values + (row + r) * rows.values_stride;
     for (int t = 0; t < kTokens; ++t) sum[r][t] = Zero();
   }
-  const int64_t ahead = kRowTile * rows.values_stride;
   for (int32_t col = 0; col < padded; col += 2 * kLanes) {
     Bf16s x_line[kTokens];
 #pragma GCC unroll 8
@@ -36,7 +37,6 @@ inline void DotTileBf16(const Rows& rows, int32_t row, const uint8_t* const* x,
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Bf16s line = LoadBf16s(reinterpret_cast<const uint16_t*>(w[r]) + col);
-      if (kStream) Prefetch(w[r] + 2 * col + ahead);
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) sum[r][t] = DotBf16(sum[r][t], line, x_line[t]);
     }
@@ -51,7 +51,7 @@ template <Format kFormat>
 constexpr int32_t kLinesPerLoad = kFormat == Format::kQ4 ? 2 : 1;
 
 // q8 and q4: blocks of integers with scales.
-template <Format kFormat, int kRows, int kTokens, bool kStream>
+template <Format kFormat, int kRows, int kTokens>
 inline void DotTileBlocks(const Rows& rows, int32_t row, const uint8_t* const* x,
                           float (*out)[kTokens]) {
   constexpr int32_t kLoads = kLinesPerLoad<kFormat>;
@@ -64,7 +64,6 @@ inline void DotTileBlocks(const Rows& rows, int32_t row, const uint8_t* const* x
     w_scales[r] = rows.scales + (row + r) * rows.scales_stride;
     for (int t = 0; t < kTokens; ++t) sum[r][t] = Zero();
   }
-  const int64_t ahead = kRowTile * rows.values_stride;
   for (int32_t group = 0; group < n_blocks; group += kGroupBlocks) {
     const int32_t x_first = group * kBlock, w_first = x_first / kLoads;
     I32 dot[kRows][kTokens];
@@ -86,7 +85,6 @@ inline void DotTileBlocks(const Rows& rows, int32_t row, const uint8_t* const* x
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const uint8_t* p = w[r] + w_first + line;
-        if (kStream) Prefetch(p + ahead);
         if constexpr (kFormat == Format::kQ8) {
           const Q8Weights weights = LoadQ8Weights(p);
 #pragma GCC unroll 8
@@ -116,34 +114,42 @@ inline void DotTileBlocks(const Rows& rows, int32_t row, const uint8_t* const* x
     for (int t = 0; t < kTokens; ++t) out[r][t] = ReduceAdd(sum[r][t]);
 }
 
-template <int kRows, int kTokens, bool kStream>
+template <int kRows, int kTokens>
 inline void DotTile(Format format, const Rows& rows, int32_t row, const uint8_t* const* x,
                     float (*out)[kTokens]) {
   if (format == Format::kBf16)
-    DotTileBf16<kRows, kTokens, kStream>(rows, row, x, out);
+    DotTileBf16<kRows, kTokens>(rows, row, x, out);
   else if (format == Format::kQ8)
-    DotTileBlocks<Format::kQ8, kRows, kTokens, kStream>(rows, row, x, out);
+    DotTileBlocks<Format::kQ8, kRows, kTokens>(rows, row, x, out);
   else
-    DotTileBlocks<Format::kQ4, kRows, kTokens, kStream>(rows, row, x, out);
+    DotTileBlocks<Format::kQ4, kRows, kTokens>(rows, row, x, out);
 }
 
 // kRows rows by any number of tokens. Token t's result for row r goes to out[t * out_stride + r].
 template <int kRows>
 inline void DotRows(Format format, const Rows& rows, int32_t row, const uint8_t* x,
                     int64_t x_stride, int32_t n_tokens, float* out, int64_t out_stride) {
+  if (n_tokens == 1) {
+    for (int r = 0; r < kRows; ++r) {
+      float dot[1][1];
+      DotTile<1, 1>(format, rows, row + r, &x, dot);
+      out[r] = dot[0][0];
+    }
+    return;
+  }
   int32_t token = 0;
   for (; token + kTokenDotTile <= n_tokens; token += kTokenDotTile) {
     const uint8_t* tile[kTokenDotTile];
     float dots[kRows][kTokenDotTile];
     for (int t = 0; t < kTokenDotTile; ++t) tile[t] = x + (token + t) * x_stride;
-    DotTile<kRows, kTokenDotTile, false>(format, rows, row, tile, dots);
+    DotTile<kRows, kTokenDotTile>(format, rows, row, tile, dots);
     for (int t = 0; t < kTokenDotTile; ++t)
       for (int r = 0; r < kRows; ++r) out[(token + t) * out_stride + r] = dots[r][t];
   }
   for (; token < n_tokens; ++token) {
     const uint8_t* tile[1] = {x + token * x_stride};
     float dots[kRows][1];
-    DotTile<kRows, 1, true>(format, rows, row, tile, dots);
+    DotTile<kRows, 1>(format, rows, row, tile, dots);
     for (int r = 0; r < kRows; ++r) out[token * out_stride + r] = dots[r][0];
   }
 }

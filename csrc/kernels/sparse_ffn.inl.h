@@ -93,7 +93,7 @@ struct Active {
 inline void AddNeuron(const SparseFfnArgs& a, const Active& active) {
   const uint8_t* x[1] = {a.x + active.token * a.x_stride};
   float up[1][1];
-  DotTile<1, 1, false>(a.format, a.up, active.neuron, x, up);
+  DotTile<1, 1>(a.format, a.up, active.neuron, x, up);
   const float activation = Activate(a.activation, active.gate) * up[0][0];
   Axpy(a.format, a.down, active.neuron, activation, a.out + active.token * a.out_stride);
 }
