@@ -37,20 +37,6 @@ inline float SumBlock(const float* x) {
   return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
-// Of 32 floats; compared as integers, so that a NaN is the largest of all.
-inline float LargestMagnitude(const float* w) {
-  uint32_t largest = 0;
-  for (int i = 0; i < kBlock; ++i) {
-    uint32_t bits;
-    memcpy(&bits, w + i, sizeof(bits));
-    bits &= 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  float magnitude;
-  memcpy(&magnitude, &largest, sizeof(magnitude));
-  return magnitude;
-}
-
 inline float RoundTo(float w, float scale, float least, float most) {
   if (scale == 0.0f) return 0.0f;
   const float q = rintf(w / scale);

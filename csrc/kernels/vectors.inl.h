@@ -19,6 +19,20 @@ inline int32_t ColumnOrder(Format format, int32_t col) {
   return col - in_group + element / 4 * kBlock + block * 4 + element % 4;
 }
 
+// Of 32 floats; compared as integers, so that a NaN is the largest of all.
+inline float LargestMagnitude(const float* x) {
+  uint32_t largest = 0;
+  for (int i = 0; i < kBlock; ++i) {
+    uint32_t bits;
+    memcpy(&bits, x + i, sizeof(bits));
+    bits &= 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  float magnitude;
+  memcpy(&magnitude, &largest, sizeof(magnitude));
+  return magnitude;
+}
+
 void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
   const int32_t padded = PaddedCols(format, n);
   if (format == Format::kBf16) {
@@ -32,23 +46,26 @@ void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
   int32_t* corrections = reinterpret_cast<int32_t*>(out + padded + 4 * n_blocks);
   for (int32_t block = 0; block < n_blocks; ++block) {
     const int32_t first = block * kBlock;
-    const int32_t length = n - first < 0 ? 0 : n - first < kBlock ? n - first : kBlock;
-    float largest = 0.0f;
-    for (int32_t i = 0; i < length; ++i) {
-      const float magnitude = fabsf(x[first + i]);
-      if (magnitude > largest || magnitude != magnitude) largest = magnitude;  // keeps a NaN
-    }
+    float values[kBlock] = {};
+    if (first < n)
+      memcpy(values, x + first, sizeof(float) * (n - first < kBlock ? n - first : kBlock));
+    const float largest = LargestMagnitude(values);
     const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
     scales[block] = largest / 127.0f;
-    int32_t sum = 0;
+    // Plain loops, which the compiler makes vectors of.
+    int32_t integers[kBlock], sum = 0;
+    int8_t bytes[kBlock];
     for (int32_t i = 0; i < kBlock; ++i) {
-      const float scaled = i < length ? rintf(x[first + i] * inverse) : 0.0f;
+      const float scaled = rintf(values[i] * inverse);
       // A NaN or an infinity in x shows in the block's scale; here it only must not be undefined.
-      const int32_t q = scaled >= -127.0f && scaled <= 127.0f ? static_cast<int32_t>(scaled) : 0;
-      sum += q;
-      out[ColumnOrder(format, first + i)] = static_cast<uint8_t>(static_cast<int8_t>(q));
+      integers[i] = static_cast<int32_t>(scaled >= -127.0f && scaled <= 127.0f ? scaled : 0.0f);
     }
+    for (int32_t i = 0; i < kBlock; ++i) sum += integers[i];
+    for (int32_t i = 0; i < kBlock; ++i) bytes[i] = static_cast<int8_t>(integers[i]);
     corrections[block] = -128 * sum;
+    // Four elements of a block stay together (see ColumnOrder).
+    uint8_t* group = out + block / kGroupBlocks * kGroup + block % kGroupBlocks * 4;
+    for (int32_t k = 0; k < kBlock / 4; ++k) memcpy(group + k * kBlock, bytes + 4 * k, 4);
   }
 }
 
@@ -85,7 +102,14 @@ void AddPartials(Format format, const float* partials, int64_t stride, int32_t n
         sum = Add(sum, Load(partials + piece * stride + group + col));
       Store(sums + col, sum);
     }
-    for (int32_t i = 0; i < n; ++i) x[group + i] += scale * sums[ColumnOrder(format, i)];
+    if (format == Format::kBf16) {
+      for (int32_t i = 0; i < n; ++i) x[group + i] += scale * sums[i];
+      continue;
+    }
+    for (int32_t i = 0; i < n; i += 4) {  // four elements of a block stay together
+      const float* four = sums + ColumnOrder(format, i);
+      for (int32_t c = 0; c < 4; ++c) x[group + i + c] += scale * four[c];
+    }
   }
 }
 
