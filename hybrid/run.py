@@ -62,9 +62,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--temp", type=float, help="temperature; 0 always takes the likeliest token (the model's)")
     add("--top-k", type=int, help="sample from the k likeliest tokens; 0: all (the model's)")
     add("--top-p", type=float, help="sample from the likeliest tokens of this mass (the model's)")
-    add(
-        "--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest (0)"
-    )
+    add("--min-p", type=float, help="drop tokens below this share of the likeliest (the model's)")
     add("--repeat-penalty", type=float, default=1.0, help="make recent tokens less likely (1: off)")
     add("--stop", action="append", default=[], help="end before this text; may be repeated")
     add("--seed", type=int, help="repeat a run: the seed that the closing line names")

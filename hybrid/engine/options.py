@@ -40,7 +40,7 @@ def read_default_sampling(folder: Path) -> SamplingParams:
             return SamplingParams(temperature=0.0)
         options = {
             name: values[name]
-            for name in ("temperature", "top_k", "top_p")
+            for name in ("temperature", "top_k", "top_p", "min_p")
             if values.get(name) is not None
         }
         return SamplingParams(**options)
