@@ -13,7 +13,7 @@ from typing import Any, Literal, SupportsIndex, get_args
 import numpy as np
 import psutil
 
-from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.generation import Generation
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidCheckpoint, InvalidOption
@@ -51,8 +51,8 @@ class Engine:
             raise InvalidOption(
                 f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
             )
-        with open_checkpoint(folder) as checkpoint:
-            config = checkpoint.config
+        with open_checkpoint(folder, Format[quant]) as checkpoint:
+            config, self._checkpoint_notices = checkpoint.config, checkpoint.notices
             if context_size is None:
                 context_size = min(config.max_context, DEFAULT_CONTEXT)
             n_context = _checked_count("context_size", context_size, config.max_context)
@@ -71,7 +71,7 @@ class Engine:
     @property
     def notices(self) -> tuple[str, ...]:
         """One-line notes that a user should see, such as a chat template that is not applied."""
-        return self.tokenizer.notices
+        return self._checkpoint_notices + self.tokenizer.notices
 
     def generate(
         self,

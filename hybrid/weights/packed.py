@@ -13,7 +13,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.checkpoint.hf import Checkpoint
+from hybrid.checkpoint import Checkpoint
 from hybrid.errors import InvalidCheckpoint
 from hybrid.kernels import Format, Rows, _native
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
