@@ -33,8 +33,7 @@ _MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
 class Readable(Protocol):
     """A tensor that is in a file, or is made when it is asked for."""
 
-    @property
-    def fp32(self) -> Callable[[], np.ndarray]: ...
+    def fp32(self) -> np.ndarray: ...
 
 
 class Checkpoint:

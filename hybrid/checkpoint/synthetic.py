@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from hybrid.progress import Progress, ignore_progress
 PREFIX = "synthetic:"
 _SEED = 1
 _MARKER = "synthetic.json"
+_METADATA = "calibration"  # in a bias file's header: what it is of, and what came out
+_FILES = ("config.json", "generation_config.json", "tokenizer.json", _MARKER)
 
 _MINICPM_S_1B: dict[str, Any] = {  # as openbmb/MiniCPM-S-1B-sft has them
     "architectures": ["MiniCPMForCausalLM"],
@@ -92,13 +94,12 @@ def make_synthetic(model: str, home: Path) -> Path:
         )
     folder = home / "synthetic" / f"{name}-v{RECIPE}"
     try:
-        if not (folder / _MARKER).is_file():
+        if not all((folder / file_name).is_file() for file_name in _FILES):
             config = _SHAPES[name]
             contents = {
                 "config.json": config,
                 "generation_config.json": _SAMPLING,
                 "tokenizer.json": _tokenizer(config["vocab_size"]),
-                # Last: with it the folder is complete.
                 _MARKER: {"recipe": RECIPE, "name": name, "seed": _SEED},
             }
             folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,10 @@ def make_synthetic(model: str, home: Path) -> Path:
 
 def is_synthetic(folder: Path) -> bool:
     """Whether a folder holds a synthetic model."""
-    return (folder / _MARKER).is_file()
+    try:
+        return (folder / _MARKER).is_file()
+    except OSError:  # no permission to look: whoever opens the folder says so
+        return False
 
 
 def open_synthetic(
@@ -137,7 +141,7 @@ def open_synthetic(
             )
     format = format or Format.bf16
     bias_path = folder / f"gate_bias.{format.name}.safetensors"
-    identity = {"recipe": str(RECIPE), "seed": str(seed), "format": format.name}
+    identity = {"recipe": RECIPE, "seed": seed, "format": format.name}
     calibration = _read_bias(bias_path, identity, config)
     if calibration is None:
         task = f"calibrating {PREFIX}{name} for {format.name}"
@@ -153,14 +157,7 @@ def open_synthetic(
         f"({format.name}, recipe {RECIPE})"
     )
     tensors = {
-        (role, layer): _Generated(
-            partial(
-                weights.make,
-                role,
-                layer,
-                calibration.gate_bias[layer] if role == "gate" and layer is not None else None,
-            )
-        )
+        (role, layer): _Generated(weights, role, layer, calibration.gate_bias)
         for role, layer, _, _ in expected_tensors(config)
     }
     return Checkpoint(folder, config, tensors, notices=(notice,))
@@ -170,36 +167,42 @@ def open_synthetic(
 class _Generated:
     """A tensor that lies nowhere: made at each reading."""
 
-    fp32: Callable[[], np.ndarray]
+    weights: SyntheticWeights
+    role: str
+    layer: int | None
+    gate_bias: np.ndarray  # (n_layers, n_neurons)
+
+    def fp32(self) -> np.ndarray:
+        bias = self.gate_bias[self.layer] if self.role == "gate" else None
+        return self.weights.make(self.role, self.layer, bias)
 
 
-def _bias_file(calibration: Calibration, identity: dict[str, str]) -> bytes:
+def _bias_file(calibration: Calibration, identity: dict[str, Any]) -> bytes:
     metadata = identity | {
-        "calibration_tokens": str(np.prod(CALIBRATION_SHAPE)),
-        "held_out_tokens": str(np.prod(HELD_OUT_SHAPE)),
-        "active_fraction": repr(calibration.active_fraction),
+        "calibration_tokens": math.prod(CALIBRATION_SHAPE),
+        "held_out_tokens": math.prod(HELD_OUT_SHAPE),
+        "active_fraction": calibration.active_fraction,
     }
-    return save({"gate_bias": calibration.gate_bias}, metadata)
+    # One entry: safetensors writes several in an order that is another one each time.
+    return save({"gate_bias": calibration.gate_bias}, {_METADATA: json.dumps(metadata)})
 
 
-def _read_bias(path: Path, identity: dict[str, str], config: ModelConfig) -> Calibration | None:
+def _read_bias(path: Path, identity: dict[str, Any], config: ModelConfig) -> Calibration | None:
     """None where the file is missing, broken or of something else."""
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads(file.metadata()[_METADATA])
             bias = file.get_tensor("gate_bias")
+        is_ours = {key: metadata[key] for key in identity} == identity
         active_fraction = float(metadata["active_fraction"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError):
         return None
-    if (
-        any(metadata.get(key) != value for key, value in identity.items())
-        or bias.dtype != np.float32
-        or bias.shape != (config.n_layers, config.n_neurons)
-        or not np.isfinite(bias).all()
-        or not 0 <= active_fraction <= 1
-    ):
-        return None
-    return Calibration(bias, active_fraction)
+    is_sound = (
+        bias.dtype == np.float32
+        and bias.shape == (config.n_layers, config.n_neurons)
+        and np.isfinite(bias).all()
+    )
+    return Calibration(bias, active_fraction) if is_ours and is_sound else None
 
 
 @contextlib.contextmanager
