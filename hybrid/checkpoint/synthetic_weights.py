@@ -6,6 +6,8 @@ Recipe 1, frozen: a change is a new benchmark, with a number of its own.
   they are the bias of every neuron, which `calibration` sets.
 - gate = C·F + 0.3·noise with F of 127 rows: a small predictor can foresee much of it.
 - Branches of a layer add about 0.15 of the first residual, so activations stay of order 1.
+- Attention picks a few positions, however many there are: spread over all of them, its output would
+  fade with the context's length, and the active fraction with it.
 
 Numbers come from the raw bits of a generator, which NumPy keeps stable, through tables: this takes
 seconds for a billion weights where `standard_normal` takes a quarter of a minute.
@@ -33,7 +35,7 @@ _RAREST = 1e-4  # rarer, and mean and deviation of a thousand tokens say nothing
 _MAX_RANK = 127
 _NOISE = 0.3
 _BRANCH = 0.15
-_QK_STD = 1.5  # of a query's and a key's elements: scores wide enough for attention to choose
+_QK_STD = 3.0  # of a query's and a key's elements
 _CHUNK = 1 << 18  # weights made at a time: what is made on the way stays in the cache
 
 # What has random numbers of its own; the place in this list is part of the recipe.
