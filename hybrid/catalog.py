@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybrid.checkpoint import synthetic
+from hybrid.checkpoint.synthetic_weights import ACTIVE_FRACTION
 from hybrid.download import fetch
 from hybrid.errors import InvalidOption, ModelNotFound
 
@@ -71,8 +73,9 @@ def hybrid_home() -> Path:
 def resolve(model: str | Path, *, offline: bool = False) -> Path:
     """The folder of a model's files, downloaded first where they are not on this machine.
 
-    A string is, in this order: a name of the catalog (in any case), an existing folder, a
-    repository `owner/name` on the Hugging Face Hub. So a name of the catalog wins over a folder
+    A string is, in this order: a name of the catalog or of a synthetic model such as
+    "synthetic:MiniCPM-S-1B" (in any case), an existing folder, a repository `owner/name` on the
+    Hugging Face Hub. So a name of the catalog wins over a folder
     of that name in the working directory: write `./stories` for the folder. A `Path` is always
     a folder. Nothing is asked of the network where the model is complete on this machine.
 
@@ -84,6 +87,8 @@ def resolve(model: str | Path, *, offline: bool = False) -> Path:
             f"model={text!r} is empty or holds a NUL character; expected a name such as "
             f"{_CATALOG[1].name!r}, a folder, or a Hugging Face repository owner/name"
         )
+    if isinstance(model, str) and _is_synthetic(text):
+        return synthetic.make_synthetic(text, hybrid_home())
     if isinstance(model, str) and (entry := _BY_NAME.get(text.casefold())):
         if entry.repo_id is None:
             return _bundled(entry)
@@ -102,6 +107,24 @@ def resolve(model: str | Path, *, offline: bool = False) -> Path:
     if isinstance(model, Path) or not is_repo_id:
         raise ModelNotFound(_not_found(text))
     return fetch(text, offline=offline, stamps=hybrid_home() / "verified")
+
+
+def expected_active_fraction(model: str | Path) -> float | None:
+    """The share of neurons that are active per token by a model's authors, or by the recipe of a
+    synthetic one; None where there is no such figure. Fetches and makes nothing.
+    """
+    text = os.fspath(model)
+    if isinstance(model, str):
+        if _is_synthetic(text):
+            is_known = text.casefold() in map(str.casefold, synthetic.synthetic_names())
+            return ACTIVE_FRACTION if is_known else None
+        if entry := _BY_NAME.get(text.casefold()):
+            return entry.expected_active_fraction
+    return ACTIVE_FRACTION if synthetic.is_synthetic(_expand_user(text)) else None
+
+
+def _is_synthetic(name: str) -> bool:
+    return name.casefold().startswith(synthetic.PREFIX)
 
 
 def _bundled(entry: CatalogEntry) -> Path:
@@ -130,5 +153,5 @@ def _not_found(text: str) -> str:
     return (
         f"no model {text!r}: neither a name of the catalog, nor an existing folder, nor a Hugging "
         f"Face repository owner/name.{hint} The catalog: "
-        + ", ".join(entry.name for entry in _CATALOG)
+        + ", ".join([entry.name for entry in _CATALOG] + synthetic.synthetic_names())
     )

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from train_stories import TRAIN_FILES, VALID_FILE, encode_stories, letters, read_stories
 
 import hybrid
-from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.reference_executor import ReferenceSession, read_weights
 
 STORIES = Path(hybrid.__file__).parent / "models" / "stories"

@@ -7,11 +7,11 @@ Owns which files are read and in what order. What a config says and what tensors
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -30,22 +30,31 @@ _FORMATS: tuple[tuple[str, Callable[[Path], WeightFile]], ...] = (
 _MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
 
 
+class Readable(Protocol):
+    """A tensor that is in a file, or is made when it is asked for."""
+
+    def fp32(self) -> np.ndarray: ...
+
+
 class Checkpoint:
     """A model's config and its weights, mapped. The arrays that it gave out survive `close`."""
-
-    is_synthetic = False  # random weights, for measurements of speed
 
     def __init__(
         self,
         folder: Path,
         config: ModelConfig,
-        tensors: dict[tuple[str, int | None], Tensor],
+        tensors: Mapping[tuple[str, int | None], Readable],
+        *,
         sources: tuple[Path, ...],
+        is_synthetic: bool = False,
+        notices: tuple[str, ...] = (),
     ) -> None:
         self.folder = folder
         self.config = config
         self.sources = sources  # the files that the weights come from
-        self._tensors: dict[tuple[str, int | None], Tensor] | None = tensors
+        self.is_synthetic = is_synthetic  # random weights, for measurements of speed
+        self.notices = notices  # one line each, for a user to see
+        self._tensors: Mapping[tuple[str, int | None], Readable] | None = tensors
 
     def read(self, role: str, layer: int | None = None) -> np.ndarray:
         """The float32 weights of a role, such as "embedding", or "gate" of a layer.
@@ -87,7 +96,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise ModelNotFound(f"{folder}: is not a folder; expected one with config.json and weights")
-    config = _read_config(folder)
+    config = read_config(folder)
     weights = _open_weights(folder)
     tensors = {}
     for role, layer, name, shape in expected_tensors(config):
@@ -98,15 +107,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 "config.json; the files are of different models, or broken"
             )
         tensors[role, layer] = tensor
-    return Checkpoint(folder, config, tensors, weights.paths)
+    return Checkpoint(folder, config, tensors, sources=weights.paths)
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
-    config = parse_config(_read_json(path), path)
+    config = parse_config(read_json(path), path)
     generation_path = folder / "generation_config.json"
     if generation_path.name in _file_names(folder):
-        eos = _read_json(generation_path).get("eos_token_id")
+        eos = read_json(generation_path).get("eos_token_id")
         if eos is not None:  # generation is this file's subject, so it wins
             eos_ids = parse_token_ids(eos, "eos_token_id", config.vocab_size, generation_path)
             config = replace(config, eos_ids=eos_ids)
@@ -132,7 +141,7 @@ class _Shards:
 
     def __init__(self, index: Path, reader: Callable[[Path], WeightFile]) -> None:
         self._index = index
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(shard, str) for shard in weight_map.values()
         ):
@@ -164,7 +173,7 @@ def _file_names(folder: Path) -> set[str]:
         raise InvalidCheckpoint(f"{folder}: cannot be listed: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidCheckpoint(f"{path}: is missing; download the whole model")
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, get_args
 
-from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.generation import Generation, GenerationStats
 from hybrid.engine.options import checked_count, checked_ids, checked_stop, read_default_sampling
@@ -87,7 +87,7 @@ class Engine:
                 f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
             )
         format = Format[quant]
-        with open_checkpoint(folder) as checkpoint:
+        with open_checkpoint(folder, format, progress) as checkpoint:
             config = checkpoint.config
             if context_size is None:
                 context_size = min(config.max_context, DEFAULT_CONTEXT)
@@ -110,6 +110,7 @@ class Engine:
         self.n_threads, self.n_context = n_threads, n_context
         # One line each, which a user should see: what is slower, or not applied, and why.
         self.notices: tuple[str, ...] = (
+            *checkpoint.notices,
             *self.tokenizer.notices,
             *memory_notices,
             *loaded.notices,

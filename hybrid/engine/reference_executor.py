@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.checkpoint.hf import Checkpoint
+from hybrid.checkpoint import Checkpoint
 from hybrid.engine.forward import forward
 from hybrid.kernels import Activation, Format, reference
 from hybrid.model_config import ModelConfig

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_models import write_model
 
-from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.reference_executor import ReferenceSession, read_weights
 
 torch = pytest.importorskip("torch", reason="the oracle of the oracle needs torch")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import write_model
 
-from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.reference_executor import ReferenceSession, read_weights
 from hybrid.kernels import Format, Program, Session, ThreadPool, _native

@@ -11,7 +11,7 @@ import pytest
 from tiny_models import STORIES
 
 import hybrid
-from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.reference_executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
 
