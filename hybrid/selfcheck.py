@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import sys
 import textwrap
 from dataclasses import asdict
@@ -40,16 +41,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def show(check: Check) -> None:
-    indent = " " * 28
-    print(f"{MARKS[check.verdict]} {check.name:19} ", end="")
-    print(textwrap.fill(check.message, WIDTH - len(indent), subsequent_indent=indent))
+    first = f"{MARKS[check.verdict]} {check.name:17}"
+    indent = " " * len(first)
+    print(textwrap.fill(check.message, WIDTH, initial_indent=first, subsequent_indent=indent))
     if check.advice:
-        print(
-            textwrap.fill(
-                f"→ {check.advice}", WIDTH, initial_indent=indent, subsequent_indent=indent
-            )
-        )
+        advice = f"→ {check.advice}"
+        print(textwrap.fill(advice, WIDTH, initial_indent=indent, subsequent_indent=indent))
     sys.stdout.flush()
+
+
+def as_json(check: Check) -> dict[str, object]:
+    """JSON has no NaN: a figure that is none becomes null."""
+    figures = {
+        name: value if isinstance(value, str) or math.isfinite(value) else None
+        for name, value in check.figures.items()
+    }
+    return asdict(check) | {"figures": figures}
 
 
 def show_progress(task: str, done: int, total: int) -> None:
@@ -75,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     verdict = "failed" if n_failed else "warning" if n_warnings else "ok"
     if args.json:
         report = {"model": args.model, "quant": args.quant, "verdict": verdict}
-        print(json.dumps(report | {"checks": [asdict(check) for check in checks]}))
+        print(json.dumps(report | {"checks": [as_json(check) for check in checks]}))
     elif n_failed:
         print(
             f"{n_failed} of {len(checks)} checks failed: do not trust what this model writes here."

@@ -99,9 +99,10 @@ def oracle_bytes(config: ModelConfig) -> int:
 
 
 def compare(run: Run, oracle: Run, n_neurons: int) -> Comparison:
-    difference = np.abs(run.logits - oracle.logits)
-    deviation = float(oracle.logits.std(dtype=np.float64))
-    by_position = np.sqrt(np.mean(np.square(difference, dtype=np.float64), -1))
+    with np.errstate(all="ignore"):
+        difference = np.abs(run.logits - oracle.logits)
+        deviation = float(oracle.logits.std(dtype=np.float64))
+        by_position = np.sqrt(np.mean(np.square(difference, dtype=np.float64), -1))
     return Comparison(
         rms=float(np.sqrt(np.mean(by_position**2))) / deviation,
         largest=float(difference.max()) / deviation,
@@ -136,7 +137,8 @@ def argmax_agreement(run: Run, oracle: Run, margin: float) -> tuple[int, int, in
 
 def mean_loss(logits: Logits, ids: list[int]) -> float:
     """Nats per token of the text's own next tokens."""
-    shifted = logits[:-1].astype(np.float64)
-    shifted -= shifted.max(-1, keepdims=True)
-    predicted = shifted[np.arange(len(ids) - 1), ids[1:]]
-    return float(np.mean(np.log(np.exp(shifted).sum(-1)) - predicted))
+    with np.errstate(all="ignore"):  # broken weights give NaN
+        shifted = logits[:-1].astype(np.float64)
+        shifted -= shifted.max(-1, keepdims=True)
+        predicted = shifted[np.arange(len(ids) - 1), ids[1:]]
+        return float(np.mean(np.log(np.exp(shifted).sum(-1)) - predicted))
