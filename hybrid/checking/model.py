@@ -31,7 +31,7 @@ ENGLISH = (
     '"Take this to your grandmother. She is old and cannot leave her bed." The girl put on her red '
     "coat and went out of the door. It was a sunny day, and the birds were singing in the trees."
 )
-CHINESE = "从前有一个小女孩,她和妈妈一起住在森林旁边的一座小房子里。"
+CHINESE = "从前有一个小女孩,她和妈妈一起住在森林旁边的一座小房子里。有一天,妈妈给了她一篮面包。"
 N_CHINESE = 20  # positions of the 64, where the vocabulary is MiniCPM's
 
 
