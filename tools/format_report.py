@@ -6,7 +6,7 @@ Against plain fp32, story by story and teacher-forced: perplexity of the native 
 flip, of (neuron, token) pairs and by how much they weigh. Masks come from the oracles: a format's
 own rounds weights, activations and KV cache as the kernels do. The weight of a pair is |act(gate) *
 up|: fp32's where the format lost the neuron, the format's where it gained it, both over the sum of
-all active pairs in fp32. Ten minutes on two slow cores.
+all active pairs in fp32. Takes minutes; on busy cores OPENBLAS_NUM_THREADS=1 makes it faster.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ class WeighingSession(ReferenceSession):
     """Notes what each active neuron weighs, beside the masks."""
 
     def prefill(self, tokens: NDArray) -> Array:
-        self.weights_of_active: list[Array] = []  # per layer (tokens, n_neurons); 0: inactive
+        self.weights_of_active: list[Array] = []  # per layer (tokens, n_neurons)
         return super().prefill(tokens)
 
     def ffn(self, x: Array, weights: LayerWeights[Array], layer: int, scale: float) -> Array:
         config = self.config
         h = self._round(reference.rms_norm(x, weights.ffn_norm, config.rms_norm_eps))
-        g = h @ weights.gate.T
-        active = reference.fires(Activation[config.activation], g, config.threshold)
-        if config.activation == "silu":
-            g = g / (1 + np.exp(-g))
-        self.weights_of_active.append(np.where(active, np.abs(g * (h @ weights.up.T)), 0))
-        return super().ffn(x, weights, layer, scale)
+        activation = Activation[config.activation]
+        values, active = reference.neuron_values(
+            weights.gate, weights.up, h, activation, config.threshold
+        )
+        self.active.append(active)
+        self.weights_of_active.append(np.abs(values))
+        return x + np.float32(scale) * (values @ weights.down)
 
 
 @dataclass(slots=True)
