@@ -35,7 +35,7 @@ def check(path: Path, etag: str, name: str, stamps: Path) -> None:
     with contextlib.suppress(OSError):
         if stamp.stat().st_mtime_ns >= path.stat().st_mtime_ns:
             return
-    actual = _digest(path, etag)
+    actual = digest(path, etag)
     if actual != etag:
         with contextlib.suppress(OSError):  # a read-only cache
             path.resolve().unlink()  # a blob may be a link into a store of shared blobs
@@ -49,12 +49,28 @@ def check(path: Path, etag: str, name: str, stamps: Path) -> None:
         stamp.touch()
 
 
-def _digest(path: Path, etag: str) -> str:
-    digest = hashlib.sha256()
+def known_etag(path: Path) -> str | None:
+    """The checksum that huggingface_hub noted for a file, in its cache or in the folder that
+    `hf download --local-dir` filled; None where nothing tells it.
+    """
+    if path.is_symlink():
+        etag = path.readlink().name
+        return etag if is_checksum(etag) else None
+    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    try:
+        lines = note.read_text(encoding="utf-8").split("\n")  # commit, etag, time
+    except (OSError, UnicodeDecodeError):
+        return None
+    return lines[1] if len(lines) > 1 and is_checksum(lines[1]) else None
+
+
+def digest(path: Path, etag: str) -> str:
+    """The file's own checksum, of the kind that `etag` is."""
+    hasher = hashlib.sha256()
     if len(etag) == 40:
         header = b"blob %d\0" % path.stat().st_size
-        digest = hashlib.sha1(header, usedforsecurity=False)
+        hasher = hashlib.sha1(header, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+            hasher.update(chunk)
+    return hasher.hexdigest()

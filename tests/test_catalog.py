@@ -363,7 +363,7 @@ def test_a_blob_that_was_there_before_the_download_is_checked(
 
 def test_a_stamped_file_is_not_hashed_again(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     resolve(REPO)
-    monkeypatch.setattr("hybrid.checksum._digest", lambda path, etag: "hashed")
+    monkeypatch.setattr("hybrid.checksum.digest", lambda path, etag: "hashed")
     resolve(REPO)
     monkeypatch.setenv("HYBRID_HOME", str(hybrid_home() / "another"))
     with pytest.raises(DownloadFailed, match="hashed"):

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from held_out import STORIES, Loss, read_held_out
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from train_stories import TRAIN_FILES, VALID_FILE, encode_stories, letters, read_stories
+from train_stories import TRAIN_FILES, VALID_FILE, letters, read_stories
 
 import hybrid
 from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.reference_executor import ReferenceSession, read_weights
 
-STORIES = Path(hybrid.__file__).parent / "models" / "stories"
 N_SAMPLES = 100
 
 
@@ -49,22 +48,18 @@ def plot_curves(run: dict[str, NDArray], twin: dict[str, NDArray], path: Path) -
     figure.savefig(path, dpi=100)
 
 
-def count_activations(stories: list[NDArray]) -> tuple[NDArray, int, float]:
+def count_activations(data: Path) -> tuple[NDArray, int, float]:
     """Counts (layers, neurons), tokens, and mean loss in nats per token, story by story in fp32."""
     with open_checkpoint(STORIES) as checkpoint:
         weights, config = read_weights(checkpoint, None), checkpoint.config
     counts = np.zeros((config.n_layers, config.n_neurons), np.int64)
-    n_tokens, total_loss, n_predicted = 0, 0.0, 0
-    for ids in stories:
-        ids = ids[: config.max_context]
+    n_tokens, loss = 0, Loss()
+    for ids in read_held_out(data, config.max_context):
         session = ReferenceSession(weights, config)
-        logits = session.prefill(ids).astype(np.float64)
+        loss.add(session.prefill(ids), ids)
         counts += np.stack([active.sum(0) for active in session.active])
-        shifted = logits - logits.max(-1, keepdims=True)
-        log_probability = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-        total_loss -= log_probability[np.arange(len(ids) - 1), ids[1:]].sum()
-        n_tokens, n_predicted = n_tokens + len(ids), n_predicted + len(ids) - 1
-    return counts, n_tokens, total_loss / n_predicted
+        n_tokens += len(ids)
+    return counts, n_tokens, loss.mean
 
 
 def plot_power_law(counts: NDArray, path: Path) -> NDArray:
@@ -129,9 +124,7 @@ def main() -> None:
     print(f"twin's:             {best_twin:.4f}, perplexity {math.exp(best_twin):.3f}")
     print(f"perplexity over the twin's: {math.exp(best - best_twin) - 1:+.2%}")
 
-    tokenizer = Tokenizer.from_file(str(STORIES / "tokenizer.json"))
-    valid = encode_stories(tokenizer, read_stories(args.data / VALID_FILE))
-    counts, n_tokens, loss = count_activations(valid)
+    counts, n_tokens, loss = count_activations(args.data)
     sparsity = 1 - counts.sum(1) / (n_tokens * counts.shape[1])
     print(f"bundled model, fp32, story by story: loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
     print(f"sparsity {sparsity.mean():.4f}, by layer {np.round(sparsity, 3).tolist()}")

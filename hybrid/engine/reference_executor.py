@@ -8,6 +8,7 @@ rounded as the native kernels round them, so that the two differ only by the ord
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,34 +17,96 @@ from hybrid.checkpoint import Checkpoint
 from hybrid.engine.forward import forward
 from hybrid.kernels import Activation, Format, reference
 from hybrid.model_config import ModelConfig
+from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
 from hybrid.weights.quant import round_weights
 
 Array = NDArray[np.float32]
 
 
+ROUNDED_ROWS = 512  # at a time: what NumPy makes on the way stays small
+
+
 def read_weights(checkpoint: Checkpoint, format: Format | None) -> ModelWeights[Array]:
     """All weights of a checkpoint as fp32 arrays, rounded to what `format` stores."""
-
-    def matrix(role: str, layer: int | None = None) -> Array:
-        return round_weights(format, checkpoint.read(role, layer))
-
     layers = tuple(
-        LayerWeights(
-            attention_norm=checkpoint.read("attention_norm", layer),
-            qkv=np.concatenate([matrix(role, layer) for role in ("q", "k", "v")]),
-            o=matrix("o", layer),
-            ffn_norm=checkpoint.read("ffn_norm", layer),
-            gate=matrix("gate", layer),
-            up=matrix("up", layer),
-            # Blocks of down run along hidden: transposed first, rounded then.
-            down=round_weights(format, np.ascontiguousarray(checkpoint.read("down", layer).T)),
-        )
-        for layer in range(checkpoint.config.n_layers)
+        read_layer(checkpoint, format, layer) for layer in range(checkpoint.config.n_layers)
     )
-    embedding = matrix("embedding")
-    head = embedding if checkpoint.config.has_tied_head else matrix("head")
+    return _with_layers(checkpoint, format, layers)
+
+
+def stream_weights(
+    checkpoint: Checkpoint, format: Format | None, *, progress: Progress = ignore_progress
+) -> ModelWeights[Array]:
+    """As `read_weights`, but a layer is read when `forward` asks for it, and not kept: a model of
+    7 B parameters in fp32 would fill the memory of most machines.
+
+    `progress` counts layers. The checkpoint must stay open.
+    """
+    return _with_layers(checkpoint, format, StreamedLayers(checkpoint, format, progress))
+
+
+def read_layer(checkpoint: Checkpoint, format: Format | None, layer: int) -> LayerWeights[Array]:
+    def matrix(role: str) -> Array:
+        return _rounded(format, checkpoint.read(role, layer))
+
+    return LayerWeights(
+        attention_norm=checkpoint.read("attention_norm", layer),
+        qkv=np.concatenate([matrix(role) for role in ("q", "k", "v")]),
+        o=matrix("o"),
+        ffn_norm=checkpoint.read("ffn_norm", layer),
+        gate=matrix("gate"),
+        up=matrix("up"),
+        # Blocks of down run along hidden: transposed first, rounded then.
+        down=_rounded(format, np.ascontiguousarray(checkpoint.read("down", layer).T)),
+    )
+
+
+class StreamedLayers(Sequence[LayerWeights[Array]]):
+    """The layers of a checkpoint, each read anew whenever it is asked for."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, format: Format | None, progress: Progress = ignore_progress
+    ) -> None:
+        self._checkpoint, self._format, self._progress = checkpoint, format, progress
+
+    def __len__(self) -> int:
+        return self._checkpoint.config.n_layers
+
+    @overload
+    def __getitem__(self, index: int) -> LayerWeights[Array]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LayerWeights[Array]]: ...
+    def __getitem__(
+        self, index: int | slice
+    ) -> LayerWeights[Array] | Sequence[LayerWeights[Array]]:
+        layers = range(len(self))[index]
+        if isinstance(layers, range):
+            return [self[layer] for layer in layers]
+        weights = read_layer(self._checkpoint, self._format, layers)
+        self._progress("computing the oracle", layers + 1, len(self))
+        return weights
+
+
+def _with_layers(
+    checkpoint: Checkpoint, format: Format | None, layers: Sequence[LayerWeights[Array]]
+) -> ModelWeights[Array]:
+    embedding = _rounded(format, checkpoint.read("embedding"))
+    head = embedding
+    if not checkpoint.config.has_tied_head:
+        head = _rounded(format, checkpoint.read("head"))
     return ModelWeights(embedding, layers, checkpoint.read("norm"), head)
+
+
+def _rounded(format: Format | None, w: Array) -> Array:
+    """`round_weights`, some rows at a time: a row's blocks know nothing of other rows."""
+    if format is None:
+        return w
+    rounded = np.empty(w.shape, np.float32)
+    for first in range(0, len(w), ROUNDED_ROWS):
+        part = slice(first, first + ROUNDED_ROWS)
+        rounded[part] = round_weights(format, w[part])
+    return rounded
 
 
 class ReferenceSession:
@@ -107,3 +170,48 @@ class ReferenceSession:
 
     def _cached(self, x: Array) -> Array:
         return x if self.format is None else x.astype(np.float16).astype(np.float32)
+
+
+class SideBySide:
+    """`forward.Operations` that take several sessions through one pass over the weights: where
+    layers are streamed, each is read once for all of them.
+    """
+
+    def __init__(self, sessions: Sequence[ReferenceSession]) -> None:
+        self.sessions = sessions
+
+    def prefill(
+        self, tokens: Sequence[int], weights: ModelWeights[Array], config: ModelConfig
+    ) -> list[Array]:
+        """As each session's own `prefill` would, if its weights were `weights`."""
+        for session in self.sessions:
+            session.tokens, session.active = np.asarray(tokens, np.int64), []
+        logits = forward(self, weights, config)
+        for session in self.sessions:
+            session.position += len(tokens)
+        return logits
+
+    def embed(self, weights: ModelWeights[Array], scale: float) -> list[Array]:
+        return [session.embed(weights, scale) for session in self.sessions]
+
+    def qkv(self, x: list[Array], weights: LayerWeights[Array], layer: int) -> list[Array]:
+        return [s.qkv(own, weights, layer) for s, own in zip(self.sessions, x, strict=True)]
+
+    def attend(
+        self,
+        x: list[Array],
+        q: list[Array],
+        weights: LayerWeights[Array],
+        layer: int,
+        scale: float,
+    ) -> list[Array]:
+        sessions = zip(self.sessions, x, q, strict=True)
+        return [s.attend(own, own_q, weights, layer, scale) for s, own, own_q in sessions]
+
+    def ffn(
+        self, x: list[Array], weights: LayerWeights[Array], layer: int, scale: float
+    ) -> list[Array]:
+        return [s.ffn(own, weights, layer, scale) for s, own in zip(self.sessions, x, strict=True)]
+
+    def head(self, x: list[Array], weights: ModelWeights[Array], scale: float) -> list[Array]:
+        return [s.head(own, weights, scale) for s, own in zip(self.sessions, x, strict=True)]

@@ -95,6 +95,19 @@ def fires(activation: Activation, gate: Array, threshold: float) -> NDArray[np.b
     return np.ones(gate.shape, np.bool_)
 
 
+def neuron_values(
+    gate: Array, up: Array, x: Array, activation: Activation, threshold: float
+) -> tuple[Array, NDArray[np.bool_]]:
+    """(tokens, n_neurons) each: act(gate x) * up x, the weight of a neuron's down row, 0 where
+    it is inactive; and the mask of active neurons.
+    """
+    g = x @ gate.T
+    active = fires(activation, g, threshold)
+    if activation is Activation.silu:
+        g = g / (1 + np.exp(-g))
+    return np.where(active, g * (x @ up.T), np.float32(0)), active
+
+
 def sparse_ffn(
     gate: Array, up: Array, down: Array, x: Array, activation: Activation, threshold: float
 ) -> tuple[Array, NDArray[np.bool_]]:
@@ -102,9 +115,5 @@ def sparse_ffn(
 
     Returns the output (tokens, hidden) and the mask of active neurons (tokens, n_neurons).
     """
-    g = x @ gate.T
-    active = fires(activation, g, threshold)
-    if activation is Activation.silu:
-        g = g / (1 + np.exp(-g))
-    y = np.where(active, g * (x @ up.T), np.float32(0)) @ down
-    return y, active
+    values, active = neuron_values(gate, up, x, activation, threshold)
+    return values @ down, active

@@ -4,6 +4,7 @@ the executor: a NumPy array for the reference, packed rows for the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -27,6 +28,6 @@ class LayerWeights(Generic[Matrix]):
 @dataclass(frozen=True, slots=True)
 class ModelWeights(Generic[Matrix]):
     embedding: Matrix  # vocab rows of hidden
-    layers: tuple[LayerWeights[Matrix], ...]
+    layers: Sequence[LayerWeights[Matrix]]
     norm: NDArray[np.float32]  # (hidden,)
     head: Matrix  # vocab rows of hidden; the embedding itself where they are tied

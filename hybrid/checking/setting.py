@@ -1,0 +1,111 @@
+"""Before anything is computed: the files, what config.json says, and the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from hybrid import checksum
+from hybrid.checking.check import Check, Figures
+from hybrid.engine.comparison import oracle_bytes
+from hybrid.engine.engine import Quant
+from hybrid.errors import UnsupportedIsa
+from hybrid.kernels import active_isa, available_isas, check_isa_cap
+from hybrid.model_config import ModelConfig
+
+WEIGHT_BYTES = {"bf16": 2.0, "q8": 34 / 32, "q4": 18 / 32}
+
+
+def check_files(folder: Path) -> Check:
+    """Hashes whatever has a known checksum, even what was found well before: disks forget."""
+    known, wrong = 0, []
+    for path in sorted(folder.iterdir()):
+        etag = checksum.known_etag(path) if path.is_file() else None
+        if etag is not None:
+            known += 1
+            if checksum.digest(path, etag) != etag:
+                wrong.append(path)
+    figures = {"checked": known, "wrong": len(wrong)}
+    if wrong:
+        message = f"Damaged, the checksum is another: {', '.join(path.name for path in wrong)}."
+        paths = " ".join(str(path.resolve()) for path in wrong)
+        return Check("files", "failed", message, f"Remove {paths} and download again.", figures)
+    if not known:
+        message = f"{folder}: nothing there tells the files' checksums, so none was checked."
+        return Check("files", "ok", message, figures=figures)
+    return Check("files", "ok", f"{known} files match their checksums.", figures=figures)
+
+
+def check_architecture(config: ModelConfig) -> Check:
+    activation = {"relu": "ReLU", "fatrelu": f"FATReLU, threshold {config.threshold:g}"}
+    message = (
+        f"{config.family}: {config.n_layers} layers of {config.hidden_size} with "
+        f"{config.n_neurons} neurons, {config.n_heads} heads ({config.n_kv_heads} for keys and "
+        f"values), {config.vocab_size} tokens; {activation.get(config.activation, 'SiLU')}; scales "
+        f"of embedding {config.embedding_scale:g}, branches {config.residual_scale:.4g}, logits "
+        f"{config.logit_scale:.4g}."
+    )
+    figures: Figures = {
+        "activation": config.activation,
+        "threshold": config.threshold,
+        "embedding_scale": config.embedding_scale,
+        "residual_scale": config.residual_scale,
+        "logit_scale": config.logit_scale,
+    }
+    if config.family == "minicpm" and config.embedding_scale == 1.0:
+        advice = "MiniCPM's config.json gives scale_emb, scale_depth and dim_model_base: fetch it."
+        return Check("architecture", "warning", message + " No scales!", advice, figures)
+    return Check("architecture", "ok", message, figures=figures)
+
+
+def check_isa() -> Check:
+    try:
+        check_isa_cap()
+    except UnsupportedIsa as error:
+        return Check("instruction set", "failed", str(error), "Unset HYBRID_ISA.")
+    best, active = available_isas()[-1], active_isa()
+    figures: Figures = {"best": best, "active": active}
+    if active != best:
+        message = f"{active}, although {best} is there: HYBRID_ISA caps it."
+        return Check("instruction set", "warning", message, "Unset HYBRID_ISA.", figures)
+    if "avx2" not in available_isas():
+        message = (
+            f"{active}: this CPU or this build lacks AVX2, so the portable kernels run, slowly."
+        )
+        advice = "If the CPU has AVX2, install hybrid again on this machine."
+        return Check("instruction set", "warning", message, advice, figures)
+    return Check("instruction set", "ok", f"{active}, the best of this CPU.", figures=figures)
+
+
+def check_memory(config: ModelConfig, quant: Quant) -> Check:
+    attention = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    n_weights = config.hidden_size * (
+        config.vocab_size * (1 if config.has_tied_head else 2)
+        + config.n_layers * (attention + 3 * config.n_neurons)
+    )
+    weights, oracle = n_weights * WEIGHT_BYTES[quant], oracle_bytes(config)
+    available = psutil.virtual_memory().available
+    message = (
+        f"{weights / 1e9:.2f} GB of weights in {quant}, then {oracle / 1e9:.2f} GB for the oracle; "
+        f"{available / 1e9:.1f} GB are free."
+    )
+    figures: Figures = {
+        "weight_bytes": int(weights),
+        "oracle_bytes": oracle,
+        "available_bytes": available,
+    }
+    if max(weights, oracle) > available:
+        advice = "Close other programs, or try --quant q4: else the system may swap or end hybrid."
+        return Check("memory", "warning", message, advice, figures)
+    return Check("memory", "ok", message, figures=figures)
+
+
+def check_threads(n_threads: int) -> Check:
+    cores = psutil.cpu_count(logical=False) or n_threads
+    message = f"{n_threads} for {cores} physical cores."
+    figures: Figures = {"threads": n_threads, "physical_cores": cores}
+    if n_threads > cores:
+        advice = f"More threads than cores only wait for one another: -t {cores}."
+        return Check("threads", "warning", message, advice, figures)
+    return Check("threads", "ok", message, figures=figures)
