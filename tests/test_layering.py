@@ -20,13 +20,15 @@ LAYERS = [
     ["hybrid.checkpoint", "hybrid.weights"],
     ["hybrid.tokenizer", "hybrid.sampling"],
     ["hybrid.engine"],
-    ["hybrid.checksum", "hybrid.download", "hybrid.catalog"],
+    ["hybrid.checksum", "hybrid.hub_errors", "hybrid.download_progress"],
+    ["hybrid.download", "hybrid.catalog"],
     ["hybrid.loading"],
     ["hybrid"],  # the public names
+    ["hybrid.progress_bar"],
     ["hybrid.run"],
 ]
-FRONT_ENDS = ["hybrid.run"]
-FRONT_END_IMPORTS = {"hybrid", "hybrid.catalog"}
+FRONT_ENDS = ["hybrid.progress_bar", "hybrid.run"]
+FRONT_END_IMPORTS = {"hybrid", "hybrid.catalog", "hybrid.progress", "hybrid.progress_bar"}
 
 
 def layer_of(module: str) -> int:
