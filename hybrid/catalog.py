@@ -16,6 +16,7 @@ from hybrid.checkpoint import synthetic
 from hybrid.checkpoint.synthetic_weights import ACTIVE_FRACTION
 from hybrid.download import fetch
 from hybrid.errors import InvalidOption, ModelNotFound
+from hybrid.progress import Progress, ignore_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +71,17 @@ def hybrid_home() -> Path:
     return _expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hybrid"
 
 
-def resolve(model: str | Path, *, offline: bool = False) -> Path:
+def resolve(
+    model: str | Path, *, offline: bool = False, progress: Progress = ignore_progress
+) -> Path:
     """The folder of a model's files, downloaded first where they are not on this machine.
 
     A string is, in this order: a name of the catalog or of a synthetic model such as
     "synthetic:MiniCPM-S-1B" (in any case), an existing folder, a repository `owner/name` on the
     Hugging Face Hub. So a name of the catalog wins over a folder
     of that name in the working directory: write `./stories` for the folder. A `Path` is always
-    a folder. Nothing is asked of the network where the model is complete on this machine.
+    a folder. Nothing is asked of the network where the model is complete on this machine, and
+    `progress` is called only where something is fetched.
 
     Raises ModelNotFound or DownloadFailed, and InvalidOption for what cannot be a name at all.
     """
@@ -92,7 +96,9 @@ def resolve(model: str | Path, *, offline: bool = False) -> Path:
     if isinstance(model, str) and (entry := _BY_NAME.get(text.casefold())):
         if entry.repo_id is None:
             return _bundled(entry)
-        return fetch(entry.repo_id, offline=offline, stamps=hybrid_home() / "verified")
+        return fetch(
+            entry.repo_id, offline=offline, stamps=hybrid_home() / "verified", progress=progress
+        )
 
     path = _expand_user(text)
     try:
@@ -106,7 +112,7 @@ def resolve(model: str | Path, *, offline: bool = False) -> Path:
     is_repo_id = _REPO_ID.fullmatch(text) and "--" not in text and ".." not in text
     if isinstance(model, Path) or not is_repo_id:
         raise ModelNotFound(_not_found(text))
-    return fetch(text, offline=offline, stamps=hybrid_home() / "verified")
+    return fetch(text, offline=offline, stamps=hybrid_home() / "verified", progress=progress)
 
 
 def expected_active_fraction(model: str | Path) -> float | None:

@@ -1,10 +1,10 @@
 """A repository on the Hugging Face Hub -> a complete, verified folder in huggingface_hub's cache.
 
-Owns which files a model needs, when a cached copy is complete, how a file gets into the cache,
-and what the user reads when it does not. huggingface_hub speaks to the server (endpoint, token,
-proxies, retries, progress bar). The file it writes to is ours, because its own download starts
-at zero after an interruption. The cache is laid out as huggingface_hub does it, so that other
-programs find the model there:
+Owns which files a model needs, when a cached copy is complete, and how a file gets into the
+cache. huggingface_hub speaks to the server (endpoint, token, proxies, retries). The file it writes
+to is ours, because its own download starts at zero after an interruption, and because it shows a
+bar of its own where a caller should be told. The cache is laid out as huggingface_hub does it, so
+that other programs find the model there:
 
     models--owner--name/
     ├── blobs/<etag>                 the bytes; <etag>.incomplete while they come
@@ -15,18 +15,22 @@ programs find the model there:
 from __future__ import annotations
 
 import contextlib
-import errno
+import inspect
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hybrid.checksum import check, check_link, is_checksum
-from hybrid.errors import DownloadFailed, HybridError, InvalidCheckpoint, ModelNotFound
+from hybrid.download_progress import CallerRaised, SilentBar, Tally, ToldFile
+from hybrid.errors import DownloadFailed, InvalidCheckpoint, ModelNotFound
+from hybrid.hub_errors import advice, hub_errors
+from hybrid.progress import Progress, ignore_progress
 
 REQUIRED = ("config.json", "tokenizer.json")
 OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -36,10 +40,7 @@ WEIGHTS = (  # the first one there is taken; an index names its shards
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
-)
+_INDEX = ".index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +57,32 @@ class _RemoteFile:
     def partial(self) -> Path:
         return self.blob.with_name(f"{self.etag}.incomplete")
 
-    def missing_bytes(self) -> int:
-        if self.size is None or self.blob.exists():
-            return 0
+    def present_bytes(self) -> int:
+        """How much of it is on this machine; 0 where the whole is not known."""
+        size = self.size or 0
+        if self.blob.exists() or self.link.is_file():
+            return size
         with contextlib.suppress(FileNotFoundError):
-            return max(0, self.size - self.partial.stat().st_size)
-        return self.size
+            n_bytes = self.partial.stat().st_size
+            return n_bytes if n_bytes <= size else 0  # too long: begun anew
+        return 0
 
 
-def fetch(repo_id: str, *, offline: bool, stamps: Path) -> Path:
+def fetch(
+    repo_id: str, *, offline: bool, stamps: Path, progress: Progress = ignore_progress
+) -> Path:
     """The folder of a repository's model files, from the cache if complete, else downloaded.
 
     Each file is checked against its checksum once; `stamps` is the folder that remembers which.
     A complete copy is used as it is: the network is not asked whether there is a newer one.
+    `progress` is told the bytes of all files together, those that were here before included; what
+    it raises passes through.
     """
-    with _hub_errors(repo_id, "the settings of huggingface_hub"):
+    with hub_errors(repo_id, "the settings of huggingface_hub"):
         from huggingface_hub import constants, try_to_load_from_cache
     cache = Path(constants.HF_HUB_CACHE)
     try:
-        with _hub_errors(repo_id, "the cached copy"):
+        with hub_errors(repo_id, "the cached copy"):
             config = try_to_load_from_cache(repo_id, REQUIRED[0])
         missing = [f"{REQUIRED[0]} and all else"]
         if isinstance(config, str):
@@ -86,9 +94,11 @@ def fetch(repo_id: str, *, offline: bool, stamps: Path) -> Path:
             raise ModelNotFound(
                 f"{repo_id} is not complete on this machine (missing in {cache}: "
                 f"{', '.join(missing)}), and offline=True or HF_HUB_OFFLINE forbids the network. "
-                + _advice(repo_id)
+                + advice(repo_id)
             )
-        return _download(repo_id, cache, stamps)
+        return _download(repo_id, cache, stamps, progress)
+    except CallerRaised as raised:
+        raise raised.error from None
     except OSError as error:
         raise DownloadFailed(
             f"cannot keep {repo_id} in {cache}: {error}. Make room or grant access there, or set "
@@ -121,7 +131,7 @@ def _select(available: Collection[str]) -> tuple[list[str], list[str]]:
 
 def _shards(weights: Path) -> list[str]:
     """The files that an index of weights names; none if `weights` is no index."""
-    if not weights.name.endswith(".index.json"):
+    if not weights.name.endswith(_INDEX):
         return []
     try:
         shards = sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
@@ -135,10 +145,10 @@ def _shards(weights: Path) -> list[str]:
     )
 
 
-def _download(repo_id: str, cache: Path, stamps: Path) -> Path:
+def _download(repo_id: str, cache: Path, stamps: Path, progress: Progress) -> Path:
     from huggingface_hub import HfApi, constants
 
-    with _hub_errors(repo_id, "its list of files"):
+    with hub_errors(repo_id, "its list of files"):
         info = HfApi().model_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         commit = str(info.sha)
         listed = {sibling.rfilename for sibling in info.siblings or ()}
@@ -150,17 +160,22 @@ def _download(repo_id: str, cache: Path, stamps: Path) -> Path:
     storage = cache / f"models--{repo_id.replace('/', '--')}"
     snapshot = storage / "snapshots" / commit
 
-    files, missing = _select(listed)
+    files: list[_RemoteFile] = []
+    shards: list[str] = []
+    names, missing = _select(listed)
     if not missing:
-        _fetch_files(repo_id, files, snapshot, stamps)
-        shards = _shards(snapshot / files[-1])
-        missing = [shard for shard in shards if shard not in listed]
+        files = [_locate(repo_id, name, snapshot) for name in names]
+        if names[-1].endswith(_INDEX):  # fetched first: it knows which files there are yet
+            _fetch_files(files[-1:], stamps, ignore_progress)
+            shards = _shards(snapshot / names[-1])
+            missing = [shard for shard in shards if shard not in listed]
     if missing:
         raise InvalidCheckpoint(
             f"{repo_id} lacks {', '.join(missing)}; it holds {len(listed)} files: "
             f"{', '.join(sorted(listed)[:20])}"
         )
-    _fetch_files(repo_id, shards, snapshot, stamps)
+    files += [_locate(repo_id, shard, snapshot) for shard in shards]
+    _fetch_files(files, stamps, progress)
 
     # Only now: a ref to an unfinished snapshot would hide an older complete one.
     ref = storage / "refs" / "main"
@@ -171,25 +186,27 @@ def _download(repo_id: str, cache: Path, stamps: Path) -> Path:
     return snapshot
 
 
-def _fetch_files(repo_id: str, names: list[str], snapshot: Path, stamps: Path) -> None:
-    files = [_locate(repo_id, name, snapshot) for name in names]
-    blobs = snapshot.parent.parent / "blobs"
+def _fetch_files(files: list[_RemoteFile], stamps: Path, progress: Progress) -> None:
+    blobs, snapshot = files[0].blob.parent, files[0].link.parent
     for folder in (snapshot, blobs):
         folder.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(file.missing_bytes() for file in files), shutil.disk_usage(blobs).free
+    needed = sum((file.size or 0) - file.present_bytes() for file in files)
+    free = shutil.disk_usage(blobs).free
     if needed > free:
         raise DownloadFailed(
-            f"{repo_id} needs {needed / 1e9:.2f} GB more on the disk of {blobs}, which has "
-            f"{free / 1e9:.2f} GB free. Make room, or set HF_HOME to a folder on another disk."
+            f"{files[0].repo_id} needs {needed / 1e9:.2f} GB more on the disk of {blobs}, which "
+            f"has {free / 1e9:.2f} GB free. Make room, or set HF_HOME to a folder on another disk."
         )
+    sizes = {file.name: (file.present_bytes(), file.size or 0) for file in files}
+    tally = Tally(f"downloading {files[0].repo_id.rpartition('/')[2]}", sizes, progress)
     for file in files:
-        _fetch_file(file, stamps)
+        _fetch_file(file, stamps, tally)
 
 
 def _locate(repo_id: str, name: str, snapshot: Path) -> _RemoteFile:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    with _hub_errors(repo_id, name):
+    with hub_errors(repo_id, name):
         url = hf_hub_url(repo_id, name, revision=snapshot.name)
         metadata = get_hf_file_metadata(url)
         etag = str(metadata.etag)
@@ -202,7 +219,7 @@ def _locate(repo_id: str, name: str, snapshot: Path) -> _RemoteFile:
     return _RemoteFile(repo_id, name, url, etag, metadata.size, blob, snapshot / name)
 
 
-def _fetch_file(file: _RemoteFile, stamps: Path) -> None:
+def _fetch_file(file: _RemoteFile, stamps: Path, tally: Tally) -> None:
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     storage = file.blob.parent.parent
@@ -212,23 +229,27 @@ def _fetch_file(file: _RemoteFile, stamps: Path) -> None:
         if file.blob.exists():
             check(file.blob, file.etag, file.name, stamps)
         elif not file.link.is_file():  # a file without a blob: see `_link`
-            _stream(file)
+            _stream(file, tally)
             check(file.partial, file.etag, file.name, stamps)
             file.partial.replace(file.blob)
         _link(file)
+    tally.file_is_whole(file.name)
 
 
-def _stream(file: _RemoteFile) -> None:
+def _stream(file: _RemoteFile, tally: Tally) -> None:
     """Append to the partial file what it lacks."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+    options: dict[str, Any] = {}
+    if "_tqdm_bar" in inspect.signature(http_get).parameters:  # 0.30 to 2.4 have it, later ones may
+        options["_tqdm_bar"] = SilentBar()
     # Compressed on the way, a file would have neither a known length nor ranges.
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    with file.partial.open("ab") as stream:
+    with ToldFile(file.partial, lambda n_bytes: tally.file_has(file.name, n_bytes)) as stream:
         if file.size is None or stream.tell() > file.size:
             stream.truncate(0)
-        with _hub_errors(file.repo_id, file.name):
+        with hub_errors(file.repo_id, file.name):
             http_get(
                 file.url,
                 stream,
@@ -236,6 +257,7 @@ def _stream(file: _RemoteFile) -> None:
                 headers=headers,
                 expected_size=file.size,
                 displayed_filename=file.name,
+                **options,
             )
 
 
@@ -248,44 +270,3 @@ def _link(file: _RemoteFile) -> None:
         file.link.symlink_to(os.path.relpath(file.blob, file.link.parent))
     except OSError:
         file.blob.replace(file.link)
-
-
-@contextlib.contextmanager
-def _hub_errors(repo_id: str, what: str) -> Iterator[None]:
-    """Say in our own words what went wrong in huggingface_hub.
-
-    It raises errors of requests, httpx or httpx2, as its version has it, and of its own; a
-    proxy's login page in place of JSON makes it raise yet others. Hence `Exception`, and hence
-    nothing but calls of huggingface_hub belongs under this.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise  # our disk, not the network
-        raise _explain(error, repo_id, what) from error
-
-
-def _explain(error: Exception, repo_id: str, what: str) -> HybridError:
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    if status in (401, 403, 404):
-        return ModelNotFound(
-            f"the hub does not give {what} of {repo_id} (HTTP {status}): there is no such "
-            "repository, or it is private or gated. Check the name; for a private or gated one, "
-            f"ask for access at https://huggingface.co/{repo_id} and set HF_TOKEN."
-        )
-    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return DownloadFailed(
-        f"cannot fetch {what} of {repo_id} ({reason}). Try again: what has come is kept. "
-        + _advice(repo_id)
-    )
-
-
-def _advice(repo_id: str) -> str:
-    folder = repo_id.rpartition("/")[2]
-    return (
-        "Where the hub can be reached, run `hf download "
-        f"{repo_id} --local-dir {folder}`, copy the folder to this machine and pass it: "
-        f"-m /path/to/{folder}. Or set HF_ENDPOINT to a mirror that this machine can reach."
-    )

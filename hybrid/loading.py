@@ -36,7 +36,7 @@ def load(
     OutOfMemory.
     """
     return Engine(
-        resolve(model, offline=offline),
+        resolve(model, offline=offline, progress=progress),
         threads=threads,
         quant=quant,
         context_size=context_size,

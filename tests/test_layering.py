@@ -21,7 +21,8 @@ LAYERS = [
     ["hybrid.placement"],
     ["hybrid.tokenizer", "hybrid.sampling"],
     ["hybrid.engine"],
-    ["hybrid.checksum", "hybrid.download", "hybrid.catalog"],
+    ["hybrid.checksum", "hybrid.hub_errors", "hybrid.download_progress"],
+    ["hybrid.download", "hybrid.catalog"],
     ["hybrid.loading"],
     ["hybrid.checking"],
     ["hybrid"],  # the public names

@@ -1,0 +1,68 @@
+"""The bytes of all files that are fetched together, counted as they are written, for one Progress.
+
+huggingface_hub counts too, but each file for itself, from zero at every attempt, for a bar that it
+draws: it gets a bar that does nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from hybrid.progress import Progress
+
+
+class CallerRaised(BaseException):
+    """Carries what the caller's Progress raised past `except Exception` and `except OSError`: it
+    is neither the network nor the disk."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class Tally:
+    """Adds up (bytes here, bytes in all) of each file, and tells a Progress."""
+
+    def __init__(self, task: str, sizes: dict[str, tuple[int, int]], progress: Progress) -> None:
+        self._task = task
+        self._done = {name: done for name, (done, _) in sizes.items()}
+        self._sizes = {name: size for name, (_, size) in sizes.items()}
+        self._progress = progress
+        self._tell()
+
+    def file_has(self, name: str, n_bytes: int) -> None:
+        # A server that ignores where to resume sends more than there is to come.
+        n_bytes = min(n_bytes, self._sizes[name])
+        if n_bytes != self._done[name]:
+            self._done[name] = n_bytes
+            self._tell()
+
+    def file_is_whole(self, name: str) -> None:
+        self.file_has(name, self._sizes[name])
+
+    def _tell(self) -> None:
+        try:
+            self._progress(self._task, sum(self._done.values()), sum(self._sizes.values()))
+        except Exception as error:
+            raise CallerRaised(error) from error
+
+
+class ToldFile(io.BufferedWriter):
+    """A file to append to, that tells its length whenever it is written to."""
+
+    def __init__(self, path: Path, tell_length: Callable[[int], None]) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._tell_length = tell_length
+
+    def write(self, data: bytes, /) -> int:  # type: ignore[override]
+        n_bytes = super().write(data)
+        self._tell_length(self.tell())
+        return n_bytes
+
+
+class SilentBar:
+    """Stands where huggingface_hub would make a progress bar of its own."""
+
+    def update(self, n_bytes: int) -> None:
+        pass
