@@ -269,7 +269,8 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
     assert process.stderr is not None
     process.stdout.read(1)
     process.stdout.close()
-    assert process.stderr.read() == b""
+    with process.stderr:  # the watchdog keeps the process object beyond this test
+        assert process.stderr.read() == b""
     assert process.wait() == 1
 
 

@@ -30,7 +30,7 @@ Logits = NDArray[np.float32]  # (tokens, vocab)
 Counts = NDArray[np.int64]  # (tokens, layers) active neurons
 
 # Multiples of the yardstick, and a floor for models on which rounding does almost nothing. Measured
-# on the bundled model and ten random ones of 2 to 52 layers, in all formats, on all instruction
+# on the bundled model and eight random ones of 2 to 52 layers, in all formats, on all instruction
 # sets: at most 1.23, 1.59 and 1.1 (docs/log.md). The floors are shares of the logits' standard
 # deviation and of all (neuron, token) pairs.
 RMS_FACTOR, RMS_FLOOR = 2.0, 1e-3
