@@ -57,7 +57,7 @@ WARMUP = 0.03  # shares of all steps
 SPARSITY_RAMP = (0.10, 0.70)
 THRESHOLD_AT = 0.80
 DECAY_FROM = 0.55
-LEAST_LAYER_SPARSITY = 0.855  # half a point over what the model's card promises
+LEAST_LAYER_SPARSITY = 0.85
 THRESHOLD_COST = 0.002  # share of held-out loss that the threshold may cost when it is set
 EVAL_EVERY = 100
 
