@@ -118,10 +118,10 @@ inline F32 LoadQ8(const uint8_t* p) {
 }
 inline F32Pair LoadQ4(const uint8_t* p) {
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m512i offset = _mm512_set1_epi32(8);
-  const __m512i low = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
-  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(low, offset)),
-          _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(bytes, 4), offset))};
+  // A permutation looks at the low four bits of its index: a table of all sixteen values.
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm512_permutexvar_ps(bytes, values),
+          _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values)};
 }
 inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
   const __m512i base = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);

@@ -84,7 +84,8 @@ void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float
     group.values += first / kGroup * ValueBytes(format, kGroup);
     group.scales += first / kBlock * 2;
     for (int32_t col = 0; col < kGroup; col += kLanes) Store(packed + col, Zero());
-    Axpy(format, group, row, 1.0f, packed);
+    const float one = 1.0f;
+    Axpy<1>(format, group, &row, &one, packed);
     for (int32_t i = 0; i < kGroup && first + i < rows.n_cols; ++i)
       out[first + i] = packed[ColumnOrder(format, i)] * scale;
   }
