@@ -319,6 +319,21 @@ def test_a_partial_file_longer_than_the_whole_is_begun_anew(hub: LocalHub, tmp_p
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
 
 
+def test_a_server_that_sends_more_than_it_said_fills_no_disk(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Handler.send_large
+    monkeypatch.setattr(
+        Handler, "send_large", lambda handler, body: handler.answer(200, body + bytes(100 * CHUNK))
+    )
+    with pytest.raises(DownloadFailed, match=r"more than the 40,960 bytes it announced"):
+        resolve(REPO)
+    (partial,) = tmp_path.glob("hf/hub/models--*/blobs/*.incomplete")
+    assert partial.stat().st_size <= len(WEIGHTS) + CHUNK
+    monkeypatch.setattr(Handler, "send_large", send)
+    assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
+
+
 def test_ctrl_c_passes_through(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
