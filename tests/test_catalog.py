@@ -455,7 +455,12 @@ resolve("someone/tiny", progress=lambda task, done, total: done > 4 * 4096 and {
     ("before", "then", "message"),
     [
         pytest.param("", "os.kill(os.getpid(), signal.SIGKILL)", "", id="killed"),
-        pytest.param("", "os.kill(os.getpid(), signal.SIGINT)", "KeyboardInterrupt", id="ctrl-c"),
+        pytest.param(
+            "signal.signal(signal.SIGINT, signal.default_int_handler)",  # background jobs lack it
+            "os.kill(os.getpid(), signal.SIGINT)",
+            "KeyboardInterrupt",
+            id="ctrl-c",
+        ),
         pytest.param(
             "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 4096, 10**9))",
             "None",
