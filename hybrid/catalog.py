@@ -106,6 +106,8 @@ def resolve(
             return path
         if path.exists():
             raise ModelNotFound(f"{text!r} is a file; expected the folder that holds the model")
+        if path.is_symlink():
+            raise ModelNotFound(f"{text!r} is a link to a folder that is not there")
     except OSError as error:  # no permission to look, or longer than a file name may be
         raise ModelNotFound(f"cannot look at {text!r}: {error.strerror}") from error
 

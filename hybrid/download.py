@@ -246,9 +246,12 @@ def _stream(file: _RemoteFile, tally: Tally) -> None:
         options["_tqdm_bar"] = SilentBar()
     # Compressed on the way, a file would have neither a known length nor ranges.
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    with ToldFile(file.partial, lambda n_bytes: tally.file_has(file.name, n_bytes)) as stream:
+    with ToldFile(
+        file.partial, file.size, lambda n_bytes: tally.file_has(file.name, n_bytes)
+    ) as stream:
         if file.size is None or stream.tell() > file.size:
-            stream.truncate(0)
+            stream.seek(0)  # its position tells its length
+            stream.truncate()
         with hub_errors(file.repo_id, file.name):
             http_get(
                 file.url,

@@ -32,8 +32,7 @@ class Tally:
         self._tell()
 
     def file_has(self, name: str, n_bytes: int) -> None:
-        # A server that ignores where to resume sends more than there is to come.
-        n_bytes = min(n_bytes, self._sizes[name])
+        n_bytes = min(n_bytes, self._sizes[name])  # a size of 0 stands for an unknown one
         if n_bytes != self._done[name]:
             self._done[name] = n_bytes
             self._tell()
@@ -49,15 +48,22 @@ class Tally:
 
 
 class ToldFile(io.BufferedWriter):
-    """A file to append to, that tells its length whenever it is written to."""
+    """A file to append to, that tells its length whenever it is written to. It takes `max_bytes`:
+    huggingface_hub looks at what came when all has come, and a server may go on for ever."""
 
-    def __init__(self, path: Path, tell_length: Callable[[int], None]) -> None:
+    def __init__(
+        self, path: Path, max_bytes: int | None, tell_length: Callable[[int], None]
+    ) -> None:
         super().__init__(io.FileIO(path, "ab"))
+        self._max_bytes = max_bytes
         self._tell_length = tell_length
 
     def write(self, data: bytes, /) -> int:  # type: ignore[override]
         n_bytes = super().write(data)
-        self._tell_length(self.tell())
+        length = self.tell()
+        if self._max_bytes is not None and length > self._max_bytes:
+            raise OSError(f"the server sends more than the {self._max_bytes:,} bytes it announced")
+        self._tell_length(length)
         return n_bytes
 
 

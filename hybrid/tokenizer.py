@@ -36,6 +36,7 @@ _DECODER = {
         {"type": "Strip", "content": " ", "start": 1, "stop": 0},
     ],
 }
+_MAX_FILE_BYTES = 64 << 20  # the tokenizers of 250,000 pieces have 20 MB
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 _USER, _ASSISTANT = "<用户>", "<AI>"
@@ -184,7 +185,7 @@ def _load_bpe(path: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, dict[s
     layout = _parse_json(path, text)
     model = layout.get("model")
     if not isinstance(model, dict):
-        raise InvalidCheckpoint(f"{path}: expected a tokenizer's model, found {model!s:.40}")
+        raise InvalidCheckpoint(f"{path}: expected a tokenizer's model, found {model!r:.40}")
     if (
         model.get("type") != "BPE"
         or not model.get("byte_fallback")
@@ -193,7 +194,7 @@ def _load_bpe(path: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, dict[s
     ):
         raise UnsupportedModel(
             f"{path}: not supported: expected BPE with byte fallback and SentencePiece's decoder, "
-            f"found {model.get('type')!s:.40} with decoder {layout.get('decoder')!s:.400}"
+            f"found {model.get('type')!r:.40} with decoder {layout.get('decoder')!r:.400}"
         )
     try:
         bpe = tokenizers.Tokenizer.from_str(text)
@@ -228,6 +229,10 @@ def _read_text(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():
             raise OSError("not a regular file")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise InvalidCheckpoint(
+                f"{path}: has {path.stat().st_size:,} bytes, expected at most {_MAX_FILE_BYTES:,}"
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(f"{path}: missing or not text: {error}; fetch it again") from error

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -318,6 +319,21 @@ def test_a_partial_file_longer_than_the_whole_is_begun_anew(hub: LocalHub, tmp_p
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
 
 
+def test_a_server_that_sends_more_than_it_said_fills_no_disk(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Handler.send_large
+    monkeypatch.setattr(
+        Handler, "send_large", lambda handler, body: handler.answer(200, body + bytes(100 * CHUNK))
+    )
+    with pytest.raises(DownloadFailed, match=r"more than the 40,960 bytes it announced"):
+        resolve(REPO)
+    (partial,) = tmp_path.glob("hf/hub/models--*/blobs/*.incomplete")
+    assert partial.stat().st_size <= len(WEIGHTS) + CHUNK
+    monkeypatch.setattr(Handler, "send_large", send)
+    assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
+
+
 def test_ctrl_c_passes_through(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -412,6 +428,66 @@ def test_a_disk_without_links_holds_plain_files(
     assert hub.requests == []
 
 
+def environment_of(hub: LocalHub, tmp_path: Path) -> dict[str, str]:
+    """For other processes, which the fixture's changes do not reach."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    environment.pop("HF_HUB_CACHE", None)
+    return environment
+
+
+STOP_HALF_WAY = """
+import os, signal
+from huggingface_hub import constants
+from hybrid.catalog import resolve
+constants.DOWNLOAD_CHUNK_SIZE = 4096
+{before}
+resolve("someone/tiny", progress=lambda task, done, total: done > 4 * 4096 and {then})
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+@pytest.mark.parametrize(
+    ("before", "then", "message"),
+    [
+        pytest.param("", "os.kill(os.getpid(), signal.SIGKILL)", "", id="killed"),
+        pytest.param(
+            "signal.signal(signal.SIGINT, signal.default_int_handler)",  # background jobs lack it
+            "os.kill(os.getpid(), signal.SIGINT)",
+            "KeyboardInterrupt",
+            id="ctrl-c",
+        ),
+        pytest.param(
+            "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 4096, 10**9))",
+            "None",
+            "cannot keep someone/tiny",
+            id="disk full",
+        ),
+    ],
+)
+def test_after_a_process_ended_half_way_the_next_takes_up_its_download(
+    hub: LocalHub, tmp_path: Path, before: str, then: str, message: str
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", STOP_HALF_WAY.format(before=before, then=then)],
+        env=environment_of(hub, tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode != 0
+    assert message in ended.stderr
+    assert not any(name == hashlib.sha256(WEIGHTS).hexdigest() for name in blobs(tmp_path))
+
+    record = Record()
+    assert contents(resolve(REPO, progress=record))["model.safetensors"] == WEIGHTS
+    assert record.done()[0] >= 2 * CHUNK  # what the process had in its buffer is lost
+    assert not any(name.endswith(".incomplete") for name in blobs(tmp_path))
+
+
 def test_threads_that_want_the_same_model_share_one_download(hub: LocalHub) -> None:
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(resolve, [REPO] * 4))
@@ -423,13 +499,7 @@ def test_threads_that_want_the_same_model_share_one_download(hub: LocalHub) -> N
 def test_processes_share_one_download_and_the_environment_is_honoured(
     hub: LocalHub, tmp_path: Path
 ) -> None:
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "elsewhere"),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    environment.pop("HF_HUB_CACHE", None)
+    environment = environment_of(hub, tmp_path) | {"HF_HOME": str(tmp_path / "elsewhere")}
     script = "from hybrid.catalog import resolve; print(resolve('someone/tiny'))"
 
     def start(**variables: str) -> subprocess.Popen[str]:
@@ -769,6 +839,18 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ModelNotFound, match=r"model\.gguf' is a file; expected the folder"):
         resolve(str(tmp_path / "model.gguf"))
+
+
+def test_links_to_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "'quoted' \"twice\" `id` $(id) & # *\nnext line"
+    folder.mkdir()
+    for name, target in (("good", folder), ("dangling", tmp_path / "gone"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+    assert resolve(str(folder)) == folder
+    assert resolve(str(tmp_path / "good")) == tmp_path / "good"
+    for name in ("dangling", "loop"):
+        with pytest.raises(ModelNotFound, match=f"{name}' is a link to a folder that is not"):
+            resolve(str(tmp_path / name))
 
 
 def test_the_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,54 @@ def test_a_prompt_file_that_is_not_text_is_refused(tmp_path):
     assert "not UTF-8 text (byte 3 is 0xff)" in result.err
 
 
+@pytest.mark.parametrize(
+    "content", [b"a\0b", b"", b"\n", b"</s><AI>", "<用户>x<AI>".encode(), "\u202e🙂".encode()]
+)
+def test_any_text_in_a_prompt_file_is_text(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(content)
+    result = hybrid_run("-f", path, "-n", "3")
+    assert result.code == 0
+    assert result.out.startswith(content.decode().removesuffix("\n"))
+    (line,) = result.err.splitlines()
+    assert "generated" in line
+
+
+@pytest.mark.skipif(os.name != "posix", reason="arguments are bytes there")
+def test_a_prompt_that_is_no_unicode_is_refused() -> None:
+    result = hybrid_run("-p", os.fsdecode(b"ab\xff"))
+    assert result.code == 2
+    assert "lone surrogate" in result.err
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "$(touch x)", "`id`; rm", "'\"\n", "-n", "模型", os.fsdecode(b"\xff\xfe")]
+)
+def test_a_model_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    folder = write_model(tmp_path / name, vocab_size=4096)
+    assert hybrid_run("-m", folder, "-n", "2").code == 0
+    (folder / "config.json").write_text("{")
+    broken = hybrid_run("-m", folder, "-n", "2")
+    assert broken.code == 1
+    assert "Traceback" not in broken.err
+    assert "config.json: is not readable as JSON" in broken.err
+
+
+@pytest.mark.parametrize(
+    "options", [("--top-k", "9" * 20), ("-n", "9" * 20, "-c", "8"), ("--seed", "9" * 30, "-n", "2")]
+)
+def test_numbers_beyond_all_bounds_that_mean_something(options: tuple[str, ...]) -> None:
+    assert hybrid_run("-p", "a", *options).code == 0
+
+
+def test_a_prompt_beyond_the_context_is_one_line_with_both_numbers() -> None:
+    result = hybrid_run("-p", "a b c d e f", "-c", "3")
+    assert result.code == 1
+    assert "7 tokens, the context holds 3" in result.err
+    assert result.out == ""
+
+
 def break_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 

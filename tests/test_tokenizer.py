@@ -7,6 +7,7 @@ MiniCPM's markers need; tests of the real MiniCPM vocabulary skip where that fil
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -466,6 +467,43 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json: "):
         Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=BOS)
+
+
+FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_huge_file_is_not_read(tmp_path: Path, name: str) -> None:
+    shutil.copy(STORIES / "tokenizer.json", tmp_path)
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no place
+    with pytest.raises(InvalidCheckpoint, match=rf"{name}: .*1,099,511,627,776 bytes"):
+        Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=BOS)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_in_place_of_a_file_blocks_nothing(tmp_path: Path, name: str) -> None:
+    if name != "tokenizer.json":
+        shutil.copy(STORIES / "tokenizer.json", tmp_path)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InvalidCheckpoint, match=rf"{name}: .*not a regular file"):
+        Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=BOS)
+
+
+@pytest.mark.parametrize("is_minicpms", [False, True])
+def test_a_template_that_is_a_program_is_never_run(tmp_path: Path, is_minicpms: bool) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    template = "{{ cycler.__init__.__globals__.os.rmdir('" + str(victim) + "') }}"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(STORIES / "tokenizer.json", folder)
+    write_template(folder, template + (KNOWN if is_minicpms else ""))
+    tokenizer = Tokenizer.from_folder(folder, vocab_size=4096, bos_id=BOS)
+    assert not tokenizer.has_chat_template
+    assert len(tokenizer.notices) == 1
+    assert victim.is_dir()
 
 
 def test_ids_beyond_the_models_vocabulary_are_refused() -> None:

@@ -175,7 +175,9 @@ def _file_names(folder: Path) -> set[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InvalidCheckpoint(f"{path}: is missing; download the whole model")
+        raise InvalidCheckpoint(
+            f"{path}: is missing, or is no regular file; download the whole model"
+        )
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise InvalidCheckpoint(

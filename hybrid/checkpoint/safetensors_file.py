@@ -2,8 +2,9 @@
 
 The safetensors library judges the file (header size, JSON, holes, overlaps, sizes, overflows); its
 NumPy reader knows no bfloat16 and copies, so the mapping is done here. Left for us by every version
-from 0.4.3 to 0.8: a name that occurs twice (the library takes the last one), an entry written as
-an array instead of an object, types that we do not compute with, and shapes that hold nothing.
+from 0.4.3 to 0.8: a header of up to 100 MB, a name that occurs twice (the library takes the last
+one), an entry written as an array instead of an object, types that we do not compute with, and
+shapes that hold nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint
 
+# Read, a header takes twenty times its size in memory; one of 100,000 tensors has 10 MB.
+_MAX_HEADER_BYTES = 32 << 20
+
 
 class SafetensorsFile:
     """Raises `InvalidCheckpoint` where the file is broken anywhere, not only where it is read."""
@@ -25,6 +29,12 @@ class SafetensorsFile:
         self._path = path
         self.paths: tuple[Path, ...] = (path,)
         self._buffer = map_file(path)
+        n_header = int.from_bytes(self._buffer[:8], "little")
+        if n_header > _MAX_HEADER_BYTES:
+            raise InvalidCheckpoint(
+                f"{path}: is not a safetensors file, or a broken one: its header would have "
+                f"{n_header:,} bytes, expected at most {_MAX_HEADER_BYTES:,}; download it again"
+            )
         try:
             with safe_open(path, framework="numpy"):
                 pass
@@ -33,7 +43,7 @@ class SafetensorsFile:
                 f"{path}: is not a sound safetensors file ({error}); it has "
                 f"{len(self._buffer):,} bytes, perhaps cut off: download it again"
             ) from error
-        self._data_begin = 8 + int.from_bytes(self._buffer[:8], "little")
+        self._data_begin = 8 + n_header
         try:
             self._entries: dict[str, Any] = json.loads(
                 self._buffer[8 : self._data_begin], object_pairs_hook=_unique_names

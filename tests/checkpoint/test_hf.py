@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,6 +224,23 @@ def test_json_that_is_none(model: Path, name: str, content: bytes, message: str)
 def test_no_config(model: Path) -> None:
     (model / "config.json").unlink()
     with pytest.raises(InvalidCheckpoint, match=r"config\.json: is missing"):
+        open_checkpoint(model)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_blocks_nothing(model: Path, name: str) -> None:
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    with pytest.raises(InvalidCheckpoint, match=rf"{name}: is missing, or"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_huge_json_file_is_not_read(model: Path, name: str) -> None:
+    with (model / name).open("wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no place
+    with pytest.raises(InvalidCheckpoint, match=rf"{name}: has 1,099,511,627,776 bytes"):
         open_checkpoint(model)
 
 

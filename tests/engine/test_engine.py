@@ -200,6 +200,19 @@ def test_broken_weights_are_an_error_that_names_them(tmp_path, quant, bad):
         hybrid.load(folder, quant=quant)
 
 
+@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize(
+    ("name", "role"), [("model.norm", "norm"), ("model.embed_tokens", "embedding")]
+)
+def test_one_broken_weight_is_enough(tmp_path, quant, name, role):
+    folder = write_model(tmp_path, vocab_size=4096)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{name}.weight"].flat[7] = -np.inf
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(hybrid.InvalidCheckpoint, match=rf"{role} holds .* not finite"):
+        hybrid.load(folder, quant=quant)
+
+
 def test_weights_beyond_q8_are_refused_with_a_way_out(tmp_path):
     folder = write_model(tmp_path, vocab_size=4096)
     change_weight(folder, 1e8)
