@@ -5,9 +5,10 @@
 // tile: so a result does not depend on how rows and tokens were tiled, and prefill equals decode to
 // the last bit.
 //
-// One token alone is a matter of memory: its rows are read one after the other, since a single
-// sequential stream is what hardware prefetches best. Tiles of rows, and prefetch instructions
-// beside it, halve the bandwidth (docs/log.md).
+// One token alone is a matter of memory. Hardware prefetches a stream of addresses that rise one by
+// one; a tile of neighbouring rows is none, and prefetch instructions beside it do not help
+// (docs/log.md). So rows are taken in pairs, one from each half of the range: two streams, and two
+// dot products at a time to hide their latency.
 #pragma once
 
 #include "kernels.h"
@@ -20,13 +21,13 @@ constexpr int32_t kRowTile = 4;
 constexpr int32_t kTokenDotTile = 4;
 
 template <int kRows, int kTokens>
-inline void DotTileBf16(const Rows& rows, int32_t row, const uint8_t* const* x,
+inline void DotTileBf16(const Rows& rows, const int32_t* row, const uint8_t* const* x,
                         float (*out)[kTokens]) {
   const int32_t padded = PaddedCols(Format::kBf16, rows.n_cols);
   const uint8_t* w[kRows];
   F32 sum[kRows][kTokens];
   for (int r = 0; r < kRows; ++r) {
-    w[r] = rows.values + (row + r) * rows.values_stride;
+    w[r] = rows.values + row[r] * rows.values_stride;
     for (int t = 0; t < kTokens; ++t) sum[r][t] = Zero();
   }
   for (int32_t col = 0; col < padded; col += 2 * kLanes) {
@@ -52,7 +53,7 @@ constexpr int32_t kLinesPerLoad = kFormat == Format::kQ4 ? 2 : 1;
 
 // q8 and q4: blocks of integers with scales.
 template <Format kFormat, int kRows, int kTokens>
-inline void DotTileBlocks(const Rows& rows, int32_t row, const uint8_t* const* x,
+inline void DotTileBlocks(const Rows& rows, const int32_t* row, const uint8_t* const* x,
                           float (*out)[kTokens]) {
   constexpr int32_t kLoads = kLinesPerLoad<kFormat>;
   constexpr int32_t kGroupBytes = kGroup / kLoads;
@@ -60,8 +61,8 @@ inline void DotTileBlocks(const Rows& rows, int32_t row, const uint8_t* const* x
   const uint8_t *w[kRows], *w_scales[kRows];
   F32 sum[kRows][kTokens];
   for (int r = 0; r < kRows; ++r) {
-    w[r] = rows.values + (row + r) * rows.values_stride;
-    w_scales[r] = rows.scales + (row + r) * rows.scales_stride;
+    w[r] = rows.values + row[r] * rows.values_stride;
+    w_scales[r] = rows.scales + row[r] * rows.scales_stride;
     for (int t = 0; t < kTokens; ++t) sum[r][t] = Zero();
   }
   for (int32_t group = 0; group < n_blocks; group += kGroupBlocks) {
@@ -115,7 +116,7 @@ inline void DotTileBlocks(const Rows& rows, int32_t row, const uint8_t* const* x
 }
 
 template <int kRows, int kTokens>
-inline void DotTile(Format format, const Rows& rows, int32_t row, const uint8_t* const* x,
+inline void DotTile(Format format, const Rows& rows, const int32_t* row, const uint8_t* const* x,
                     float (*out)[kTokens]) {
   if (format == Format::kBf16)
     DotTileBf16<kRows, kTokens>(rows, row, x, out);
@@ -127,16 +128,8 @@ inline void DotTile(Format format, const Rows& rows, int32_t row, const uint8_t*
 
 // kRows rows by any number of tokens. Token t's result for row r goes to out[t * out_stride + r].
 template <int kRows>
-inline void DotRows(Format format, const Rows& rows, int32_t row, const uint8_t* x,
+inline void DotRows(Format format, const Rows& rows, const int32_t* row, const uint8_t* x,
                     int64_t x_stride, int32_t n_tokens, float* out, int64_t out_stride) {
-  if (n_tokens == 1) {
-    for (int r = 0; r < kRows; ++r) {
-      float dot[1][1];
-      DotTile<1, 1>(format, rows, row + r, &x, dot);
-      out[r] = dot[0][0];
-    }
-    return;
-  }
   int32_t token = 0;
   for (; token + kTokenDotTile <= n_tokens; token += kTokenDotTile) {
     const uint8_t* tile[kTokenDotTile];
@@ -154,13 +147,32 @@ inline void DotRows(Format format, const Rows& rows, int32_t row, const uint8_t*
   }
 }
 
+void GemvOneToken(const GemmArgs& a) {
+  const int32_t half = (a.last - a.first) / 2;
+  for (int32_t i = 0; i < half; ++i) {
+    const int32_t rows[2] = {a.first + i, a.first + half + i};
+    float dots[2][1];
+    DotTile<2, 1>(a.format, a.rows, rows, &a.x, dots);
+    a.out[i] = dots[0][0];
+    a.out[half + i] = dots[1][0];
+  }
+  if ((a.last - a.first) % 2 != 0) {
+    const int32_t row = a.last - 1;
+    DotRows<1>(a.format, a.rows, &row, a.x, 0, 1, a.out + (row - a.first), 0);
+  }
+}
+
 void Gemm(const GemmArgs& a) {
+  if (a.n_tokens == 1) return GemvOneToken(a);
   int32_t row = a.first;
-  for (; row + kRowTile <= a.last; row += kRowTile)
-    DotRows<kRowTile>(a.format, a.rows, row, a.x, a.x_stride, a.n_tokens, a.out + (row - a.first),
+  for (; row + kRowTile <= a.last; row += kRowTile) {
+    int32_t rows[kRowTile];
+    for (int r = 0; r < kRowTile; ++r) rows[r] = row + r;
+    DotRows<kRowTile>(a.format, a.rows, rows, a.x, a.x_stride, a.n_tokens, a.out + (row - a.first),
                       a.out_stride);
+  }
   for (; row < a.last; ++row)
-    DotRows<1>(a.format, a.rows, row, a.x, a.x_stride, a.n_tokens, a.out + (row - a.first),
+    DotRows<1>(a.format, a.rows, &row, a.x, a.x_stride, a.n_tokens, a.out + (row - a.first),
                a.out_stride);
 }
 

@@ -119,7 +119,7 @@ struct Active {
 inline float NeuronValue(const SparseFfnArgs& a, const Active& active) {
   const uint8_t* x[1] = {a.x + active.token * a.x_stride};
   float up[1][1];
-  DotTile<1, 1>(a.format, a.up, active.neuron, x, up);
+  DotTile<1, 1>(a.format, a.up, &active.neuron, x, up);
   return Activate(a.activation, active.gate) * up[0][0];
 }
 
@@ -134,30 +134,61 @@ inline void AddNeurons(const SparseFfnArgs& a, const Active* active) {
   Axpy<kRows>(a.format, a.down, rows, values, a.out + active[0].token * a.out_stride);
 }
 
-// One token: a matter of memory. Gate rows come as one stream; the bundles of neurons found active
-// are prefetched and wait until enough others were found after them.
-int64_t SparseFfnOneToken(const SparseFfnArgs& a) {
-  Active waiting[2 * kNeuronTile];
-  int32_t n_waiting = 0;
-  int64_t n_active = 0;
-  for (int32_t neuron = a.first; neuron < a.last; ++neuron) {
-    float gate[1][1];
-    DotTile<1, 1>(a.format, a.gate, neuron, &a.x, gate);
-    const bool fires = Fires(a.activation, gate[0][0], a.threshold);
-    n_active += fires;
-    if (!fires && !a.computes_all) continue;
-    if (n_waiting == 2 * kNeuronTile) {
-      AddNeurons<kNeuronTile>(a, waiting);
-      n_waiting = kNeuronTile;
-      for (int i = 0; i < kNeuronTile; ++i) waiting[i] = waiting[kNeuronTile + i];
+// The order in which a piece's neurons are computed and added: in pairs, one of each half, so that
+// their gate rows make two streams (see dot.inl.h).
+inline int32_t NeuronAt(const SparseFfnArgs& a, int32_t i) {
+  const int32_t half = (a.last - a.first) / 2;
+  return i < 2 * half ? a.first + i % 2 * half + i / 2 : a.last - 1;
+}
+
+// The bundles of neurons found active are prefetched, and wait until enough others were found.
+class Waiting {
+ public:
+  explicit Waiting(const SparseFfnArgs& a) : a_(a) {}
+  void Push(const Active& active) {
+    if (n_ == 2 * kNeuronTile) {
+      AddNeurons<kNeuronTile>(a_, active_);
+      n_ = kNeuronTile;
+      for (int i = 0; i < kNeuronTile; ++i) active_[i] = active_[kNeuronTile + i];
     }
-    waiting[n_waiting++] = {neuron, 0, fires ? gate[0][0] : 0.0f};
-    PrefetchRow(a.up, neuron, a.format);
-    PrefetchRow(a.down, neuron, a.format);
+    active_[n_++] = active;
+    PrefetchRow(a_.up, active.neuron, a_.format);
+    PrefetchRow(a_.down, active.neuron, a_.format);
   }
-  int32_t i = 0;
-  for (; i + kNeuronTile <= n_waiting; i += kNeuronTile) AddNeurons<kNeuronTile>(a, waiting + i);
-  for (; i < n_waiting; ++i) AddNeurons<1>(a, waiting + i);
+  void Flush() {
+    int32_t i = 0;
+    for (; i + kNeuronTile <= n_; i += kNeuronTile) AddNeurons<kNeuronTile>(a_, active_ + i);
+    for (; i < n_; ++i) AddNeurons<1>(a_, active_ + i);
+  }
+
+ private:
+  const SparseFfnArgs& a_;
+  Active active_[2 * kNeuronTile];
+  int32_t n_ = 0;
+};
+
+int64_t SparseFfnOneToken(const SparseFfnArgs& a) {
+  Waiting waiting(a);
+  int64_t n_active = 0;
+  const auto take = [&](int32_t neuron, float gate) {
+    const bool fires = Fires(a.activation, gate, a.threshold);
+    n_active += fires;
+    if (fires || a.computes_all) waiting.Push({neuron, 0, fires ? gate : 0.0f});
+  };
+  const int32_t n = a.last - a.first;
+  for (int32_t i = 0; i + 2 <= n; i += 2) {
+    const int32_t neurons[2] = {NeuronAt(a, i), NeuronAt(a, i + 1)};
+    float gates[2][1];
+    DotTile<2, 1>(a.format, a.gate, neurons, &a.x, gates);
+    for (int r = 0; r < 2; ++r) take(neurons[r], gates[r][0]);
+  }
+  if (n % 2 != 0) {
+    const int32_t neuron = a.last - 1;
+    float gate[1][1];
+    DotTile<1, 1>(a.format, a.gate, &neuron, &a.x, gate);
+    take(neuron, gate[0][0]);
+  }
+  waiting.Flush();
   return n_active;
 }
 
@@ -172,12 +203,15 @@ int64_t SparseFfn(const SparseFfnArgs& a) {
   Active waiting[2][kTokenTile * kRowTile];
   int32_t n_waiting = 0, turn = 0;
   int64_t n_active = 0;
-  for (int32_t neuron = a.first; neuron < a.last;) {
-    const int32_t n_rows = neuron + kRowTile <= a.last ? kRowTile : 1;
+  const int32_t n_neurons = a.last - a.first;
+  for (int32_t i = 0; i < n_neurons;) {
+    const int32_t n_rows = i + kRowTile <= n_neurons ? kRowTile : 1;
+    int32_t neurons[kRowTile];
+    for (int32_t r = 0; r < n_rows; ++r) neurons[r] = NeuronAt(a, i + r);
     if (n_rows == kRowTile)
-      DotRows<kRowTile>(a.format, a.gate, neuron, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
+      DotRows<kRowTile>(a.format, a.gate, neurons, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
     else
-      DotRows<1>(a.format, a.gate, neuron, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
+      DotRows<1>(a.format, a.gate, neurons, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
     // Neuron by neuron, so that a row serves all tokens for which it is active while it is cached.
     Active* found = waiting[turn];
     int32_t n_found = 0;
@@ -187,17 +221,17 @@ int64_t SparseFfn(const SparseFfnArgs& a) {
         const float gate = gates[token * kRowTile + r];
         const bool fires = Fires(a.activation, gate, a.threshold);
         n_active += fires;
-        if (fires || a.computes_all) found[n_found++] = {neuron + r, token, fires ? gate : 0.0f};
+        if (fires || a.computes_all) found[n_found++] = {neurons[r], token, fires ? gate : 0.0f};
       }
       if (n_found > n_before) {
-        PrefetchRow(a.up, neuron + r, a.format);
-        PrefetchRow(a.down, neuron + r, a.format);
+        PrefetchRow(a.up, neurons[r], a.format);
+        PrefetchRow(a.down, neurons[r], a.format);
       }
     }
     turn ^= 1;
     for (int32_t i = 0; i < n_waiting; ++i) AddNeurons<1>(a, &waiting[turn][i]);
     n_waiting = n_found;
-    neuron += n_rows;
+    i += n_rows;
   }
   for (int32_t i = 0; i < n_waiting; ++i) AddNeurons<1>(a, &waiting[turn ^ 1][i]);
   return n_active;
