@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 
-from hybrid import Engine, HybridError, InvalidOption, Session, active_isa, load
+from hybrid import Engine, InvalidOption, Session, active_isa, load
+from hybrid.command_line import ArgumentParser, printable, run_command
 from hybrid.progress_bar import progress_bar
 
 PREFILL_LENGTHS = (128, 512)
@@ -48,7 +49,7 @@ class DecodeResult:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="hybrid.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -142,7 +143,7 @@ def bench(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace, engine: Engine) -> None:
     for notice in engine.notices:
-        print(f"note: {notice}")
+        print(f"note: {printable(notice)}")
     n_context, n = engine.n_context, args.tokens
     if n_context < SHORT_CONTEXT + n:
         raise InvalidOption(
@@ -227,16 +228,7 @@ def spread(rates: list[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return bench(parse_arguments(arguments))
-    except InvalidOption as error:
-        print(f"hybrid.bench: {error}", file=sys.stderr)
-        return 2
-    except HybridError as error:
-        print(f"hybrid.bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command("hybrid.bench", lambda: bench(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

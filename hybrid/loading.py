@@ -28,7 +28,8 @@ def load(
 
     A large model is packed once and kept under HYBRID_HOME (the user's cache folder); from there
     its weights are copied into memory or, with `mmap`, mapped: then several processes share them,
-    and a file that shrinks while it is mapped ends the process. None copies where they fit.
+    and a file that shrinks while it is mapped ends the process. None copies where they fit. Only
+    False reads the checkpoint itself without mapping it, too.
 
     `progress` is told how far downloading and packing are.
 

@@ -13,13 +13,11 @@ included, to standard error. Exit code: 0 done, 1 a model or file could not be u
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 
@@ -27,19 +25,21 @@ from hybrid import (
     ChatMessage,
     Engine,
     Generation,
-    HybridError,
     InvalidOption,
     active_isa,
     load,
 )
 from hybrid.catalog import catalog
+from hybrid.command_line import ArgumentParser, printable, run_command
 from hybrid.conversation import Conversation
 from hybrid.progress_bar import progress_bar
+
+MAX_PROMPT_BYTES = 4 << 20
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     names = "\n".join(f"  {entry.name:26} {entry.description}" for entry in catalog())
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="hybrid.run",
         description="Generate text with a ReLU-sparse language model.",
         epilog=f"models:\n{names}",
@@ -88,11 +88,17 @@ def read_prompt(args: argparse.Namespace) -> str:
         return args.prompt or ""
     try:
         if args.file != "-":
-            data = Path(args.file).read_bytes()
+            with Path(args.file).open("rb") as file:
+                data = file.read(MAX_PROMPT_BYTES + 1)
         elif sys.stdin is None:
             raise InvalidOption("--file -: standard input is closed")
         else:
-            data = sys.stdin.buffer.read()
+            data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        if len(data) > MAX_PROMPT_BYTES:
+            raise InvalidOption(
+                f"--file {args.file}: expected at most {MAX_PROMPT_BYTES:,} bytes, found more: no "
+                "model here has such a context"
+            )
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise InvalidOption(f"--file {args.file}: {error.strerror}") from error
@@ -237,7 +243,7 @@ def run(args: argparse.Namespace) -> int:
         ) as engine,
     ):
         for line in notes(engine, args):
-            print(f"note: {line}", file=sys.stderr)
+            print(f"note: {printable(line)}", file=sys.stderr)
         if (args.chat or args.system is not None) and not engine.tokenizer.has_chat_template:
             raise InvalidOption(
                 f"{'--chat' if args.chat else '--system'}: {args.model} has no chat template that "
@@ -264,37 +270,7 @@ def write(text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # A closed stream is None in Python, and print(file=None) would go to the other one.
-    sys.stdout = sys.stdout or open_null()
-    sys.stderr = sys.stderr or open_null()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal that cannot show a character must not end the program.
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        return run(parse_arguments(arguments))
-    except InvalidOption as error:
-        print(f"hybrid.run: {error}", file=sys.stderr)
-        return 2
-    except HybridError as error:
-        print(f"hybrid.run: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        sys.stdout = open_null()  # the reader has gone (`| head`): Python must not flush at exit
-        return 1
-    except OSError as error:
-        sys.stdout = open_null()
-        print(f"hybrid.run: cannot write the text: {error.strerror}", file=sys.stderr)
-        return 1
-    except MemoryError:
-        print("hybrid.run: out of memory; try --quant q8 or a smaller --ctx-size", file=sys.stderr)
-        return 1
-
-
-def open_null() -> TextIO:
-    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
+    return run_command("hybrid.run", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -11,22 +11,22 @@ takes about a minute. Exit code: 0 all well (warnings included), 1 something fai
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import sys
 import textwrap
 from dataclasses import asdict
 
-from hybrid import HybridError, InvalidOption
 from hybrid.checking import Check, check_model
+from hybrid.command_line import ArgumentParser, printable, run_command
+from hybrid.progress_bar import progress_bar
 
 MARKS = {"ok": "ok     ", "warning": "WARNING", "failed": "FAILED "}
 WIDTH = 100
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="hybrid.selfcheck",
         description="Check that a model computes what it should on this machine.",
         allow_abbrev=False,
@@ -43,9 +43,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def show(check: Check) -> None:
     first = f"{MARKS[check.verdict]} {check.name:17}"
     indent = " " * len(first)
-    print(textwrap.fill(check.message, WIDTH, initial_indent=first, subsequent_indent=indent))
+    print(
+        textwrap.fill(
+            printable(check.message), WIDTH, initial_indent=first, subsequent_indent=indent
+        )
+    )
     if check.advice:
-        advice = f"→ {check.advice}"
+        advice = printable(f"→ {check.advice}")
         print(textwrap.fill(advice, WIDTH, initial_indent=indent, subsequent_indent=indent))
     sys.stdout.flush()
 
@@ -59,24 +63,19 @@ def as_json(check: Check) -> dict[str, object]:
     return asdict(check) | {"figures": figures}
 
 
-def show_progress(task: str, done: int, total: int) -> None:
-    if sys.stderr is not None and sys.stderr.isatty():
-        end = "\r\033[K" if done == total else ""
-        print(f"\r{task}: {done} of {total} layers{end}", end="", file=sys.stderr, flush=True)
-
-
 def run(args: argparse.Namespace) -> int:
     checks = []
-    for check in check_model(
-        args.model,
-        quant=args.quant,
-        threads=args.threads,
-        offline=args.offline,
-        progress=show_progress,
-    ):
-        checks.append(check)
-        if not args.json:
-            show(check)
+    with progress_bar() as progress:
+        for check in check_model(
+            args.model,
+            quant=args.quant,
+            threads=args.threads,
+            offline=args.offline,
+            progress=progress,
+        ):
+            checks.append(check)
+            if not args.json:
+                show(check)
     verdicts = [check.verdict for check in checks]
     n_failed, n_warnings = verdicts.count("failed"), verdicts.count("warning")
     verdict = "failed" if n_failed else "warning" if n_warnings else "ok"
@@ -95,18 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        return run(parse_arguments(arguments))
-    except InvalidOption as error:
-        print(f"hybrid.selfcheck: {error}", file=sys.stderr)
-        return 2
-    except HybridError as error:
-        print(f"hybrid.selfcheck: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command("hybrid.selfcheck", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

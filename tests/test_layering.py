@@ -26,12 +26,12 @@ LAYERS = [
     ["hybrid.loading"],
     ["hybrid.checking"],
     ["hybrid"],  # the public names
-    ["hybrid.progress_bar"],
+    ["hybrid.progress_bar", "hybrid.command_line"],
     ["hybrid.conversation"],
     ["hybrid.run", "hybrid.bench", "hybrid.selfcheck"],
 ]
 # Public names and the catalog, the bar; a front-end's own part, where it has one.
-_USUAL = {"hybrid", "hybrid.catalog", "hybrid.progress_bar"}
+_USUAL = {"hybrid", "hybrid.catalog", "hybrid.progress_bar", "hybrid.command_line"}
 FRONT_ENDS = {
     "hybrid.run": _USUAL | {"hybrid.conversation"},
     "hybrid.conversation": _USUAL,

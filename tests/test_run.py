@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -344,3 +345,75 @@ def test_the_bundled_model_is_in_the_package():
         "model.safetensors",
         "tokenizer.json",
     }
+
+
+def test_json_is_one_object_with_all_that_was_done():
+    result = hybrid_run("-p", "Once", "-n", "6", "--seed", "2", "--json", "--logprobs", "2")
+    assert result.code == 0
+    answer = json.loads(result.out)
+    assert answer["finish_reason"] == "length"
+    assert answer["seed"] == 2
+    assert len(answer["tokens"]) == len(answer["logprobs"]) == 6
+    assert [len(entry["top"]) for entry in answer["logprobs"]] == [2] * 6
+    assert answer["stats"]["generated_tokens"] == 6
+    plain = hybrid_run("-p", "Once", "-n", "6", "--seed", "2")
+    assert plain.out == "Once" + answer["text"] + "\n"
+
+
+def test_no_stream_writes_the_same_text():
+    options = ("-p", "Once", "-n", "12", "--seed", "2")
+    assert hybrid_run(*options, "--no-stream").out == hybrid_run(*options).out
+
+
+def test_logprobs_stand_below_the_text():
+    result = hybrid_run("-p", "Once", "-n", "3", "--temp", "0", "--logprobs", "1")
+    *lines, closing = result.err.splitlines()
+    assert len(lines) == 3
+    assert all(re.match(r" +-?\d+\.\d{4} '", line) for line in lines)
+    assert closing.startswith("[prompt")
+
+
+def test_verbose_says_what_is_loaded():
+    error = hybrid_run("-p", "Once", "-n", "2", "-v").err
+    for part in ("6 layers of 1024 neurons", "q8 weights in memory", "threads", "temperature=0.8"):
+        assert part in error
+
+
+def test_mapped_weights_write_the_same_text(tmp_path):
+    options = ("-p", "Once", "-n", "12", "--seed", "2")
+    home = {"HYBRID_HOME": str(tmp_path)}
+    expected = hybrid_run(*options).out
+    assert hybrid_run(*options, "--no-mmap", **home).out == expected
+    assert not any(tmp_path.rglob("*.safetensors"))  # small: packed anew each time
+    for _ in range(2):
+        assert hybrid_run(*options, "--mmap", **home).out == expected
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("option", [["-t", "1.5"], ["--quant", "q5"], ["--nonsense"]])
+def test_a_wrong_option_is_one_line(option):
+    result = hybrid_run("-p", "a", *option)
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1
+    assert "--help" in result.err
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path):
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "x\x1b[2Jy")
+    result = hybrid_run("-m", folder, "-p", "a")
+    assert result.code == 1
+    assert "\x1b" not in result.err
+    assert "x\\x1b[2Jy" in result.err
+
+
+def test_an_endless_prompt_file_is_refused_and_not_read():
+    result = hybrid_run("-f", "/dev/zero")
+    assert result.code == 2
+    assert "at most 4,194,304 bytes" in result.err
+
+
+def test_a_stop_string_that_is_no_unicode_is_refused():
+    result = hybrid_run("-p", "a", "--stop", os.fsdecode(b"\xff"))
+    assert result.code == 2
+    assert "lone surrogate" in result.err

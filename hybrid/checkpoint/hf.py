@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
@@ -23,7 +24,7 @@ from hybrid.errors import EngineClosed, InvalidCheckpoint, InvalidOption, ModelN
 from hybrid.model_config import ModelConfig
 
 # In the order of preference: a safetensors file cannot hold a program, and is validated whole.
-_FORMATS: tuple[tuple[str, Callable[[Path], WeightFile]], ...] = (
+_FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
     ("model.safetensors", SafetensorsFile),
     ("pytorch_model.bin", TorchBin),
 )
@@ -89,15 +90,18 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
     """Open a model's folder; every tensor is found, and its type and shape checked, before return.
+
+    Without `use_mmap` weights are read when asked for, and a file that shrinks meanwhile is an
+    error; in a mapping it would end the process.
 
     Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
     """
     if not folder.is_dir():
         raise ModelNotFound(f"{folder}: is not a folder; expected one with config.json and weights")
     config = read_config(folder)
-    weights = _open_weights(folder)
+    weights = _open_weights(folder, use_mmap=use_mmap)
     tensors = {}
     for role, layer, name, shape in expected_tensors(config):
         tensor = weights.tensor(name)
@@ -122,9 +126,10 @@ def read_config(folder: Path) -> ModelConfig:
     return config
 
 
-def _open_weights(folder: Path) -> WeightFile:
+def _open_weights(folder: Path, *, use_mmap: bool) -> WeightFile:
     files = _file_names(folder)
-    for name, reader in _FORMATS:
+    for name, file_type in _FORMATS:
+        reader = partial(file_type, use_mmap=use_mmap)
         if name in files:
             return reader(folder / name)
         if f"{name}.index.json" in files:

@@ -25,8 +25,8 @@ _MAX_HEADER_BYTES = 32 << 20
 class SafetensorsFile:
     """Raises `InvalidCheckpoint` where the file is broken anywhere, not only where it is read."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, use_mmap: bool = True) -> None:
+        self._path, self._use_mmap = path, use_mmap
         self.paths: tuple[Path, ...] = (path,)
         self._buffer = map_file(path)
         n_header = int.from_bytes(self._buffer[:8], "little")
@@ -62,7 +62,15 @@ class SafetensorsFile:
                     f"{self._path}: tensor {name!r}: expected an object with dtype, shape and "
                     "data_offsets in the header"
                 )
-        return map_tensor(self._path, self._buffer, name, dtype, tuple(sizes), begin=begin)
+        return map_tensor(
+            self._path,
+            self._buffer,
+            name,
+            dtype,
+            tuple(sizes),
+            begin=begin,
+            use_mmap=self._use_mmap,
+        )
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Tensor:
     name: str
     dtype: DType
     data: np.ndarray  # mapped, read-only; uint16 bit patterns where dtype is BF16
+    # Where to read the values instead of touching the mapping: a file and the first byte in it.
+    unmapped: tuple[Path, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,11 +42,27 @@ class Tensor:
 
     def fp32(self) -> np.ndarray:
         """The values as contiguous float32: a view of the file where it already holds that."""
+        data = self.data if self.unmapped is None else self._read(*self.unmapped)
         if self.dtype == "BF16":
-            bits = self.data.astype(np.uint32, order="C")
+            bits = data.astype(np.uint32, order="C")
             bits <<= 16  # a bfloat16 is the upper half of a float32
             return bits.view(np.float32)
-        return np.require(self.data, np.float32, ["C", "A"])
+        return np.require(data, np.float32, ["C", "A"])
+
+    def _read(self, path: Path, begin: int) -> np.ndarray:
+        """A file that shrinks is an error here; in a mapping it would end the process."""
+        itemsize, strides = self.data.itemsize, self.data.strides
+        n = 1 + sum(
+            (size - 1) * stride // itemsize
+            for size, stride in zip(self.shape, strides, strict=True)
+        )
+        try:
+            values = np.fromfile(path, self.data.dtype, n, offset=begin)
+        except OSError as error:
+            raise InvalidCheckpoint(f"{path}: cannot be read: {error}") from error
+        if values.size < n:
+            raise InvalidCheckpoint(f"{path}: became shorter while it was read; fetch it again")
+        return np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
 
 
 class WeightFile(Protocol):
@@ -90,6 +108,7 @@ def map_tensor(
     *,
     begin: int,
     strides: tuple[int, ...] | None = None,
+    use_mmap: bool = True,
 ) -> Tensor:
     """The tensor whose first element is at byte `begin`; strides count elements, if not contiguous.
 
@@ -107,4 +126,4 @@ def map_tensor(
         )
     byte_strides = strides and [stride * element_type.itemsize for stride in strides]
     data = np.ndarray(shape, element_type, buffer, begin, byte_strides)
-    return Tensor(name, cast(DType, dtype), data)
+    return Tensor(name, cast(DType, dtype), data, None if use_mmap else (path, begin))

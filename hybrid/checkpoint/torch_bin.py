@@ -69,8 +69,8 @@ class _Entry:
 class TorchBin:
     """Raises `InvalidCheckpoint` where the zip or its pickle is broken; storages when asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, use_mmap: bool = True) -> None:
+        self._path, self._use_mmap = path, use_mmap
         self.paths: tuple[Path, ...] = (path,)
         self._buffer = map_file(path)
         self._members = self._find_members()
@@ -106,9 +106,15 @@ class TorchBin:
                 f"storage claims {storage.n_elements:,} and holds {n_bytes:,} bytes"
             )
         begin += entry.offset * storage.itemsize
-        file = (self._path, self._buffer)
         return map_tensor(
-            *file, name, storage.dtype, entry.shape, begin=begin, strides=entry.strides
+            self._path,
+            self._buffer,
+            name,
+            storage.dtype,
+            entry.shape,
+            begin=begin,
+            strides=entry.strides,
+            use_mmap=self._use_mmap,
         )
 
     def _find_members(self) -> dict[str, zipfile.ZipInfo]:

@@ -87,7 +87,7 @@ class Engine:
                 f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
             )
         format = Format[quant]
-        with open_checkpoint(folder, format, progress) as checkpoint:
+        with open_checkpoint(folder, format, progress, use_mmap=mmap is not False) as checkpoint:
             config = checkpoint.config
             if context_size is None:
                 context_size = min(config.max_context, DEFAULT_CONTEXT)

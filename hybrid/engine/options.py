@@ -36,6 +36,8 @@ def read_default_sampling(folder: Path) -> SamplingParams:
         return SamplingParams()
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("do_sample") not in (True, False, None):
+            raise ValueError(f"do_sample: expected true or false, found {values['do_sample']!r}")
         if values.get("do_sample") is False:
             return SamplingParams(temperature=0.0)
         options = {
@@ -53,6 +55,8 @@ def checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str) or not string:
             raise InvalidOption(f"stop: expected strings that are not empty, found {string!r}")
+        if not string.isascii() and string != string.encode(errors="ignore").decode():
+            raise InvalidOption(f"stop: expected valid Unicode, found a lone surrogate: {string!a}")
     return strings
 
 

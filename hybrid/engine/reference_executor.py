@@ -8,6 +8,7 @@ rounded as the native kernels round them, so that the two differ only by the ord
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import overload
 
 import numpy as np
@@ -41,7 +42,7 @@ def stream_weights(
     """As `read_weights`, but a layer is read when `forward` asks for it, and not kept: a model of
     7 B parameters in fp32 would fill the memory of most machines.
 
-    `progress` counts layers. The checkpoint must stay open.
+    `progress` counts bytes in fp32. The checkpoint must stay open.
     """
     return _with_layers(checkpoint, format, StreamedLayers(checkpoint, format, progress))
 
@@ -84,7 +85,8 @@ class StreamedLayers(Sequence[LayerWeights[Array]]):
         if isinstance(layers, range):
             return [self[layer] for layer in layers]
         weights = read_layer(self._checkpoint, self._format, layers)
-        self._progress("computing the oracle", layers + 1, len(self))
+        layer_bytes = sum(getattr(weights, field.name).nbytes for field in fields(weights))
+        self._progress("computing the oracle", (layers + 1) * layer_bytes, len(self) * layer_bytes)
         return weights
 
 

@@ -347,3 +347,25 @@ def test_weight_maps_that_are_none(
     save_index(folder / "model.safetensors.index.json", weight_map)
     with pytest.raises(InvalidCheckpoint, match="expected an object weight_map"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_without_a_mapping_a_file_that_shrinks_is_an_error(
+    model: Path, arrays: Arrays, save_safetensors: Save, kind: str
+) -> None:
+    if kind == "bin":
+        torch = pytest.importorskip("torch")
+        name = "pytorch_model.bin"
+        tensors = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
+        (model / "model.safetensors").unlink(missing_ok=True)
+        torch.save(tensors, model / name)
+    else:
+        name = "model.safetensors"
+        save_safetensors(model / name, arrays)
+    with open_checkpoint(model) as mapped, open_checkpoint(model, use_mmap=False) as read:
+        for role, layer in (("embedding", None), ("gate", 0), ("down", 1), ("norm", None)):
+            np.testing.assert_array_equal(read.read(role, layer), mapped.read(role, layer))
+        os.truncate(model / name, 2000)
+        last = read.config.n_layers - 1
+        with pytest.raises(InvalidCheckpoint, match="became shorter"):
+            [read.read(role, last) for role in ("q", "gate", "up", "down")]

@@ -1,0 +1,67 @@
+"""What the command lines share: how options are refused, errors shown, and streams set up."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TextIO
+
+from hybrid import HybridError, InvalidOption
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but a wrong option is one line, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {printable(message)} (--help shows all options)\n")
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names in it come from files and cannot be trusted with
+    a terminal.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def run_command(program: str, command: Callable[[], int]) -> int:
+    """The exit code of `command`; its errors become one line on standard error.
+
+    0 done, 1 a model or file could not be used, 2 a bad option, 130 interrupted.
+    """
+    # A closed stream is None in Python, and print(file=None) would go to the other one.
+    sys.stdout = sys.stdout or open_null()
+    sys.stderr = sys.stderr or open_null()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character must not end the program.
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        return command()
+    except InvalidOption as error:
+        print(f"{program}: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except HybridError as error:
+        print(f"{program}: {printable(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open_null()  # the reader has gone (`| head`): Python must not flush at exit
+        return 1
+    except OSError as error:
+        sys.stdout = open_null()
+        print(f"{program}: cannot write the text: {error.strerror}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"{program}: out of memory; try --quant q4 or a smaller context", file=sys.stderr)
+        return 1
+
+
+def open_null() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
