@@ -1,6 +1,6 @@
 """What the bundled model's card says, measured: curves, sparsity, power law, samples.
 
-    python tools/story_report.py --data TEXTS --work RUN --twin TWIN --plots docs/stories
+    python tools/story_report.py --data TEXTS --plots docs/stories [--work RUN --twin TWIN]
 
 RUN and TWIN are the folders that train_stories.py wrote. Prints the figures, writes two plots. The
 model measured is the bundled one; neurons are counted in plain fp32.
@@ -108,21 +108,25 @@ def longest_copy(words: list[str], training: list[list[str]], longest: int = 60)
     return low, copied
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--twin", type=Path, required=True)
-    parser.add_argument("--plots", type=Path, required=True)
-    args = parser.parse_args()
-    args.plots.mkdir(parents=True, exist_ok=True)
-
-    run, twin = read_curves(args.work), read_curves(args.twin)
-    plot_curves(run, twin, args.plots / "curves.png")
+def report_curves(run: dict[str, NDArray], twin: dict[str, NDArray], plot: Path) -> None:
+    plot_curves(run, twin, plot)
     best, best_twin = run["valid_loss"].min(), twin["valid_loss"].min()
     print(f"best held-out loss: {best:.4f}, perplexity {math.exp(best):.3f}")
     print(f"twin's:             {best_twin:.4f}, perplexity {math.exp(best_twin):.3f}")
     print(f"perplexity over the twin's: {math.exp(best - best_twin) - 1:+.2%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="with --twin: the run's curves too")
+    parser.add_argument("--twin", type=Path)
+    parser.add_argument("--plots", type=Path, required=True)
+    args = parser.parse_args()
+    args.plots.mkdir(parents=True, exist_ok=True)
+
+    if args.work and args.twin:
+        report_curves(read_curves(args.work), read_curves(args.twin), args.plots / "curves.png")
 
     counts, n_tokens, loss = count_activations(args.data)
     sparsity = 1 - counts.sum(1) / (n_tokens * counts.shape[1])
@@ -135,9 +139,7 @@ def main() -> None:
     texts = []
     with hybrid.load("stories", quant="bf16") as engine:
         for seed in range(N_SAMPLES):
-            texts.append(
-                "".join(engine.generate("", max_tokens=400, temperature=0.8, top_p=0.95, seed=seed))
-            )
+            texts.append("".join(engine.generate("", max_tokens=400, temperature=0.8, seed=seed)))
     words = [text.split() for text in texts]
     print(f"distinct-2 {distinct(words, 2):.3f}, distinct-3 {distinct(words, 3):.3f}")
     held_out = {letters(story) for story in read_stories(args.data / VALID_FILE)}
