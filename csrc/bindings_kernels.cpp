@@ -211,7 +211,7 @@ void BindKernels(py::module_& m) {
                   last - first <= kSpan,
               "span");
         Floats max(q.shape(0)), sum(q.shape(0)), out({q.shape(0), q.shape(1)});
-        float scores[kSpan];
+        float scores[kHeadTile * kSpan];
         ActiveKernels().attend_span({q.data(), k.data(), v.data(), static_cast<int32_t>(q.shape(0)),
                                      static_cast<int32_t>(q.shape(1)), first, last, scores,
                                      max.mutable_data(), sum.mutable_data(), out.mutable_data()});

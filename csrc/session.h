@@ -98,7 +98,7 @@ class Session {
     Pages<uint8_t> x;       // a private quantised vector
     uint64_t x_serial = 0;  // the phase and call that `x` was made for
     int64_t bytes[kStages] = {};
-    float scores[kSpan];
+    float scores[kHeadTile * kSpan];
   };
 
   void RunPhases(const std::vector<Phase>& phases);

@@ -29,39 +29,89 @@ inline F32 Exp(F32 x) {
   return Mul(y, Pow2(n));
 }
 
-void AttendSpan(const AttendSpanArgs& a) {
-  const int32_t n = a.last - a.first, padded = RoundUp(n, kLanes);
-  for (int32_t head = 0; head < a.n_group; ++head) {
-    const float* q = a.q + head * a.head_stride;
-    for (int32_t i = 0; i < n; ++i) {
-      const uint16_t* k = a.k + static_cast<int64_t>(a.first + i) * a.head_stride;
-      F32 sum = Zero();
-      for (int32_t d = 0; d < a.head_stride; d += kLanes)
-        sum = Fma(Load(q + d), LoadFp16(k + d), sum);
-      a.scores[i] = ReduceAdd(sum);
-    }
-    for (int32_t i = n; i < padded; ++i) a.scores[i] = -INFINITY;
-    F32 max_lanes = Load(a.scores);
-    for (int32_t i = kLanes; i < padded; i += kLanes)
-      max_lanes = Max(max_lanes, Load(a.scores + i));
-    const float max = ReduceMax(max_lanes);
-    F32 sum_lanes = Zero();
-    for (int32_t i = 0; i < padded; i += kLanes) {
-      const F32 p = Exp(Add(Load(a.scores + i), Set(-max)));
-      Store(a.scores + i, p);
-      sum_lanes = Add(sum_lanes, p);
-    }
-    a.max[head] = max;
-    a.sum[head] = ReduceAdd(sum_lanes);
-    float* out = a.out + head * a.head_stride;
+// scores[head][i] = q[head] · k[i] for kHeads heads: a key is read once for all of them.
+template <int kHeads>
+inline void ScoreSpan(const AttendSpanArgs& a, const float* q, float* scores) {
+  for (int32_t i = 0; i < a.last - a.first; ++i) {
+    const uint16_t* k = a.k + static_cast<int64_t>(a.first + i) * a.head_stride;
+    F32 sum[kHeads];
+    for (int h = 0; h < kHeads; ++h) sum[h] = Zero();
     for (int32_t d = 0; d < a.head_stride; d += kLanes) {
-      F32 sum = Zero();
-      for (int32_t i = 0; i < n; ++i) {
-        const uint16_t* v = a.v + static_cast<int64_t>(a.first + i) * a.head_stride;
-        sum = Fma(Set(a.scores[i]), LoadFp16(v + d), sum);
-      }
-      Store(out + d, sum);
+      const F32 key = LoadFp16(k + d);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) sum[h] = Fma(Load(q + h * a.head_stride + d), key, sum[h]);
     }
+    for (int h = 0; h < kHeads; ++h) scores[h * kSpan + i] = ReduceAdd(sum[h]);
+  }
+}
+
+// Scores become exp(score - max); returns their sum. Lanes beyond n are scratch up to kSpan.
+inline float Exponentiate(float* scores, int32_t n, float* largest) {
+  const int32_t padded = RoundUp(n, kLanes);
+  for (int32_t i = n; i < padded; ++i) scores[i] = -INFINITY;
+  F32 max_lanes = Load(scores);
+  for (int32_t i = kLanes; i < padded; i += kLanes) max_lanes = Max(max_lanes, Load(scores + i));
+  const float max = ReduceMax(max_lanes);
+  F32 sum_lanes = Zero();
+  for (int32_t i = 0; i < padded; i += kLanes) {
+    const F32 p = Exp(Add(Load(scores + i), Set(-max)));
+    Store(scores + i, p);
+    sum_lanes = Add(sum_lanes, p);
+  }
+  *largest = max;
+  return ReduceAdd(sum_lanes);
+}
+
+// out[head] = sum over i of scores[head][i] * v[i], for kParts registers of a value from dimension
+// `first` on: many independent sums, so that no addition waits for the one before.
+template <int kHeads, int kParts>
+inline void WeighSpan(const AttendSpanArgs& a, const float* scores, int32_t first, float* out) {
+  F32 sum[kHeads][kParts];
+  for (int h = 0; h < kHeads; ++h)
+    for (int part = 0; part < kParts; ++part) sum[h][part] = Zero();
+  for (int32_t i = 0; i < a.last - a.first; ++i) {
+    const uint16_t* v = a.v + static_cast<int64_t>(a.first + i) * a.head_stride + first;
+    F32 value[kParts];
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) value[part] = LoadFp16(v + part * kLanes);
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; ++h) {
+      const F32 score = Set(scores[h * kSpan + i]);
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part)
+        sum[h][part] = Fma(score, value[part], sum[h][part]);
+    }
+  }
+  for (int h = 0; h < kHeads; ++h)
+    for (int part = 0; part < kParts; ++part)
+      Store(out + h * a.head_stride + first + part * kLanes, sum[h][part]);
+}
+
+template <int kHeads>
+inline void AttendHeads(const AttendSpanArgs& a, int32_t head) {
+  constexpr int kParts = kLanes == 16 ? 4 : 2;  // as many sums as there are registers for
+  float* out = a.out + head * a.head_stride;
+  ScoreSpan<kHeads>(a, a.q + head * a.head_stride, a.scores);
+  for (int h = 0; h < kHeads; ++h)
+    a.sum[head + h] = Exponentiate(a.scores + h * kSpan, a.last - a.first, a.max + head + h);
+  int32_t first = 0;
+  for (; first + kParts * kLanes <= a.head_stride; first += kParts * kLanes)
+    WeighSpan<kHeads, kParts>(a, a.scores, first, out);
+  for (; first < a.head_stride; first += kLanes) WeighSpan<kHeads, 1>(a, a.scores, first, out);
+}
+
+void AttendSpan(const AttendSpanArgs& a) {
+  int32_t head = 0;
+  for (; head + kHeadTile <= a.n_group; head += kHeadTile) AttendHeads<kHeadTile>(a, head);
+  switch (a.n_group - head) {
+    case 3:
+      return AttendHeads<3>(a, head);
+    case 2:
+      return AttendHeads<2>(a, head);
+    case 1:
+      return AttendHeads<1>(a, head);
+    default:
+      return;
   }
 }
 

@@ -39,6 +39,7 @@ constexpr int32_t kGroupBlocks = 8;  // blocks that are interleaved
 constexpr int32_t kGroup = kBlock * kGroupBlocks;
 constexpr int32_t kHeadAlign = 16;  // heads are padded to a multiple of this, with zeros
 constexpr int32_t kSpan = 256;      // context positions per piece of attention
+constexpr int32_t kHeadTile = 4;    // query heads that attention takes at once
 constexpr int32_t kTokenTile = 64;  // tokens that sparse_ffn takes at most
 
 struct Rows {
@@ -114,7 +115,7 @@ struct AttendSpanArgs {
   int32_t n_group;
   int32_t head_stride;  // head_dim padded to kHeadAlign with zeros
   int32_t first, last;
-  float* scores;  // scratch: kSpan floats
+  float* scores;  // scratch: kHeadTile * kSpan floats
   float* max;     // (n_group,) largest score
   float* sum;     // (n_group,) sum of exp(score - max)
   float* out;     // (n_group, head_stride) sum of exp(score - max) * v
