@@ -85,6 +85,28 @@ inline void RoundGroupQ4(const float* w, float* q, uint16_t* halves) {
       memcpy(q + block * kBlock, candidate, sizeof(candidate));
     }
   }
+  // Then the scale that fits these integers best.
+  float scales[kGroupBlocks], rounded[kGroupBlocks];
+  uint16_t fitted[kGroupBlocks];
+  for (int block = 0; block < kGroupBlocks; ++block) {
+    float products[kBlock], squares[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+      const float integer = q[block * kBlock + i];
+      products[i] = w[block * kBlock + i] * integer;
+      squares[i] = integer * integer;
+    }
+    const float power = SumBlock(squares);
+    scales[block] = power > 0.0f ? SumBlock(products) / power : 0.0f;
+  }
+  RoundScales(scales, fitted, rounded);
+  for (int block = 0; block < kGroupBlocks; ++block) {
+    float errors[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+      const float difference = q[block * kBlock + i] * rounded[block] - w[block * kBlock + i];
+      errors[i] = difference * difference;
+    }
+    if (SumBlock(errors) < best_errors[block]) halves[block] = fitted[block];
+  }
 }
 
 void PackRow(Format format, const float* w, int32_t n, uint8_t* values, uint8_t* scales) {

@@ -37,7 +37,8 @@ def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.f
     """(rows, n) → nibbles 0…15 as uint8 (rows, n) and fp16 scales (rows, n / 32).
 
     A weight is (nibble - 8) * scale. Of the scales that map a block's value of largest magnitude to
-    one of Q4_EXTREMES, the one with the least squared error is taken.
+    one of Q4_EXTREMES, the one with the least squared error is taken; then the scale that fits its
+    nibbles best, where that lowers the error further.
     """
     blocks = w.reshape(w.shape[0], -1, BLOCK)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
@@ -54,6 +55,13 @@ def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.f
         best_error = np.where(is_better, error, best_error)
         best_scales = np.where(is_better, scales, best_scales)
         best_nibbles = np.where(is_better, (q + 8).astype(np.uint8), best_nibbles)
+    q = best_nibbles.astype(np.float32) - np.float32(8)
+    power = _sum_blocks(q * q)
+    fitted = np.divide(_sum_blocks(blocks * q), power, out=np.zeros_like(power), where=power > 0)
+    with np.errstate(over="ignore"):
+        scales = fitted.astype(np.float16)
+    error = _sum_blocks(np.square(q * scales.astype(np.float32) - blocks))
+    best_scales = np.where(error < best_error, scales, best_scales)
     return best_nibbles.reshape(w.shape), best_scales[..., 0]
 
 
