@@ -98,7 +98,8 @@ void BindKernels(py::module_& m) {
                                      scale_row + row * scale_stride);
         });
       },
-      py::arg("format"), py::arg("w"), py::arg("values"), py::arg("scales"));
+      py::arg("format"), py::arg("w"), py::arg("values").noconvert(),
+      py::arg("scales").noconvert());
   m.def(
       "quantize",
       [](Format format, const Floats& x) {

@@ -9,6 +9,7 @@ with hybrid.load("stories") as engine:
 
 from hybrid.engine.engine import Engine, EngineStats
 from hybrid.engine.generation import Generation, GenerationStats, TokenLogprobs
+from hybrid.engine.options import check_options
 from hybrid.engine.session import Session
 from hybrid.errors import (
     ContextOverflow,
@@ -47,5 +48,6 @@ __all__ = [
     "UnsupportedIsa",
     "UnsupportedModel",
     "active_isa",
+    "check_options",
     "load",
 ]

@@ -165,27 +165,27 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         rows.append([f"prefill {length} tokens", spread(rates)])
 
     long_context = min(args.long_context, n_context - n)
-    runs = {
-        f"decode, context {SHORT_CONTEXT}": (SHORT_CONTEXT, False),
-        f"decode, context {long_context}": (long_context, False),
-        "decode, all neurons": (SHORT_CONTEXT, True),
-    }
-    benches = {
-        name: DecodeBench(engine, ids[:context], ids[context : context + n], dense=dense)
-        for name, (context, dense) in runs.items()
-    }
+    runs = [
+        (f"decode, context {SHORT_CONTEXT}", SHORT_CONTEXT, False),
+        (f"decode, context {long_context}", long_context, False),
+        ("decode, all neurons", SHORT_CONTEXT, True),
+    ]
+    benches = [
+        DecodeBench(engine, ids[:context], ids[context : context + n], dense=dense)
+        for _, context, dense in runs
+    ]
     for _ in range(args.runs):  # in turns: the machine's level drifts
-        for decode in benches.values():
+        for decode in benches:
             decode.run()
     streams.append(engine.measure_stream_gbs())
     stream = max(streams)
-    results = {name: decode.result() for name, decode in benches.items()}
-    for name, result in results.items():
+    results = [decode.result() for decode in benches]
+    for (name, _, _), result in zip(runs, results, strict=True):
         share = "–" if engine.fits_in_cache else f"{result.gbs / stream:.0%}"
         megabytes = f"{result.bytes_per_token / 1e6:.1f}"
         rows.append([name, spread(result.tps), megabytes, f"{result.gbs:.1f}", share])
 
-    short, _, dense = results.values()
+    short, _, dense = results
     rss = psutil.Process().memory_info().rss
     print(
         f"machine    {engine.n_threads} threads, {active_isa()}; memory streams {stream:.1f} GB/s "

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from hybrid import ChatMessage, ContextOverflow, Engine, Generation
+from hybrid import ChatMessage, ContextOverflow, Engine, Generation, InvalidOption
 
 HELP = """\
 /reset  begin anew        /stats  tokens, speeds, memory
@@ -51,15 +51,19 @@ class Conversation:
         """Read lines until /quit or the end of the input; `first` is answered before."""
         with suppress(ImportError):
             import readline  # noqa: F401 - arrow keys and history in input()
-        is_terminal = sys.stdin is not None and sys.stdin.isatty()
+        if sys.stdin is None:
+            raise InvalidOption("-i: standard input is closed")
+        is_terminal = sys.stdin.isatty()
         if is_terminal:
             kind = "Chat" if self.is_chat else "Write a text together: you begin"
             print(f"{kind}. /help shows what else there is.", file=sys.stderr)
         if first:
+            if not self.is_chat:
+                print(first, end="", flush=True)  # a text reads as one
             self.answer(first)
         while True:
             try:
-                line = input("> " if is_terminal else "")
+                line = read_line("> " if is_terminal else "")
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -93,8 +97,11 @@ class Conversation:
         except ContextOverflow as error:
             print(f"({error}; /reset begins anew)", file=sys.stderr)
             return
+        except InvalidOption as error:  # such as a line that is not UTF-8
+            print(f"({error})", file=sys.stderr)
+            return
         self.last = generation
-        with _interrupts(generation):
+        with interrupts(generation):
             for piece in generation:
                 if self.streams:
                     print(piece, end="", flush=True)
@@ -140,8 +147,16 @@ class Conversation:
         return "\n".join(lines)
 
 
+def read_line(prompt: str) -> str:
+    """As `input`; the prompt never goes into a file that takes the text."""
+    if prompt and not sys.stdout.isatty():
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
+    return input(prompt)
+
+
 @contextmanager
-def _interrupts(generation: Generation) -> Iterator[None]:
+def interrupts(generation: Generation) -> Iterator[None]:
     """Ctrl-C ends the answer between two tokens, and nothing else."""
 
     def cancel(signal_number: int, frame: FrameType | None) -> None:

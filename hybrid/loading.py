@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hybrid.catalog import hybrid_home, resolve
 from hybrid.engine.engine import Engine, Quant
+from hybrid.errors import InvalidOption
 from hybrid.progress import Progress, ignore_progress
 
 
@@ -42,6 +43,14 @@ def load(
         quant=quant,
         context_size=context_size,
         mmap=mmap,
-        packed_cache=hybrid_home() / "packed",
+        packed_cache=_packed_cache(),
         progress=progress,
     )
+
+
+def _packed_cache() -> Path | None:
+    """None where this user has no home to keep anything in."""
+    try:
+        return hybrid_home() / "packed"
+    except InvalidOption:
+        return None

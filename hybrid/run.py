@@ -26,19 +26,23 @@ from hybrid import (
     Engine,
     Generation,
     InvalidOption,
+    OutOfMemory,
     active_isa,
+    check_options,
     load,
 )
 from hybrid.catalog import catalog
 from hybrid.command_line import ArgumentParser, printable, run_command
-from hybrid.conversation import Conversation
+from hybrid.conversation import Conversation, interrupts
 from hybrid.progress_bar import progress_bar
 
 MAX_PROMPT_BYTES = 4 << 20
+_stream_gbs: dict[Engine, float | None] = {}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     names = "\n".join(f"  {entry.name:26} {entry.description}" for entry in catalog())
+    names += f"\n  {'synthetic:MiniCPM-S-1B':26} its shape, random weights: for speed only"
     parser = ArgumentParser(
         prog="hybrid.run",
         description="Generate text with a ReLU-sparse language model.",
@@ -76,8 +80,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("-v", "--verbose", action="store_true", help="say what is loaded and how it is run")
     args = parser.parse_args(arguments)
     args.interactive |= args.chat and args.prompt is None and args.file is None
-    for option, other in (("raw", "chat"), ("raw", "system"), ("json", "interactive")):
-        if getattr(args, option) and getattr(args, other):
+    pairs = (
+        ("raw", "chat"),
+        ("raw", "system"),
+        ("json", "interactive"),
+        ("logprobs", "interactive"),
+    )
+    for option, other in pairs:
+        if getattr(args, option) not in (None, False) and getattr(args, other) not in (None, False):
             parser.error(f"--{option} and --{other} exclude each other")
     return args
 
@@ -109,6 +119,16 @@ def read_prompt(args: argparse.Namespace) -> str:
         ) from error
 
 
+def measured_stream_gbs(engine: Engine) -> float | None:
+    """The memory's bandwidth, measured once a process; None where there is no room for that."""
+    if engine not in _stream_gbs:
+        try:
+            _stream_gbs[engine] = engine.measure_stream_gbs()
+        except OutOfMemory:
+            _stream_gbs[engine] = None
+    return _stream_gbs[engine]
+
+
 def closing_line(engine: Engine, generation: Generation) -> str:
     stats = generation.stats
     prompt = f"prompt {stats.prompt_tokens} tokens"
@@ -118,13 +138,15 @@ def closing_line(engine: Engine, generation: Generation) -> str:
     if stats.decode_steps:
         decode += f", {stats.decode_gbs:.1f} GB/s"
         # A small model's weights stay in the CPU's cache: memory bandwidth says nothing there.
-        if not engine.fits_in_cache:
-            decode += f" ({stats.decode_gbs / engine.measure_stream_gbs():.0%} of bandwidth)"
+        if not engine.fits_in_cache and (stream := measured_stream_gbs(engine)):
+            decode += f" ({stats.decode_gbs / stream:.0%} of bandwidth)"
     parts = [f"{prompt}, {stats.prefill_tps:.1f} tok/s", decode]
     if stats.active_fraction is not None:
         parts.append(f"{stats.active_fraction:.1%} of FFN neurons active")
     parts.append(f"memory {psutil.Process().memory_info().rss / 1e6:.0f} MB")
     parts.append(f"{engine.quant}, {engine.n_threads} threads, seed {generation.seed}")
+    if generation.finish_reason == "cancelled":
+        parts.append("interrupted")
     if generation.finish_reason == "length":
         is_full = generation.context_is_full
         parts.append("stopped: the context is full" if is_full else "stopped: --max-tokens reached")
@@ -179,17 +201,13 @@ def begin(engine: Engine, prompt: str, args: argparse.Namespace) -> Generation:
 def answer(engine: Engine, prompt: str, args: argparse.Namespace) -> int:
     """One generation; returns the exit code."""
     generation = begin(engine, prompt, args)
-    is_interrupted = False
     is_completion = args.raw or not engine.tokenizer.has_chat_template
     if is_completion and not args.json:
         write(prompt)  # a completion reads as one text
-    try:
+    with interrupts(generation):
         for piece in generation:
             if not (args.json or args.no_stream):
                 write(piece)
-    except KeyboardInterrupt:
-        is_interrupted = True
-        generation.close()
     if args.json:
         print(json.dumps(as_json(engine, generation, args), ensure_ascii=False))
     else:
@@ -201,7 +219,7 @@ def answer(engine: Engine, prompt: str, args: argparse.Namespace) -> int:
             )
             print(f"{entry.logprob:9.4f} {entry.text!r:16} {likeliest}".rstrip(), file=sys.stderr)
         print(closing_line(engine, generation), file=sys.stderr)
-    return 130 if is_interrupted else 0
+    return 130 if generation.finish_reason == "cancelled" else 0
 
 
 def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) -> dict[str, Any]:
@@ -230,6 +248,7 @@ def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) ->
 
 def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
+    check_options(**options_of(args), threads=args.threads)  # before a model is fetched for them
     with (
         progress_bar() as progress,
         load(

@@ -104,7 +104,9 @@ class Tokenizer:
         message of the assistant is an answer to go on with.
         """
         if not self.has_chat_template:
-            raise InvalidOption("no chat template that hybrid knows; use encode() to complete text")
+            raise InvalidOption(
+                "no chat template that hybrid knows; it completes text: use generate()"
+            )
         first, *rest = _render_chat(messages).split(_ESCAPED)
         ids = self._bos + self._bpe.encode(first, add_special_tokens=False).ids
         return ids + self._encode_escaped(rest)
@@ -301,7 +303,7 @@ def _checked_text(text: object, name: str) -> str:
 
 def _render_chat(messages: Sequence[ChatMessage]) -> str:
     """The template's text, with _ESCAPED for the "<" of each marker that a content spells out."""
-    checked = [_checked_message(index, message) for index, message in enumerate(messages)]
+    checked = [check_message(index, message) for index, message in enumerate(messages)]
     roles = [role for role, _ in checked]
     if "user" not in roles:
         raise InvalidOption("messages: expected at least one of role 'user', found none")
@@ -322,7 +324,8 @@ def _render_chat(messages: Sequence[ChatMessage]) -> str:
     return text
 
 
-def _checked_message(index: int, message: object) -> tuple[str, str]:
+def check_message(index: int, message: object) -> tuple[str, str]:
+    """Its role and content. Raises InvalidOption."""
     name = f"messages[{index}]"
     if not isinstance(message, dict):
         raise InvalidOption(f"{name}: expected a dict, found {type(message).__name__}")

@@ -21,6 +21,7 @@ from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.engine import comparison
 from hybrid.engine.engine import Engine, Quant
 from hybrid.errors import HybridError, InvalidOption
+from hybrid.kernels import Format
 from hybrid.loading import load
 from hybrid.progress import Progress, ignore_progress
 
@@ -62,7 +63,9 @@ def check_model(
         yield setting.check_memory(config, quant)
         stage = "weights"
         started = time.perf_counter()
-        with load(model, threads=threads, quant=quant, offline=offline) as engine:
+        with load(
+            model, threads=threads, quant=quant, offline=offline, progress=progress
+        ) as engine:
             yield setting.check_threads(engine.n_threads)
             yield _loaded(engine, time.perf_counter() - started)
             ids = text_ids(engine)
@@ -124,4 +127,4 @@ def _loaded(engine: Engine, seconds: float) -> Check:
 
 
 def _open(folder: Path, quant: Quant) -> Checkpoint:
-    return open_checkpoint(folder)
+    return open_checkpoint(folder, Format[quant])

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
@@ -37,6 +37,19 @@ class Readable(Protocol):
     def fp32(self) -> np.ndarray: ...
 
 
+class SourceFile(NamedTuple):
+    """What tells one state of a file from another."""
+
+    name: str
+    n_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> SourceFile:
+        stat = path.stat()
+        return cls(path.name, stat.st_size, stat.st_mtime_ns)
+
+
 class Checkpoint:
     """A model's config and its weights, mapped. The arrays that it gave out survive `close`."""
 
@@ -46,7 +59,7 @@ class Checkpoint:
         config: ModelConfig,
         tensors: Mapping[tuple[str, int | None], Readable],
         *,
-        sources: tuple[Path, ...],
+        sources: tuple[SourceFile, ...],
         is_synthetic: bool = False,
         notices: tuple[str, ...] = (),
     ) -> None:
@@ -100,6 +113,8 @@ def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
     """
     if not folder.is_dir():
         raise ModelNotFound(f"{folder}: is not a folder; expected one with config.json and weights")
+    # Before they are opened: a file that is replaced meanwhile must not pass for the new one.
+    present = {path: SourceFile.of(path) for path in folder.iterdir() if path.is_file()}
     config = read_config(folder)
     weights = _open_weights(folder, use_mmap=use_mmap)
     tensors = {}
@@ -111,7 +126,9 @@ def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
                 "config.json; the files are of different models, or broken"
             )
         tensors[role, layer] = tensor
-    return Checkpoint(folder, config, tensors, sources=weights.paths)
+    return Checkpoint(
+        folder, config, tensors, sources=tuple(present[path] for path in weights.paths)
+    )
 
 
 def read_config(folder: Path) -> ModelConfig:

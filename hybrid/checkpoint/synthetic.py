@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from hybrid.checkpoint.calibration import CALIBRATION_SHAPE, HELD_OUT_SHAPE, Calibration, calibrate
 from hybrid.checkpoint.families import expected_tensors
-from hybrid.checkpoint.hf import Checkpoint, read_config, read_json
+from hybrid.checkpoint.hf import Checkpoint, SourceFile, read_config, read_json
 from hybrid.checkpoint.synthetic_weights import RECIPE, SyntheticWeights
 from hybrid.errors import InvalidCheckpoint, ModelNotFound
 from hybrid.kernels import Format
@@ -161,7 +161,12 @@ def open_synthetic(
         for role, layer, _, _ in expected_tensors(config)
     }
     return Checkpoint(
-        folder, config, tensors, sources=(path, bias_path), is_synthetic=True, notices=(notice,)
+        folder,
+        config,
+        tensors,
+        sources=(SourceFile.of(path), SourceFile.of(bias_path)),
+        is_synthetic=True,
+        notices=(notice,),
     )
 
 

@@ -7,6 +7,7 @@ Mappings are never closed by hand: an array keeps its file mapped, the last one 
 from __future__ import annotations
 
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -33,8 +34,9 @@ class Tensor:
     name: str
     dtype: DType
     data: np.ndarray  # mapped, read-only; uint16 bit patterns where dtype is BF16
-    # Where to read the values instead of touching the mapping: a file and the first byte in it.
-    unmapped: tuple[Path, int] | None = None
+    # Where to read the values instead of touching the mapping: a file, the first byte in it, its
+    # inode.
+    unmapped: tuple[Path, int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,7 +51,7 @@ class Tensor:
             return bits.view(np.float32)
         return np.require(data, np.float32, ["C", "A"])
 
-    def _read(self, path: Path, begin: int) -> np.ndarray:
+    def _read(self, path: Path, begin: int, inode: int) -> np.ndarray:
         """A file that shrinks is an error here; in a mapping it would end the process."""
         itemsize, strides = self.data.itemsize, self.data.strides
         n = 1 + sum(
@@ -57,7 +59,10 @@ class Tensor:
             for size, stride in zip(self.shape, strides, strict=True)
         )
         try:
-            values = np.fromfile(path, self.data.dtype, n, offset=begin)
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_ino != inode:
+                    raise InvalidCheckpoint(f"{path}: was replaced while it was read; try again")
+                values = np.fromfile(file, self.data.dtype, n, offset=begin)
         except OSError as error:
             raise InvalidCheckpoint(f"{path}: cannot be read: {error}") from error
         if values.size < n:
@@ -126,4 +131,6 @@ def map_tensor(
         )
     byte_strides = strides and [stride * element_type.itemsize for stride in strides]
     data = np.ndarray(shape, element_type, buffer, begin, byte_strides)
-    return Tensor(name, cast(DType, dtype), data, None if use_mmap else (path, begin))
+    return Tensor(
+        name, cast(DType, dtype), data, None if use_mmap else (path, begin, path.stat().st_ino)
+    )

@@ -14,7 +14,14 @@ from typing import Literal, get_args
 from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.generation import Generation, GenerationStats
-from hybrid.engine.options import checked_count, checked_ids, checked_stop, read_default_sampling
+from hybrid.engine.options import (
+    MAX_LOGPROBS,
+    MAX_THREADS,
+    checked_count,
+    checked_ids,
+    checked_stop,
+    read_default_sampling,
+)
 from hybrid.engine.session import Session
 from hybrid.errors import (
     ContextOverflow,
@@ -31,14 +38,13 @@ from hybrid.placement.hardware import (
 )
 from hybrid.progress import Progress, ignore_progress
 from hybrid.sampling import Sampler, SamplingParams
-from hybrid.tokenizer import ChatMessage, Tokenizer
+from hybrid.tokenizer import ChatMessage, Tokenizer, check_message
 from hybrid.weights.packed import decode_bytes, packed_layout
 from hybrid.weights.packed_file import load_packed
 
 Quant = Literal["bf16", "q8", "q4"]
 
 DEFAULT_CONTEXT = 4096  # positions, where the model allows as many
-MAX_LOGPROBS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ class Engine:
         started = time.perf_counter()
         check_isa_cap()
         n_threads = checked_count(
-            "threads", default_threads() if threads is None else threads, 1024
+            "threads", default_threads() if threads is None else threads, MAX_THREADS
         )
         if quant not in get_args(Quant):
             raise InvalidOption(
@@ -102,6 +108,7 @@ class Engine:
                 format,
                 cache=packed_cache,
                 use_mmap=use_mmap,
+                fits_memory=not memory_notices,
                 n_threads=n_threads,
                 progress=progress,
             )
@@ -210,6 +217,11 @@ class Engine:
         Options and errors are those of `generate`; a model without a chat template that hybrid
         knows raises InvalidOption.
         """
+        # Copies: a conversation that the caller edits in place is another one.
+        messages = tuple(messages)
+        for index, message in enumerate(messages):
+            check_message(index, message)
+        messages = tuple({"role": m["role"], "content": m["content"]} for m in messages)
         return self._begin(
             self._chat_ids(messages, session),
             session,
@@ -226,7 +238,8 @@ class Engine:
         `dense` computes all neurons and gives the same results: to see what skipping brings.
         """
         try:
-            return Session(self._open().open_session(is_dense=dense))
+            executor = self._open()
+            return Session(executor.open_session(is_dense=dense), executor)
         except MemoryError:
             raise OutOfMemory(
                 f"a context of {self.n_context} tokens does not fit into memory; "
@@ -272,8 +285,8 @@ class Engine:
         max_tokens, stop = checked_count("max_tokens", max_tokens), checked_stop(stop)
         if logprobs is not None:
             logprobs = checked_count("logprobs", logprobs, MAX_LOGPROBS, least=0)
-        self._open()
-        if session is not None and session.n_context != self.n_context:
+        executor = self._open()
+        if session is not None and session._engine is not executor:
             raise InvalidOption("session: it belongs to another engine")
         return Generation(
             self.open_session() if session is None else session,
@@ -326,8 +339,9 @@ class Engine:
         """The conversation's ids; where it goes on from the session's last answer, those of the
         session and the new turn's.
         """
-        if session is not None and session.chat is not None:
-            earlier, ids = session.chat
+        known = None if session is None else session.chat
+        if known is not None:
+            earlier, ids = known
             new = tuple(messages[len(earlier) :])
             if new and tuple(messages[: len(earlier)]) == earlier:
                 return self._checked_length(ids + self.tokenizer.encode_next_turn(new))

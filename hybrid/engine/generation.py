@@ -29,6 +29,7 @@ class GenerationStats:
 
     prompt_tokens: int
     cached_tokens: int = 0  # of the prompt: they were in the session's KV cache already
+    prefilled_tokens: int = 0  # of the prompt: computed now
     generated_tokens: int = 0  # without the end-of-sequence token
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -38,13 +39,12 @@ class GenerationStats:
 
     @property
     def prefill_tps(self) -> float:
-        """Prompt tokens per second, without those that were cached."""
-        n = self.prompt_tokens - self.cached_tokens
-        return n / self.prefill_s if self.prefill_s else 0.0
+        """Computed prompt tokens per second."""
+        return self.prefilled_tokens / self.prefill_s if self.prefill_s else 0.0
 
     @property
     def decode_tps(self) -> float:
-        """Generated tokens per second."""
+        """Forward passes of one token per second."""
         return self.decode_steps / self.decode_s if self.decode_s else 0.0
 
     @property
@@ -114,6 +114,20 @@ class Generation:
     def __next__(self) -> str:
         if self._is_over:
             raise StopIteration
+        try:
+            piece = self._advance()
+        except BaseException:  # KeyboardInterrupt: tokens and text may be out of step
+            self.close()
+            raise
+        self.text += piece
+        if self.finish_reason is not None:
+            self._end()
+        if not piece:
+            raise StopIteration
+        return piece
+
+    def _advance(self) -> str:
+        """The next piece of text; "" where there is no more."""
         piece = ""
         with self._session.turn(self._ticket) as is_mine:
             if not is_mine:  # the session was closed, reset, or given another prompt
@@ -126,11 +140,6 @@ class Generation:
                 self.stats.decode_s += time.perf_counter() - started
             if is_mine and self.stats.decode_steps:
                 self.stats.decode_bytes = sum(self._session.decode_bytes.values())
-        self.text += piece
-        if self.finish_reason is not None:
-            self._end()
-        if not piece:
-            raise StopIteration
         return piece
 
     def cancel(self) -> None:
@@ -174,7 +183,8 @@ class Generation:
             part = self.prompt[session.position : session.position + PROMPT_PART]
             session.prefill(np.asarray(part, np.int64))
         self.stats.prefill_s += time.perf_counter() - started
-        self._count_active(session.position - n_before)
+        self.stats.prefilled_tokens = session.position - n_before
+        self._count_active(self.stats.prefilled_tokens)
         session.reset_counts()
         self._is_prefilled = session.position == len(self.prompt)
 

@@ -13,6 +13,41 @@ import numpy as np
 from hybrid.errors import InvalidCheckpoint, InvalidOption
 from hybrid.sampling import SamplingParams
 
+MAX_LOGPROBS = 100
+MAX_THREADS = 1024
+
+
+def check_options(
+    *,
+    max_tokens: int = 256,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repeat_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    logprobs: int | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Raises InvalidOption for what `Engine.generate` or `load` would refuse of any model: to be
+    told so before a model is fetched.
+    """
+    checked_count("max_tokens", max_tokens)
+    SamplingParams(
+        temperature=0.0 if temperature is None else temperature,
+        top_k=0 if top_k is None else top_k,
+        top_p=1.0 if top_p is None else top_p,
+        min_p=0.0 if min_p is None else min_p,
+        repeat_penalty=repeat_penalty,
+        seed=seed,
+    )
+    checked_stop(stop)
+    if logprobs is not None:
+        checked_count("logprobs", logprobs, MAX_LOGPROBS, least=0)
+    if threads is not None:
+        checked_count("threads", threads, MAX_THREADS)
+
 
 def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
     """A prompt of token ids. Raises InvalidOption."""

@@ -25,8 +25,9 @@ class Session:
     Sessions of one engine may run on several threads at once; one session serves one at a time.
     """
 
-    def __init__(self, native: NativeSession) -> None:
+    def __init__(self, native: NativeSession, engine: object = None) -> None:
         self._native: NativeSession | None = native
+        self._engine = engine  # whose weights these are; compared by identity
         self._tokens: list[int] = []
         self._lock = threading.RLock()  # held for each call into the native session
         self._owner: object = None  # the generation that is running on it
@@ -50,8 +51,8 @@ class Session:
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """(vocab,) logits of the token that follows: a read-only view, overwritten by the next
-        call.
+        """(vocab,) logits that the latest `prefill` or `decode` left: of the token that follows,
+        until something is truncated. A read-only view, overwritten by the next call.
         """
         return self._open().logits
 
@@ -63,9 +64,12 @@ class Session:
         Raises ContextOverflow where they do not fit, EngineClosed, and ValueError for ids that the
         vocabulary does not have.
         """
-        ids = np.asarray(tokens, np.int64)
+        ids = np.asarray(tokens)
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"tokens: expected integers, found {ids.dtype}")
+        ids = ids.astype(np.int64)
         with self._lock:
-            native = self._open()
+            native = self._in_step()
             self._check_room(ids.size)
             logits = native.prefill(ids, all_logits)
             self._tokens += ids.tolist()
@@ -74,7 +78,7 @@ class Session:
     def decode(self, token: int) -> None:
         """Append one token. Raises as `prefill` does."""
         with self._lock:
-            native = self._open()
+            native = self._in_step()
             self._check_room(1)
             native.decode(token)
             self._tokens.append(int(token))
@@ -82,7 +86,7 @@ class Session:
     def truncate(self, position: int) -> None:
         """Forget all tokens from `position` on. Raises ValueError where there are fewer."""
         with self._lock:
-            self._open().truncate(position)
+            self._in_step().truncate(position)
             del self._tokens[position:]
 
     def reset(self) -> None:
@@ -120,6 +124,7 @@ class Session:
             return self._open().decode_bytes
 
     def reset_counts(self) -> None:
+        """Begin `active_counts` and `decode_bytes` anew."""
         with self._lock:
             self._open().reset_counts()
 
@@ -155,6 +160,15 @@ class Session:
         if self._native is None:
             raise EngineClosed("the session is closed; open another one")
         return self._native
+
+    def _in_step(self) -> NativeSession:
+        """The native session, without tokens of a call that KeyboardInterrupt cut off before they
+        were noted here: those count as never given.
+        """
+        native = self._open()
+        if native.position > len(self._tokens):
+            native.truncate(len(self._tokens))
+        return native
 
     def _check_room(self, n: int) -> None:
         n_context = self._open().n_context

@@ -9,12 +9,14 @@ be written today. Files appear under their name only once they are complete.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import mmap
 import os
 import re
 import struct
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,7 @@ from hybrid.weights.packed import (
 VERSION = "2"  # of rounding and byte layout: another one makes every file stale
 KEEP_FROM_BYTES = 64 << 20  # smaller models are packed faster than a file is worth
 _READ_BYTES = 32 << 20  # of one read
+_ABANDONED_S = 3600  # no packing takes as long
 
 
 class FileSource(Source, Protocol):
@@ -48,7 +51,7 @@ class FileSource(Source, Protocol):
     @property
     def folder(self) -> Path: ...
     @property
-    def sources(self) -> Sequence[Path]: ...
+    def sources(self) -> Sequence[tuple[str, int, int]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ def load_packed(
     *,
     cache: Path | None,
     use_mmap: bool = False,
+    fits_memory: bool = True,
     n_threads: int = 1,
     progress: Progress = ignore_progress,
 ) -> LoadedModel:
@@ -75,30 +79,34 @@ def load_packed(
 
     With `use_mmap` the file is mapped, whatever its size; otherwise its bytes are copied into
     huge-page memory. `cache` None keeps nothing. A folder that cannot be written costs packing at
-    each load, and a notice.
+    each load, and a notice; where the weights do not fit into memory, it is an error.
 
     Raises OutOfMemory, and what `pack_model` raises.
     """
     config = checkpoint.config
     n_bytes = packed_layout(config, format).n_bytes
 
-    def loaded(buffer: Buffer, was_packed: bool, *notices: str) -> LoadedModel:
+    def loaded(
+        buffer: Buffer, *notices: str, is_mapped: bool = False, was_packed: bool = True
+    ) -> LoadedModel:
         model = view_packed(buffer, config, format)
-        return LoadedModel(model, n_bytes, use_mmap and not notices, was_packed, notices)
+        return LoadedModel(model, n_bytes, is_mapped, was_packed, notices)
 
     def pack(buffer: Buffer) -> Buffer:
         pack_model(checkpoint, format, buffer=buffer, n_threads=n_threads, progress=progress)
         return buffer
 
     if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
-        return loaded(pack(_allocate(n_bytes)), True, *(["mmap: there is no file"] * use_mmap))
+        return loaded(pack(_allocate(n_bytes)), *(["mmap: there is no file"] * use_mmap))
     path = cache / _file_name(checkpoint, format)
     header = _header(checkpoint, format)
     if _is_current(path, header, n_bytes):
-        with contextlib.suppress(_FileChanged):
+        with contextlib.suppress(_FileChanged, OSError):  # it may go or shrink at any moment
             if use_mmap:
-                return loaded(_map(path, len(header), n_bytes), False)
-            return loaded(_read(path, len(header), n_bytes, n_threads), False)
+                buffer = _map(path, len(header), n_bytes)
+            else:
+                buffer = _read(path, len(header), n_bytes, n_threads)
+            return loaded(buffer, is_mapped=use_mmap, was_packed=False)
     try:
         if use_mmap:
             with _replacing(path, len(header) + n_bytes) as file:
@@ -107,18 +115,22 @@ def load_packed(
                 mapping = mmap.mmap(file.fileno(), len(header) + n_bytes)
                 pack(np.frombuffer(mapping, np.uint8)[len(header) :])
                 mapping.flush()
-            return loaded(_map(path, len(header), n_bytes), True)
+            return loaded(_map(path, len(header), n_bytes), is_mapped=True)
         buffer = pack(_allocate(n_bytes))
-    except OSError as error:
-        buffer = pack(_allocate(n_bytes))
-        return loaded(buffer, True, _not_kept(path, error))
+    except (OSError, _FileChanged) as error:
+        if not fits_memory:
+            raise OutOfMemory(
+                f"{_not_kept(path, error)}; without that file the weights must fit into memory, "
+                "and they do not"
+            ) from error
+        return loaded(pack(_allocate(n_bytes)), _not_kept(path, error))
     try:
         with _replacing(path, len(header) + n_bytes) as file:
             file.write(header)
             file.write(buffer.data)
     except OSError as error:
-        return loaded(buffer, True, _not_kept(path, error))
-    return loaded(buffer, True)
+        return loaded(buffer, _not_kept(path, error))
+    return loaded(buffer)
 
 
 def _file_name(checkpoint: FileSource, format: Format) -> str:
@@ -152,9 +164,8 @@ def _header(checkpoint: FileSource, format: Format) -> bytes:
 def _fingerprint(checkpoint: FileSource) -> str:
     """A hash of the config as it was understood, and of each source file's name, size and time."""
     digest = hashlib.sha256(repr(checkpoint.config).encode())
-    for path in checkpoint.sources:
-        stat = path.stat()
-        digest.update(f"\0{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    for name, n_bytes, modified_ns in checkpoint.sources:
+        digest.update(f"\0{name}\0{n_bytes}\0{modified_ns}".encode())
     return digest.hexdigest()
 
 
@@ -178,7 +189,7 @@ def _allocate(n_bytes: int) -> Buffer:
 
 
 class _FileChanged(Exception):
-    """The file became shorter, or was replaced, after it was looked at."""
+    """The file became shorter after it was looked at."""
 
 
 def _map(path: Path, offset: int, n_bytes: int) -> Buffer:
@@ -213,9 +224,14 @@ def _replacing(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
     Its space is reserved first, so that a full disk is an OSError and not half a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp"):  # its process was killed
+        with contextlib.suppress(OSError):
+            if time.time() - abandoned.stat().st_mtime > _ABANDONED_S:
+                abandoned.unlink()
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("w+b") as file:
+            file.truncate(n_bytes)
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, n_bytes)
             yield file
@@ -226,8 +242,9 @@ def _replacing(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _not_kept(path: Path, error: OSError) -> str:
+def _not_kept(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or error
     return (
-        f"the packed model cannot be kept in {path.parent} ({error.strerror or error}), so it is "
+        f"the packed model cannot be kept in {path.parent} ({reason}), so it is "
         "packed again at each start; set HYBRID_HOME to a folder with room"
     )

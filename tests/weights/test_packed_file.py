@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from safetensors import safe_open
 from tiny_models import write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
-from hybrid.kernels import Format
+from hybrid.errors import OutOfMemory
+from hybrid.kernels import Format, _native
 from hybrid.weights import packed_file
 from hybrid.weights.packed import packed_layout
 from hybrid.weights.packed_file import LoadedModel, load_packed
@@ -29,6 +31,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def keep_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_file, "KEEP_FROM_BYTES", 0)
+    monkeypatch.setattr(packed_file, "_READ_BYTES", 1000)  # many reads, on any number of threads
 
 
 def load(model: Path, cache: Path | None, **options) -> LoadedModel:
@@ -36,8 +39,16 @@ def load(model: Path, cache: Path | None, **options) -> LoadedModel:
         return load_packed(checkpoint, options.pop("format", Format.q8), cache=cache, **options)
 
 
-def norms(loaded: LoadedModel) -> np.ndarray:
-    return np.stack([layer.ffn_norm for layer in loaded.model.layers])
+def weights(loaded: LoadedModel) -> np.ndarray:
+    """Every weight of the model, norms and matrices, as it is read back."""
+    model = loaded.model
+    matrices = [model.embedding, model.head]
+    values = [model.norm]
+    for layer in model.layers:
+        matrices += [layer.qkv, layer.o, layer.gate, layer.up, layer.down]
+        values += [layer.attention_norm, layer.ffn_norm]
+    values += [_native.dequantize(rows, row) for rows in matrices for row in range(rows.n_rows)]
+    return np.concatenate(values)
 
 
 def files(cache: Path) -> list[str]:
@@ -55,7 +66,7 @@ def test_a_model_is_packed_once(model, tmp_path, format, use_mmap):
     assert not again.was_packed
     assert again.is_mapped == use_mmap
     assert again.notices == ()
-    np.testing.assert_array_equal(norms(again), norms(first))
+    np.testing.assert_array_equal(weights(again), weights(first))
     assert files(cache) == [name]
     assert (cache / name).read_bytes() == before
     other = load(model, cache, format=format, use_mmap=not use_mmap)
@@ -68,6 +79,43 @@ def test_mapped_copied_and_packed_weights_are_the_same_bytes(model, tmp_path, fo
     (a,), (b,) = ((tmp_path / name).glob("*.safetensors") for name in "ab")
     assert a.read_bytes() == b.read_bytes()
     assert mapped.n_bytes % 64 == 0
+
+
+def test_threads_do_not_change_a_byte(model, tmp_path, format):
+    for n_threads in (1, 4):
+        load(model, tmp_path / str(n_threads), format=format, n_threads=n_threads)
+    one, four = (next((tmp_path / name).iterdir()).read_bytes() for name in "14")
+    assert one == four
+
+
+def test_a_model_replaced_while_it_is_open_is_not_taken_for_the_new_one(model, tmp_path):
+    cache = tmp_path / "cache"
+    other = write_model(tmp_path / "other", seed=1)
+    with open_checkpoint(model) as checkpoint:
+        (other / "model.safetensors").replace(model / "model.safetensors")
+        load_packed(checkpoint, Format.q8, cache=cache)
+    again = load(model, cache)
+    assert again.was_packed
+    np.testing.assert_array_equal(weights(again), weights(load(model, None)))
+
+
+def test_files_that_a_killed_process_left_are_removed(model, tmp_path):
+    cache = tmp_path / "cache"
+    load(model, cache)
+    (path,) = cache.iterdir()
+    path.unlink()
+    for name, age_s in (("old", 7200), ("new", 0)):
+        left = cache / f".{path.stem}.{name}.tmp"
+        left.write_bytes(b"x")
+        os.utime(left, (time.time() - age_s,) * 2)
+    load(model, cache)
+    assert files(cache) == sorted([f".{path.stem}.new.tmp", path.name])
+
+
+def test_weights_that_must_be_mapped_and_cannot_are_an_error(model, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OutOfMemory, match="cannot be kept"):
+        load(model, tmp_path / "cache", use_mmap=True, fits_memory=False)
 
 
 def test_the_file_is_sound_safetensors(model, tmp_path, format):
@@ -107,7 +155,7 @@ def test_changed_weights_are_packed_anew_in_the_same_place(model, tmp_path, use_
     assert changed.was_packed
     assert files(cache) == before
     fresh = load(model, None)
-    np.testing.assert_array_equal(norms(changed), norms(fresh))
+    np.testing.assert_array_equal(weights(changed), weights(fresh))
 
 
 def test_a_changed_config_is_packed_anew(model, tmp_path):
@@ -128,7 +176,7 @@ def test_the_same_model_elsewhere_has_a_file_of_its_own(model, tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "header", "cut", "longer", "other version", "folder"])
 def test_damaged_files_are_replaced(model, tmp_path, damage, use_mmap):
     cache = tmp_path / "cache"
-    expected = norms(load(model, cache))
+    expected = weights(load(model, cache))
     (path,) = cache.iterdir()
     data = path.read_bytes()
     path.unlink()
@@ -145,7 +193,7 @@ def test_damaged_files_are_replaced(model, tmp_path, damage, use_mmap):
         path.write_bytes(changed[damage])
     loaded = load(model, cache, use_mmap=use_mmap)
     assert loaded.was_packed
-    np.testing.assert_array_equal(norms(loaded), expected)
+    np.testing.assert_array_equal(weights(loaded), expected)
     if damage == "folder":
         assert "cannot be kept" in loaded.notices[0]
         assert files(cache) == [path.name]
@@ -155,7 +203,7 @@ def test_damaged_files_are_replaced(model, tmp_path, damage, use_mmap):
 
 def test_a_file_that_shrinks_between_look_and_read_is_packed_anew(model, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    expected = norms(load(model, cache))
+    expected = weights(load(model, cache))
     (path,) = cache.iterdir()
 
     def cut_then_current(*args: object) -> bool:
@@ -165,7 +213,7 @@ def test_a_file_that_shrinks_between_look_and_read_is_packed_anew(model, tmp_pat
     monkeypatch.setattr(packed_file, "_is_current", cut_then_current)
     loaded = load(model, cache)
     assert loaded.was_packed
-    np.testing.assert_array_equal(norms(loaded), expected)
+    np.testing.assert_array_equal(weights(loaded), expected)
 
 
 # Disks
@@ -190,7 +238,7 @@ def test_a_cache_that_is_no_folder_costs_a_notice(model, tmp_path):
     (tmp_path / "cache").write_text("a file")
     loaded = load(model, tmp_path / "cache")
     assert "cannot be kept" in loaded.notices[0]
-    assert norms(loaded).size
+    assert weights(loaded).size
 
 
 @pytest.mark.parametrize("use_mmap", [False, True])
