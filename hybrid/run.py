@@ -86,9 +86,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         ("json", "interactive"),
         ("logprobs", "interactive"),
     )
-    for option, other in pairs:
-        if getattr(args, option) not in (None, False) and getattr(args, other) not in (None, False):
-            parser.error(f"--{option} and --{other} exclude each other")
+    for pair in pairs:
+        given = [value is not None and value is not False for value in map(vars(args).get, pair)]
+        if all(given):
+            parser.error(f"--{pair[0]} and --{pair[1]} exclude each other")
     return args
 
 

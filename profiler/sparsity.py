@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid import Engine, HybridError, InvalidOption, load
+from hybrid import Engine, InvalidOption, check_options, load
+from hybrid.command_line import ArgumentParser, run_command
+from hybrid.progress_bar import progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +43,46 @@ def measure_sparsity(
     return SparsityReport(len(ids), 1.0 - counts / (len(ids) * engine.config.n_neurons))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="profiler.sparsity", description=__doc__.split("\n")[0])
-    parser.add_argument("-m", "--model", default="stories")
-    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
-    parser.add_argument("--quant", choices=("q8", "q4", "bf16"), default="q8")
-    parser.add_argument("-t", "--threads", type=int)
-    args = parser.parse_args(arguments)
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="profiler.sparsity", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("-m", "--model", default="stories", help="as for hybrid.run (stories)")
+    add("--text", type=Path, required=True, help="a UTF-8 text file")
+    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
+    add("-t", "--threads", type=int, help="threads (the physical cores)")
+    add("--offline", action="store_true", help="never use the network")
+    return parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_options(threads=args.threads)
     try:
         text = args.text.read_text(encoding="utf-8")
-        if not text.strip():
-            raise InvalidOption(f"--text {args.text}: there is no text in it")
-        with load(args.model, threads=args.threads, quant=args.quant) as engine:
-            report = measure_sparsity(engine, engine.tokenizer.encode(text))
-    except (OSError, UnicodeDecodeError) as error:
-        print(f"profiler.sparsity: --text {args.text}: {error}", file=sys.stderr)
-        return 1
-    except HybridError as error:
-        print(f"profiler.sparsity: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        raise InvalidOption(f"--text {args.text}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidOption(f"--text {args.text}: not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise InvalidOption(f"--text {args.text}: there is no text in it")
+    with (
+        progress_bar() as progress,
+        load(
+            args.model,
+            threads=args.threads,
+            quant=args.quant,
+            offline=args.offline,
+            progress=progress,
+        ) as engine,
+    ):
+        report = measure_sparsity(engine, engine.tokenizer.encode(text))
     for layer, sparsity in enumerate(report.sparsity):
         print(f"layer {layer:3}  {sparsity:.4f}")
-    print(f"mean       {report.sparsity.mean():.4f}   over {report.n_tokens} tokens")
+    print(f"mean       {report.sparsity.mean():.4f}   over {report.n_tokens} tokens", flush=True)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_command("profiler.sparsity", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

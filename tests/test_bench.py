@@ -96,6 +96,12 @@ def test_options_out_of_range_are_refused(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["-n", "496"], ["--long-context", "16", "-n", "4"]])
+def test_the_long_context_may_be_the_short_one(capsys, arguments):
+    assert bench.main(["--runs", "1", *arguments]) == 0
+    assert capsys.readouterr().out.count("decode, context 16") == 2
+
+
 def test_more_tokens_than_the_context_holds_are_refused(capsys):
     assert bench.main(["-n", "500"]) == 2
     assert "--tokens 500" in capsys.readouterr().err

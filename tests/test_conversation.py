@@ -189,9 +189,23 @@ def test_a_model_without_a_template_does_not_chat(option):
 
 
 @pytest.mark.parametrize(
-    "options", [["--raw", "--chat"], ["--raw", "--system", "x"], ["--json", "-i"]]
+    "options",
+    [["--raw", "--chat"], ["--raw", "--system", "x"], ["--json", "-i"], ["-i", "--logprobs", "0"]],
 )
 def test_options_that_exclude_each_other(options):
     result = run(*options)
     assert result.returncode == 2
     assert "exclude each other" in result.stderr
+
+
+def test_a_line_that_is_no_text_does_not_end_the_conversation(monkeypatch, capsys, chat_engine):
+    conversation = converse(monkeypatch, chat_engine, ["caf\udce9", "Hello"])
+    assert "lone surrogate" in capsys.readouterr().err
+    assert [m["content"] for m in conversation.messages[::2]] == ["Hello"]
+
+
+def test_options_are_refused_before_a_model_is_looked_for():
+    for options in (["--temp", "-1"], ["-t", "0"], ["--logprobs", "-1"], ["--stop", ""]):
+        result = run("-m", "./no such model", "-i", *options)
+        assert result.returncode == 2, options
+        assert "no such model" not in result.stderr

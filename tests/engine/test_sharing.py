@@ -204,12 +204,59 @@ def test_a_session_never_takes_more_than_its_context(tmp_path):
         assert session.tokens == (10, 11, 12, 13, 14, 15, 1, 2)
 
 
-def test_a_session_of_another_engine_is_refused(engine, chat_engine):
+def test_a_session_of_another_engine_is_refused(engine):
     with (
-        chat_engine.open_session() as session,
+        hybrid.load("stories") as other,
+        other.open_session() as session,
         pytest.raises(InvalidOption, match="another engine"),
     ):
         engine.generate("A", session=session)
+
+
+def test_an_interrupted_call_leaves_tokens_and_cache_in_step(engine, monkeypatch):
+    """KeyboardInterrupt comes between the native call and the note of its tokens."""
+    session, other = engine.open_session(), engine.open_session()
+    ids = engine.tokenizer.encode("Once upon a time there was")
+    session.prefill(ids[:4])
+    session._native.prefill(np.asarray(ids[4:6]))  # what an interrupted prefill leaves
+    assert session.position == 4
+    session.prefill(ids[4:])
+    other.prefill(ids)
+    np.testing.assert_array_equal(session.logits, other.logits)
+    session._native.decode(5)
+    session.decode(7)
+    other.decode(7)
+    np.testing.assert_array_equal(session.logits, other.logits)
+
+
+def test_an_interrupted_generation_is_over(engine, monkeypatch):
+    with engine.open_session() as session:
+        generation = engine.generate("A cat", session=session, max_tokens=50, seed=1)
+        next(generation)
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "decode", lambda token: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                list(generation)
+        assert generation.finish_reason == "cancelled"
+        assert list(generation) == []
+        again = text_of(engine.generate("A cat", session=session, max_tokens=8, seed=1))
+        assert again == text_of(engine.generate("A cat", max_tokens=8, seed=1))
+
+
+def test_a_conversation_edited_in_place_is_another_one(chat_engine):
+    options = {"max_tokens": 4, "temperature": 0}
+    with chat_engine.open_session() as session:
+        messages = [user("Hello there")]
+        answer = text_of(chat_engine.chat(messages, session=session, **options))
+        messages += [{"role": "assistant", "content": answer}, user("And?")]
+        messages[0]["content"] = "Something else"
+        generation = chat_engine.chat(messages, session=session, **options)
+        assert generation.prompt == chat_engine.tokenizer.encode_chat(messages)
+
+
+def test_ids_that_are_no_integers_are_refused(engine):
+    with engine.open_session() as session, pytest.raises(ValueError, match="integers"):
+        session.prefill([1.7])
 
 
 # Counts

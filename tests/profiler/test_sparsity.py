@@ -44,5 +44,5 @@ def test_the_command_prints_layers_and_mean(tmp_path, capsys):
 
 
 def test_a_missing_text_is_one_line(capsys):
-    assert sparsity.main(["--text", "/no/such/text"]) == 1
+    assert sparsity.main(["--text", "/no/such/text"]) == 2
     assert "No such file" in capsys.readouterr().err
