@@ -40,3 +40,13 @@ class ModelConfig:
     def is_sparse(self) -> bool:
         """Whether neurons can be exactly zero, so that skipping them changes nothing."""
         return self.activation != "silu"
+
+    @property
+    def attention_size(self) -> int:
+        """What all query heads have together: the width of the output projection."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the joined q, k and v projections."""
+        return self.attention_size + 2 * self.n_kv_heads * self.head_dim

@@ -11,10 +11,10 @@ from hybrid.checking.check import Check, Figures
 from hybrid.engine.comparison import oracle_bytes
 from hybrid.engine.engine import Quant
 from hybrid.errors import UnsupportedIsa
-from hybrid.kernels import active_isa, available_isas, check_isa_cap
+from hybrid.kernels import Format, active_isa, available_isas, check_isa_cap
 from hybrid.model_config import ModelConfig
-
-WEIGHT_BYTES = {"bf16": 2.0, "q8": 34 / 32, "q4": 18 / 32}
+from hybrid.placement.hardware import available_memory_bytes
+from hybrid.weights.packed import packed_layout
 
 
 def check_files(folder: Path) -> Check:
@@ -79,19 +79,14 @@ def check_isa() -> Check:
 
 
 def check_memory(config: ModelConfig, quant: Quant) -> Check:
-    attention = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    n_weights = config.hidden_size * (
-        config.vocab_size * (1 if config.has_tied_head else 2)
-        + config.n_layers * (attention + 3 * config.n_neurons)
-    )
-    weights, oracle = n_weights * WEIGHT_BYTES[quant], oracle_bytes(config)
-    available = psutil.virtual_memory().available
+    weights, oracle = packed_layout(config, Format[quant]).n_bytes, oracle_bytes(config)
+    available = available_memory_bytes()
     message = (
         f"{weights / 1e9:.2f} GB of weights in {quant}, then {oracle / 1e9:.2f} GB for the oracle; "
         f"{available / 1e9:.1f} GB are free."
     )
     figures: Figures = {
-        "weight_bytes": int(weights),
+        "weight_bytes": weights,
         "oracle_bytes": oracle,
         "available_bytes": available,
     }

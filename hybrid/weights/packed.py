@@ -59,8 +59,7 @@ def packed_layout(config: ModelConfig, format: Format) -> PackedLayout:
 
 
 def _array_sizes(config: ModelConfig, format: Format) -> Iterator[tuple[str, int]]:
-    hidden, attention = config.hidden_size, config.n_heads * config.head_dim
-    n_qkv = attention + 2 * config.n_kv_heads * config.head_dim
+    hidden, attention = config.hidden_size, config.attention_size
 
     def matrix(name: str, n_rows: int, n_cols: int) -> Iterator[tuple[str, int]]:
         value_bytes, scale_bytes = row_bytes(format, n_cols)
@@ -71,7 +70,7 @@ def _array_sizes(config: ModelConfig, format: Format) -> Iterator[tuple[str, int
     yield from matrix("embedding", config.vocab_size, hidden)
     for layer in range(config.n_layers):
         yield f"{layer}.attention_norm", 4 * hidden
-        yield from matrix(f"{layer}.qkv", n_qkv, hidden)
+        yield from matrix(f"{layer}.qkv", config.qkv_size, hidden)
         yield from matrix(f"{layer}.o", hidden, attention)
         yield f"{layer}.ffn_norm", 4 * hidden
         yield from matrix(f"{layer}.gate", config.n_neurons, hidden)
@@ -93,10 +92,9 @@ def decode_bytes(
     neuron and token fire: all rows of attention, gate and head, one row of the embedding, up and
     down rows of the active neurons, and fp16 keys and values of all positions so far.
     """
-    hidden, attention = config.hidden_size, config.n_heads * config.head_dim
-    n_qkv = attention + 2 * config.n_kv_heads * config.head_dim
+    hidden, attention = config.hidden_size, config.attention_size
     row, attention_row = sum(row_bytes(format, hidden)), sum(row_bytes(format, attention))
-    layer = (n_qkv + config.n_neurons) * row + hidden * attention_row
+    layer = (config.qkv_size + config.n_neurons) * row + hidden * attention_row
     n_seen = sum(range(first_position + 1, first_position + n_tokens + 1))
     kv_row = 2 * 2 * config.n_kv_heads * _native.head_stride(config.head_dim)
     return (
@@ -209,8 +207,7 @@ class _Packer:
 def view_packed(buffer: Buffer, config: ModelConfig, format: Format) -> PackedModel:
     """The packed model whose bytes are in `buffer`."""
     layout = packed_layout(config, format)
-    hidden, attention = config.hidden_size, config.n_heads * config.head_dim
-    n_qkv = attention + 2 * config.n_kv_heads * config.head_dim
+    hidden, attention = config.hidden_size, config.attention_size
 
     def matrix(name: str, n_rows: int, n_cols: int) -> Rows:
         value_bytes, scale_bytes = row_bytes(format, n_cols)
@@ -237,7 +234,7 @@ def view_packed(buffer: Buffer, config: ModelConfig, format: Format) -> PackedMo
         layers.append(
             LayerWeights(
                 attention_norm=norm(f"{layer}.attention_norm"),
-                qkv=matrix(f"{layer}.qkv", n_qkv, hidden),
+                qkv=matrix(f"{layer}.qkv", config.qkv_size, hidden),
                 o=matrix(f"{layer}.o", hidden, attention),
                 ffn_norm=norm(f"{layer}.ffn_norm"),
                 gate=matrix(f"{layer}.gate", config.n_neurons, hidden),
