@@ -1,6 +1,7 @@
 // Single kernels, for tests and benchmarks, and memory for packed weights.
 
 #include <algorithm>
+#include <vector>
 
 #include "bindings.h"
 #include "kernels/dispatch.h"
@@ -155,6 +156,8 @@ void BindKernels(py::module_& m) {
               "x must be quantised vectors");
         const int64_t padded = PaddedCols(format, down.rows.n_cols);
         Floats out({x.shape(0), static_cast<py::ssize_t>(padded)});
+        const int64_t n_pairs = int64_t{last - first} * x.shape(0);
+        std::vector<Active> active(static_cast<size_t>(n_pairs) + 1);
         const SparseFfnArgs args = {format,
                                     gate.rows,
                                     up.rows,
@@ -168,9 +171,15 @@ void BindKernels(py::module_& m) {
                                     static_cast<int32_t>(x.shape(0)),
                                     out.mutable_data(),
                                     padded,
-                                    computes_all};
+                                    computes_all,
+                                    active.data()};
         int64_t n_active = 0;
-        WithoutGil([&] { n_active = ActiveKernels().sparse_ffn(args); });
+        WithoutGil([&] {
+          const KernelTable& kernels = ActiveKernels();
+          int32_t n_listed = 0;
+          n_active = kernels.find_active(args, &n_listed);
+          kernels.add_active(args, n_listed);
+        });
         return py::make_tuple(out, n_active);
       },
       py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("x"), py::arg("first"),

@@ -71,6 +71,7 @@ void Program::Add(const Op& op) {
   has_head_ |= op.kind == OpKind::kHead;
   if (op.kind == OpKind::kQkv || op.kind == OpKind::kAttend || op.kind == OpKind::kFfn)
     n_layers_ = std::max(n_layers_, op.layer + 1);
+  if (op.kind == OpKind::kFfn) n_neurons_ = std::max(n_neurons_, op.a.n_rows);
   ops_.push_back(op);
 }
 

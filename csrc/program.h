@@ -87,6 +87,7 @@ class Program {
   const ProgramShape& shape() const { return shape_; }
   int32_t head_stride() const { return RoundUp(shape_.head_dim, kHeadAlign); }
   int32_t n_layers() const { return n_layers_; }
+  int32_t n_neurons() const { return n_neurons_; }  // of the widest FFN
   int32_t vocab_size() const { return vocab_size_; }
   const Op& op(int32_t index) const { return ops_[static_cast<size_t>(index)]; }
   const std::vector<Phase>& decode_phases() const { return decode_; }
@@ -96,7 +97,7 @@ class Program {
   ProgramShape shape_;
   std::vector<Op> ops_;
   std::vector<Phase> decode_, prefill_;
-  int32_t n_layers_ = 0, vocab_size_ = 0;
+  int32_t n_layers_ = 0, n_neurons_ = 0, vocab_size_ = 0;
   bool has_head_ = false, is_sealed_ = false;
 };
 

@@ -40,8 +40,10 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
                                      int64_t{n_spans} * group * (program.head_stride() + 2)});
   const int64_t vector_bytes =
       VectorBytes(shape.format, std::max(shape.hidden_size, shape.n_heads * shape.head_dim));
+  // Pieces begin at multiples of 8 neurons.
+  const int64_t n_pairs = int64_t{CeilDiv(program.n_neurons(), kFfnPieces) + 8} * kPrefillChunk;
   for (int32_t thread = 0; thread < pool.n_threads(); ++thread)
-    threads_.push_back(std::make_unique<ThreadScratch>(n_floats, vector_bytes));
+    threads_.push_back(std::make_unique<ThreadScratch>(n_floats, vector_bytes, n_pairs + 1));
 }
 
 Session::~Session() = default;

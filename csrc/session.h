@@ -93,9 +93,11 @@ class Session {
  private:
   // What one thread needs for itself.
   struct ThreadScratch {
-    ThreadScratch(int64_t n_floats, int64_t vector_bytes) : floats(n_floats), x(vector_bytes) {}
+    ThreadScratch(int64_t n_floats, int64_t vector_bytes, int64_t n_pairs)
+        : floats(n_floats), x(vector_bytes), active(n_pairs) {}
     Pages<float> floats;
     Pages<uint8_t> x;       // a private quantised vector
+    Pages<Active> active;   // of an FFN piece
     uint64_t x_serial = 0;  // the phase and call that `x` was made for
     int64_t bytes[kStages] = {};
     float scores[kHeadTile * kSpan];
@@ -114,7 +116,8 @@ class Session {
                   ThreadScratch& scratch, float* max, float* sum, float* out);
   void MergeSpans(int32_t head, int32_t n_spans, const float* max, const float* sum,
                   const float* out, int64_t stride, float* merged) const;
-  int64_t RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens);
+  int64_t RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
+                 ThreadScratch& scratch);
   void AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
                ThreadScratch& scratch);
   uint16_t* KvHead(int32_t layer, bool is_value, int32_t head) const;

@@ -66,7 +66,7 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
     case PhaseKind::kFfn: {
       const int64_t n_neurons =
           FirstNeuron(op.a.n_rows, piece + 1) - FirstNeuron(op.a.n_rows, piece);
-      const int64_t n_active = RunFfn(op, piece, NormOnce(phase, op, scratch), 1);
+      const int64_t n_active = RunFfn(op, piece, NormOnce(phase, op, scratch), 1, scratch);
       scratch.bytes[kStageGate] += n_neurons * RowBytes(op.a, shape.format);
       scratch.bytes[kStageUpDown] += (is_dense_ ? n_neurons : n_active) *
                                      (RowBytes(op.b, shape.format) + RowBytes(op.c, shape.format));
@@ -144,7 +144,7 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
       AddRows(op, piece, x_quant_.get(), n_tokens_, scratch);
       break;
     case PhaseKind::kFfnTokens:
-      RunFfn(op, piece, x_quant_.get(), n_tokens_);
+      RunFfn(op, piece, x_quant_.get(), n_tokens_, scratch);
       break;
     case PhaseKind::kFfnSumTokens: {
       const int64_t padded = PaddedCols(shape.format, hidden);
@@ -268,7 +268,8 @@ void Session::MergeSpans(int32_t head, int32_t n_spans, const float* max, const 
 }
 
 // Returns the number of active (neuron, token) pairs.
-int64_t Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens) {
+int64_t Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
+                        ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
   const int64_t padded = PaddedCols(shape.format, shape.hidden_size);
   SparseFfnArgs args;
@@ -286,7 +287,10 @@ int64_t Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n
   args.out = partials_ + int64_t{piece} * kPrefillChunk * padded;
   args.out_stride = padded;
   args.computes_all = is_dense_;
-  const int64_t n_active = kernels_->sparse_ffn(args);
+  args.active = scratch.active.get();
+  int32_t n_listed = 0;
+  const int64_t n_active = kernels_->find_active(args, &n_listed);
+  kernels_->add_active(args, n_listed);
   active_[static_cast<size_t>(op.layer)].fetch_add(n_active, std::memory_order_relaxed);
   return n_active;
 }

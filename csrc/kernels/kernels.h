@@ -40,7 +40,7 @@ constexpr int32_t kGroup = kBlock * kGroupBlocks;
 constexpr int32_t kHeadAlign = 16;  // heads are padded to a multiple of this, with zeros
 constexpr int32_t kSpan = 256;      // context positions per piece of attention
 constexpr int32_t kHeadTile = 4;    // query heads that attention takes at once
-constexpr int32_t kTokenTile = 64;  // tokens that sparse_ffn takes at most
+constexpr int32_t kTokenTile = 64;  // tokens that an FFN piece takes at most
 
 struct Rows {
   const uint8_t* values;  // row r begins at values + r * values_stride; 2-byte aligned at least
@@ -88,13 +88,21 @@ struct GemmArgs {
   int64_t out_stride;  // floats
 };
 
-// One fixed piece [first, last) of the neurons of a gated FFN, for up to kTokenTile tokens.
-// Overwrites `out`, the piece's own partial sum, with sum over active neurons of act(gate x) * (up
-// x) * down. Columns of `out` are in the order of the packed rows (see ColumnOrder in the
-// implementation of add_partials).
+// One active (neuron, token) pair and what its gate came to.
+struct Active {
+  int32_t neuron, token;
+  float gate;
+};
+
+// One fixed piece [first, last) of the neurons of a gated FFN, for up to kTokenTile tokens, in two
+// steps: `find_active` lists the pairs that fire, `add_active` overwrites `out`, the piece's own
+// partial sum, with the sum over them of act(gate x) * (up x) * down. Columns of `out` are in the
+// order of the packed rows (see ColumnOrder in the implementation of add_partials).
 struct SparseFfnArgs {
   Format format;
-  Rows gate, up, down;  // neuron-major: row j of each belongs to neuron j
+  // Neuron-major: row j of each belongs to neuron j. Its up and down rows make a bundle: the values
+  // of up, of down, then their scales, one after the other from up's values on.
+  Rows gate, up, down;
   int32_t first, last;
   Activation activation;
   float threshold;   // of kFatRelu: fires when gate >= threshold; kRelu fires when gate > 0
@@ -103,7 +111,8 @@ struct SparseFfnArgs {
   int32_t n_tokens;
   float* out;  // PaddedCols(format, hidden) floats per token, out_stride apart
   int64_t out_stride;
-  bool computes_all;  // compute inactive neurons too, as a dense engine does: they add zeros
+  bool computes_all;  // list inactive neurons too, as a dense engine does: they add zeros
+  Active* active;     // the list: room for (last - first) * n_tokens pairs, and one more
 };
 
 // Attention of the query heads of one KV head over context positions [first, last), last - first <=
@@ -130,8 +139,9 @@ struct KernelTable {
   // One packed row -> (n_cols,) fp32 in natural order, times `scale`.
   void (*dequantize)(Format format, const Rows& rows, int32_t row, float scale, float* out);
   void (*gemm)(const GemmArgs& args);
-  // Returns the number of (neuron, token) pairs that were active.
-  int64_t (*sparse_ffn)(const SparseFfnArgs& args);
+  // Returns the number of (neuron, token) pairs that are active; *n_listed is that of the list.
+  int64_t (*find_active)(const SparseFfnArgs& args, int32_t* n_listed);
+  void (*add_active)(const SparseFfnArgs& args, int32_t n_listed);
   // Columns [first, last) of x: x[c] += scale * sum over pieces, in index order, of partials[piece
   // * stride + c]. `first` is a multiple of kGroup. Partials are in packed column order, x in
   // natural order.

@@ -13,8 +13,8 @@ namespace hybrid {
 namespace {
 
 constexpr KernelTable MakeTable(const char* name) {
-  return {name,        PackRow, Quantize,   Dequantize, Gemm, SparseFfn,
-          AddPartials, RmsNorm, AttendSpan, ToFp16,     Read};
+  return {name,      PackRow,     Quantize, Dequantize, Gemm,   FindActive,
+          AddActive, AddPartials, RmsNorm,  AttendSpan, ToFp16, Read};
 }
 
 }  // namespace

@@ -122,7 +122,7 @@ inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
                                                          block + 1, block + 1, block + 1));
 }
 
-inline void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 }  // namespace hybrid

@@ -129,7 +129,7 @@ inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
   return _mm512_permutexvar_ps(index, LoadWeightScales(scales));
 }
 
-inline void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 }  // namespace hybrid

@@ -168,7 +168,7 @@ inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
   HYBRID_LANES(Fp16ToFloat(scales[(first + i) / 4]));
 }
 
-inline void Prefetch(const void*) {}
+inline void PrefetchL2(const void*) {}
 
 #undef HYBRID_LANES
 

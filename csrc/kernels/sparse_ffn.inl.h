@@ -1,6 +1,7 @@
-// Gate first: all gate rows are read, and a neuron that turns out inactive stops after that one dot
-// product; its up and down rows are never touched. Of an active one, `down` is added to the token's
-// partial sum in fp32.
+// Gate first: all gate rows of a piece are read, and a neuron that turns out inactive stops after
+// that one dot product; its up and down rows are never touched. Those that fire are listed, and
+// their bundles come into L2 meanwhile. Then `down` of each is added to the token's partial sum in
+// fp32.
 #pragma once
 
 #include <math.h>
@@ -104,35 +105,60 @@ inline void Axpy(Format format, const Rows& rows, const int32_t* row, const floa
     AxpyBlocks<Format::kQ4, kRows>(rows, row, a, y);
 }
 
-inline void PrefetchRow(const Rows& rows, int32_t row, Format format) {
-  const uint8_t* p = rows.values + row * rows.values_stride;
-  for (int64_t i = 0; i < ValueBytes(format, rows.n_cols); i += 64) Prefetch(p + i);
-}
+// Prefetches bundles (a neuron's up and down rows) of listed neurons into L2, a few lines at a time
+// between gate rows: a burst would fill the queue of outstanding misses and stall those.
+class BundlePrefetcher {
+ public:
+  explicit BundlePrefetcher(const SparseFfnArgs& a)
+      : a_(a), n_bytes_(2 * RowBytes(a.up, a.format)), n_ahead_(Ahead(a)) {}
 
-// One active (neuron, token) pair.
-struct Active {
-  int32_t neuron, token;
-  float gate;
+  // How many bundles to be ahead of the one in use: at least a tile, at most part of L2.
+  static int32_t Ahead(const SparseFfnArgs& a) {
+    const int64_t n = kBytesAhead / (2 * RowBytes(a.up, a.format));
+    return n < kNeuronTile ? kNeuronTile : static_cast<int32_t>(n);
+  }
+  void Bundle(int32_t listed) const {
+    const uint8_t* p = a_.up.values + a_.active[listed].neuron * a_.up.values_stride;
+    for (int64_t at = 0; at < n_bytes_; at += kCacheLine) PrefetchL2(p + at);
+  }
+  // Goes on with the bundles of active[0..n_listed), up to Ahead(), by a third of a bundle.
+  void Advance(int32_t n_listed) {
+    int64_t budget = n_bytes_ / 3;
+    const int32_t end = n_listed < n_ahead_ ? n_listed : n_ahead_;
+    while (budget > 0 && next_ < end) {
+      const uint8_t* p = a_.up.values + a_.active[next_].neuron * a_.up.values_stride;
+      for (; budget > 0 && at_ < n_bytes_; at_ += kCacheLine, budget -= kCacheLine)
+        PrefetchL2(p + at_);
+      if (at_ < n_bytes_) return;
+      at_ = 0;
+      ++next_;
+    }
+  }
+  void Finish(int32_t n_listed) {
+    while (next_ < n_listed && next_ < n_ahead_) Advance(n_listed);
+  }
+
+ private:
+  static constexpr int64_t kBytesAhead = 32 << 10, kCacheLine = 64;
+  const SparseFfnArgs& a_;
+  const int64_t n_bytes_;
+  const int32_t n_ahead_;
+  int32_t next_ = 0;
+  int64_t at_ = 0;
 };
 
-// act(gate x) * (up x)
-inline float NeuronValue(const SparseFfnArgs& a, const Active& active) {
-  const uint8_t* x[1] = {a.x + active.token * a.x_stride};
-  float up[1][1];
-  DotTile<1, 1>(a.format, a.up, &active.neuron, x, up);
-  return Activate(a.activation, active.gate) * up[0][0];
-}
-
-template <int kRows>
-inline void AddNeurons(const SparseFfnArgs& a, const Active* active) {
-  int32_t rows[kRows];
-  float values[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    rows[r] = active[r].neuron;
-    values[r] = NeuronValue(a, active[r]);
+// Appends one neuron to the list for every token that it fires for.
+struct ActiveList {
+  const SparseFfnArgs& a;
+  int32_t n_listed = 0;
+  int64_t n_active = 0;
+  void Take(int32_t neuron, int32_t token, float gate) {
+    const bool fires = Fires(a.activation, gate, a.threshold);
+    n_active += fires;
+    a.active[n_listed] = {neuron, token, fires ? gate : 0.0f};
+    n_listed += fires || a.computes_all;
   }
-  Axpy<kRows>(a.format, a.down, rows, values, a.out + active[0].token * a.out_stride);
-}
+};
 
 // The order in which a piece's neurons are computed and added: in pairs, one of each half, so that
 // their gate rows make two streams (see dot.inl.h).
@@ -141,100 +167,80 @@ inline int32_t NeuronAt(const SparseFfnArgs& a, int32_t i) {
   return i < 2 * half ? a.first + i % 2 * half + i / 2 : a.last - 1;
 }
 
-// The bundles of neurons found active are prefetched, and wait until enough others were found.
-class Waiting {
- public:
-  explicit Waiting(const SparseFfnArgs& a) : a_(a) {}
-  void Push(const Active& active) {
-    if (n_ == 2 * kNeuronTile) {
-      AddNeurons<kNeuronTile>(a_, active_);
-      n_ = kNeuronTile;
-      for (int i = 0; i < kNeuronTile; ++i) active_[i] = active_[kNeuronTile + i];
-    }
-    active_[n_++] = active;
-    PrefetchRow(a_.up, active.neuron, a_.format);
-    PrefetchRow(a_.down, active.neuron, a_.format);
+int64_t FindActive(const SparseFfnArgs& a, int32_t* n_listed) {
+  ActiveList list{a};
+  BundlePrefetcher prefetcher(a);
+  float gates[kTokenTile * kRowTile];
+  const int32_t n_neurons = a.last - a.first, tile = a.n_tokens == 1 ? 2 : kRowTile;
+  for (int32_t i = 0; i < n_neurons;) {
+    const int32_t n_rows = i + tile <= n_neurons ? tile : 1;
+    int32_t neurons[kRowTile];
+    for (int32_t r = 0; r < n_rows; ++r) neurons[r] = NeuronAt(a, i + r);
+    if (a.n_tokens == 1 && n_rows == 2)
+      DotRows<2>(a.format, a.gate, neurons, a.x, 0, 1, gates, kRowTile);
+    else if (n_rows == kRowTile)
+      DotRows<kRowTile>(a.format, a.gate, neurons, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
+    else
+      DotRows<1>(a.format, a.gate, neurons, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
+    for (int32_t r = 0; r < n_rows; ++r)
+      for (int32_t token = 0; token < a.n_tokens; ++token)
+        list.Take(neurons[r], token, gates[token * kRowTile + r]);
+    prefetcher.Advance(list.n_listed);
+    i += n_rows;
   }
-  void Flush() {
-    int32_t i = 0;
-    for (; i + kNeuronTile <= n_; i += kNeuronTile) AddNeurons<kNeuronTile>(a_, active_ + i);
-    for (; i < n_; ++i) AddNeurons<1>(a_, active_ + i);
-  }
-
- private:
-  const SparseFfnArgs& a_;
-  Active active_[2 * kNeuronTile];
-  int32_t n_ = 0;
-};
-
-int64_t SparseFfnOneToken(const SparseFfnArgs& a) {
-  Waiting waiting(a);
-  int64_t n_active = 0;
-  const auto take = [&](int32_t neuron, float gate) {
-    const bool fires = Fires(a.activation, gate, a.threshold);
-    n_active += fires;
-    if (fires || a.computes_all) waiting.Push({neuron, 0, fires ? gate : 0.0f});
-  };
-  const int32_t n = a.last - a.first;
-  for (int32_t i = 0; i + 2 <= n; i += 2) {
-    const int32_t neurons[2] = {NeuronAt(a, i), NeuronAt(a, i + 1)};
-    float gates[2][1];
-    DotTile<2, 1>(a.format, a.gate, neurons, &a.x, gates);
-    for (int r = 0; r < 2; ++r) take(neurons[r], gates[r][0]);
-  }
-  if (n % 2 != 0) {
-    const int32_t neuron = a.last - 1;
-    float gate[1][1];
-    DotTile<1, 1>(a.format, a.gate, &neuron, &a.x, gate);
-    take(neuron, gate[0][0]);
-  }
-  waiting.Flush();
-  return n_active;
+  prefetcher.Finish(list.n_listed);
+  *n_listed = list.n_listed;
+  return list.n_active;
 }
 
-int64_t SparseFfn(const SparseFfnArgs& a) {
+// kNeurons different neurons that are active for one token.
+template <int kNeurons>
+inline void AddNeurons(const SparseFfnArgs& a, const Active* active) {
+  int32_t rows[kNeurons];
+  const uint8_t* x[1] = {a.x + active[0].token * a.x_stride};
+  float up[kNeurons][1], values[kNeurons];
+  for (int r = 0; r < kNeurons; ++r) rows[r] = active[r].neuron;
+  DotTile<kNeurons, 1>(a.format, a.up, rows, x, up);
+  for (int r = 0; r < kNeurons; ++r) values[r] = Activate(a.activation, active[r].gate) * up[r][0];
+  Axpy<kNeurons>(a.format, a.down, rows, values, a.out + active[0].token * a.out_stride);
+}
+
+// One neuron that is active for kTokens tokens.
+template <int kTokens>
+inline void AddTokens(const SparseFfnArgs& a, const Active* active) {
+  const uint8_t* x[kTokens];
+  float up[1][kTokens];
+  for (int t = 0; t < kTokens; ++t) x[t] = a.x + active[t].token * a.x_stride;
+  DotTile<1, kTokens>(a.format, a.up, &active[0].neuron, x, up);
+  for (int t = 0; t < kTokens; ++t) {
+    const float value = Activate(a.activation, active[t].gate) * up[0][t];
+    Axpy<1>(a.format, a.down, &active[0].neuron, &value, a.out + active[t].token * a.out_stride);
+  }
+}
+
+void AddActive(const SparseFfnArgs& a, int32_t n_listed) {
   const int32_t padded = PaddedCols(a.format, a.down.n_cols);
   for (int32_t token = 0; token < a.n_tokens; ++token)
     for (int32_t col = 0; col < padded; col += kLanes)
       Store(a.out + token * a.out_stride + col, Zero());
-  if (a.n_tokens == 1) return SparseFfnOneToken(a);
-  float gates[kTokenTile * kRowTile];
-  // Neurons found active wait here for one tile of gate rows, while their bundles come from memory.
-  Active waiting[2][kTokenTile * kRowTile];
-  int32_t n_waiting = 0, turn = 0;
-  int64_t n_active = 0;
-  const int32_t n_neurons = a.last - a.first;
-  for (int32_t i = 0; i < n_neurons;) {
-    const int32_t n_rows = i + kRowTile <= n_neurons ? kRowTile : 1;
-    int32_t neurons[kRowTile];
-    for (int32_t r = 0; r < n_rows; ++r) neurons[r] = NeuronAt(a, i + r);
-    if (n_rows == kRowTile)
-      DotRows<kRowTile>(a.format, a.gate, neurons, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
+  const BundlePrefetcher prefetcher(a);
+  const int32_t ahead = BundlePrefetcher::Ahead(a);
+  const int32_t tile = a.n_tokens == 1 ? kNeuronTile : kTokenDotTile;
+  for (int32_t i = 0; i < n_listed;) {
+    const Active* active = a.active + i;
+    const bool is_whole =
+        i + tile <= n_listed && (a.n_tokens == 1 || active[tile - 1].neuron == active[0].neuron);
+    const int32_t n = is_whole ? tile : 1;
+    for (int32_t next = i + ahead; next < i + ahead + n && next < n_listed; ++next)
+      if (active[next - i].neuron != active[next - i - 1].neuron) prefetcher.Bundle(next);
+    if (!is_whole)
+      AddNeurons<1>(a, active);
+    else if (a.n_tokens == 1)
+      AddNeurons<kNeuronTile>(a, active);
     else
-      DotRows<1>(a.format, a.gate, neurons, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
-    // Neuron by neuron, so that a row serves all tokens for which it is active while it is cached.
-    Active* found = waiting[turn];
-    int32_t n_found = 0;
-    for (int32_t r = 0; r < n_rows; ++r) {
-      const int32_t n_before = n_found;
-      for (int32_t token = 0; token < a.n_tokens; ++token) {
-        const float gate = gates[token * kRowTile + r];
-        const bool fires = Fires(a.activation, gate, a.threshold);
-        n_active += fires;
-        if (fires || a.computes_all) found[n_found++] = {neurons[r], token, fires ? gate : 0.0f};
-      }
-      if (n_found > n_before) {
-        PrefetchRow(a.up, neurons[r], a.format);
-        PrefetchRow(a.down, neurons[r], a.format);
-      }
-    }
-    turn ^= 1;
-    for (int32_t i = 0; i < n_waiting; ++i) AddNeurons<1>(a, &waiting[turn][i]);
-    n_waiting = n_found;
-    i += n_rows;
+      AddTokens<kTokenDotTile>(a, active);
+    i += n;
   }
-  for (int32_t i = 0; i < n_waiting; ++i) AddNeurons<1>(a, &waiting[turn ^ 1][i]);
-  return n_active;
 }
 
 }  // namespace
