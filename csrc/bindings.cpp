@@ -24,6 +24,7 @@ PYBIND11_MODULE(_native, m) {
       .finalize();
   m.attr("BLOCK") = hybrid::kBlock;
   m.attr("GROUP") = hybrid::kGroup;
+  m.attr("ROW_TILE") = hybrid::kRowTile;
   m.attr("SPAN") = hybrid::kSpan;
   m.attr("PREFILL_CHUNK") = hybrid::kPrefillChunk;
   hybrid::BindKernels(m);

@@ -36,15 +36,15 @@ void WithoutGil(const Compute& compute) {
   PyEval_RestoreThread(state);
 }
 
-// Packed rows within NumPy arrays, which it keeps alive.
+// Packed rows within a NumPy array, which it keeps alive.
 struct PyRows {
-  PyRows(Format format, Bytes values, std::optional<Bytes> scales, int32_t n_rows, int32_t n_cols,
-         int64_t values_stride, int64_t scales_stride, int64_t values_offset,
-         int64_t scales_offset);
+  // Interleaved rows from byte `offset` of `memory` on; or, where `row_stride` is given, rows apart
+  // with their values from `offset` and their scales from `scales_offset` on.
+  PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int64_t offset,
+         std::optional<int64_t> row_stride, int64_t scales_offset);
   Format format;
   Rows rows;
-  Bytes values_array;
-  std::optional<Bytes> scales_array;
+  Bytes memory;
 };
 
 void BindKernels(py::module_& m);

@@ -29,29 +29,51 @@ Bytes AllocateBytes(int64_t n_bytes) {
   return Bytes({n_bytes}, {int64_t{1}}, static_cast<uint8_t*>(allocation->pages), owner);
 }
 
+// (n_rows, n_cols) fp32 -> tiles of interleaved rows; rows missing from the last tile are zeros.
+void PackInterleaved(Format format, const float* w, int32_t n_rows, int32_t n_cols, uint8_t* out) {
+  const int64_t value_bytes = ValueBytes(format, n_cols), scale_bytes = ScaleBytes(format, n_cols);
+  const int64_t group_values = GroupValueBytes(format), group_scales = GroupScaleBytes(format);
+  const int64_t n_groups = value_bytes / group_values;
+  const std::vector<float> zeros(static_cast<size_t>(n_cols));
+  std::vector<uint8_t> packed(static_cast<size_t>(value_bytes + scale_bytes));
+  for (int32_t row = 0; row < RoundUp(n_rows, kRowTile); ++row) {
+    const uint8_t *values = packed.data(), *scales = values + value_bytes;
+    ActiveKernels().pack_row(format, row < n_rows ? w + int64_t{row} * n_cols : zeros.data(),
+                             n_cols, packed.data(), packed.data() + value_bytes);
+    uint8_t* group = out + row / kRowTile * kRowTile * (value_bytes + scale_bytes);
+    const int64_t in_tile = row % kRowTile;
+    for (int64_t i = 0; i < n_groups; ++i, group += TileGroupBytes(format)) {
+      std::copy_n(scales + i * group_scales, group_scales, group + in_tile * group_scales);
+      std::copy_n(values + i * group_values, group_values,
+                  group + kRowTile * group_scales + in_tile * group_values);
+    }
+  }
+}
+
 }  // namespace
 
-PyRows::PyRows(Format format, Bytes values, std::optional<Bytes> scales, int32_t n_rows,
-               int32_t n_cols, int64_t values_stride, int64_t scales_stride, int64_t values_offset,
-               int64_t scales_offset)
-    : format(format), values_array(values), scales_array(std::move(scales)) {
+PyRows::PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int64_t offset,
+               std::optional<int64_t> row_stride, int64_t scales_offset)
+    : format(format), memory(memory) {
   Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols, "rows or columns out of range");
-  const auto check = [n_rows](const Bytes& array, int64_t row_bytes, int64_t stride,
-                              int64_t offset) {
-    const int64_t n_bytes = array.nbytes();
-    Check(stride >= row_bytes && stride <= n_bytes, "stride out of range");
-    Check(offset >= 0 && offset <= n_bytes, "offset out of range");
-    Check(offset + (n_rows - 1) * stride + row_bytes <= n_bytes, "rows beyond the array");
-    Check(IsAligned(array.data() + offset, 2) && stride % 2 == 0, "rows must be 2-byte aligned");
+  const auto check = [&](int64_t first, int64_t n, int64_t stride, int64_t n_bytes) {
+    Check(first >= 0 && first <= memory.nbytes(), "offset out of range");
+    Check(stride >= n_bytes && stride <= memory.nbytes(), "stride out of range");
+    Check(first + (n - 1) * stride + n_bytes <= memory.nbytes(), "rows beyond the array");
+    Check(IsAligned(memory.data() + first, 2) && stride % 2 == 0, "rows must be 2-byte aligned");
+    return memory.data() + first;
   };
-  const int64_t padded = PaddedCols(format, n_cols);
-  check(values_array, ValueBytes(format, n_cols), values_stride, values_offset);
-  rows = {
-      values_array.data() + values_offset, nullptr, values_stride, scales_stride, n_rows, n_cols};
-  if (format != Format::kBf16) {
-    Check(scales_array.has_value(), "quantised rows need scales");
-    check(*scales_array, padded / kBlock * 2, scales_stride, scales_offset);
-    rows.scales = scales_array->data() + scales_offset;
+  const int64_t value_bytes = ValueBytes(format, n_cols), scale_bytes = ScaleBytes(format, n_cols);
+  if (row_stride) {
+    const uint8_t* values = check(offset, n_rows, *row_stride, value_bytes);
+    const uint8_t* scales = check(scales_offset, n_rows, *row_stride, scale_bytes);
+    rows = {values, scales, *row_stride, *row_stride, n_rows, n_cols, false};
+  } else {
+    const int64_t tile_bytes = kRowTile * (value_bytes + scale_bytes);
+    const uint8_t* tiles =
+        check(offset, RoundUp(n_rows, kRowTile) / kRowTile, tile_bytes, tile_bytes);
+    const int64_t scales_of_group = kRowTile * GroupScaleBytes(format);
+    rows = {tiles + scales_of_group, tiles, tile_bytes, tile_bytes, n_rows, n_cols, true};
   }
 }
 
@@ -101,6 +123,22 @@ void BindKernels(py::module_& m) {
       },
       py::arg("format"), py::arg("w"), py::arg("values").noconvert(),
       py::arg("scales").noconvert());
+  m.def(
+      "pack_interleaved",
+      [](Format format, const Floats& w, py::array_t<uint8_t> tiles) {
+        Check(w.ndim() == 2 && w.shape(0) > 0 && w.shape(1) > 0 && w.shape(1) <= kMaxCols &&
+                  w.shape(1) % kBlock == 0,
+              "w must be (rows, n), n a multiple of 32");
+        const int32_t n_rows = static_cast<int32_t>(w.shape(0)),
+                      n_cols = static_cast<int32_t>(w.shape(1));
+        const int64_t row_bytes = ValueBytes(format, n_cols) + ScaleBytes(format, n_cols);
+        Check(tiles.ndim() == 1 && tiles.strides(0) == 1 &&
+                  tiles.shape(0) == RoundUp(n_rows, kRowTile) * row_bytes,
+              "tiles must be (bytes of all tiles,)");
+        uint8_t* out = tiles.mutable_data();
+        WithoutGil([&] { PackInterleaved(format, w.data(), n_rows, n_cols, out); });
+      },
+      py::arg("format"), py::arg("w"), py::arg("tiles").noconvert());
   m.def(
       "quantize",
       [](Format format, const Floats& x) {

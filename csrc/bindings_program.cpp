@@ -139,11 +139,10 @@ class Turn {
 
 void BindProgram(py::module_& m) {
   py::class_<PyRows>(m, "Rows")
-      .def(py::init<Format, Bytes, std::optional<Bytes>, int32_t, int32_t, int64_t, int64_t,
-                    int64_t, int64_t>(),
-           py::kw_only(), py::arg("format"), py::arg("values"), py::arg("scales"),
-           py::arg("n_rows"), py::arg("n_cols"), py::arg("values_stride"),
-           py::arg("scales_stride") = 0, py::arg("values_offset") = 0, py::arg("scales_offset") = 0)
+      .def(py::init<Format, Bytes, int32_t, int32_t, int64_t, std::optional<int64_t>, int64_t>(),
+           py::kw_only(), py::arg("format"), py::arg("memory"), py::arg("n_rows"),
+           py::arg("n_cols"), py::arg("offset") = 0, py::arg("row_stride") = py::none(),
+           py::arg("scales_offset") = 0)
       .def_property_readonly("n_rows", [](const PyRows& r) { return r.rows.n_rows; })
       .def_property_readonly("n_cols", [](const PyRows& r) { return r.rows.n_cols; });
 

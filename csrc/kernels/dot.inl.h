@@ -5,10 +5,9 @@
 // tile: so a result does not depend on how rows and tokens were tiled, and prefill equals decode to
 // the last bit.
 //
-// One token alone is a matter of memory. Hardware prefetches a stream of addresses that rise one by
-// one; a tile of neighbouring rows is none, and prefetch instructions beside it do not help
-// (docs/log.md). So rows are taken in pairs, one from each half of the range: two streams, and two
-// dot products at a time to hide their latency.
+// One token alone is a matter of memory. Hardware prefetches only what is first touched in rising
+// order (docs/log.md): so a tile of interleaved rows is read strictly so, and InOrder() keeps the
+// compiler from moving its loads.
 #pragma once
 
 #include "kernels.h"
@@ -17,29 +16,56 @@
 namespace hybrid {
 namespace {
 
-constexpr int32_t kRowTile = 4;
 constexpr int32_t kTokenDotTile = 4;
+
+inline void InOrder() {
+#if defined(__GNUC__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
+// Where one row's groups lie.
+struct RowAt {
+  const uint8_t *values, *scales;    // of the first group
+  int64_t values_step, scales_step;  // bytes to the next
+};
+
+template <Format kFormat>
+inline RowAt At(const Rows& rows, int32_t row) {
+  constexpr int32_t kValues = GroupValueBytes(kFormat), kScales = GroupScaleBytes(kFormat);
+  if (!rows.is_interleaved)
+    return {rows.values + row * rows.values_stride, rows.scales + row * rows.scales_stride, kValues,
+            kScales};
+  constexpr int64_t kStep = TileGroupBytes(kFormat);
+  const int64_t tile = row / kRowTile, in_tile = row % kRowTile;
+  return {rows.values + tile * rows.values_stride + in_tile * kValues,
+          rows.scales + tile * rows.scales_stride + in_tile * kScales, kStep, kStep};
+}
 
 template <int kRows, int kTokens>
 inline void DotTileBf16(const Rows& rows, const int32_t* row, const uint8_t* const* x,
                         float (*out)[kTokens]) {
-  const int32_t padded = PaddedCols(Format::kBf16, rows.n_cols);
-  const uint8_t* w[kRows];
+  const int32_t n_groups = PaddedCols(Format::kBf16, rows.n_cols) / kBlock;
+  RowAt w[kRows];
   F32 sum[kRows][kTokens];
   for (int r = 0; r < kRows; ++r) {
-    w[r] = rows.values + row[r] * rows.values_stride;
+    w[r] = At<Format::kBf16>(rows, row[r]);
     for (int t = 0; t < kTokens; ++t) sum[r][t] = Zero();
   }
-  for (int32_t col = 0; col < padded; col += 2 * kLanes) {
-    Bf16s x_line[kTokens];
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-      x_line[t] = LoadBf16s(reinterpret_cast<const uint16_t*>(x[t]) + col);
+  for (int32_t group = 0; group < n_groups; ++group) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Bf16s line = LoadBf16s(reinterpret_cast<const uint16_t*>(w[r]) + col);
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) sum[r][t] = DotBf16(sum[r][t], line, x_line[t]);
+      for (int32_t col = 0; col < kBlock; col += 2 * kLanes) {
+        const Bf16s line = LoadBf16s(reinterpret_cast<const uint16_t*>(w[r].values) + col);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t)
+          sum[r][t] =
+              DotBf16(sum[r][t], line,
+                      LoadBf16s(reinterpret_cast<const uint16_t*>(x[t]) + group * kBlock + col));
+        if constexpr (kTokens == 1) InOrder();
+      }
+      w[r].values += w[r].values_step;
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -51,64 +77,90 @@ inline void DotTileBf16(const Rows& rows, const int32_t* row, const uint8_t* con
 template <Format kFormat>
 constexpr int32_t kLinesPerLoad = kFormat == Format::kQ4 ? 2 : 1;
 
+template <Format kFormat>
+inline I32 Start(const int32_t* correction) {
+  return kFormat == Format::kQ8 ? StartQ8(correction) : StartQ4(correction);
+}
+
+// A line of one row against the line, or two, of each token.
+template <Format kFormat, int kTokens>
+inline void DotLine(const uint8_t* w, const XBytes (*x)[kTokens], I32* dot) {
+  if constexpr (kFormat == Format::kQ8) {
+    const Q8Weights weights = LoadQ8Weights(w);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) dot[t] = DotQ8(dot[t], weights, x[0][t]);
+  } else {
+    const Nibbles weights = LoadQ4Weights(w);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+      dot[t] = DotQ4(DotQ4(dot[t], weights.low, x[0][t]), weights.high, x[1][t]);
+  }
+}
+
 // q8 and q4: blocks of integers with scales.
 template <Format kFormat, int kRows, int kTokens>
 inline void DotTileBlocks(const Rows& rows, const int32_t* row, const uint8_t* const* x,
                           float (*out)[kTokens]) {
-  constexpr int32_t kLoads = kLinesPerLoad<kFormat>;
-  constexpr int32_t kGroupBytes = kGroup / kLoads;
+  constexpr int32_t kLoads = kLinesPerLoad<kFormat>, kGroupBytes = GroupValueBytes(kFormat),
+                    kLines = kGroupBytes / kLine;
   const int32_t padded = PaddedCols(kFormat, rows.n_cols), n_blocks = padded / kBlock;
-  const uint8_t *w[kRows], *w_scales[kRows];
+  RowAt w[kRows];
   F32 sum[kRows][kTokens];
   for (int r = 0; r < kRows; ++r) {
-    w[r] = rows.values + row[r] * rows.values_stride;
-    w_scales[r] = rows.scales + row[r] * rows.scales_stride;
+    w[r] = At<kFormat>(rows, row[r]);
     for (int t = 0; t < kTokens; ++t) sum[r][t] = Zero();
   }
   for (int32_t group = 0; group < n_blocks; group += kGroupBlocks) {
-    const int32_t x_first = group * kBlock, w_first = x_first / kLoads;
+    F32 w_scale[kRows];
     I32 dot[kRows][kTokens];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      w_scale[r] = LoadWeightScales(reinterpret_cast<const uint16_t*>(w[r].scales));
+      w[r].scales += w[r].scales_step;
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const int32_t* correction =
           reinterpret_cast<const int32_t*>(x[t] + padded + n_blocks * 4) + group;
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-        dot[r][t] = kFormat == Format::kQ8 ? StartQ8(correction) : StartQ4(correction);
+      for (int r = 0; r < kRows; ++r) dot[r][t] = Start<kFormat>(correction);
     }
-#pragma GCC unroll 8
-    for (int32_t line = 0; line < kGroupBytes; line += kLine) {
-      XBytes x_line[kLoads][kTokens];
+    const auto load_x = [&](int line, XBytes(*x_line)[kTokens]) {
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 2
         for (int load = 0; load < kLoads; ++load)
-          x_line[load][t] = LoadX(x[t] + x_first + load * kGroupBytes + line);
+          x_line[load][t] = LoadX(x[t] + group * kBlock + load * kGroupBytes + line * kLine);
+    };
+    if constexpr (kTokens == 1) {
+      XBytes x_lines[kLines][kLoads][1];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const uint8_t* p = w[r] + w_first + line;
-        if constexpr (kFormat == Format::kQ8) {
-          const Q8Weights weights = LoadQ8Weights(p);
+      for (int line = 0; line < kLines; ++line) load_x(line, x_lines[line]);
+      InOrder();
 #pragma GCC unroll 8
-          for (int t = 0; t < kTokens; ++t) dot[r][t] = DotQ8(dot[r][t], weights, x_line[0][t]);
-        } else {
-          const Nibbles weights = LoadQ4Weights(p);
+      for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-          for (int t = 0; t < kTokens; ++t)
-            dot[r][t] = DotQ4(DotQ4(dot[r][t], weights.low, x_line[0][t]), weights.high,
-                              x_line[kLoads - 1][t]);
+        for (int line = 0; line < kLines; ++line) {
+          DotLine<kFormat, 1>(w[r].values + line * kLine, x_lines[line], dot[r]);
+          InOrder();
         }
+    } else {
+#pragma GCC unroll 8
+      for (int line = 0; line < kLines; ++line) {
+        XBytes x_line[kLoads][kTokens];
+        load_x(line, x_line);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+          DotLine<kFormat, kTokens>(w[r].values + line * kLine, x_line, dot[r]);
       }
     }
-    F32 x_scale[kTokens];
+    for (int r = 0; r < kRows; ++r) w[r].values += w[r].values_step;
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-      x_scale[t] = LoadXScales(reinterpret_cast<const float*>(x[t] + padded) + group);
+    for (int t = 0; t < kTokens; ++t) {
+      const F32 x_scale = LoadXScales(reinterpret_cast<const float*>(x[t] + padded) + group);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const F32 w_scale = LoadWeightScales(reinterpret_cast<const uint16_t*>(w_scales[r]) + group);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t)
-        sum[r][t] = Fma(ToF32(dot[r][t]), Mul(w_scale, x_scale[t]), sum[r][t]);
+      for (int r = 0; r < kRows; ++r)
+        sum[r][t] = Fma(ToF32(dot[r][t]), Mul(w_scale[r], x_scale), sum[r][t]);
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -147,33 +199,19 @@ inline void DotRows(Format format, const Rows& rows, const int32_t* row, const u
   }
 }
 
-void GemvOneToken(const GemmArgs& a) {
-  const int32_t half = (a.last - a.first) / 2;
-  for (int32_t i = 0; i < half; ++i) {
-    const int32_t rows[2] = {a.first + i, a.first + half + i};
-    float dots[2][1];
-    DotTile<2, 1>(a.format, a.rows, rows, &a.x, dots);
-    a.out[i] = dots[0][0];
-    a.out[half + i] = dots[1][0];
-  }
-  if ((a.last - a.first) % 2 != 0) {
-    const int32_t row = a.last - 1;
-    DotRows<1>(a.format, a.rows, &row, a.x, 0, 1, a.out + (row - a.first), 0);
-  }
-}
-
 void Gemm(const GemmArgs& a) {
-  if (a.n_tokens == 1) return GemvOneToken(a);
-  int32_t row = a.first;
-  for (; row + kRowTile <= a.last; row += kRowTile) {
-    int32_t rows[kRowTile];
-    for (int r = 0; r < kRowTile; ++r) rows[r] = row + r;
-    DotRows<kRowTile>(a.format, a.rows, rows, a.x, a.x_stride, a.n_tokens, a.out + (row - a.first),
-                      a.out_stride);
+  for (int32_t row = a.first; row < a.last;) {
+    float* out = a.out + (row - a.first);
+    if (row % kRowTile == 0 && row + kRowTile <= a.last) {
+      int32_t rows[kRowTile];
+      for (int r = 0; r < kRowTile; ++r) rows[r] = row + r;
+      DotRows<kRowTile>(a.format, a.rows, rows, a.x, a.x_stride, a.n_tokens, out, a.out_stride);
+      row += kRowTile;
+    } else {
+      DotRows<1>(a.format, a.rows, &row, a.x, a.x_stride, a.n_tokens, out, a.out_stride);
+      ++row;
+    }
   }
-  for (; row < a.last; ++row)
-    DotRows<1>(a.format, a.rows, &row, a.x, a.x_stride, a.n_tokens, a.out + (row - a.first),
-               a.out_stride);
 }
 
 }  // namespace

@@ -4,8 +4,11 @@
 // arguments, which no two concurrent calls may share. No kernel allocates, throws or keeps state.
 //
 // Packed rows. A matrix is a number of rows of `n_cols` weights, each padded to whole groups.
+// Matrices of which all rows are read are interleaved, so that reading them is one pass over rising
+// addresses: tiles of kRowTile rows, and of a tile group by group, first the rows' scales, then
+// their values. Others (the up and down rows of neurons) keep each row's values in one stretch.
 //
-// bf16: values in order; padded with zeros to a multiple of 32.
+// bf16: values in order, groups of 32; padded with zeros to a multiple of 32.
 //
 // q8: blocks of 32 weights with one fp16 scale (the semantics of GGUF's Q8_0). Values are stored as
 // uint8 = int8 + 128, eight blocks (256 weights) interleaved into a group: byte 32 k + 4 b + c of a
@@ -37,18 +40,20 @@ enum class Activation : int32_t { kRelu = 0, kFatRelu = 1, kSilu = 2 };
 constexpr int32_t kBlock = 32;       // weights that share a scale
 constexpr int32_t kGroupBlocks = 8;  // blocks that are interleaved
 constexpr int32_t kGroup = kBlock * kGroupBlocks;
+constexpr int32_t kRowTile = 4;     // rows that are interleaved
 constexpr int32_t kHeadAlign = 16;  // heads are padded to a multiple of this, with zeros
 constexpr int32_t kSpan = 256;      // context positions per piece of attention
 constexpr int32_t kHeadTile = 4;    // query heads that attention takes at once
 constexpr int32_t kTokenTile = 64;  // tokens that an FFN piece takes at most
 
 struct Rows {
-  const uint8_t* values;  // row r begins at values + r * values_stride; 2-byte aligned at least
-  const uint8_t* scales;  // q8, q4: fp16 scales of row r begin at scales + r * scales_stride
-  int64_t values_stride;  // bytes
-  int64_t scales_stride;  // bytes
+  const uint8_t* values;  // of the first row; 2-byte aligned at least
+  const uint8_t* scales;  // q8, q4: fp16
+  int64_t values_stride;  // bytes from one tile, or one row where they are apart, to the next
+  int64_t scales_stride;
   int32_t n_rows;
   int32_t n_cols;  // before padding
+  bool is_interleaved;
 };
 
 static inline int32_t RoundUp(int32_t n, int32_t multiple) {
@@ -65,6 +70,16 @@ static inline int64_t ValueBytes(Format format, int32_t n_cols) {
 // Bytes of the scales of one packed row.
 static inline int64_t ScaleBytes(Format format, int32_t n_cols) {
   return format == Format::kBf16 ? 0 : PaddedCols(format, n_cols) / kBlock * 2;
+}
+// Bytes of a group of one row.
+constexpr int32_t GroupValueBytes(Format format) {
+  return format == Format::kBf16 ? 2 * kBlock : format == Format::kQ8 ? kGroup : kGroup / 2;
+}
+constexpr int32_t GroupScaleBytes(Format format) {
+  return format == Format::kBf16 ? 0 : 2 * kGroupBlocks;
+}
+constexpr int64_t TileGroupBytes(Format format) {
+  return int64_t{kRowTile} * (GroupValueBytes(format) + GroupScaleBytes(format));
 }
 // Bytes that reading one packed row takes.
 static inline int64_t RowBytes(const Rows& rows, Format format) {

@@ -33,76 +33,84 @@ inline float Activate(Activation activation, float gate) {
 
 // Adds several rows at once: y[col] = (... (y[col] + a0 w0[col]) + a1 w1[col]) ... Every row is one
 // fused multiply-add in turn, so how rows are grouped changes no bit, only how often y is loaded.
+// Takes `n_groups` groups of each row.
 template <int kRows>
-inline void AxpyBf16(const Rows& rows, const int32_t* row, const float* a, float* y) {
-  const int32_t padded = PaddedCols(Format::kBf16, rows.n_cols);
-  const uint16_t* w[kRows];
+inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y) {
   F32 factor[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    w[r] = reinterpret_cast<const uint16_t*>(rows.values + row[r] * rows.values_stride);
-    factor[r] = Set(a[r]);
-  }
-  for (int32_t col = 0; col < padded; col += kLanes) {
-    F32 sum = Load(y + col);
+  for (int r = 0; r < kRows; ++r) factor[r] = Set(a[r]);
+  for (int32_t group = 0; group < n_groups; ++group, y += kBlock) {
+#pragma GCC unroll 4
+    for (int32_t col = 0; col < kBlock; col += kLanes) {
+      F32 sum = Load(y + col);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum = Fma(factor[r], LoadBf16(w[r] + col), sum);
-    Store(y + col, sum);
+      for (int r = 0; r < kRows; ++r)
+        sum = Fma(factor[r], LoadBf16(reinterpret_cast<const uint16_t*>(w[r].values) + col), sum);
+      Store(y + col, sum);
+    }
+    for (int r = 0; r < kRows; ++r) w[r].values += w[r].values_step;
   }
 }
 
 // q8 and q4: a register of weights times its blocks' scales, which every step of a group shares.
 template <Format kFormat, int kRows>
-inline void AxpyBlocks(const Rows& rows, const int32_t* row, const float* a, float* y) {
+inline void AxpyBlocks(RowAt* w, int32_t n_groups, const float* a, float* y) {
   constexpr int kParts = kBlock / kLanes;  // registers that cover one 32-byte step
-  constexpr int32_t kGroupBytes = kGroup / kLinesPerLoad<kFormat>;
-  const int32_t padded = PaddedCols(kFormat, rows.n_cols);
-  const uint8_t* w[kRows];
-  const uint16_t* scales[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    w[r] = rows.values + row[r] * rows.values_stride;
-    scales[r] = reinterpret_cast<const uint16_t*>(rows.scales + row[r] * rows.scales_stride);
-  }
-  for (int32_t first = 0; first < padded; first += kGroup) {
+  constexpr int32_t kGroupBytes = GroupValueBytes(kFormat);
+  for (int32_t group = 0; group < n_groups; ++group, y += kGroup) {
     F32 factor[kRows][kParts];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; ++part)
-        factor[r][part] = Mul(Set(a[r]), SpreadScales(scales[r] + first / kBlock, part * kLanes));
+        factor[r][part] = Mul(
+            Set(a[r]), SpreadScales(reinterpret_cast<const uint16_t*>(w[r].scales), part * kLanes));
     for (int32_t step = 0; step < kGroupBytes; step += kBlock) {
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; ++part) {
         const int32_t at = step + part * kLanes;
-        float* y_low = y + first + at;
-        F32 low = Load(y_low);
+        F32 low = Load(y + at);
         if constexpr (kFormat == Format::kQ8) {
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r)
-            low = Fma(factor[r][part], LoadQ8(w[r] + first + at), low);
+          for (int r = 0; r < kRows; ++r) low = Fma(factor[r][part], LoadQ8(w[r].values + at), low);
         } else {
-          F32 high = Load(y_low + kGroupBytes);
+          F32 high = Load(y + at + kGroupBytes);
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
-            const F32Pair weights = LoadQ4(w[r] + first / 2 + at);
+            const F32Pair weights = LoadQ4(w[r].values + at);
             low = Fma(factor[r][part], weights.low, low);
             high = Fma(factor[r][part], weights.high, high);
           }
-          Store(y_low + kGroupBytes, high);
+          Store(y + at + kGroupBytes, high);
         }
-        Store(y_low, low);
+        Store(y + at, low);
       }
     }
+    for (int r = 0; r < kRows; ++r) {
+      w[r].values += w[r].values_step;
+      w[r].scales += w[r].scales_step;
+    }
   }
+}
+
+template <Format kFormat, int kRows>
+inline void AxpyRows(const Rows& rows, const int32_t* row, const float* a, float* y) {
+  RowAt w[kRows];
+  for (int r = 0; r < kRows; ++r) w[r] = At<kFormat>(rows, row[r]);
+  const int32_t padded = PaddedCols(kFormat, rows.n_cols);
+  if constexpr (kFormat == Format::kBf16)
+    AxpyBf16<kRows>(w, padded / kBlock, a, y);
+  else
+    AxpyBlocks<kFormat, kRows>(w, padded / kGroup, a, y);
 }
 
 template <int kRows>
 inline void Axpy(Format format, const Rows& rows, const int32_t* row, const float* a, float* y) {
   if (format == Format::kBf16)
-    AxpyBf16<kRows>(rows, row, a, y);
+    AxpyRows<Format::kBf16, kRows>(rows, row, a, y);
   else if (format == Format::kQ8)
-    AxpyBlocks<Format::kQ8, kRows>(rows, row, a, y);
+    AxpyRows<Format::kQ8, kRows>(rows, row, a, y);
   else
-    AxpyBlocks<Format::kQ4, kRows>(rows, row, a, y);
+    AxpyRows<Format::kQ4, kRows>(rows, row, a, y);
 }
 
 // Prefetches bundles (a neuron's up and down rows) of listed neurons into L2, a few lines at a time
@@ -121,9 +129,9 @@ class BundlePrefetcher {
     const uint8_t* p = a_.up.values + a_.active[listed].neuron * a_.up.values_stride;
     for (int64_t at = 0; at < n_bytes_; at += kCacheLine) PrefetchL2(p + at);
   }
-  // Goes on with the bundles of active[0..n_listed), up to Ahead(), by a third of a bundle.
+  // Goes on with the bundles of active[0..n_listed), up to Ahead(), by two thirds of a bundle.
   void Advance(int32_t n_listed) {
-    int64_t budget = n_bytes_ / 3;
+    int64_t budget = n_bytes_ * 2 / 3;
     const int32_t end = n_listed < n_ahead_ ? n_listed : n_ahead_;
     while (budget > 0 && next_ < end) {
       const uint8_t* p = a_.up.values + a_.active[next_].neuron * a_.up.values_stride;
@@ -160,33 +168,21 @@ struct ActiveList {
   }
 };
 
-// The order in which a piece's neurons are computed and added: in pairs, one of each half, so that
-// their gate rows make two streams (see dot.inl.h).
-inline int32_t NeuronAt(const SparseFfnArgs& a, int32_t i) {
-  const int32_t half = (a.last - a.first) / 2;
-  return i < 2 * half ? a.first + i % 2 * half + i / 2 : a.last - 1;
-}
-
 int64_t FindActive(const SparseFfnArgs& a, int32_t* n_listed) {
   ActiveList list{a};
   BundlePrefetcher prefetcher(a);
   float gates[kTokenTile * kRowTile];
-  const int32_t n_neurons = a.last - a.first, tile = a.n_tokens == 1 ? 2 : kRowTile;
-  for (int32_t i = 0; i < n_neurons;) {
-    const int32_t n_rows = i + tile <= n_neurons ? tile : 1;
-    int32_t neurons[kRowTile];
-    for (int32_t r = 0; r < n_rows; ++r) neurons[r] = NeuronAt(a, i + r);
-    if (a.n_tokens == 1 && n_rows == 2)
-      DotRows<2>(a.format, a.gate, neurons, a.x, 0, 1, gates, kRowTile);
-    else if (n_rows == kRowTile)
-      DotRows<kRowTile>(a.format, a.gate, neurons, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
-    else
-      DotRows<1>(a.format, a.gate, neurons, a.x, a.x_stride, a.n_tokens, gates, kRowTile);
+  for (int32_t neuron = a.first; neuron < a.last;) {
+    const bool is_tile = neuron % kRowTile == 0 && neuron + kRowTile <= a.last;
+    const int32_t n_rows = is_tile ? kRowTile : 1;
+    const GemmArgs gemm = {a.format,   a.gate,     neuron, neuron + n_rows, a.x,
+                           a.x_stride, a.n_tokens, gates,  kRowTile};
+    Gemm(gemm);
     for (int32_t r = 0; r < n_rows; ++r)
       for (int32_t token = 0; token < a.n_tokens; ++token)
-        list.Take(neurons[r], token, gates[token * kRowTile + r]);
+        list.Take(neuron + r, token, gates[token * kRowTile + r]);
     prefetcher.Advance(list.n_listed);
-    i += n_rows;
+    neuron += n_rows;
   }
   prefetcher.Finish(list.n_listed);
   *n_listed = list.n_listed;

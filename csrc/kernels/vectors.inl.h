@@ -69,25 +69,27 @@ void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
   }
 }
 
-void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float* out) {
-  const uint8_t* w = rows.values + row * rows.values_stride;
-  if (format == Format::kBf16) {
-    const uint16_t* values = reinterpret_cast<const uint16_t*>(w);
-    for (int32_t i = 0; i < rows.n_cols; ++i) out[i] = WidenBf16(values[i]) * scale;
-    return;
-  }
+template <Format kFormat>
+inline void DequantizeBlocks(const Rows& rows, int32_t row, float scale, float* out) {
   // As a row that is added to zero, then put into natural order.
   float packed[kGroup];
+  const float one = 1.0f;
+  RowAt w = At<kFormat>(rows, row);
   for (int32_t first = 0; first < rows.n_cols; first += kGroup) {
-    Rows group = rows;
-    group.n_cols = kGroup;
-    group.values += first / kGroup * ValueBytes(format, kGroup);
-    group.scales += first / kBlock * 2;
     for (int32_t col = 0; col < kGroup; col += kLanes) Store(packed + col, Zero());
-    const float one = 1.0f;
-    Axpy<1>(format, group, &row, &one, packed);
+    AxpyBlocks<kFormat, 1>(&w, 1, &one, packed);
     for (int32_t i = 0; i < kGroup && first + i < rows.n_cols; ++i)
-      out[first + i] = packed[ColumnOrder(format, i)] * scale;
+      out[first + i] = packed[ColumnOrder(kFormat, i)] * scale;
+  }
+}
+
+void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float* out) {
+  if (format == Format::kQ8) return DequantizeBlocks<Format::kQ8>(rows, row, scale, out);
+  if (format == Format::kQ4) return DequantizeBlocks<Format::kQ4>(rows, row, scale, out);
+  const RowAt w = At<Format::kBf16>(rows, row);
+  for (int32_t i = 0; i < rows.n_cols; ++i) {
+    const uint8_t* group = w.values + i / kBlock * w.values_step;
+    out[i] = WidenBf16(reinterpret_cast<const uint16_t*>(group)[i % kBlock]) * scale;
   }
 }
 

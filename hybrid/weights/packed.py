@@ -1,7 +1,8 @@
 """The packed model: a checkpoint's weights in the CPU kernels' layout, in one stretch of memory.
 
-Gate rows stand apart, since every token streams all of them; a neuron's up and down rows are
-bundled, since they are needed together or not at all. Neurons of a layer may stand in any order
+Rows of matrices that every token reads whole (gate rows too) are interleaved in tiles of four, so
+that reading them is one pass; a neuron's up and down rows are bundled, since they are needed
+together or not at all. Neurons of a layer may stand in any order
 (`neuron_orders`). Keeping a packed model in a file is `packed_file`'s job.
 """
 
@@ -21,7 +22,7 @@ from hybrid.kernels import Format, Rows, _native
 from hybrid.model_config import ModelConfig
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
-from hybrid.weights.quant import row_bytes
+from hybrid.weights.quant import TILE_ROWS, row_bytes
 
 PackedModel = ModelWeights[Rows]
 Buffer = NDArray[np.uint8]
@@ -61,23 +62,25 @@ def packed_layout(config: ModelConfig, format: Format) -> PackedLayout:
 def _array_sizes(config: ModelConfig, format: Format) -> Iterator[tuple[str, int]]:
     hidden, attention = config.hidden_size, config.attention_size
 
-    def matrix(name: str, n_rows: int, n_cols: int) -> Iterator[tuple[str, int]]:
-        value_bytes, scale_bytes = row_bytes(format, n_cols)
-        yield f"{name}.values", n_rows * value_bytes
-        if scale_bytes:
-            yield f"{name}.scales", n_rows * scale_bytes
+    def matrix(name: str, n_rows: int, n_cols: int) -> tuple[str, int]:
+        return name, matrix_bytes(format, n_rows, n_cols)
 
-    yield from matrix("embedding", config.vocab_size, hidden)
+    yield matrix("embedding", config.vocab_size, hidden)
     for layer in range(config.n_layers):
         yield f"{layer}.attention_norm", 4 * hidden
-        yield from matrix(f"{layer}.qkv", config.qkv_size, hidden)
-        yield from matrix(f"{layer}.o", hidden, attention)
+        yield matrix(f"{layer}.qkv", config.qkv_size, hidden)
+        yield matrix(f"{layer}.o", hidden, attention)
         yield f"{layer}.ffn_norm", 4 * hidden
-        yield from matrix(f"{layer}.gate", config.n_neurons, hidden)
+        yield matrix(f"{layer}.gate", config.n_neurons, hidden)
         yield f"{layer}.bundles", config.n_neurons * bundle_bytes(format, hidden)
     yield "norm", 4 * hidden
     if not config.has_tied_head:
-        yield from matrix("head", config.vocab_size, hidden)
+        yield matrix("head", config.vocab_size, hidden)
+
+
+def matrix_bytes(format: Format, n_rows: int, n_cols: int) -> int:
+    """Bytes of interleaved rows, whole tiles of four."""
+    return -(-n_rows // TILE_ROWS) * TILE_ROWS * sum(row_bytes(format, n_cols))
 
 
 def bundle_bytes(format: Format, n_cols: int) -> int:
@@ -187,15 +190,9 @@ class _Packer:
         name = name if layer is None else f"{layer}.{name}"
         parts = [self._read(role, layer) for role in roles]
         w = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        values = self._array(f"{name}.values")
-        n_bytes = values.size
-        scales = None
-        if f"{name}.scales" in self.layout.arrays:
-            scales = self._array(f"{name}.scales")
-            n_bytes += scales.size
-            scales = scales.reshape(len(w), -1)
-        _pack_into(self.format, w, values.reshape(len(w), -1), scales)
-        return n_bytes
+        array = self._array(name)
+        _pack_interleaved(self.format, w, array)
+        return array.size
 
     def _pack_bundles(self, layer: int) -> int:
         array = self._array(f"{layer}.bundles")
@@ -210,18 +207,8 @@ def view_packed(buffer: Buffer, config: ModelConfig, format: Format) -> PackedMo
     hidden, attention = config.hidden_size, config.attention_size
 
     def matrix(name: str, n_rows: int, n_cols: int) -> Rows:
-        value_bytes, scale_bytes = row_bytes(format, n_cols)
-        return Rows(
-            format=format,
-            values=buffer,
-            scales=buffer if scale_bytes else None,
-            n_rows=n_rows,
-            n_cols=n_cols,
-            values_stride=value_bytes,
-            scales_stride=scale_bytes,
-            values_offset=layout.arrays[f"{name}.values"][0],
-            scales_offset=layout.arrays[f"{name}.scales"][0] if scale_bytes else 0,
-        )
+        offset, _ = layout.arrays[name]
+        return Rows(format=format, memory=buffer, n_rows=n_rows, n_cols=n_cols, offset=offset)
 
     def norm(name: str) -> NDArray[np.float32]:
         first, n_bytes = layout.arrays[name]
@@ -262,20 +249,9 @@ def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
 def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
     """One matrix in memory of its own: for tests and benchmarks of kernels."""
     n_rows, n_cols = w.shape
-    value_bytes, scale_bytes = row_bytes(format, n_cols)
-    values = _native.allocate_bytes(n_rows * value_bytes)
-    scales = _native.allocate_bytes(n_rows * scale_bytes) if scale_bytes else None
-    scale_rows = None if scales is None else scales.reshape(n_rows, scale_bytes)
-    _pack_into(format, w, values.reshape(n_rows, value_bytes), scale_rows)
-    return Rows(
-        format=format,
-        values=values,
-        scales=scales,
-        n_rows=n_rows,
-        n_cols=n_cols,
-        values_stride=value_bytes,
-        scales_stride=scale_bytes,
-    )
+    memory = _native.allocate_bytes(matrix_bytes(format, n_rows, n_cols))
+    _pack_interleaved(format, w, memory)
+    return Rows(format=format, memory=memory, n_rows=n_rows, n_cols=n_cols)
 
 
 def pack_bundles(
@@ -292,17 +268,14 @@ def _bundle_rows(
     format: Format, memory: Buffer, first: int, n_neurons: int, n_cols: int
 ) -> tuple[Rows, Rows]:
     value_bytes, scale_bytes = row_bytes(format, n_cols)
-    stride = bundle_bytes(format, n_cols)
     up, down = (
         Rows(
             format=format,
-            values=memory,
-            scales=memory if scale_bytes else None,
+            memory=memory,
             n_rows=n_neurons,
             n_cols=n_cols,
-            values_stride=stride,
-            scales_stride=stride,
-            values_offset=first + index * value_bytes,
+            offset=first + index * value_bytes,
+            row_stride=bundle_bytes(format, n_cols),
             scales_offset=first + 2 * value_bytes + index * scale_bytes,
         )
         for index in range(2)
@@ -319,13 +292,18 @@ def _pack_bundles_into(
         values = bundles[:, index * value_bytes : (index + 1) * value_bytes]
         first = 2 * value_bytes + index * scale_bytes
         scales = bundles[:, first : first + scale_bytes] if scale_bytes else None
-        _pack_into(format, w, values, scales)
+        for rows in _chunks(len(w)):
+            part = None if scales is None else scales[rows]
+            _native.pack_rows(format, w[rows], values[rows], part)
 
 
-def _pack_into(
-    format: Format, w: NDArray[np.float32], values: Buffer, scales: Buffer | None
-) -> None:
-    """Pack the rows of `w` into the rows of two views, chunk by chunk."""
-    for first in range(0, w.shape[0], CHUNK_ROWS):
-        part = slice(first, first + CHUNK_ROWS)
-        _native.pack_rows(format, w[part], values[part], None if scales is None else scales[part])
+def _pack_interleaved(format: Format, w: NDArray[np.float32], tiles: Buffer) -> None:
+    row = sum(row_bytes(format, w.shape[1]))
+    for rows in _chunks(len(w)):
+        _native.pack_interleaved(format, w[rows], tiles[rows.start * row : rows.stop * row])
+
+
+def _chunks(n_rows: int) -> Iterator[slice]:
+    """Whole tiles of rows; the last one may reach beyond the end."""
+    for first in range(0, n_rows, CHUNK_ROWS):
+        yield slice(first, min(first + CHUNK_ROWS, -(-n_rows // TILE_ROWS) * TILE_ROWS))

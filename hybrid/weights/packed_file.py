@@ -39,7 +39,7 @@ from hybrid.weights.packed import (
     view_packed,
 )
 
-VERSION = "2"  # of rounding and byte layout: another one makes every file stale
+VERSION = "3"  # of rounding and byte layout: another one makes every file stale
 KEEP_FROM_BYTES = 64 << 20  # smaller models are packed faster than a file is worth
 _READ_BYTES = 32 << 20  # of one read
 _ABANDONED_S = 3600  # no packing takes as long

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hybrid.kernels import Format, _native
 from hybrid.kernels.reference import bf16_bits, bf16_values
 
-BLOCK, GROUP = _native.BLOCK, _native.GROUP
+BLOCK, GROUP, TILE_ROWS = _native.BLOCK, _native.GROUP, _native.ROW_TILE
 GROUP_BLOCKS = GROUP // BLOCK
 Q4_EXTREMES = (-8, 7, -7.5, -8.5, -9)  # beyond -8 the extreme is clipped and the others gain
 
@@ -126,6 +126,24 @@ def pack_rows(
     if format is Format.q4:
         packed = packed[..., : GROUP // 2] | packed[..., GROUP // 2 :] << 4
     return packed.reshape(n_rows, -1), padded_scales.view(np.uint8)
+
+
+def interleave(
+    format: Format, values: NDArray[np.uint8], scales: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Packed rows → one stretch of tiles: of four rows, group by group, scales, then values.
+
+    With `pack_rows` the oracle of `_native.pack_interleaved`. The number of rows is a multiple of
+    four.
+    """
+    group_bytes = {Format.bf16: 2 * BLOCK, Format.q8: GROUP, Format.q4: GROUP // 2}
+    n_tiles, n_groups = len(values) // TILE_ROWS, values.shape[1] // group_bytes[format]
+    parts = [
+        rows.reshape(n_tiles, TILE_ROWS, n_groups, rows.shape[1] // n_groups).swapaxes(1, 2)
+        for rows in (scales, values)
+    ]  # each (tile, group, row, bytes)
+    flat = [part.reshape(n_tiles, n_groups, TILE_ROWS * part.shape[3]) for part in parts]
+    return np.concatenate(flat, axis=2).ravel()
 
 
 def column_order(format: Format, n_cols: int) -> NDArray[np.intp]:

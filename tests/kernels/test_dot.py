@@ -93,19 +93,37 @@ def test_bad_arguments_are_refused(format):
 
 
 def test_rows_beyond_their_array_are_refused(format):
-    values, scales = np.zeros(1024, np.uint8), np.zeros(64, np.uint8)
-    good = {"format": format, "values": values, "scales": scales, "n_rows": 2, "n_cols": 32}
-    good |= {"values_stride": 256, "scales_stride": 16}
+    memory = np.zeros(4096, np.uint8)
+    good = {"format": format, "memory": memory, "n_rows": 2, "n_cols": 32}
+    apart = good | {"row_stride": 272, "scales_offset": 256}
     Rows(**good)
-    for change in (
-        {"n_rows": 5},
-        {"n_rows": 0},
-        {"n_rows": 3, "values_stride": 2**62},
-        {"n_cols": 2**31 - 1},
-        {"values_stride": 8},
-        {"values_offset": 1000},
-        {"values_offset": -64},
-        {"values_offset": 1},
+    Rows(**apart)
+    for start, change in (
+        (good, {"n_rows": 65}),
+        (good, {"n_rows": 0}),
+        (good, {"n_cols": 2**31 - 1}),
+        (good, {"offset": 4090}),
+        (good, {"offset": -64}),
+        (good, {"offset": 1}),
+        (apart, {"n_rows": 100}),
+        (apart, {"n_rows": 3, "row_stride": 2**62}),
+        (apart, {"row_stride": 8}),
+        (apart, {"offset": 4000}),
+        (apart, {"scales_offset": -2}),
     ):
         with pytest.raises(ValueError, match=r"range|beyond|aligned"):
-            Rows(**good | change)
+            Rows(**start | change)
+
+
+def test_interleaved_rows_of_any_number(isa, format):
+    """A last tile that is not full, and ranges that begin and end within tiles."""
+    rng = np.random.default_rng(6)
+    x = quantize_tokens(format, rng.standard_normal((2, 288), np.float32))
+    w = rng.standard_normal((11, 288), np.float32)
+    whole = _native.gemm(pack_matrix(format, w), x, 0, 11)
+    for n_rows in range(1, 12):
+        rows = pack_matrix(format, w[:n_rows])
+        for first in range(n_rows):
+            np.testing.assert_array_equal(
+                _native.gemm(rows, x, first, n_rows), whole[:, first:n_rows]
+            )

@@ -8,7 +8,7 @@ from numerics import assert_close
 
 from hybrid.kernels import Format, ThreadPool, _native, reference
 from hybrid.weights.packed import pack_matrix
-from hybrid.weights.quant import column_order, pack_rows, round_weights
+from hybrid.weights.quant import column_order, interleave, pack_rows, round_weights
 
 
 @pytest.mark.parametrize("n", [32, 96, 256, 320, 1536])
@@ -108,6 +108,34 @@ def test_packed_bytes_are_the_oracles(isa, format, n_cols):
     np.testing.assert_array_equal(actual_values, values)
     if actual_scales is not None:
         np.testing.assert_array_equal(actual_scales, scales)
+
+
+@pytest.mark.parametrize("n_cols", [32, 288, 1536])
+def test_interleaved_bytes_are_the_oracles(isa, format, n_cols):
+    w = np.random.default_rng(n_cols).standard_normal((7, n_cols), np.float32)
+    padded = np.concatenate([w, np.zeros((1, n_cols), np.float32)])
+    expected = interleave(format, *pack_rows(format, padded))
+    actual = np.full_like(expected, 7)
+    _native.pack_interleaved(format, w, actual)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_interleaved_bytes_lie_as_documented():
+    """Of a tile's four rows, group by group: their scales, then their values."""
+    w = np.random.default_rng(8).standard_normal((8, 512), np.float32)
+    values, scales = pack_rows(Format.q4, w)
+    tiles = interleave(Format.q4, values, scales)
+    for row in range(8):
+        for group in range(2):
+            start = row // 4 * 4 * (256 + 32) + group * 4 * (128 + 16)
+            at = start + row % 4 * 16
+            np.testing.assert_array_equal(
+                tiles[at : at + 16], scales[row, 16 * group : 16 * (group + 1)]
+            )
+            at = start + 64 + row % 4 * 128
+            np.testing.assert_array_equal(
+                tiles[at : at + 128], values[row, 128 * group : 128 * (group + 1)]
+            )
 
 
 def test_reading_memory_sums_it(isa):
