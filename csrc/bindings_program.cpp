@@ -88,12 +88,13 @@ struct PyProgram {
 
 // A session, what it points to, and the flag that keeps its calls apart.
 struct PySession {
-  PySession(py::object program, py::object pool, int32_t n_context, bool is_dense)
+  PySession(py::object program, py::object pool, int32_t n_context, bool is_dense, bool is_timed)
       : keep_program(program),
         keep_pool(pool),
         program(program.cast<PyProgram&>().program),
         pool(pool.cast<ThreadPool&>()),
-        session(this->program, this->pool, CheckContext(this->program, n_context), is_dense) {}
+        session(this->program, this->pool, CheckContext(this->program, n_context), is_dense,
+                is_timed) {}
 
   static int32_t CheckContext(Program& program, int32_t n_context) {
     Check(n_context > 0 && n_context <= program.shape().max_context,
@@ -216,8 +217,9 @@ void BindProgram(py::module_& m) {
                              [](const PyProgram& p) { return p.program.shape().max_context; });
 
   py::class_<PySession>(m, "Session")
-      .def(py::init<py::object, py::object, int32_t, bool>(), py::arg("program"), py::arg("pool"),
-           py::arg("n_context"), py::arg("is_dense") = false)
+      .def(py::init<py::object, py::object, int32_t, bool, bool>(), py::arg("program"),
+           py::arg("pool"), py::arg("n_context"), py::arg("is_dense") = false,
+           py::arg("is_timed") = false)
       .def(
           "prefill",
           [](PySession& s, const Tokens& tokens, bool all_logits) -> py::object {
@@ -280,6 +282,18 @@ void BindProgram(py::module_& m) {
                                      s.session.decode_bytes(static_cast<Stage>(stage));
                                return bytes;
                              })
+      .def_property_readonly(
+          "decode_seconds",
+          [](PySession& s) {
+            Turn turn(s);
+            py::dict seconds;
+            for (int32_t stage = 0; stage < kStages; ++stage)
+              seconds[kStageNames[stage]] =
+                  1e-9 *
+                  static_cast<double>(s.session.decode_nanoseconds(static_cast<Stage>(stage)));
+            seconds["waiting"] = 1e-9 * static_cast<double>(s.session.decode_waiting());
+            return seconds;
+          })
       .def("reset_counts", [](PySession& s) {
         Turn turn(s);
         s.session.ResetCounts();

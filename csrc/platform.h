@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 namespace hybrid {
 namespace platform {
@@ -15,6 +16,9 @@ bool HasAvx512VnniBf16();  // and VNNI, BF16
 // size.
 void* AllocatePages(size_t bytes, bool huge);
 void FreePages(void* pages, size_t bytes);
+
+// Nanoseconds of a clock that only rises.
+int64_t Nanoseconds();
 
 // One polite iteration of a spinning wait.
 void Pause();

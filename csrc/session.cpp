@@ -8,11 +8,13 @@
 
 namespace hybrid {
 
-Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense)
+Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense,
+                 bool is_timed)
     : program_(program),
       pool_(pool),
       n_context_(n_context),
       is_dense_(is_dense),
+      is_timed_(is_timed),
       x_(int64_t{kPrefillChunk} * program.shape().hidden_size),
       x_quant_(kPrefillChunk *
                VectorBytes(program.shape().format,
@@ -54,15 +56,34 @@ int64_t Session::decode_bytes(Stage stage) const {
   return bytes;
 }
 
+int64_t Session::decode_nanoseconds(Stage stage) const {
+  int64_t sum = 0;
+  for (const auto& thread : threads_) sum += thread->nanoseconds[stage];
+  return sum;
+}
+
+int64_t Session::decode_waiting() const {
+  int64_t waiting = decode_wall_ * pool_.n_threads();
+  for (int32_t stage = 0; stage < kStages; ++stage)
+    waiting -= decode_nanoseconds(static_cast<Stage>(stage));
+  return waiting;
+}
+
 void Session::ResetCounts() {
   for (std::atomic<int64_t>& count : active_) count.store(0);
-  for (const auto& thread : threads_) std::fill_n(thread->bytes, kStages, 0);
+  for (const auto& thread : threads_) {
+    std::fill_n(thread->bytes, kStages, 0);
+    std::fill_n(thread->nanoseconds, kStages, 0);
+  }
+  decode_wall_ = 0;
 }
 
 void Session::Decode(int32_t token) {
   tokens_ = &token;
   n_tokens_ = 1;
+  const int64_t started = is_timed_ ? platform::Nanoseconds() : 0;
   RunPhases(program_.decode_phases());
+  if (is_timed_) decode_wall_ += platform::Nanoseconds() - started;
   position_ += 1;
 }
 

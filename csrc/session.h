@@ -51,7 +51,7 @@ constexpr int32_t kOutputRows = 64;  // rows per piece of the output projection
 constexpr int32_t kHeadRows = 256;   // rows per piece of the head
 constexpr int32_t kTokensPerPiece = 8;
 
-// The parts of a token that bytes are counted by.
+// The parts of a token that bytes and times are counted by.
 enum Stage : int32_t {
   kStageQkv,
   kStageAttend,
@@ -66,9 +66,10 @@ constexpr const char* kStageNames[kStages] = {"qkv", "attend", "output", "gate",
 class Session {
  public:
   // Reserves a KV cache for `n_context` positions; memory is touched as it is used. `is_dense`: no
-  // neuron is skipped, for comparisons. `program` and `pool` must outlive the session. Throws
-  // std::bad_alloc.
-  Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense);
+  // neuron is skipped, for comparisons. `is_timed`: decode measures its stages. `program` and
+  // `pool` must outlive the session. Throws std::bad_alloc.
+  Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense,
+          bool is_timed);
   ~Session();
 
   int32_t position() const { return position_; }  // of the next token
@@ -88,6 +89,10 @@ class Session {
   // Bytes of packed rows and of the KV cache that decode has read since the last reset; the head's
   // include the token's embedding row. Not to be asked during a call.
   int64_t decode_bytes(Stage stage) const;
+  // Of a timed session: nanoseconds that decode's threads worked on a stage since the last reset,
+  // all threads together, and those that they waited for one another.
+  int64_t decode_nanoseconds(Stage stage) const;
+  int64_t decode_waiting() const;
   void ResetCounts();
 
  private:
@@ -100,6 +105,8 @@ class Session {
     Pages<Active> active;   // of an FFN piece
     uint64_t x_serial = 0;  // the phase and call that `x` was made for
     int64_t bytes[kStages] = {};
+    int64_t nanoseconds[kStages] = {};
+    int64_t last_tick = 0;
     float scores[kHeadTile * kSpan];
   };
 
@@ -109,6 +116,8 @@ class Session {
 
   void RunDecodePiece(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
   void RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
+  // Counts the time since the thread's last tick to a stage.
+  void Tick(Stage stage, ThreadScratch& scratch) const;
   const uint8_t* NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch);
   const uint8_t* MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch);
   void FinishHead(const Op& op, int32_t head, float* values, int32_t position, int32_t token);
@@ -126,8 +135,9 @@ class Session {
   ThreadPool& pool_;
   const KernelTable* kernels_ = nullptr;  // the table in use during one call
   const int32_t n_context_;
-  const bool is_dense_;
+  const bool is_dense_, is_timed_;
   int32_t position_ = 0;
+  int64_t decode_wall_ = 0;  // nanoseconds
 
   // What the current call works on.
   const std::vector<Phase>* phases_ = nullptr;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "platform.h"
 #include "session.h"
 
 namespace hybrid {
@@ -17,14 +18,38 @@ int32_t FirstNeuron(int32_t n_neurons, int32_t piece) {
              : static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
 }
 
+// Where the time of a decode phase counts that does not count it itself.
+Stage StageOf(PhaseKind kind) {
+  switch (kind) {
+    case PhaseKind::kQkv:
+      return kStageQkv;
+    case PhaseKind::kAttend:
+      return kStageAttend;
+    case PhaseKind::kOutput:
+      return kStageOutput;
+    case PhaseKind::kFfn:
+    case PhaseKind::kFfnSum:
+      return kStageUpDown;
+    default:
+      return kStageHead;
+  }
+}
+
 }  // namespace
 
 void Session::RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch) {
   const Op& op = program_.op(phase.op);
-  if (phase.kind < PhaseKind::kEmbedTokens)
-    RunDecodePiece(phase, op, piece, scratch);
-  else
-    RunPrefillPiece(phase, op, piece, scratch);
+  if (phase.kind >= PhaseKind::kEmbedTokens) return RunPrefillPiece(phase, op, piece, scratch);
+  if (is_timed_) scratch.last_tick = platform::Nanoseconds();
+  RunDecodePiece(phase, op, piece, scratch);
+  Tick(StageOf(phase.kind), scratch);
+}
+
+void Session::Tick(Stage stage, ThreadScratch& scratch) const {
+  if (!is_timed_) return;
+  const int64_t now = platform::Nanoseconds();
+  scratch.nanoseconds[stage] += now - scratch.last_tick;
+  scratch.last_tick = now;
 }
 
 void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
@@ -290,6 +315,7 @@ int64_t Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n
   args.active = scratch.active.get();
   int32_t n_listed = 0;
   const int64_t n_active = kernels_->find_active(args, &n_listed);
+  Tick(kStageGate, scratch);
   kernels_->add_active(args, n_listed);
   active_[static_cast<size_t>(op.layer)].fetch_add(n_active, std::memory_order_relaxed);
   return n_active;

@@ -2,11 +2,12 @@
 
     python -m hybrid.bench -m MiniCPM-S-1B --quant q4
     python -m hybrid.bench -m synthetic:MiniCPM-S-1B        # random weights of the same shape
+    python -m hybrid.bench -m MiniCPM-S-1B --stages         # where a token's time goes
 
 Decoding is fed seeded random token ids, so that every run does the same work. Bytes are those that
-the native program counted while it read them. The bandwidth is measured in the same run, before and
-after, with the same threads. GB are 1e9 bytes. The last line is one JSON object; its fractions are
-not percent.
+the native program counted while it read them. The bandwidth is measured in the same run, before,
+between and after, with the same threads; the best counts. GB are 1e9 bytes. The last line is one
+JSON object; its fractions are not percent.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import psutil
 from hybrid import Engine, InvalidOption, Session, active_isa, load
 from hybrid.command_line import ArgumentParser, printable, run_command
 from hybrid.progress_bar import progress_bar
+from hybrid.sampling import Sampler
 
 PREFILL_LENGTHS = (128, 512)
 SHORT_CONTEXT = 16
@@ -63,6 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--runs", type=int, default=5, help="runs of everything; medians are reported (5)")
     add("--long-context", type=int, default=1024, help="tokens before the long decode (1024)")
     add("--seed", type=int, default=0, help="of the token ids (0)")
+    add("--stages", action="store_true", help="also measure each part of a decoded token")
     add("--mmap", action=argparse.BooleanOptionalAction, help="map the weights (as memory allows)")
     add("--offline", action="store_true", help="never use the network")
     args = parser.parse_args(arguments)
@@ -90,10 +93,16 @@ class DecodeBench:
     """Decodes the same tokens again and again, each time from the end of the same context."""
 
     def __init__(
-        self, engine: Engine, context: np.ndarray, ids: np.ndarray, *, dense: bool
+        self,
+        engine: Engine,
+        context: np.ndarray,
+        ids: np.ndarray,
+        *,
+        dense: bool = False,
+        timed: bool = False,
     ) -> None:
         self.engine, self.ids, self.context = engine, ids, context.size
-        self.session: Session = engine.open_session(dense=dense)
+        self.session: Session = engine.open_session(dense=dense, timed=timed)
         self.session.prefill(context)
         self.tps: list[float] = []
         self.n_bytes = self.n_active = 0
@@ -174,10 +183,15 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         DecodeBench(engine, ids[:context], ids[context : context + n], dense=dense)
         for _, context, dense in runs
     ]
+    staged = None
+    if args.stages:
+        staged = DecodeBench(engine, ids[:SHORT_CONTEXT], ids[SHORT_CONTEXT:][:n], timed=True)
     for _ in range(args.runs):  # in turns: the machine's level drifts
         for decode in benches:
             decode.run()
-    streams.append(engine.measure_stream_gbs())
+        if staged:
+            staged.run()
+        streams.append(engine.measure_stream_gbs())
     stream = max(streams)
     results = [decode.result() for decode in benches]
     for (name, _, _), result in zip(runs, results, strict=True):
@@ -189,7 +203,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
     rss = psutil.Process().memory_info().rss
     print(
         f"machine    {engine.n_threads} threads, {active_isa()}; memory streams {stream:.1f} GB/s "
-        f"(before {streams[0]:.1f}, after {streams[1]:.1f})"
+        f"({min(streams):.1f} to {stream:.1f} in {len(streams)} measurements)"
     )
     print(f"load       {stats.load_s:.2f} s; resident {rss / 1e6:.0f} MB")
     print(
@@ -220,7 +234,45 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         "dense_decode_tps": round(dense.median_tps, 2),
         "rss_bytes": rss,
     }
+    if staged:
+        summary["stages"] = stage_table(engine, staged, stream)
     print(json.dumps(summary))
+
+
+def stage_table(engine: Engine, staged: DecodeBench, stream: float) -> dict[str, dict[str, float]]:
+    """Prints where the last run's time went; returns it by stage. `ms` are of a token and sum up to
+    its time: what threads do at once counts by its share of them.
+    """
+    session, n = staged.session, staged.ids.size
+    n_bytes = session.decode_bytes
+    print(
+        f"\n{'of a decoded token':28}{'ms':>8}{'share':>8}{'MB':>10}{'GB/s':>7}{'of bandwidth':>14}"
+    )
+    ms = {name: s * 1e3 / engine.n_threads / n for name, s in session.decode_seconds.items()}
+    ms["sampling"] = sampling_ms(engine, session)
+    stages = {}
+    for name, time_ms in ms.items():
+        megabytes = n_bytes.get(name, 0) / n / 1e6
+        gbs = megabytes / time_ms if time_ms else 0.0
+        row = f"{name:28}{time_ms:>8.2f}{time_ms / sum(ms.values()):>8.1%}"
+        if megabytes:
+            share = "–" if engine.fits_in_cache else f"{gbs / stream:.0%}"
+            row += f"{megabytes:>10.1f}{gbs:>7.1f}{share:>14}"
+        print(row)
+        stages[name] = {"ms": round(time_ms, 4), "bytes": round(megabytes * 1e6)}
+    print(f"with these clocks: {statistics.median(staged.tps):.1f} tok/s")
+    return stages
+
+
+def sampling_ms(engine: Engine, session: Session, n_runs: int = 50) -> float:
+    """Of one token with the model's own sampling parameters; median."""
+    sampler = Sampler(engine.default_sampling)
+    times = []
+    for _ in range(n_runs):
+        started = time.perf_counter()
+        sampler.sample(session.logits)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e3
 
 
 def spread(rates: list[float]) -> str:

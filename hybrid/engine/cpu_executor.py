@@ -77,9 +77,10 @@ class CpuExecutor:
         )
         forward(ProgramRecorder(self.program, config), model, config)
 
-    def open_session(self, *, is_dense: bool = False) -> Session:
+    def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> Session:
         """A new sequence with a KV cache of its own; it keeps the program and the threads alive.
 
         `is_dense` computes all neurons, for comparisons; the results are the same.
+        `is_timed` measures where decode's time goes.
         """
-        return Session(self.program, self.pool, self.n_context, is_dense)
+        return Session(self.program, self.pool, self.n_context, is_dense, is_timed)

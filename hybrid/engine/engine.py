@@ -232,14 +232,15 @@ class Engine:
             messages=messages,
         )
 
-    def open_session(self, *, dense: bool = False) -> Session:
+    def open_session(self, *, dense: bool = False, timed: bool = False) -> Session:
         """A new, empty sequence with a KV cache of its own; weights and threads are shared.
 
         `dense` computes all neurons and gives the same results: to see what skipping brings.
+        `timed` measures where decode's time goes (`Session.decode_seconds`), for a percent of it.
         """
         try:
             executor = self._open()
-            return Session(executor.open_session(is_dense=dense), executor)
+            return Session(executor.open_session(is_dense=dense, is_timed=timed), executor)
         except MemoryError:
             raise OutOfMemory(
                 f"a context of {self.n_context} tokens does not fit into memory; "

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 BLOCK: int
 GROUP: int
+ROW_TILE: int
 SPAN: int
 PREFILL_CHUNK: int
 
@@ -31,6 +32,7 @@ def pack_rows(
     values: NDArray[np.uint8],
     scales: NDArray[np.uint8] | None,
 ) -> None: ...
+def pack_interleaved(format: Format, w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None: ...
 def quantize(format: Format, x: NDArray[np.float32]) -> NDArray[np.uint8]: ...
 def dequantize(rows: Rows, row: int, scale: float = 1.0) -> NDArray[np.float32]: ...
 def gemm(rows: Rows, x: NDArray[np.uint8], first: int, last: int) -> NDArray[np.float32]: ...
@@ -65,13 +67,11 @@ class Rows:
         self,
         *,
         format: Format,
-        values: NDArray[np.uint8],
-        scales: NDArray[np.uint8] | None,
+        memory: NDArray[np.uint8],
         n_rows: int,
         n_cols: int,
-        values_stride: int,
-        scales_stride: int = 0,
-        values_offset: int = 0,
+        offset: int = 0,
+        row_stride: int | None = None,
         scales_offset: int = 0,
     ) -> None: ...
     @property
@@ -118,7 +118,12 @@ class Program:
 
 class Session:
     def __init__(
-        self, program: Program, pool: ThreadPool, n_context: int, is_dense: bool = False
+        self,
+        program: Program,
+        pool: ThreadPool,
+        n_context: int,
+        is_dense: bool = False,
+        is_timed: bool = False,
     ) -> None: ...
     def prefill(
         self, tokens: NDArray[np.int64], all_logits: bool = False
@@ -135,4 +140,6 @@ class Session:
     def active_counts(self) -> list[int]: ...
     @property
     def decode_bytes(self) -> dict[str, int]: ...
+    @property
+    def decode_seconds(self) -> dict[str, float]: ...
     def reset_counts(self) -> None: ...
