@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from hybrid.errors import HybridError, InvalidOption
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
+
+BLOCK = 256  # logits that are looked at together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,8 @@ class Sampler:
         self.seed = secrets.randbits(32) if params.seed is None else int(params.seed)
         self._params = params
         self._random = random.Random(self.seed)
+        # Kept, since fresh memory of this size costs more than what is done in it.
+        self._weights = np.empty(0, np.float32)
 
     def sample(self, logits: Floats, recent: Sequence[int] = ()) -> int:
         """The next token for `logits` (vocab,), which are not changed; -inf bans a token.
@@ -79,21 +84,29 @@ class Sampler:
         params = self._params
         if params.repeat_penalty != 1 and recent:
             logits = logits.copy()
-            ids = np.unique(np.asarray(recent, np.intp))
+            penalised = np.unique(np.asarray(recent, np.intp))
             penalty = np.float32(params.repeat_penalty)
-            logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+            logits[penalised] = np.where(
+                logits[penalised] > 0, logits[penalised] / penalty, logits[penalised] * penalty
+            )
             top = logits.max()
         if params.temperature == 0:
             return int(logits.argmax())
-        ids = np.arange(logits.size) if params.top_k == 0 else _largest(logits, params.top_k)
-        weights = _weights(logits[ids], top, params.temperature)
+        ids: Ids | None = None  # of the tokens that are left; None: all of them
+        if params.top_k > 0:
+            ids = _largest(logits, params.top_k)
+            logits = logits[ids]
+        if self._weights.size != logits.size:
+            self._weights = np.empty(logits.size, np.float32)
+        weights = _weigh(logits, top, params.temperature, self._weights)
         if params.top_p < 1:
             kept = _nucleus(weights, params.top_p)
-            ids, weights = ids[kept], weights[kept]
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
         if params.min_p > 0:
-            likely = weights >= params.min_p * weights.max()
-            ids, weights = ids[likely], weights[likely]
-        return int(ids[_draw(weights, self._random.random())])
+            likely = np.flatnonzero(weights >= params.min_p * weights.max())
+            ids, weights = likely if ids is None else ids[likely], weights[likely]
+        drawn = _draw(weights, self._random.random())
+        return drawn if ids is None else int(ids[drawn])
 
 
 def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
@@ -103,21 +116,34 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return result
 
 
-def _weights(logits: Floats, top: np.float32, temperature: float) -> Floats:
-    """Probabilities up to a factor; the largest is 1."""
+def _weigh(logits: Floats, top: np.float32, temperature: float, out: Floats) -> Floats:
+    """Probabilities up to a factor, in `out`; the largest is 1."""
     # Any gap between logits that matters is already 0 or infinite at these bounds; beyond them
     # fp32 would make 0/0 of it.
     temperature = min(max(temperature, 1e-30), 1e30)
     with np.errstate(over="ignore", under="ignore"):
-        weights: Floats = np.exp((logits - top) / np.float32(temperature))
-    return weights
+        np.subtract(logits, top, out=out)
+        np.divide(out, np.float32(temperature), out=out)
+        return np.exp(out, out=out)
 
 
 def _largest(values: Floats, n: int) -> Ids:
     """Indices of the `n` largest, ascending; of equal values the first ones."""
     if n >= values.size:
         return np.arange(values.size)
+    ids = np.arange(values.size)
+    n_blocks = values.size // BLOCK
+    if n < n_blocks:
+        # n blocks hold a value of at least the n-th largest of their maxima: so do the n largest.
+        largest = values[: n_blocks * BLOCK].reshape(n_blocks, BLOCK).max(1)
+        ids = np.flatnonzero(values >= np.partition(largest, n_blocks - n)[n_blocks - n])
+        values = values[ids]
     cut = np.partition(values, values.size - n)[values.size - n]
+    return ids[_from_cut(values, n, cut)]
+
+
+def _from_cut(values: Floats, n: int, cut: np.float32) -> Ids:
+    """As `_largest`, where `cut` is the n-th largest value."""
     kept = values > cut
     kept[np.flatnonzero(values == cut)[: n - np.count_nonzero(kept)]] = True
     return np.flatnonzero(kept)
@@ -129,18 +155,31 @@ def _nucleus(weights: Floats, top_p: float) -> Ids:
     # Weights below (1 - top_p) / n of the total hold less than 1 - top_p together, so the rest
     # reaches top_p without them. Half of that bound, so that no rounding matters.
     likely = np.flatnonzero(weights >= 0.5 * (1 - top_p) * total / weights.size)
-    sums = np.sort(weights[likely])[::-1].cumsum(dtype=np.float64)
-    n = int(np.searchsorted(sums, top_p * total)) + 1
-    nucleus: Ids = likely[_largest(weights[likely], n)]
+    falling = np.sort(weights[likely])[::-1]
+    n = min(_find(falling, top_p * total, "left") + 1, likely.size)
+    nucleus: Ids = likely[_from_cut(weights[likely], n, falling[n - 1])]
     return nucleus
 
 
 def _draw(weights: Floats, uniform: float) -> int:
     """The index whose share of the weights' sum holds `uniform` in [0, 1)."""
-    sums = weights.cumsum(dtype=np.float64)
-    # The product may round up to the whole sum, which lies in no share.
-    point = min(uniform * sums[-1], np.nextafter(sums[-1], 0))
-    return int(np.searchsorted(sums, point, side="right"))
+    drawn = _find(weights, uniform * weights.sum(dtype=np.float64), "right")
+    if drawn < weights.size and weights[drawn] > 0:
+        return drawn
+    return int(np.flatnonzero(weights)[-1])  # the product rounded up to the whole sum
+
+
+def _find(weights: Floats, point: float, side: Literal["left", "right"]) -> int:
+    """The first index whose running sum reaches `point` ("left") or exceeds it ("right"); the
+    number of weights where none does.
+    """
+    # First the block of weights, then the one in it: running sums are slow.
+    sums = np.add.reduceat(weights, np.arange(0, weights.size, BLOCK), dtype=np.float64).cumsum()
+    block = int(np.searchsorted(sums, point, side=side))
+    first = block * BLOCK
+    inner = weights[first : first + BLOCK].cumsum(dtype=np.float64)
+    inner += sums[block - 1] if block > 0 else 0
+    return first + int(np.searchsorted(inner, point, side=side))
 
 
 def _is_int(value: object) -> bool:

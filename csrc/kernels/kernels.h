@@ -72,13 +72,13 @@ static inline int64_t ScaleBytes(Format format, int32_t n_cols) {
   return format == Format::kBf16 ? 0 : PaddedCols(format, n_cols) / kBlock * 2;
 }
 // Bytes of a group of one row.
-constexpr int32_t GroupValueBytes(Format format) {
+static constexpr int32_t GroupValueBytes(Format format) {
   return format == Format::kBf16 ? 2 * kBlock : format == Format::kQ8 ? kGroup : kGroup / 2;
 }
-constexpr int32_t GroupScaleBytes(Format format) {
+static constexpr int32_t GroupScaleBytes(Format format) {
   return format == Format::kBf16 ? 0 : 2 * kGroupBlocks;
 }
-constexpr int64_t TileGroupBytes(Format format) {
+static constexpr int64_t TileGroupBytes(Format format) {
   return int64_t{kRowTile} * (GroupValueBytes(format) + GroupScaleBytes(format));
 }
 // Bytes that reading one packed row takes.
