@@ -112,7 +112,7 @@ struct Active {
 // One fixed piece [first, last) of the neurons of a gated FFN, for up to kTokenTile tokens, in two
 // steps: `find_active` lists the pairs that fire, `add_active` overwrites `out`, the piece's own
 // partial sum, with the sum over them of act(gate x) * (up x) * down. Columns of `out` are in the
-// order of the packed rows (see ColumnOrder in the implementation of add_partials).
+// order of partial sums (see PartialColumn).
 struct SparseFfnArgs {
   Format format;
   // Neuron-major: row j of each belongs to neuron j. Its up and down rows make a bundle: the values
@@ -129,6 +129,29 @@ struct SparseFfnArgs {
   bool computes_all;  // list inactive neurons too, as a dense engine does: they add zeros
   Active* active;     // the list: room for (last - first) * n_tokens pairs, and one more
 };
+
+// Partial sums over q8 and q4 rows stand as the rows' fields come out of registers. A row's values
+// are lines of 64 bytes, a line 16 little-endian words of 32 bits, a word 4 bytes (q8) or 8 nibbles
+// (q4). The sum that belongs to field f of word i of line l is number (l * fields + f) * 16 + i,
+// and is kept multiplied by 2^shift: field f begins `shift` bits above the word's lower or upper
+// half.
+constexpr int32_t kPartialLine = 64;  // bytes
+constexpr int32_t kPartialWords = kPartialLine / 4;
+static constexpr int32_t WordFields(Format format) { return format == Format::kQ8 ? 4 : 8; }
+struct PartialColumn {
+  int32_t index;  // within the group's partial sums
+  float unit;     // 2^-shift
+};
+// Of a natural column of a group: element 4 k + c of block b.
+static inline PartialColumn PartialColumnOf(Format format, int32_t col) {
+  if (format == Format::kBf16) return {col, 1.0f};
+  const int32_t fields = WordFields(format), bits = 32 / fields;
+  const int32_t b = col / kBlock, k = col % kBlock / 4, c = col % 4;
+  const int32_t row = format == Format::kQ8 ? k : k % 4;  // of 32 bytes: two make a line
+  const int32_t field = format == Format::kQ8 ? c : 2 * c + k / 4;
+  return {(row / 2 * fields + field) * kPartialWords + row % 2 * kGroupBlocks + b,
+          1.0f / static_cast<float>(1 << field % (fields / 2) * bits)};
+}
 
 // Attention of the query heads of one KV head over context positions [first, last), last - first <=
 // kSpan.
@@ -158,8 +181,8 @@ struct KernelTable {
   int64_t (*find_active)(const SparseFfnArgs& args, int32_t* n_listed);
   void (*add_active)(const SparseFfnArgs& args, int32_t n_listed);
   // Columns [first, last) of x: x[c] += scale * sum over pieces, in index order, of partials[piece
-  // * stride + c]. `first` is a multiple of kGroup. Partials are in packed column order, x in
-  // natural order.
+  // * stride + c]. `first` is a multiple of kGroup. Partials are in their own order, x in natural
+  // order.
   void (*add_partials)(Format format, const float* partials, int64_t stride, int32_t n_pieces,
                        int32_t first, int32_t last, float scale, float* x);
   void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float scale,

@@ -22,9 +22,6 @@ struct Q8Weights {
 struct Nibbles {
   __m256i low, high;
 };
-struct F32Pair {
-  F32 low, high;
-};
 
 inline F32 Zero() { return _mm256_setzero_ps(); }
 inline F32 Set(float x) { return _mm256_set1_ps(x); }
@@ -104,22 +101,14 @@ inline F32 ToF32(I32 a) { return _mm256_cvtepi32_ps(a); }
 inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }
 inline F32 LoadXScales(const float* p) { return Load(p); }
 
-inline F32 LoadQ8(const uint8_t* p) {
-  const __m256i w = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(w, _mm256_set1_epi32(128)));
+inline I32 LoadWords(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-inline F32Pair LoadQ4(const uint8_t* p) {
-  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  const __m256i offset = _mm256_set1_epi32(8);
-  const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi32(15));
-  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, offset)),
-          _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), offset))};
-}
-inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
-  const __m256 all = LoadFp16(scales);
-  const int32_t block = first / 4;
-  return _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(block, block, block, block, block + 1,
-                                                         block + 1, block + 1, block + 1));
+inline I32 HighHalf(I32 a) { return _mm256_srli_epi32(a, 16); }
+inline F32 Field(I32 a, int32_t mask, float bias) {
+  const __m256i bits =
+      _mm256_or_si256(_mm256_and_si256(a, _mm256_set1_epi32(mask)), _mm256_set1_epi32(0x4b000000));
+  return _mm256_sub_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(bias));
 }
 
 inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -20,9 +20,6 @@ using XBytes = __m512i;
 struct Nibbles {
   __m512i low, high;
 };
-struct F32Pair {
-  F32 low, high;
-};
 
 inline F32 Zero() { return _mm512_setzero_ps(); }
 inline F32 Set(float x) { return _mm512_set1_ps(x); }
@@ -112,21 +109,13 @@ inline F32 LoadWeightScales(const uint16_t* p) {
 }
 inline F32 LoadXScales(const float* p) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
 
-inline F32 LoadQ8(const uint8_t* p) {
-  const __m512i w = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(w, _mm512_set1_epi32(128)));
-}
-inline F32Pair LoadQ4(const uint8_t* p) {
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  // A permutation looks at the low four bits of its index: a table of all sixteen values.
-  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  return {_mm512_permutexvar_ps(bytes, values),
-          _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values)};
-}
-inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
-  const __m512i base = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  const __m512i index = _mm512_add_epi32(base, _mm512_set1_epi32(first / 4));
-  return _mm512_permutexvar_ps(index, LoadWeightScales(scales));
+inline I32 LoadWords(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline I32 HighHalf(I32 a) { return _mm512_srli_epi32(a, 16); }
+inline F32 Field(I32 a, int32_t mask, float bias) {
+  // (a & mask) | the bits of 2^23
+  const __m512i bits =
+      _mm512_ternarylogic_epi32(a, _mm512_set1_epi32(mask), _mm512_set1_epi32(0x4b000000), 0xea);
+  return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(bias));
 }
 
 inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

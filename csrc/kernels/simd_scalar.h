@@ -27,9 +27,6 @@ using Q8Weights = XBytes;
 struct Nibbles {
   XBytes low, high;
 };
-struct F32Pair {
-  F32 low, high;
-};
 struct Bf16s {
   uint16_t v[2 * kLanes];
 };
@@ -149,23 +146,21 @@ inline F32 ToF32(I32 a) { HYBRID_LANES(static_cast<float>(a.v[i])); }
 inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }
 inline F32 LoadXScales(const float* p) { return Load(p); }
 
-// kLanes q8 weights as fp32, without their scale.
-inline F32 LoadQ8(const uint8_t* p) {
-  HYBRID_LANES(static_cast<float>(static_cast<int32_t>(p[i]) - 128));
-}
-// kLanes bytes of q4 weights as fp32, without their scale.
-inline F32Pair LoadQ4(const uint8_t* p) {
-  F32Pair y;
-  for (int i = 0; i < kLanes; ++i) {
-    y.low.v[i] = static_cast<float>((p[i] & 15) - 8);
-    y.high.v[i] = static_cast<float>((p[i] >> 4) - 8);
-  }
+// kLanes little-endian words of four bytes, and what is left of them 16 bits further up.
+inline I32 LoadWords(const uint8_t* p) {
+  I32 y;
+  memcpy(y.v, p, sizeof(y.v));
   return y;
 }
-// Scales of the blocks that own bytes [first, first + kLanes) of any step of the group (four bytes
-// a block).
-inline F32 SpreadScales(const uint16_t* scales, int32_t first) {
-  HYBRID_LANES(Fp16ToFloat(scales[(first + i) / 4]));
+inline I32 HighHalf(I32 a) {
+  for (int i = 0; i < kLanes; ++i)
+    a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> 16);
+  return a;
+}
+// 2^23 + (a & mask) - bias, with a mask of at most 16 low bits: exact, since they are the low bits
+// of that float.
+inline F32 Field(I32 a, int32_t mask, float bias) {
+  HYBRID_LANES(static_cast<float>((1 << 23) + (a.v[i] & mask)) - bias);
 }
 
 inline void PrefetchL2(const void*) {}

@@ -51,39 +51,36 @@ inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y) {
   }
 }
 
-// q8 and q4: a register of weights times its blocks' scales, which every step of a group shares.
+// q8 and q4: words of four bytes, whose fields (bytes or nibbles) become floats in place,
+// multiplied by what their place is worth. y is in that order and unit, see kernels.h.
 template <Format kFormat, int kRows>
 inline void AxpyBlocks(RowAt* w, int32_t n_groups, const float* a, float* y) {
-  constexpr int kParts = kBlock / kLanes;  // registers that cover one 32-byte step
-  constexpr int32_t kGroupBytes = GroupValueBytes(kFormat);
+  constexpr int kFields = WordFields(kFormat), kBits = 32 / kFields;
+  constexpr float kZero = kFormat == Format::kQ8 ? 128.0f : 8.0f;
   for (int32_t group = 0; group < n_groups; ++group, y += kGroup) {
-    F32 factor[kRows][kParts];
+    F32 factor[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part)
-        factor[r][part] = Mul(
-            Set(a[r]), SpreadScales(reinterpret_cast<const uint16_t*>(w[r].scales), part * kLanes));
-    for (int32_t step = 0; step < kGroupBytes; step += kBlock) {
-#pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part) {
-        const int32_t at = step + part * kLanes;
-        F32 low = Load(y + at);
-        if constexpr (kFormat == Format::kQ8) {
+    for (int r = 0; r < kRows; ++r)  // word i of a line belongs to block i % 8
+      factor[r] = Mul(Set(a[r]), LoadWeightScales(reinterpret_cast<const uint16_t*>(w[r].scales)));
+    for (int32_t at = 0; at < GroupValueBytes(kFormat); at += 4 * kLanes) {
+      float* out = y + at / kPartialLine * kFields * kPartialWords + at % kPartialLine / 4;
+      F32 sum[kFields];
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) low = Fma(factor[r][part], LoadQ8(w[r].values + at), low);
-        } else {
-          F32 high = Load(y + at + kGroupBytes);
+      for (int f = 0; f < kFields; ++f) sum[f] = Load(out + f * kPartialWords);
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const F32Pair weights = LoadQ4(w[r].values + at);
-            low = Fma(factor[r][part], weights.low, low);
-            high = Fma(factor[r][part], weights.high, high);
-          }
-          Store(y + at + kGroupBytes, high);
+      for (int r = 0; r < kRows; ++r) {
+        I32 words = LoadWords(w[r].values + at);
+#pragma GCC unroll 8
+        for (int f = 0; f < kFields; ++f) {
+          if (f == kFields / 2) words = HighHalf(words);
+          const int shift = f % (kFields / 2) * kBits;
+          const int32_t mask = ((1 << kBits) - 1) << shift;
+          const float bias = 8388608.0f + kZero * static_cast<float>(1 << shift);
+          sum[f] = Fma(factor[r], Field(words, mask, bias), sum[f]);
         }
-        Store(y + at, low);
       }
+#pragma GCC unroll 8
+      for (int f = 0; f < kFields; ++f) Store(out + f * kPartialWords, sum[f]);
     }
     for (int r = 0; r < kRows; ++r) {
       w[r].values += w[r].values_step;

@@ -19,6 +19,12 @@ inline int32_t ColumnOrder(Format format, int32_t col) {
   return col - in_group + element / 4 * kBlock + block * 4 + element % 4;
 }
 
+// Natural column `col` of a group of partial sums.
+inline float Natural(Format format, const float* sums, int32_t col) {
+  const PartialColumn column = PartialColumnOf(format, col);
+  return sums[column.index] * column.unit;
+}
+
 // Of 32 floats; compared as integers, so that a NaN is the largest of all.
 inline float LargestMagnitude(const float* x) {
   uint32_t largest = 0;
@@ -79,7 +85,7 @@ inline void DequantizeBlocks(const Rows& rows, int32_t row, float scale, float* 
     for (int32_t col = 0; col < kGroup; col += kLanes) Store(packed + col, Zero());
     AxpyBlocks<kFormat, 1>(&w, 1, &one, packed);
     for (int32_t i = 0; i < kGroup && first + i < rows.n_cols; ++i)
-      out[first + i] = packed[ColumnOrder(kFormat, i)] * scale;
+      out[first + i] = Natural(kFormat, packed, i) * scale;
   }
 }
 
@@ -105,14 +111,7 @@ void AddPartials(Format format, const float* partials, int64_t stride, int32_t n
         sum = Add(sum, Load(partials + piece * stride + group + col));
       Store(sums + col, sum);
     }
-    if (format == Format::kBf16) {
-      for (int32_t i = 0; i < n; ++i) x[group + i] += scale * sums[i];
-      continue;
-    }
-    for (int32_t i = 0; i < n; i += 4) {  // four elements of a block stay together
-      const float* four = sums + ColumnOrder(format, i);
-      for (int32_t c = 0; c < 4; ++c) x[group + i + c] += scale * four[c];
-    }
+    for (int32_t i = 0; i < n; ++i) x[group + i] += scale * Natural(format, sums, i);
   }
 }
 

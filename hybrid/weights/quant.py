@@ -146,6 +146,23 @@ def interleave(
     return np.concatenate(flat, axis=2).ravel()
 
 
+def partial_order(format: Format, n_cols: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Where each natural column stands among partial sums, and the unit that it is kept in: a
+    column's sum is `partials[order] * unit`. See `csrc/kernels/kernels.h`.
+    """
+    position = column_order(format, n_cols)
+    if format is Format.bf16:
+        return position, np.ones(n_cols, np.float32)
+    fields = 4 if format is Format.q8 else 8
+    group, in_group = np.divmod(position, GROUP)
+    half, byte = np.divmod(in_group, GROUP * 4 // fields)  # q4: low nibbles, then high ones
+    line, in_line = np.divmod(byte, 64)
+    word, in_word = np.divmod(in_line, 4)
+    field = in_word if format is Format.q8 else 2 * in_word + half
+    order = group * GROUP + (line * fields + field) * 16 + word
+    return order, np.exp2(-(field % (fields // 2) * (32 // fields))).astype(np.float32)
+
+
 def column_order(format: Format, n_cols: int) -> NDArray[np.intp]:
     """Where each natural column stands in a packed row."""
     columns = np.arange(n_cols)

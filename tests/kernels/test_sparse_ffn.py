@@ -14,7 +14,7 @@ from numerics import assert_close, quantize_tokens
 
 from hybrid.kernels import Activation, Format, Rows, _native, reference
 from hybrid.weights.packed import pack_bundles, pack_matrix
-from hybrid.weights.quant import column_order, round_weights
+from hybrid.weights.quant import partial_order, round_weights
 
 
 class Ffn:
@@ -57,7 +57,8 @@ class Ffn:
         out, n_active = _native.sparse_ffn(
             gate, up, down, self.x_quantized, first, last, activation, self.threshold
         )
-        return out[:, column_order(self.format, self.x.shape[1])], n_active
+        order, unit = partial_order(self.format, self.x.shape[1])
+        return out[:, order] * unit, n_active
 
     def oracle(self, activation: Activation) -> tuple[np.ndarray, np.ndarray]:
         return reference.sparse_ffn(

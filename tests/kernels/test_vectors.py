@@ -8,7 +8,7 @@ from numerics import assert_close
 
 from hybrid.kernels import Format, ThreadPool, _native, reference
 from hybrid.weights.packed import pack_matrix
-from hybrid.weights.quant import column_order, interleave, pack_rows, round_weights
+from hybrid.weights.quant import column_order, interleave, pack_rows, partial_order, round_weights
 
 
 @pytest.mark.parametrize("n", [32, 96, 256, 320, 1536])
@@ -54,7 +54,8 @@ def test_add_partials_sums_pieces_in_index_order(isa, format, n, n_pieces):
     total = partials[0].copy()
     for piece in partials[1:]:
         total += piece
-    expected = x + np.float32(0.3) * total[column_order(format, n)]
+    order, unit = partial_order(format, n)
+    expected = x + np.float32(0.3) * (total[order] * unit)
     actual = _native.add_partials(format, partials, 0.3, x)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 

@@ -11,6 +11,7 @@ from hybrid.kernels import Format, _native, reference
 from hybrid.weights.quant import (
     column_order,
     pack_rows,
+    partial_order,
     quantize_q4,
     quantize_q8,
     round_weights,
@@ -118,6 +119,14 @@ def test_packed_bytes_lie_as_documented(n_cols):
         np.testing.assert_array_equal(values[:, at].astype(int) - 128, q[:, col])
         assert column_order(Format.q8, n_cols)[col] == at
     np.testing.assert_array_equal(packed_scales.view(np.float16)[:, : n_cols // 32], scales)
+
+
+def test_partial_order_is_a_permutation(format):
+    padded = _native.padded_cols(format, 512)
+    order, unit = partial_order(format, padded)
+    assert sorted(order) == list(range(padded))
+    units = {Format.bf16: {0}, Format.q8: {0, -8}, Format.q4: {0, -4, -8, -12}}
+    assert set(np.log2(unit)) == units[format]
 
 
 def test_column_order_is_a_permutation(format):
