@@ -33,12 +33,13 @@ inline float Activate(Activation activation, float gate) {
 
 // Adds several rows at once: y[col] = (... (y[col] + a0 w0[col]) + a1 w1[col]) ... Every row is one
 // fused multiply-add in turn, so how rows are grouped changes no bit, only how often y is loaded.
-// Takes `n_groups` groups of each row.
-template <int kRows>
-inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y) {
+// Takes `n_groups` groups of each row, and calls `between` before each.
+template <int kRows, typename Between>
+inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y, Between& between) {
   F32 factor[kRows];
   for (int r = 0; r < kRows; ++r) factor[r] = Set(a[r]);
   for (int32_t group = 0; group < n_groups; ++group, y += kBlock) {
+    between();
 #pragma GCC unroll 4
     for (int32_t col = 0; col < kBlock; col += kLanes) {
       F32 sum = Load(y + col);
@@ -53,11 +54,12 @@ inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y) {
 
 // q8 and q4: words of four bytes, whose fields (bytes or nibbles) become floats in place,
 // multiplied by what their place is worth. y is in that order and unit, see kernels.h.
-template <Format kFormat, int kRows>
-inline void AxpyBlocks(RowAt* w, int32_t n_groups, const float* a, float* y) {
+template <Format kFormat, int kRows, typename Between>
+inline void AxpyBlocks(RowAt* w, int32_t n_groups, const float* a, float* y, Between& between) {
   constexpr int kFields = WordFields(kFormat), kBits = 32 / kFields;
   constexpr float kZero = kFormat == Format::kQ8 ? 128.0f : 8.0f;
   for (int32_t group = 0; group < n_groups; ++group, y += kGroup) {
+    between();
     F32 factor[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)  // word i of a line belongs to block i % 8
@@ -89,26 +91,32 @@ inline void AxpyBlocks(RowAt* w, int32_t n_groups, const float* a, float* y) {
   }
 }
 
-template <Format kFormat, int kRows>
-inline void AxpyRows(const Rows& rows, const int32_t* row, const float* a, float* y) {
+template <Format kFormat, int kRows, typename Between>
+inline void AxpyRows(const Rows& rows, const int32_t* row, const float* a, float* y,
+                     Between& between) {
   RowAt w[kRows];
   for (int r = 0; r < kRows; ++r) w[r] = At<kFormat>(rows, row[r]);
-  const int32_t padded = PaddedCols(kFormat, rows.n_cols);
+  const int32_t n_groups = ValueBytes(kFormat, rows.n_cols) / GroupValueBytes(kFormat);
   if constexpr (kFormat == Format::kBf16)
-    AxpyBf16<kRows>(w, padded / kBlock, a, y);
+    AxpyBf16<kRows>(w, n_groups, a, y, between);
   else
-    AxpyBlocks<kFormat, kRows>(w, padded / kGroup, a, y);
+    AxpyBlocks<kFormat, kRows>(w, n_groups, a, y, between);
 }
 
-template <int kRows>
-inline void Axpy(Format format, const Rows& rows, const int32_t* row, const float* a, float* y) {
+template <int kRows, typename Between>
+inline void Axpy(Format format, const Rows& rows, const int32_t* row, const float* a, float* y,
+                 Between& between) {
   if (format == Format::kBf16)
-    AxpyRows<Format::kBf16, kRows>(rows, row, a, y);
+    AxpyRows<Format::kBf16, kRows>(rows, row, a, y, between);
   else if (format == Format::kQ8)
-    AxpyRows<Format::kQ8, kRows>(rows, row, a, y);
+    AxpyRows<Format::kQ8, kRows>(rows, row, a, y, between);
   else
-    AxpyRows<Format::kQ4, kRows>(rows, row, a, y);
+    AxpyRows<Format::kQ4, kRows>(rows, row, a, y, between);
 }
+
+struct Nothing {
+  void operator()() const {}
+};
 
 // Prefetches bundles (a neuron's up and down rows) of listed neurons into L2, a few lines at a time
 // between gate rows: a burst would fill the queue of outstanding misses and stall those.
@@ -121,10 +129,6 @@ class BundlePrefetcher {
   static int32_t Ahead(const SparseFfnArgs& a) {
     const int64_t n = kBytesAhead / (2 * RowBytes(a.up, a.format));
     return n < kNeuronTile ? kNeuronTile : static_cast<int32_t>(n);
-  }
-  void Bundle(int32_t listed) const {
-    const uint8_t* p = a_.up.values + a_.active[listed].neuron * a_.up.values_stride;
-    for (int64_t at = 0; at < n_bytes_; at += kCacheLine) PrefetchL2(p + at);
   }
   // Goes on with the bundles of active[0..n_listed), up to Ahead(), by two thirds of a bundle.
   void Advance(int32_t n_listed) {
@@ -150,6 +154,41 @@ class BundlePrefetcher {
   const int32_t n_ahead_;
   int32_t next_ = 0;
   int64_t at_ = 0;
+};
+
+// Prefetches the bundles of some listed neurons, one after the other, one share of their lines a
+// call.
+class BundleShares {
+ public:
+  BundleShares(const SparseFfnArgs& a, int32_t n_shares)
+      : a_(a), n_bytes_(2 * RowBytes(a.up, a.format)), n_shares_(n_shares) {}
+  // Those of active[first..last), neighbours of one neuron once.
+  void Begin(int32_t first, int32_t last) {
+    n_ = i_ = 0;
+    at_ = 0;
+    for (int32_t i = first; i < last; ++i)
+      if (n_ == 0 || a_.active[i].neuron != a_.active[i - 1].neuron)
+        bundles_[n_++] = a_.up.values + a_.active[i].neuron * a_.up.values_stride;
+    share_ = n_ * n_bytes_ / n_shares_;
+  }
+  void operator()() {
+    for (int64_t left = share_; left > 0 && i_ < n_; left -= 64) {
+      PrefetchL2(bundles_[i_] + at_);
+      at_ += 64;
+      if (at_ >= n_bytes_) {
+        at_ = 0;
+        ++i_;
+      }
+    }
+  }
+
+ private:
+  const SparseFfnArgs& a_;
+  const int64_t n_bytes_;
+  const int32_t n_shares_;
+  const uint8_t* bundles_[kNeuronTile];
+  int64_t share_ = 0, at_ = 0;
+  int32_t n_ = 0, i_ = 0;
 };
 
 // Appends one neuron to the list for every token that it fires for.
@@ -188,26 +227,27 @@ int64_t FindActive(const SparseFfnArgs& a, int32_t* n_listed) {
 
 // kNeurons different neurons that are active for one token.
 template <int kNeurons>
-inline void AddNeurons(const SparseFfnArgs& a, const Active* active) {
+inline void AddNeurons(const SparseFfnArgs& a, const Active* active, BundleShares& next) {
   int32_t rows[kNeurons];
   const uint8_t* x[1] = {a.x + active[0].token * a.x_stride};
   float up[kNeurons][1], values[kNeurons];
   for (int r = 0; r < kNeurons; ++r) rows[r] = active[r].neuron;
   DotTile<kNeurons, 1>(a.format, a.up, rows, x, up);
   for (int r = 0; r < kNeurons; ++r) values[r] = Activate(a.activation, active[r].gate) * up[r][0];
-  Axpy<kNeurons>(a.format, a.down, rows, values, a.out + active[0].token * a.out_stride);
+  Axpy<kNeurons>(a.format, a.down, rows, values, a.out + active[0].token * a.out_stride, next);
 }
 
 // One neuron that is active for kTokens tokens.
 template <int kTokens>
-inline void AddTokens(const SparseFfnArgs& a, const Active* active) {
+inline void AddTokens(const SparseFfnArgs& a, const Active* active, BundleShares& next) {
   const uint8_t* x[kTokens];
   float up[1][kTokens];
   for (int t = 0; t < kTokens; ++t) x[t] = a.x + active[t].token * a.x_stride;
   DotTile<1, kTokens>(a.format, a.up, &active[0].neuron, x, up);
   for (int t = 0; t < kTokens; ++t) {
     const float value = Activate(a.activation, active[t].gate) * up[0][t];
-    Axpy<1>(a.format, a.down, &active[0].neuron, &value, a.out + active[t].token * a.out_stride);
+    Axpy<1>(a.format, a.down, &active[0].neuron, &value, a.out + active[t].token * a.out_stride,
+            next);
   }
 }
 
@@ -216,7 +256,7 @@ void AddActive(const SparseFfnArgs& a, int32_t n_listed) {
   for (int32_t token = 0; token < a.n_tokens; ++token)
     for (int32_t col = 0; col < padded; col += kLanes)
       Store(a.out + token * a.out_stride + col, Zero());
-  const BundlePrefetcher prefetcher(a);
+  BundleShares next(a, ValueBytes(a.format, a.down.n_cols) / GroupValueBytes(a.format));
   const int32_t ahead = BundlePrefetcher::Ahead(a);
   const int32_t tile = a.n_tokens == 1 ? kNeuronTile : kTokenDotTile;
   for (int32_t i = 0; i < n_listed;) {
@@ -224,14 +264,14 @@ void AddActive(const SparseFfnArgs& a, int32_t n_listed) {
     const bool is_whole =
         i + tile <= n_listed && (a.n_tokens == 1 || active[tile - 1].neuron == active[0].neuron);
     const int32_t n = is_whole ? tile : 1;
-    for (int32_t next = i + ahead; next < i + ahead + n && next < n_listed; ++next)
-      if (active[next - i].neuron != active[next - i - 1].neuron) prefetcher.Bundle(next);
+    next.Begin(i + ahead < n_listed ? i + ahead : n_listed,
+               i + ahead + n < n_listed ? i + ahead + n : n_listed);
     if (!is_whole)
-      AddNeurons<1>(a, active);
+      AddNeurons<1>(a, active, next);
     else if (a.n_tokens == 1)
-      AddNeurons<kNeuronTile>(a, active);
+      AddNeurons<kNeuronTile>(a, active, next);
     else
-      AddTokens<kTokenDotTile>(a, active);
+      AddTokens<kTokenDotTile>(a, active, next);
     i += n;
   }
 }

@@ -81,9 +81,10 @@ inline void DequantizeBlocks(const Rows& rows, int32_t row, float scale, float* 
   float packed[kGroup];
   const float one = 1.0f;
   RowAt w = At<kFormat>(rows, row);
+  const Nothing nothing;
   for (int32_t first = 0; first < rows.n_cols; first += kGroup) {
     for (int32_t col = 0; col < kGroup; col += kLanes) Store(packed + col, Zero());
-    AxpyBlocks<kFormat, 1>(&w, 1, &one, packed);
+    AxpyBlocks<kFormat, 1>(&w, 1, &one, packed, nothing);
     for (int32_t i = 0; i < kGroup && first + i < rows.n_cols; ++i)
       out[first + i] = Natural(kFormat, packed, i) * scale;
   }
