@@ -228,38 +228,40 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
     dot(FormatConstant<Format::kQ4>{});
 }
 
-// kRows rows by any number of tokens. Token t's result for row r goes to out[t * out_stride + r].
-template <int kRows, bool kIsTile = false>
-inline void DotRows(Format format, const Rows& rows, const int32_t* row, const uint8_t* x,
-                    int64_t x_stride, int32_t n_tokens, float* out, int64_t out_stride) {
-  int32_t token = 0;
-  for (; token + kTokenDotTile <= n_tokens; token += kTokenDotTile) {
-    const uint8_t* tile[kTokenDotTile];
-    float dots[kRows][kTokenDotTile];
-    for (int t = 0; t < kTokenDotTile; ++t) tile[t] = x + (token + t) * x_stride;
-    DotTile<kRows, kTokenDotTile, kIsTile>(format, rows, row, tile, dots);
-    for (int t = 0; t < kTokenDotTile; ++t)
-      for (int r = 0; r < kRows; ++r) out[(token + t) * out_stride + r] = dots[r][t];
-  }
-  for (; token < n_tokens; ++token) {
-    const uint8_t* tile[1] = {x + token * x_stride};
-    float dots[kRows][1];
-    DotTile<kRows, 1, kIsTile>(format, rows, row, tile, dots);
-    for (int r = 0; r < kRows; ++r) out[token * out_stride + r] = dots[r][0];
+// kRows rows with kTokens tokens from `token` on, to a.out.
+template <int kRows, int kTokens>
+inline void DotTokens(const GemmArgs& a, int32_t row, int32_t token) {
+  const uint8_t* x[kTokens];
+  float dots[kRows][kTokens];
+  for (int t = 0; t < kTokens; ++t) x[t] = a.x + (token + t) * a.x_stride;
+  DotTile<kRows, kTokens, kRows == kRowTile>(a.format, a.rows, &row, x, dots);
+  for (int t = 0; t < kTokens; ++t)
+    for (int r = 0; r < kRows; ++r)
+      a.out[(token + t) * a.out_stride + row - a.first + r] = dots[r][t];
+}
+
+template <int kTokens>
+inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token) {
+  while (row < last) {
+    if (a.rows.is_interleaved && row % kRowTile == 0 && row + kRowTile <= last) {
+      DotTokens<kRowTile, kTokens>(a, row, token);
+      row += kRowTile;
+    } else {
+      DotTokens<1, kTokens>(a, row++, token);
+    }
   }
 }
 
+// Blocks of rows that stay in L1 while all tokens pass.
 void Gemm(const GemmArgs& a) {
+  const int32_t block = a.format == Format::kQ4 ? 16 : 8;
   for (int32_t row = a.first; row < a.last;) {
-    float* out = a.out + (row - a.first);
-    if (a.rows.is_interleaved && row % kRowTile == 0 && row + kRowTile <= a.last) {
-      DotRows<kRowTile, true>(a.format, a.rows, &row, a.x, a.x_stride, a.n_tokens, out,
-                              a.out_stride);
-      row += kRowTile;
-    } else {
-      DotRows<1>(a.format, a.rows, &row, a.x, a.x_stride, a.n_tokens, out, a.out_stride);
-      ++row;
-    }
+    const int32_t end = (row / block + 1) * block, last = end < a.last ? end : a.last;
+    int32_t token = 0;
+    for (; token + kTokenDotTile <= a.n_tokens; token += kTokenDotTile)
+      DotBlock<kTokenDotTile>(a, row, last, token);
+    for (; token < a.n_tokens; ++token) DotBlock<1>(a, row, last, token);
+    row = last;
   }
 }
 

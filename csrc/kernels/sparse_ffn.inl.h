@@ -14,7 +14,8 @@
 namespace hybrid {
 namespace {
 
-constexpr int32_t kNeuronTile = 4;  // active neurons that are added at once
+constexpr int32_t kNeuronTile = 4;   // active neurons that are added at once
+constexpr int32_t kGateBlock = 256;  // gate rows that are computed at once for many tokens
 
 inline bool Fires(Activation activation, float gate, float threshold) {
   switch (activation) {
@@ -162,13 +163,12 @@ class BundleShares {
  public:
   BundleShares(const SparseFfnArgs& a, int32_t n_shares)
       : a_(a), n_bytes_(2 * RowBytes(a.up, a.format)), n_shares_(n_shares) {}
-  // Those of active[first..last), neighbours of one neuron once.
+  // Those of active[first..last).
   void Begin(int32_t first, int32_t last) {
     n_ = i_ = 0;
     at_ = 0;
     for (int32_t i = first; i < last; ++i)
-      if (n_ == 0 || a_.active[i].neuron != a_.active[i - 1].neuron)
-        bundles_[n_++] = a_.up.values + a_.active[i].neuron * a_.up.values_stride;
+      bundles_[n_++] = a_.up.values + a_.active[i].neuron * a_.up.values_stride;
     share_ = n_ * n_bytes_ / n_shares_;
   }
   void operator()() {
@@ -204,21 +204,24 @@ struct ActiveList {
   }
 };
 
+// Of one token, tiles of gate rows; of more, blocks, token by token: then a token's neurons stand
+// together in the list. In both, a token's neurons rise.
 int64_t FindActive(const SparseFfnArgs& a, int32_t* n_listed) {
   ActiveList list{a};
   BundlePrefetcher prefetcher(a);
-  float gates[kTokenTile * kRowTile];
-  for (int32_t neuron = a.first; neuron < a.last;) {
-    const bool is_tile = neuron % kRowTile == 0 && neuron + kRowTile <= a.last;
-    const int32_t n_rows = is_tile ? kRowTile : 1;
-    const GemmArgs gemm = {a.format,   a.gate,     neuron, neuron + n_rows, a.x,
-                           a.x_stride, a.n_tokens, gates,  kRowTile};
+  float gates[kTokenTile * kGateBlock];
+  const int32_t block = a.n_tokens == 1 ? kRowTile : kGateBlock;
+  for (int32_t first = a.first; first < a.last;) {
+    const int32_t end = block == kRowTile ? (first / block + 1) * block : first + block;
+    const int32_t last = end < a.last ? end : a.last;
+    const GemmArgs gemm = {a.format,   a.gate,     first, last,      a.x,
+                           a.x_stride, a.n_tokens, gates, kGateBlock};
     Gemm(gemm);
-    for (int32_t r = 0; r < n_rows; ++r)
-      for (int32_t token = 0; token < a.n_tokens; ++token)
-        list.Take(neuron + r, token, gates[token * kRowTile + r]);
-    prefetcher.Advance(list.n_listed);
-    neuron += n_rows;
+    for (int32_t token = 0; token < a.n_tokens; ++token)
+      for (int32_t neuron = first; neuron < last; ++neuron)
+        list.Take(neuron, token, gates[token * kGateBlock + neuron - first]);
+    if (a.n_tokens == 1) prefetcher.Advance(list.n_listed);
+    first = last;
   }
   prefetcher.Finish(list.n_listed);
   *n_listed = list.n_listed;
@@ -237,41 +240,25 @@ inline void AddNeurons(const SparseFfnArgs& a, const Active* active, BundleShare
   Axpy<kNeurons>(a.format, a.down, rows, values, a.out + active[0].token * a.out_stride, next);
 }
 
-// One neuron that is active for kTokens tokens.
-template <int kTokens>
-inline void AddTokens(const SparseFfnArgs& a, const Active* active, BundleShares& next) {
-  const uint8_t* x[kTokens];
-  float up[1][kTokens];
-  for (int t = 0; t < kTokens; ++t) x[t] = a.x + active[t].token * a.x_stride;
-  DotTile<1, kTokens>(a.format, a.up, &active[0].neuron, x, up);
-  for (int t = 0; t < kTokens; ++t) {
-    const float value = Activate(a.activation, active[t].gate) * up[0][t];
-    Axpy<1>(a.format, a.down, &active[0].neuron, &value, a.out + active[t].token * a.out_stride,
-            next);
-  }
-}
-
 void AddActive(const SparseFfnArgs& a, int32_t n_listed) {
   const int32_t padded = PaddedCols(a.format, a.down.n_cols);
   for (int32_t token = 0; token < a.n_tokens; ++token)
     for (int32_t col = 0; col < padded; col += kLanes)
       Store(a.out + token * a.out_stride + col, Zero());
   BundleShares next(a, ValueBytes(a.format, a.down.n_cols) / GroupValueBytes(a.format));
-  const int32_t ahead = BundlePrefetcher::Ahead(a);
-  const int32_t tile = a.n_tokens == 1 ? kNeuronTile : kTokenDotTile;
+  // Of many tokens, bundles come again and again: prefetching each time costs more than it brings.
+  const int32_t ahead = a.n_tokens == 1 ? BundlePrefetcher::Ahead(a) : n_listed;
   for (int32_t i = 0; i < n_listed;) {
     const Active* active = a.active + i;
-    const bool is_whole =
-        i + tile <= n_listed && (a.n_tokens == 1 || active[tile - 1].neuron == active[0].neuron);
-    const int32_t n = is_whole ? tile : 1;
+    const bool is_tile =
+        i + kNeuronTile <= n_listed && active[kNeuronTile - 1].token == active[0].token;
+    const int32_t n = is_tile ? kNeuronTile : 1;
     next.Begin(i + ahead < n_listed ? i + ahead : n_listed,
                i + ahead + n < n_listed ? i + ahead + n : n_listed);
-    if (!is_whole)
-      AddNeurons<1>(a, active, next);
-    else if (a.n_tokens == 1)
+    if (is_tile)
       AddNeurons<kNeuronTile>(a, active, next);
     else
-      AddTokens<kTokenDotTile>(a, active, next);
+      AddNeurons<1>(a, active, next);
     i += n;
   }
 }
