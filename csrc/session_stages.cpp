@@ -46,7 +46,7 @@ void Session::RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch
 }
 
 void Session::Tick(Stage stage, ThreadScratch& scratch) const {
-  if (!is_timed_) return;
+  if (!is_timed_ || phases_ != &program_.decode_phases()) return;
   const int64_t now = platform::Nanoseconds();
   scratch.nanoseconds[stage] += now - scratch.last_tick;
   scratch.last_tick = now;

@@ -26,6 +26,7 @@ from hybrid.errors import (
 from hybrid.kernels import active_isa
 from hybrid.loading import load
 from hybrid.progress import Progress
+from hybrid.sampling import Sampler, SamplingParams
 from hybrid.tokenizer import ChatMessage
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "ModelNotFound",
     "OutOfMemory",
     "Progress",
+    "Sampler",
+    "SamplingParams",
     "Session",
     "TokenLogprobs",
     "UnsupportedIsa",

@@ -23,10 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 
-from hybrid import Engine, InvalidOption, Session, active_isa, load
+from hybrid import Engine, InvalidOption, Sampler, Session, active_isa, check_options, load
 from hybrid.command_line import ArgumentParser, printable, run_command
 from hybrid.progress_bar import progress_bar
-from hybrid.sampling import Sampler
 
 PREFILL_LENGTHS = (128, 512)
 SHORT_CONTEXT = 16
@@ -135,6 +134,7 @@ class DecodeBench:
 
 
 def bench(args: argparse.Namespace) -> int:
+    check_options(threads=args.threads)  # before a model is fetched for it
     with (
         progress_bar() as progress,
         load(

@@ -7,13 +7,29 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from hybrid import HybridError, InvalidOption
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib import metadata  # slow to import, and rarely wanted
+
+        try:
+            version = metadata.version("hybrid")
+        except metadata.PackageNotFoundError:
+            version = "(a source tree that is not installed)"
+        print(f"hybrid {version}")
+        parser.exit()
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but a wrong option is one line, not the whole usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument("--version", action=_Version, nargs=0, help="print hybrid's version")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)} (--help shows all options)\n")
@@ -56,7 +72,8 @@ def run_command(program: str, command: Callable[[], int]) -> int:
         return 1
     except OSError as error:
         sys.stdout = open_null()
-        print(f"{program}: cannot write the text: {error.strerror}", file=sys.stderr)
+        what = "cannot write the text" if error.filename is None else printable(error.filename)
+        print(f"{program}: {what}: {error.strerror}", file=sys.stderr)
         return 1
     except MemoryError:
         print(f"{program}: out of memory; try --quant q4 or a smaller context", file=sys.stderr)

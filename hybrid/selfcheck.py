@@ -17,6 +17,7 @@ import sys
 import textwrap
 from dataclasses import asdict
 
+from hybrid import check_options
 from hybrid.checking import Check, check_model
 from hybrid.command_line import ArgumentParser, printable, run_command
 from hybrid.progress_bar import progress_bar
@@ -64,6 +65,7 @@ def as_json(check: Check) -> dict[str, object]:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_options(threads=args.threads)  # before a model is fetched for it
     checks = []
     with progress_bar() as progress:
         for check in check_model(
@@ -90,6 +92,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"Nothing is broken; {n_warnings} of {len(checks)} checks have a warning.")
     else:
         print(f"All {len(checks)} checks are well.")
+    if not args.json and not n_failed:
+        print(
+            "Not checked: whether the weights are those that the authors meant, where no checksum"
+        )
+        print("or expected figure stands above; and speed, which hybrid.bench measures.")
     return 1 if n_failed else 0
 
 

@@ -52,6 +52,25 @@ def test_the_last_line_is_one_json_object(capsys, quant):
     assert any(line.startswith("decode, all neurons") for line in table)
 
 
+def test_stages_add_up_to_the_bytes_of_a_token(capsys):
+    assert bench.main(["--runs", "1", "-n", "10", "--stages"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    summary = json.loads(last)
+    assert list(summary) == [*KEYS, "stages"]
+    stages = summary["stages"]
+    assert list(stages)[-2:] == ["waiting", "sampling"]
+    assert sum(stage["bytes"] for stage in stages.values()) == pytest.approx(
+        summary["bytes_per_token"], abs=len(stages)
+    )
+    assert all(any(line.startswith(name) for line in table) for name in stages)
+
+
+def test_a_bad_number_of_threads_is_refused_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "load", lambda *a, **k: pytest.fail("loaded"))
+    assert bench.main(["-t", "0"]) == 2
+    assert "threads" in capsys.readouterr().err
+
+
 def test_the_share_of_bandwidth_is_given_where_memory_is_the_limit(capsys, monkeypatch):
     monkeypatch.setattr("hybrid.engine.engine.last_level_cache_bytes", lambda: 1 << 20)
     bench.main(["--runs", "1", "-n", "10"])

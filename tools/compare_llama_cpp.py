@@ -3,11 +3,11 @@
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install gguf --no-binary llama-cpp-python llama-cpp-python
     python tools/compare_llama_cpp.py --quant q4 -t 2
 
-What it shows: how fast each engine goes through the layers of a model of this shape on this machine,
-hybrid on synthetic weights of the published sparsity, llama.cpp dense on random ones, as it runs such
-a model. What it does not show: anything of the text, which is noise in both, nor the speed of
-llama.cpp on other formats. Each engine has a process of its own, only one works at a time; medians
-and ratios count, since the machine's level drifts. GB are 1e9 bytes. The last line is JSON.
+What it shows: how fast each engine goes through the layers of a model of this shape on this
+machine, hybrid on synthetic weights of the published sparsity, llama.cpp dense on random ones, as
+it runs such a model. What it does not show: anything of the text, which is noise in both, nor the
+speed of llama.cpp on other formats. Each engine has a process of its own, only one works at a time;
+medians and ratios count, since the machine's level drifts. GB are 1e9 bytes. The last line is JSON.
 """
 
 from __future__ import annotations

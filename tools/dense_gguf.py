@@ -1,8 +1,9 @@
 """A dense GGUF file with random weights in a model's shape, for engines that read GGUF.
 
 Every matrix has the one type asked for, the tied embedding too, so that bytes per token compare
-with ours. Architecture `llama`: SiLU and no scales, which costs what ReLU and scales cost. Blocks are
-those of ggml (Q8_0: fp16 scale, 32 int8; Q4_0: fp16 scale, 32 nibbles). Needs the `gguf` package.
+with ours. Architecture `llama`: SiLU and no scales, which costs what ReLU and scales cost. Blocks
+are those of ggml (Q8_0: fp16 scale, 32 int8; Q4_0: fp16 scale, 32 nibbles). Needs the `gguf`
+package.
 """
 
 from __future__ import annotations
@@ -73,7 +74,6 @@ def write_dense_gguf(path: Path, config: ModelConfig, quant: str, seed: int = 0)
         writer.add_tokenizer_model("none")
         rng = np.random.default_rng(seed)
         for name, n_rows, n_cols in matrix_shapes(config):
-            # Views of a few random rows would do for speed, but not for a file: it holds all bytes.
             writer.add_tensor(
                 f"{name}.weight", _random_rows(rng, quant, n_rows, n_cols), raw_dtype=TYPES[quant]
             )

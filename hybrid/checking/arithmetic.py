@@ -21,6 +21,7 @@ from hybrid.progress import Progress
 
 ACTIVE_TOLERANCE = 0.03  # the text is short, and not the one that the authors measured on
 POOR_LOSS = 0.5  # of log(vocab), what guessing costs: no trained model is so poor at plain English
+PERPLEXITY_TOLERANCE = 0.1  # of it; q4 moves it by 2 %
 BLUNT = 0.25  # rounding that moves logits by such a share of their deviation hides faults
 REPORT = (
     "Run it again with HYBRID_ISA=scalar: if all is well then, the kernels of this instruction set "
@@ -75,7 +76,14 @@ def check_text(config: ModelConfig, run: Run, ids: list[int], entry: CatalogEntr
         f"Perplexity {math.exp(min(loss, 700)):.4g} on a plain text of {len(ids)} tokens; guessing "
         f"would have {config.vocab_size}."
     )
-    figures: Figures = {"loss": loss, "guessing": guessing}
+    figures: dict[str, float] = {"loss": loss, "guessing": guessing}
+    expected = entry.expected_perplexity if entry else None
+    if expected is not None:
+        figures["expected_perplexity"] = expected
+        message = f"{message[:-1]}, and {expected:.4g} is expected."
+        if not abs(math.exp(min(loss, 700)) / expected - 1) <= PERPLEXITY_TOLERANCE:
+            advice = "Weights, scales or tokenizer are not those of this model: install it again."
+            return Check("text", "failed", message, advice, figures)
     if loss <= POOR_LOSS * guessing:
         return Check("text", "ok", message, figures=figures)
     advice = (

@@ -218,7 +218,11 @@ class Engine:
         knows raises InvalidOption.
         """
         # Copies: a conversation that the caller edits in place is another one.
-        messages = tuple(messages)
+        try:
+            messages = tuple(messages)
+        except TypeError:
+            kind = type(messages).__name__
+            raise InvalidOption(f"messages: expected a list of dicts, found {kind}") from None
         for index, message in enumerate(messages):
             check_message(index, message)
         messages = tuple({"role": m["role"], "content": m["content"]} for m in messages)

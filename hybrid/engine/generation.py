@@ -71,6 +71,15 @@ class Generation:
     context is full) or "cancelled". One thread may iterate; any may cancel.
     """
 
+    prompt: list[int]  # its ids
+    tokens: list[int]  # generated, without the end-of-sequence token
+    text: str
+    logprobs: list[TokenLogprobs] | None  # None unless asked for
+    finish_reason: FinishReason | None
+    context_is_full: bool  # whether that is why it ended
+    stats: GenerationStats
+    seed: int  # repeats this generation
+
     def __init__(
         self,
         session: Session,
@@ -88,11 +97,9 @@ class Generation:
         on_end: Callable[[GenerationStats], None],
     ) -> None:
         self.prompt = prompt
-        self.tokens: list[int] = []
-        self.text = ""
-        self.logprobs: list[TokenLogprobs] | None = None if logprobs is None else []
-        self.finish_reason: FinishReason | None = None
-        self.context_is_full = False  # whether that is why it ended
+        self.tokens, self.text = [], ""
+        self.logprobs = None if logprobs is None else []
+        self.finish_reason, self.context_is_full = None, False
         self.stats = GenerationStats(len(prompt))
         self.seed = sampler.seed
         self._session = session

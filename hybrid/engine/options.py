@@ -86,7 +86,10 @@ def read_default_sampling(folder: Path) -> SamplingParams:
 
 
 def checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    try:
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    except TypeError:
+        raise InvalidOption(f"stop: expected a string, or some, found {stop!r}") from None
     for string in strings:
         if not isinstance(string, str) or not string:
             raise InvalidOption(f"stop: expected strings that are not empty, found {string!r}")

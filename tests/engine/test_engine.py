@@ -150,6 +150,24 @@ def test_token_ids_out_of_range_are_refused(engine, ids):
         engine.generate(ids)
 
 
+@pytest.mark.parametrize("stop", [None, 3, [3], [""]])
+def test_stop_strings_of_another_type_are_refused(engine, stop):
+    with pytest.raises(hybrid.InvalidOption, match="stop"):
+        engine.generate("x", stop=stop)
+
+
+@pytest.mark.parametrize("model", [None, 3])
+def test_a_model_that_can_be_no_name_is_refused(model):
+    with pytest.raises(hybrid.InvalidOption, match="model"):
+        hybrid.load(model)
+
+
+@pytest.mark.parametrize("messages", [None, 3, "hello", [3]])
+def test_messages_of_another_type_are_refused(engine, messages):
+    with pytest.raises(hybrid.InvalidOption, match="messages"):
+        engine.chat(messages)
+
+
 def test_unknown_options_are_type_errors(engine):
     with pytest.raises(TypeError):
         engine.generate("x", temprature=1.0)

@@ -365,3 +365,18 @@ def test_weights_beyond_free_memory_are_mapped_or_refused(tmp_path, monkeypatch)
         assert any("mapped from disk" in notice for notice in engine.notices)
         assert text_of(engine.generate("A", max_tokens=3, seed=1))
     assert list(Path(tmp_path / "home" / "packed").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_timed_session_says_where_decodes_time_went(engine, timed):
+    session = engine.open_session(timed=timed)
+    session.prefill(np.arange(20))
+    assert not any(session.decode_seconds.values())  # prefill is not decode
+    for token in (5, 6, 7):
+        session.decode(token)
+    seconds = session.decode_seconds
+    assert list(seconds) == [*session.decode_bytes, "waiting"]
+    if timed:
+        assert all(seconds[stage] > 0 for stage in session.decode_bytes)
+        session.reset_counts()
+    assert not any(session.decode_seconds.values())
