@@ -103,12 +103,10 @@ struct PySession {
     return n_context;
   }
 
-  // Tokens as the session takes them: a copy, so that nobody can change what was checked.
-  std::vector<int32_t> CheckTokens(const int64_t* tokens, int64_t n) const {
+  void CheckTokens(const int64_t* tokens, int64_t n) const {
     Check(n <= session.n_context() - session.position(), "the context is full");
     for (int64_t i = 0; i < n; ++i)
       Check(tokens[i] >= 0 && tokens[i] < program.vocab_size(), "token beyond the vocabulary");
-    return std::vector<int32_t>(tokens, tokens + n);
   }
 
   py::object keep_program, keep_pool;  // first: they must outlive the session
@@ -225,7 +223,10 @@ void BindProgram(py::module_& m) {
           [](PySession& s, const Tokens& tokens, bool all_logits) -> py::object {
             Turn turn(s);
             Check(tokens.ndim() == 1 && tokens.shape(0) > 0, "tokens must be (n,), n > 0");
-            const std::vector<int32_t> ids = s.CheckTokens(tokens.data(), tokens.shape(0));
+            // A copy, so that nobody can change what was checked.
+            const std::vector<int64_t> given(tokens.data(), tokens.data() + tokens.shape(0));
+            s.CheckTokens(given.data(), tokens.shape(0));
+            const std::vector<int32_t> ids(given.begin(), given.end());
             const int32_t n = static_cast<int32_t>(ids.size());
             py::object logits = py::none();
             float* out = nullptr;
@@ -242,8 +243,8 @@ void BindProgram(py::module_& m) {
           "decode",
           [](PySession& s, int64_t token) {
             Turn turn(s);
-            const int32_t id = s.CheckTokens(&token, 1)[0];
-            WithoutGil([&] { s.session.Decode(id); });
+            s.CheckTokens(&token, 1);
+            WithoutGil([&] { s.session.Decode(static_cast<int32_t>(token)); });
           },
           py::arg("token"))
       .def(

@@ -1,7 +1,5 @@
 #include "thread_pool.h"
 
-#include <cassert>
-
 #include "platform.h"
 
 namespace hybrid {
@@ -14,7 +12,8 @@ constexpr int kSpins = 2000;
 constexpr int kYields = 200;
 }  // namespace
 
-ThreadPool::ThreadPool(int32_t n_threads) : process_id_(platform::ProcessId()) {
+ThreadPool::ThreadPool(int32_t n_threads)
+    : shares_(static_cast<size_t>(n_threads)), process_id_(platform::ProcessId()) {
   try {
     for (int32_t thread = 1; thread < n_threads; ++thread)
       workers_.emplace_back(&ThreadPool::Work, this, thread);
@@ -74,33 +73,50 @@ void ThreadPool::Work(int32_t thread) {
   }
 }
 
+int32_t ThreadPool::Share::Take(bool from_end) {
+  uint64_t now = range.load(std::memory_order_acquire);
+  for (;;) {
+    const uint32_t first = static_cast<uint32_t>(now), end = static_cast<uint32_t>(now >> 32);
+    if (first >= end) return -1;
+    const uint64_t rest = from_end ? first | uint64_t{end - 1} << 32 : now + 1;
+    if (range.compare_exchange_weak(now, rest, std::memory_order_acq_rel,
+                                    std::memory_order_acquire))
+      return static_cast<int32_t>(from_end ? end - 1 : first);
+  }
+}
+
 bool ThreadPool::RunOnePiece(int32_t thread) {
-  uint64_t ticket = ticket_.load(std::memory_order_acquire);
-  do {
-    if ((ticket & kPieceMask) == 0) return false;
-  } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel,
-                                          std::memory_order_acquire));
+  // Neighbouring pieces read neighbouring memory: a thread goes on where its prefetchers are, and
+  // helps others from their far end only when its own share is done.
+  // Not n_threads(): workers run while the others are still being started.
+  const int32_t n = static_cast<int32_t>(shares_.size());
+  int32_t piece = -1;
+  for (int32_t i = 0; i < n && piece < 0; ++i)
+    piece = shares_[static_cast<size_t>((thread + i) % n)].Take(i > 0);
+  if (piece < 0) return false;
   const int32_t n_pieces = n_pieces_, phase = phase_;
-  job_->run_piece(job_->context, phase, n_pieces - static_cast<int32_t>(ticket & kPieceMask),
-                  thread);
+  job_->run_piece(job_->context, phase, piece, thread);
   if (n_done_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_pieces) OpenPhase(phase + 1);
   return true;
 }
 
 // Called by the one thread that owns the moment between two phases.
 void ThreadPool::OpenPhase(int32_t phase) {
-  const uint64_t serial = (ticket_.load(std::memory_order_relaxed) >> kPieceBits) + 1;
   int32_t n_pieces = 0;
   while (phase < job_->n_phases && (n_pieces = job_->n_pieces(job_->context, phase)) == 0) ++phase;
   if (phase >= job_->n_phases) {
     finished_.store(true, std::memory_order_release);
     return;
   }
-  assert(static_cast<uint64_t>(n_pieces) <= kPieceMask);
   phase_ = phase;
   n_pieces_ = n_pieces;
   n_done_.store(0, std::memory_order_relaxed);
-  ticket_.store(serial << kPieceBits | static_cast<uint64_t>(n_pieces));
+  const int64_t n = static_cast<int64_t>(shares_.size());
+  for (int64_t thread = 0; thread < n; ++thread) {
+    const uint64_t first = static_cast<uint64_t>(n_pieces * thread / n),
+                   end = static_cast<uint64_t>(n_pieces * (thread + 1) / n);
+    shares_[static_cast<size_t>(thread)].range.store(first | end << 32);
+  }
 }
 
 }  // namespace hybrid

@@ -5,11 +5,11 @@
 // so results do not depend on the number of threads, and a core that is busy elsewhere costs one
 // piece, not a barrier.
 //
-// Protocol. `ticket_` holds (phase serial, pieces not yet claimed) in one word. A thread claims a
-// piece by lowering the count with compare-and-swap; serials never repeat, so a late thread cannot
-// claim from a phase that is over. Only a thread that holds a piece touches the job: the job cannot
-// end before the piece is done. The thread that finishes a phase's last piece opens the next phase.
-// No thread waits for another to arrive.
+// Protocol. Every thread has a share of a phase's pieces, a range in one word. A thread claims a
+// piece from its own share's beginning, or, where that is empty, from another's end, with
+// compare-and-swap. Only a thread that holds a piece touches the job: neither phase nor job can end
+// before the piece is done. The thread that finishes a phase's last piece opens the next phase. No
+// thread waits for another to arrive.
 #pragma once
 
 #include <atomic>
@@ -51,14 +51,20 @@ class ThreadPool {
   void OpenPhase(int32_t phase);
   void Stop();
 
-  static constexpr int kPieceBits = 24;
-  static constexpr uint64_t kPieceMask = (uint64_t{1} << kPieceBits) - 1;
+  // A thread's share of a phase: pieces [first, end), packed so that one exchange takes one. A
+  // claim that succeeds is one of the phase that is open, since the phase cannot end without that
+  // piece.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> range{0};  // first | end << 32
+    // Takes the first piece, or for another thread the last. Returns -1 where there is none.
+    int32_t Take(bool from_end);
+  };
 
   std::mutex run_mutex_;  // one job at a time
-  alignas(64) std::atomic<uint64_t> ticket_{0};
+  std::vector<Share> shares_;
   alignas(64) std::atomic<int32_t> n_done_{0};
   alignas(64) std::atomic<bool> finished_{true};
-  // Written before the ticket that opens a phase, read after a successful claim from it.
+  // Written before the shares that open a phase, read after a successful claim from one.
   const Job* job_ = nullptr;
   int32_t phase_ = 0;
   int32_t n_pieces_ = 0;
