@@ -6,13 +6,14 @@
 
 Decoding is fed seeded random token ids, so that every run does the same work. Bytes are those that
 the native program counted while it read them. The bandwidth is measured in the same run, before,
-between and after, with the same threads; the best counts. GB are 1e9 bytes. The last line is one
-JSON object; its fractions are not percent.
+between and after, with the same threads; shares are of what was measured around each run. GB are
+1e9 bytes. The last line is one JSON object; its fractions are not percent.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -47,6 +48,16 @@ class DecodeResult:
     @property
     def gbs(self) -> float:
         return self.bytes_per_token * self.median_tps / 1e9
+
+    def share_of(self, streams: list[float]) -> float:
+        """Median over the runs of the share of the bandwidth measured around each, the better of
+        before and after: a machine's level may change within a run of the program.
+        """
+        around = [max(pair) for pair in itertools.pairwise(streams)]
+        return statistics.median(
+            self.bytes_per_token * tps / 1e9 / level
+            for tps, level in zip(self.tps, around, strict=True)
+        )
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -195,7 +206,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
     stream = max(streams)
     results = [decode.result() for decode in benches]
     for (name, _, _), result in zip(runs, results, strict=True):
-        share = "–" if engine.fits_in_cache else f"{result.gbs / stream:.0%}"
+        share = "–" if engine.fits_in_cache else f"{result.share_of(streams):.0%}"
         megabytes = f"{result.bytes_per_token / 1e6:.1f}"
         rows.append([name, spread(result.tps), megabytes, f"{result.gbs:.1f}", share])
 
@@ -228,7 +239,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         "decode_tps": round(short.median_tps, 2),
         "decode_gbs": round(short.gbs, 2),
         "stream_gbs": round(stream, 2),
-        "decode_mbu": None if engine.fits_in_cache else round(short.gbs / stream, 4),
+        "decode_mbu": None if engine.fits_in_cache else round(short.share_of(streams), 4),
         "bytes_per_token": round(short.bytes_per_token),
         "active_fraction": round(short.active_fraction, 5),
         "dense_decode_tps": round(dense.median_tps, 2),
