@@ -57,12 +57,6 @@ const Cpu& ThisCpu() {
 bool HasAvx2() { return ThisCpu().avx2; }
 bool HasAvx512() { return ThisCpu().avx512; }
 bool HasAvx512VnniBf16() { return ThisCpu().avx512_vnni_bf16; }
-int64_t Nanoseconds() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
 void Pause() { _mm_pause(); }
 #else
 bool HasAvx2() { return false; }
@@ -70,6 +64,12 @@ bool HasAvx512() { return false; }
 bool HasAvx512VnniBf16() { return false; }
 void Pause() {}
 #endif
+
+int64_t Nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
 
 #if defined(_WIN32)
 void* AllocatePages(size_t bytes, bool) {
