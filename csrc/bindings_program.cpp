@@ -284,15 +284,15 @@ void BindProgram(py::module_& m) {
                                return bytes;
                              })
       .def_property_readonly(
-          "decode_seconds",
+          "stage_seconds",
           [](PySession& s) {
             Turn turn(s);
             py::dict seconds;
             for (int32_t stage = 0; stage < kStages; ++stage)
               seconds[kStageNames[stage]] =
                   1e-9 *
-                  static_cast<double>(s.session.decode_nanoseconds(static_cast<Stage>(stage)));
-            seconds["waiting"] = 1e-9 * static_cast<double>(s.session.decode_waiting());
+                  static_cast<double>(s.session.stage_nanoseconds(static_cast<Stage>(stage)));
+            seconds["waiting"] = 1e-9 * static_cast<double>(s.session.waiting_nanoseconds());
             return seconds;
           })
       .def("reset_counts", [](PySession& s) {

@@ -56,16 +56,16 @@ int64_t Session::decode_bytes(Stage stage) const {
   return bytes;
 }
 
-int64_t Session::decode_nanoseconds(Stage stage) const {
+int64_t Session::stage_nanoseconds(Stage stage) const {
   int64_t sum = 0;
   for (const auto& thread : threads_) sum += thread->nanoseconds[stage];
   return sum;
 }
 
-int64_t Session::decode_waiting() const {
-  int64_t waiting = decode_wall_ * pool_.n_threads();
+int64_t Session::waiting_nanoseconds() const {
+  int64_t waiting = timed_wall_ * pool_.n_threads();
   for (int32_t stage = 0; stage < kStages; ++stage)
-    waiting -= decode_nanoseconds(static_cast<Stage>(stage));
+    waiting -= stage_nanoseconds(static_cast<Stage>(stage));
   return waiting;
 }
 
@@ -75,15 +75,13 @@ void Session::ResetCounts() {
     std::fill_n(thread->bytes, kStages, 0);
     std::fill_n(thread->nanoseconds, kStages, 0);
   }
-  decode_wall_ = 0;
+  timed_wall_ = 0;
 }
 
 void Session::Decode(int32_t token) {
   tokens_ = &token;
   n_tokens_ = 1;
-  const int64_t started = is_timed_ ? platform::Nanoseconds() : 0;
   RunPhases(program_.decode_phases());
-  if (is_timed_) decode_wall_ += platform::Nanoseconds() - started;
   position_ += 1;
 }
 
@@ -116,7 +114,9 @@ void Session::RunPhases(const std::vector<Phase>& phases) {
     session.RunPiece((*session.phases_)[static_cast<size_t>(phase)], piece,
                      *session.threads_[static_cast<size_t>(thread)]);
   };
+  const int64_t started = is_timed_ ? platform::Nanoseconds() : 0;
   pool_.Run(job);
+  if (is_timed_) timed_wall_ += platform::Nanoseconds() - started;
 }
 
 int32_t Session::CountPieces(const Phase& phase) const {

@@ -66,7 +66,7 @@ constexpr const char* kStageNames[kStages] = {"qkv", "attend", "output", "gate",
 class Session {
  public:
   // Reserves a KV cache for `n_context` positions; memory is touched as it is used. `is_dense`: no
-  // neuron is skipped, for comparisons. `is_timed`: decode measures its stages. `program` and
+  // neuron is skipped, for comparisons. `is_timed`: calls measure their stages. `program` and
   // `pool` must outlive the session. Throws std::bad_alloc.
   Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense,
           bool is_timed);
@@ -89,10 +89,10 @@ class Session {
   // Bytes of packed rows and of the KV cache that decode has read since the last reset; the head's
   // include the token's embedding row. Not to be asked during a call.
   int64_t decode_bytes(Stage stage) const;
-  // Of a timed session: nanoseconds that decode's threads worked on a stage since the last reset,
-  // all threads together, and those that they waited for one another.
-  int64_t decode_nanoseconds(Stage stage) const;
-  int64_t decode_waiting() const;
+  // Of a timed session: nanoseconds that threads worked on a stage since the last reset, all
+  // threads together, and those that they waited for one another.
+  int64_t stage_nanoseconds(Stage stage) const;
+  int64_t waiting_nanoseconds() const;
   void ResetCounts();
 
  private:
@@ -137,7 +137,7 @@ class Session {
   const int32_t n_context_;
   const bool is_dense_, is_timed_;
   int32_t position_ = 0;
-  int64_t decode_wall_ = 0;  // nanoseconds
+  int64_t timed_wall_ = 0;  // nanoseconds
 
   // What the current call works on.
   const std::vector<Phase>* phases_ = nullptr;

@@ -18,18 +18,26 @@ int32_t FirstNeuron(int32_t n_neurons, int32_t piece) {
              : static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
 }
 
-// Where the time of a decode phase counts that does not count it itself.
-Stage StageOf(PhaseKind kind) {
+// Where the time of a phase counts, or what of it the phase does not count itself.
+Stage StageOf(PhaseKind kind, OpKind op) {
   switch (kind) {
     case PhaseKind::kQkv:
+    case PhaseKind::kQkvTokens:
       return kStageQkv;
     case PhaseKind::kAttend:
+    case PhaseKind::kAttendTokens:
       return kStageAttend;
     case PhaseKind::kOutput:
+    case PhaseKind::kQuantizeTokens:
+    case PhaseKind::kOutputTokens:
       return kStageOutput;
     case PhaseKind::kFfn:
     case PhaseKind::kFfnSum:
+    case PhaseKind::kFfnTokens:
+    case PhaseKind::kFfnSumTokens:
       return kStageUpDown;
+    case PhaseKind::kNormTokens:
+      return op == OpKind::kQkv ? kStageQkv : op == OpKind::kFfn ? kStageGate : kStageHead;
     default:
       return kStageHead;
   }
@@ -39,14 +47,16 @@ Stage StageOf(PhaseKind kind) {
 
 void Session::RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch) {
   const Op& op = program_.op(phase.op);
-  if (phase.kind >= PhaseKind::kEmbedTokens) return RunPrefillPiece(phase, op, piece, scratch);
   if (is_timed_) scratch.last_tick = platform::Nanoseconds();
-  RunDecodePiece(phase, op, piece, scratch);
-  Tick(StageOf(phase.kind), scratch);
+  if (phase.kind >= PhaseKind::kEmbedTokens)
+    RunPrefillPiece(phase, op, piece, scratch);
+  else
+    RunDecodePiece(phase, op, piece, scratch);
+  Tick(StageOf(phase.kind, op.kind), scratch);
 }
 
 void Session::Tick(Stage stage, ThreadScratch& scratch) const {
-  if (!is_timed_ || phases_ != &program_.decode_phases()) return;
+  if (!is_timed_) return;
   const int64_t now = platform::Nanoseconds();
   scratch.nanoseconds[stage] += now - scratch.last_tick;
   scratch.last_tick = now;

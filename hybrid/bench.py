@@ -259,7 +259,7 @@ def stage_table(engine: Engine, staged: DecodeBench, stream: float) -> dict[str,
     print(
         f"\n{'of a decoded token':28}{'ms':>8}{'share':>8}{'MB':>10}{'GB/s':>7}{'of bandwidth':>14}"
     )
-    ms = {name: s * 1e3 / engine.n_threads / n for name, s in session.decode_seconds.items()}
+    ms = {name: s * 1e3 / engine.n_threads / n for name, s in session.stage_seconds.items()}
     ms["sampling"] = sampling_ms(engine, session)
     stages = {}
     for name, time_ms in ms.items():

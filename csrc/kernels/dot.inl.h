@@ -16,7 +16,7 @@
 namespace hybrid {
 namespace {
 
-constexpr int32_t kTokenDotTile = 4;
+constexpr int64_t kCacheLine = 64;
 
 inline void InOrder() {
 #if defined(__GNUC__)
@@ -95,7 +95,9 @@ template <int kRows, int kTokens, typename Source>
 inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens]) {
   const int32_t n_groups = PaddedCols(Format::kBf16, n_cols) / kBlock;
   F32 sum[kRows][kTokens];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) sum[r][t] = Zero();
   for (int32_t group = 0; group < n_groups; ++group) {
 #pragma GCC unroll 8
@@ -113,44 +115,45 @@ inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float
     }
     w.Next();
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) out[r][t] = ReduceAdd(sum[r][t]);
 }
-
-// One line of q8 values, or two of q4: the first from the low nibbles, the second, half a group
-// further, from the high ones.
-template <Format kFormat>
-constexpr int32_t kLinesPerLoad = kFormat == Format::kQ4 ? 2 : 1;
 
 template <Format kFormat>
 inline I32 Start(const int32_t* correction) {
   return kFormat == Format::kQ8 ? StartQ8(correction) : StartQ4(correction);
 }
 
-// A line of one row against the line, or two, of each token.
-template <Format kFormat, int kTokens>
-inline void DotLine(const uint8_t* w, const XBytes (*x)[kTokens], I32* dot) {
-  if constexpr (kFormat == Format::kQ8) {
-    const Q8Weights weights = LoadQ8Weights(w);
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) dot[t] = DotQ8(dot[t], weights, x[0][t]);
-  } else {
-    const Nibbles weights = LoadQ4Weights(w);
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-      dot[t] = DotQ4(DotQ4(dot[t], weights.low, x[0][t]), weights.high, x[1][t]);
-  }
+template <Format kFormat>
+inline auto LoadWeights(const uint8_t* w) {
+  if constexpr (kFormat == Format::kQ8)
+    return LoadQ8Weights(w);
+  else
+    return LoadQ4Weights(w);
+}
+
+// One line of q8 values, or two of q4: the first from the low nibbles, the second, half a group
+// further, from the high ones.
+template <Format kFormat, typename Weights>
+inline I32 DotLine(I32 dot, const Weights& w, const uint8_t* x) {
+  if constexpr (kFormat == Format::kQ8)
+    return DotQ8(dot, w, LoadX(x));
+  else
+    return DotQ4(DotQ4(dot, w.low, LoadX(x)), w.high, LoadX(x + GroupValueBytes(kFormat)));
 }
 
 // q8 and q4: blocks of integers with scales.
 template <Format kFormat, int kRows, int kTokens, typename Source>
 inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x,
                           float (*out)[kTokens]) {
-  constexpr int32_t kLoads = kLinesPerLoad<kFormat>, kGroupBytes = GroupValueBytes(kFormat),
-                    kLines = kGroupBytes / kLine;
+  constexpr int32_t kLines = GroupValueBytes(kFormat) / kLine;
   const int32_t padded = PaddedCols(kFormat, n_cols), n_blocks = padded / kBlock;
   F32 sum[kRows][kTokens];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) sum[r][t] = Zero();
   for (int32_t group = 0; group < n_blocks; group += kGroupBlocks) {
     F32 w_scale[kRows];
@@ -165,13 +168,6 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x,
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) dot[r][t] = Start<kFormat>(correction);
     }
-    const auto load_x = [&](int line, XBytes(*x_line)[kTokens]) {
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t)
-#pragma GCC unroll 2
-        for (int load = 0; load < kLoads; ++load)
-          x_line[load][t] = LoadX(x[t] + group * kBlock + load * kGroupBytes + line * kLine);
-    };
     if constexpr (kTokens == 1) {
       // x is loaded for every row anew: loads of weights alone, back to back, reach the cache out
       // of order, and q8 then comes at two thirds of the speed.
@@ -180,19 +176,24 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x,
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int line = 0; line < kLines; ++line) {
-          XBytes x_line[kLoads][1];
-          load_x(line, x_line);
-          DotLine<kFormat, 1>(w.values(r) + line * kLine, x_line, dot[r]);
+          const auto w_line = LoadWeights<kFormat>(w.values(r) + line * kLine);
+          dot[r][0] = DotLine<kFormat>(dot[r][0], w_line, x[0] + group * kBlock + line * kLine);
           InOrder();
         }
     } else {
 #pragma GCC unroll 8
       for (int line = 0; line < kLines; ++line) {
-        XBytes x_line[kLoads][kTokens];
-        load_x(line, x_line);
+        decltype(LoadWeights<kFormat>(nullptr)) w_line[kRows];
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r)
-          DotLine<kFormat, kTokens>(w.values(r) + line * kLine, x_line, dot[r]);
+          w_line[r] = LoadWeights<kFormat>(w.values(r) + line * kLine);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+          const uint8_t* x_line = x[t] + group * kBlock + line * kLine;
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r)
+            dot[r][t] = DotLine<kFormat>(dot[r][t], w_line[r], x_line);
+        }
       }
     }
     w.Next();
@@ -204,7 +205,9 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x,
         sum[r][t] = Fma(ToF32(dot[r][t]), Mul(w_scale[r], x_scale), sum[r][t]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) out[r][t] = ReduceAdd(sum[r][t]);
 }
 
@@ -252,17 +255,49 @@ inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token
   }
 }
 
-// Blocks of rows that stay in L1 while all tokens pass.
-void Gemm(const GemmArgs& a) {
+// Brings rows that come next into L2, in equal shares, between the computations of others.
+class RowPrefetcher {
+ public:
+  RowPrefetcher(const GemmArgs& a, int32_t first, int32_t last, int32_t n_shares) {
+    if (!a.rows.is_interleaved || n_shares < 2) return;
+    const uint8_t* tiles = a.rows.values - kRowTile * GroupScaleBytes(a.format);
+    at_ = tiles + first / kRowTile * a.rows.values_stride;
+    end_ = tiles + (last < a.rows.n_rows ? last : a.rows.n_rows) / kRowTile * a.rows.values_stride;
+    share_ = (end_ - at_ + n_shares - 1) / n_shares;
+  }
+  void operator()() {
+    for (int64_t left = share_; left > 0 && at_ < end_; left -= kCacheLine, at_ += kCacheLine)
+      PrefetchL2(at_);
+  }
+
+ private:
+  const uint8_t *at_ = nullptr, *end_ = nullptr;
+  int64_t share_ = 0;
+};
+
+// Blocks of rows that stay in L1 while all tokens pass. q8 and q4 take two tokens a tile: their
+// integers, scales and sums then fit the registers.
+template <int kTokens>
+inline void GemmTiles(const GemmArgs& a) {
   const int32_t block = a.format == Format::kQ4 ? 16 : 8;
   for (int32_t row = a.first; row < a.last;) {
     const int32_t end = (row / block + 1) * block, last = end < a.last ? end : a.last;
+    RowPrefetcher next(a, end, end + block, a.n_tokens / kTokens);
     int32_t token = 0;
-    for (; token + kTokenDotTile <= a.n_tokens; token += kTokenDotTile)
-      DotBlock<kTokenDotTile>(a, row, last, token);
+    for (; token + kTokens <= a.n_tokens; token += kTokens) {
+      next();
+      DotBlock<kTokens>(a, row, last, token);
+    }
     for (; token < a.n_tokens; ++token) DotBlock<1>(a, row, last, token);
     row = last;
   }
+}
+
+void Gemm(const GemmArgs& a) {
+  if (a.format == Format::kBf16)
+    GemmTiles<4>(a);
+  else
+    GemmTiles<2>(a);
 }
 
 }  // namespace

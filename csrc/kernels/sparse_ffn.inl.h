@@ -149,7 +149,7 @@ class BundlePrefetcher {
   }
 
  private:
-  static constexpr int64_t kBytesAhead = 32 << 10, kCacheLine = 64;
+  static constexpr int64_t kBytesAhead = 32 << 10;
   const SparseFfnArgs& a_;
   const int64_t n_bytes_;
   const int32_t n_ahead_;

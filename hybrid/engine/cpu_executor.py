@@ -81,6 +81,6 @@ class CpuExecutor:
         """A new sequence with a KV cache of its own; it keeps the program and the threads alive.
 
         `is_dense` computes all neurons, for comparisons; the results are the same.
-        `is_timed` measures where decode's time goes.
+        `is_timed` measures where time goes.
         """
         return Session(self.program, self.pool, self.n_context, is_dense, is_timed)

@@ -240,7 +240,7 @@ class Engine:
         """A new, empty sequence with a KV cache of its own; weights and threads are shared.
 
         `dense` computes all neurons and gives the same results: to see what skipping brings.
-        `timed` measures where decode's time goes (`Session.decode_seconds`), for a percent of it.
+        `timed` measures where time goes (`Session.stage_seconds`), for a percent of it.
         """
         try:
             executor = self._open()

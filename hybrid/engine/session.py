@@ -124,15 +124,15 @@ class Session:
             return self._open().decode_bytes
 
     @property
-    def decode_seconds(self) -> dict[str, float]:
-        """Where `decode`'s time went since the last `reset_counts`, by the part of the model and
-        `waiting`, all threads together; zeros unless the session was opened with `timed=True`.
+    def stage_seconds(self) -> dict[str, float]:
+        """Where the time of `prefill` and `decode` went since the last `reset_counts`, by the part
+        of the model and `waiting`, all threads together; zeros unless the session was opened with `timed=True`.
         """
         with self._lock:
-            return self._open().decode_seconds
+            return self._open().stage_seconds
 
     def reset_counts(self) -> None:
-        """Begin `active_counts`, `decode_bytes` and `decode_seconds` anew."""
+        """Begin `active_counts`, `decode_bytes` and `stage_seconds` anew."""
         with self._lock:
             self._open().reset_counts()
 

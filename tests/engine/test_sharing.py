@@ -368,15 +368,20 @@ def test_weights_beyond_free_memory_are_mapped_or_refused(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("timed", [False, True])
-def test_a_timed_session_says_where_decodes_time_went(engine, timed):
+def test_a_timed_session_says_where_time_went(engine, timed):
     session = engine.open_session(timed=timed)
-    session.prefill(np.arange(20))
-    assert not any(session.decode_seconds.values())  # prefill is not decode
-    for token in (5, 6, 7):
-        session.decode(token)
-    seconds = session.decode_seconds
-    assert list(seconds) == [*session.decode_bytes, "waiting"]
-    if timed:
-        assert all(seconds[stage] > 0 for stage in session.decode_bytes)
+
+    def prefill():
+        session.prefill(np.arange(20))
+
+    def decode():
+        for token in (5, 6, 7):
+            session.decode(token)
+
+    for work in (prefill, decode):
+        work()
+        seconds = session.stage_seconds
+        assert list(seconds) == [*session.decode_bytes, "waiting"]
+        assert all((seconds[stage] > 0) == timed for stage in session.decode_bytes)
         session.reset_counts()
-    assert not any(session.decode_seconds.values())
+        assert not any(session.stage_seconds.values())
