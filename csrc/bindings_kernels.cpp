@@ -1,5 +1,7 @@
 // Single kernels, for tests and benchmarks, and memory for packed weights.
 
+#include <errno.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -83,6 +85,20 @@ void BindKernels(py::module_& m) {
   m.def("set_isa", &SetIsa, py::arg("name"));
   m.def("set_best_isa", &SetBestIsa, py::arg("cap"));
   m.def("allocate_bytes", &AllocateBytes, py::arg("n_bytes"));
+  // Throws OSError.
+  m.def(
+      "lock_bytes",
+      [](const Bytes& memory) {
+        int error = 0;
+        WithoutGil([&] {
+          error = platform::LockPages(memory.data(), static_cast<size_t>(memory.nbytes()));
+        });
+        if (error == 0) return;
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw py::error_already_set();
+      },
+      py::arg("memory"));
   m.def(
       "padded_cols",
       [](Format format, int32_t n_cols) {

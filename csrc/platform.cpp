@@ -1,5 +1,6 @@
 #include "platform.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -26,7 +27,7 @@ namespace {
 // Asked of the CPU itself: what __builtin_cpu_supports knows by name differs from compiler to
 // compiler. Source: Intel's Software Developer's Manual, CPUID and XGETBV.
 struct Cpu {
-  bool avx2 = false, avx512 = false, avx512_vnni_bf16 = false;
+  bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni_bf16 = false;
 
   Cpu() {
     unsigned eax, ebx, ecx, edx;
@@ -43,6 +44,7 @@ struct Cpu {
     const bool has_vnni = Bit(ecx, 11);
     avx512 = avx2 && saves_zmm && has_f_dq_bw_vl;
     if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return;
+    avx2_vnni = avx2 && Bit(eax, 4);
     avx512_vnni_bf16 = avx512 && has_vnni && Bit(eax, 5);
   }
   static bool Bit(unsigned value, int bit) { return (value >> bit & 1) != 0; }
@@ -55,11 +57,13 @@ const Cpu& ThisCpu() {
 }  // namespace
 
 bool HasAvx2() { return ThisCpu().avx2; }
+bool HasAvx2Vnni() { return ThisCpu().avx2_vnni; }
 bool HasAvx512() { return ThisCpu().avx512; }
 bool HasAvx512VnniBf16() { return ThisCpu().avx512_vnni_bf16; }
 void Pause() { _mm_pause(); }
 #else
 bool HasAvx2() { return false; }
+bool HasAvx2Vnni() { return false; }
 bool HasAvx512() { return false; }
 bool HasAvx512VnniBf16() { return false; }
 void Pause() {}
@@ -78,6 +82,15 @@ void* AllocatePages(size_t bytes, bool) {
   return pages;
 }
 void FreePages(void* pages, size_t) { VirtualFree(pages, 0, MEM_RELEASE); }
+int LockPages(const void* pages, size_t bytes) {
+  // A process may lock no more than its least working set.
+  SIZE_T least, most;
+  if (!GetProcessWorkingSetSize(GetCurrentProcess(), &least, &most) ||
+      !SetProcessWorkingSetSize(GetCurrentProcess(), least + bytes, most + bytes) ||
+      !VirtualLock(const_cast<void*>(pages), bytes))
+    return ENOMEM;
+  return 0;
+}
 int ProcessId() { return static_cast<int>(GetCurrentProcessId()); }
 #else
 #ifdef HYBRID_SANITIZE
@@ -110,6 +123,7 @@ void* AllocatePages(size_t bytes, bool huge) {
 }
 void FreePages(void* pages, size_t bytes) { munmap(pages, MappedBytes(bytes)); }
 #endif
+int LockPages(const void* pages, size_t bytes) { return mlock(pages, bytes) == 0 ? 0 : errno; }
 int ProcessId() { return getpid(); }
 #endif
 

@@ -8,6 +8,7 @@ namespace hybrid {
 namespace platform {
 
 bool HasAvx2();            // AVX2, FMA and F16C
+bool HasAvx2Vnni();        // and AVX-VNNI
 bool HasAvx512();          // AVX-512 F, BW, DQ, VL
 bool HasAvx512VnniBf16();  // and VNNI, BF16
 
@@ -16,6 +17,10 @@ bool HasAvx512VnniBf16();  // and VNNI, BF16
 // size.
 void* AllocatePages(size_t bytes, bool huge);
 void FreePages(void* pages, size_t bytes);
+
+// Keeps pages in memory: never swapped out, read in now. Returns 0, or the system's error number.
+// Undone by giving the pages back.
+int LockPages(const void* pages, size_t bytes);
 
 // Nanoseconds of a clock that only rises.
 int64_t Nanoseconds();

@@ -76,6 +76,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--long-context", type=int, default=1024, help="tokens before the long decode (1024)")
     add("--seed", type=int, default=0, help="of the token ids (0)")
     add("--stages", action="store_true", help="also measure each part of a decoded token")
+    add("--mlock", action="store_true", help="keep the weights from leaving memory")
     add("--mmap", action=argparse.BooleanOptionalAction, help="map the weights (as memory allows)")
     add("--offline", action="store_true", help="never use the network")
     args = parser.parse_args(arguments)
@@ -153,6 +154,7 @@ def bench(args: argparse.Namespace) -> int:
             threads=args.threads,
             quant=args.quant,
             mmap=args.mmap,
+            mlock=args.mlock,
             offline=args.offline,
             progress=progress,
         ) as engine,
@@ -172,7 +174,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         )
     ids = np.random.default_rng(args.seed).integers(0, engine.config.vocab_size, n_context)
     stats = engine.stats
-    kept = "mapped" if stats.is_mapped else "in memory"
+    kept = ("mapped" if stats.is_mapped else "in memory") + (", locked" if stats.is_locked else "")
     print(f"model      {args.model}, {args.quant}, {stats.weight_bytes / 1e6:.0f} MB {kept}")
     streams = [engine.measure_stream_gbs()]
 
@@ -234,6 +236,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         "isa": active_isa(),
         "synthetic": engine.is_synthetic,
         "mmap": stats.is_mapped,
+        "mlock": stats.is_locked,
         "load_s": round(stats.load_s, 3),
         "prefill_tps": prefill_tps,
         "decode_tps": round(short.median_tps, 2),

@@ -17,6 +17,7 @@ def load(
     quant: Quant = "q8",
     context_size: int | None = None,
     mmap: bool | None = None,
+    mlock: bool = False,
     offline: bool = False,
     progress: Progress = ignore_progress,
 ) -> Engine:
@@ -30,7 +31,8 @@ def load(
     A large model is packed once and kept under HYBRID_HOME (the user's cache folder); from there
     its weights are copied into memory or, with `mmap`, mapped: then several processes share them,
     and a file that shrinks while it is mapped ends the process. None copies where they fit. Only
-    False reads the checkpoint itself without mapping it, too.
+    False reads the checkpoint itself without mapping it, too. `mlock` keeps them from being swapped
+    out or, where mapped, dropped; where the system allows no such amount, `Engine.notices` says so.
 
     `progress` is told how far downloading and packing are.
 
@@ -43,6 +45,7 @@ def load(
         quant=quant,
         context_size=context_size,
         mmap=mmap,
+        mlock=mlock,
         packed_cache=_packed_cache(),
         progress=progress,
     )

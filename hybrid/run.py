@@ -75,6 +75,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-stream", action="store_true", help="show the text once it is whole")
     add("--json", action="store_true", help="one JSON object instead of the text")
     add("--logprobs", type=int, metavar="K", help="log-probability of each token, and K likeliest")
+    add("--mlock", action="store_true", help="keep the weights from leaving memory")
     add("--mmap", action=argparse.BooleanOptionalAction, help="map the weights (as memory allows)")
     add("--offline", action="store_true", help="never use the network")
     add("-v", "--verbose", action="store_true", help="say what is loaded and how it is run")
@@ -258,6 +259,7 @@ def run(args: argparse.Namespace) -> int:
             quant=args.quant,
             context_size=args.ctx_size,
             mmap=args.mmap,
+            mlock=args.mlock,
             offline=args.offline,
             progress=progress,
         ) as engine,

@@ -17,6 +17,7 @@ KEYS = [
     "isa",
     "synthetic",
     "mmap",
+    "mlock",
     "load_s",
     "prefill_tps",
     "decode_tps",

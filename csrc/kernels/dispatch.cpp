@@ -11,6 +11,9 @@ extern const KernelTable kScalarKernels;
 #ifdef HYBRID_HAS_AVX2
 extern const KernelTable kAvx2Kernels;
 #endif
+#ifdef HYBRID_HAS_AVX2_VNNI
+extern const KernelTable kAvx2VnniKernels;
+#endif
 #ifdef HYBRID_HAS_AVX512
 extern const KernelTable kAvx512Kernels;
 #endif
@@ -34,6 +37,11 @@ const Target kTargets[] = {
     {"avx2", &kAvx2Kernels, platform::HasAvx2},
 #else
     {"avx2", nullptr, nullptr},
+#endif
+#ifdef HYBRID_HAS_AVX2_VNNI
+    {"avx2_vnni", &kAvx2VnniKernels, platform::HasAvx2Vnni},
+#else
+    {"avx2_vnni", nullptr, nullptr},
 #endif
 #ifdef HYBRID_HAS_AVX512
     {"avx512", &kAvx512Kernels, platform::HasAvx512},

@@ -1,4 +1,5 @@
-// The vocabulary for AVX2 + FMA + F16C. See simd_scalar.h for what each word means.
+// The vocabulary for AVX2 + FMA + F16C, using AVX-VNNI instructions where the target has them. See
+// simd_scalar.h for what each word means.
 #pragma once
 
 #include <immintrin.h>
@@ -15,10 +16,6 @@ using F32 = __m256;
 using I32 = __m256i;
 using Bf16s = __m256i;
 using XBytes = __m256i;
-// For maddubs: |w| as uint8; the sign moves to x.
-struct Q8Weights {
-  __m256i magnitude, sign;
-};
 struct Nibbles {
   __m256i low, high;
 };
@@ -72,15 +69,40 @@ inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
                          _mm256_castsi256_ps(_mm256_and_si256(x, odd)), sum);
 }
 
+#ifdef __AVXVNNI__
+using Q8Weights = __m256i;
+inline Q8Weights LoadQ8Weights(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+// Weights are used as they are stored, 128 too large: the sum starts at the correction.
+inline I32 StartQ8(const int32_t* corrections) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections));
+}
+inline I32 DotQ8(I32 sum, Q8Weights w, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+inline I32 DotQ4(I32 sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+#else
+// For maddubs: |w| as uint8; the sign moves to x.
+struct Q8Weights {
+  __m256i magnitude, sign;
+};
 inline Q8Weights LoadQ8Weights(const uint8_t* p) {
   const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
                                      _mm256_set1_epi8(static_cast<char>(0x80)));
   return {_mm256_abs_epi8(w), w};
 }
+inline I32 StartQ8(const int32_t*) { return _mm256_setzero_si256(); }
+// |w| <= 128 and |x| <= 127, so a pair's sum of at most 32512 does not saturate.
+inline I32 DotQ8(I32 sum, Q8Weights w, __m256i x) {
+  const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.sign));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline I32 DotQ4(I32 sum, __m256i w, __m256i x) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+#endif
 inline __m256i LoadX(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-inline I32 StartQ8(const int32_t*) { return _mm256_setzero_si256(); }
 inline I32 StartQ4(const int32_t* corrections) {
   return _mm256_srai_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections)), 4);
 }
@@ -88,14 +110,6 @@ inline Nibbles LoadQ4Weights(const uint8_t* p) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
-}
-inline I32 DotQ4(I32 sum, __m256i w, __m256i x) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
-}
-// |w| <= 128 and |x| <= 127, so a pair's sum of at most 32512 does not saturate.
-inline I32 DotQ8(I32 sum, Q8Weights w, __m256i x) {
-  const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.sign));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 inline F32 ToF32(I32 a) { return _mm256_cvtepi32_ps(a); }
 inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }

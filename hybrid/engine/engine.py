@@ -54,6 +54,7 @@ class EngineStats:
     load_s: float = 0.0
     weight_bytes: int = 0  # packed
     is_mapped: bool = False  # whether the weights are a mapped file, not memory of our own
+    is_locked: bool = False  # whether they are kept from leaving memory
     n_generations: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompts: taken from a session's KV cache
@@ -77,6 +78,7 @@ class Engine:
         quant: Quant = "q8",
         context_size: int | None = None,
         mmap: bool | None = None,
+        mlock: bool = False,
         packed_cache: Path | None = None,
         progress: Progress = ignore_progress,
     ) -> None:
@@ -108,6 +110,7 @@ class Engine:
                 format,
                 cache=packed_cache,
                 use_mmap=use_mmap,
+                use_mlock=mlock,
                 fits_memory=not memory_notices,
                 n_threads=n_threads,
                 progress=progress,
@@ -129,7 +132,7 @@ class Engine:
         )
         self._stats_lock = threading.Lock()
         self._stats = EngineStats(
-            time.perf_counter() - started, loaded.n_bytes, is_mapped=loaded.is_mapped
+            time.perf_counter() - started, loaded.n_bytes, loaded.is_mapped, loaded.is_locked
         )
 
     @property

@@ -126,7 +126,8 @@ class Session:
     @property
     def stage_seconds(self) -> dict[str, float]:
         """Where the time of `prefill` and `decode` went since the last `reset_counts`, by the part
-        of the model and `waiting`, all threads together; zeros unless the session was opened with `timed=True`.
+        of the model and `waiting`, all threads together; zeros unless the session was opened with
+        `timed=True`.
         """
         with self._lock:
             return self._open().stage_seconds

@@ -56,7 +56,7 @@ def check_isa_cap() -> None:
     if _isa_cap and not _is_cap_applied:
         raise UnsupportedIsa(
             f"HYBRID_ISA={_isa_cap!r} is no instruction set that hybrid knows; "
-            "use scalar, avx2, avx512 or avx512_vnni_bf16, or unset it"
+            "use scalar, avx2, avx2_vnni, avx512 or avx512_vnni_bf16, or unset it"
         )
 
 

@@ -61,6 +61,7 @@ class LoadedModel:
     model: PackedModel
     n_bytes: int
     is_mapped: bool
+    is_locked: bool  # never swapped out, nor given back to the file
     was_packed: bool  # now, rather than read from a file
     notices: tuple[str, ...]
 
@@ -71,6 +72,7 @@ def load_packed(
     *,
     cache: Path | None,
     use_mmap: bool = False,
+    use_mlock: bool = False,
     fits_memory: bool = True,
     n_threads: int = 1,
     progress: Progress = ignore_progress,
@@ -78,8 +80,9 @@ def load_packed(
     """The packed model, from its file in `cache` if that is current, else packed and kept there.
 
     With `use_mmap` the file is mapped, whatever its size; otherwise its bytes are copied into
-    huge-page memory. `cache` None keeps nothing. A folder that cannot be written costs packing at
-    each load, and a notice; where the weights do not fit into memory, it is an error.
+    huge-page memory. `use_mlock` locks them there, or says in a notice why not. `cache` None keeps
+    nothing. A folder that cannot be written costs packing at each load, and a notice; where the
+    weights do not fit into memory, it is an error.
 
     Raises OutOfMemory, and what `pack_model` raises.
     """
@@ -89,8 +92,15 @@ def load_packed(
     def loaded(
         buffer: Buffer, *notices: str, is_mapped: bool = False, was_packed: bool = True
     ) -> LoadedModel:
-        model = view_packed(buffer, config, format)
-        return LoadedModel(model, n_bytes, is_mapped, was_packed, notices)
+        refused = _lock(buffer) if use_mlock else []
+        return LoadedModel(
+            view_packed(buffer, config, format),
+            n_bytes,
+            is_mapped,
+            use_mlock and not refused,
+            was_packed,
+            (*notices, *refused),
+        )
 
     def pack(buffer: Buffer) -> Buffer:
         pack_model(checkpoint, format, buffer=buffer, n_threads=n_threads, progress=progress)
@@ -186,6 +196,18 @@ def _allocate(n_bytes: int) -> Buffer:
             f"the packed weights need {n_bytes / 1e9:.2f} GB of memory, which there are not; "
             "use quant q4, a smaller model, or mmap"
         ) from None
+
+
+def _lock(buffer: Buffer) -> list[str]:
+    """Keep the weights in memory; one line where the system refuses."""
+    try:
+        _native.lock_bytes(buffer)
+    except OSError as error:
+        return [
+            f"mlock: the system does not lock {buffer.size / 1e9:.2f} GB ({error.strerror}), so it "
+            "may move them out of memory; raise the limit (ulimit -l)"
+        ]
+    return []
 
 
 class _FileChanged(Exception):

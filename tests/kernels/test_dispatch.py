@@ -21,6 +21,7 @@ FLAGS = {
     "scalar": [],
     "avx2": AVX2,
     "avx512": AVX512,
+    "avx2_vnni": [*AVX2, "-mavxvnni"],
     "avx512_vnni_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -279,3 +280,31 @@ def test_two_processes_may_pack_at_once(model, tmp_path):
     processes = [subprocess.Popen(arguments) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert not [name for name in files(tmp_path / "cache") if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("use_mmap", [False, True])
+def test_weights_are_locked_where_asked_for(model, tmp_path, use_mmap):
+    def locked_kb() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmLck:\s*(\d+) kB", status)[1])
+
+    before = locked_kb()
+    kept = load(model, tmp_path, use_mmap=use_mmap)
+    assert not kept.is_locked
+    assert locked_kb() == before
+    locked = load(model, tmp_path, use_mmap=use_mmap, use_mlock=True)
+    if not locked.is_locked:
+        pytest.skip(f"not here: {locked.notices}")
+    assert (locked_kb() - before) * 1024 >= locked.n_bytes
+    del locked
+    assert locked_kb() == before
+
+
+def test_a_refused_lock_is_said(model, tmp_path, monkeypatch):
+    def refuse(memory):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("hybrid.weights.packed_file._native.lock_bytes", refuse)
+    loaded = load(model, tmp_path, use_mlock=True)
+    assert not loaded.is_locked
+    assert any("ulimit -l" in notice for notice in loaded.notices)

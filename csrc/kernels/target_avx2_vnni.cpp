@@ -1,0 +1,7 @@
+#define HYBRID_SIMD "simd_avx2.h"
+#include "kernels.inl.h"
+
+namespace hybrid {
+extern const KernelTable kAvx2VnniKernels;
+const KernelTable kAvx2VnniKernels = MakeTable("avx2_vnni");
+}  // namespace hybrid
