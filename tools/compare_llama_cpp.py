@@ -6,14 +6,17 @@
 What it shows: how fast each engine goes through the layers of a model of this shape on this
 machine, hybrid on synthetic weights of the published sparsity, llama.cpp dense on random ones, as
 it runs such a model. What it does not show: anything of the text, which is noise in both, nor the
-speed of llama.cpp on other formats. Each engine has a process of its own, only one works at a time;
-medians and ratios count, since the machine's level drifts. GB are 1e9 bytes. The last line is JSON.
+speed of llama.cpp on other formats. With `--transformers`, prefill beside Hugging Face transformers
+too, in bf16 whatever the format. Each engine has a process of its own, only one works at a time;
+medians and ratios count, since the machine's level drifts; shares of the bandwidth are of what was
+measured around each round, the better of before and after. GB are 1e9 bytes. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -48,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("-t", "--threads", type=int, default=2, help="of each engine (2)")
     add("-n", "--tokens", type=int, default=64, help="tokens decoded in each run (64)")
     add("--runs", type=int, default=7, help="alternations (7)")
+    add("--transformers", action="store_true", help="prefill beside transformers too (needs torch)")
     add("--folder", type=Path, help="where the GGUF file is kept (a temporary folder)")
     return parser.parse_args()
 
@@ -141,7 +145,40 @@ class LlamaWorker:
         return {"tps": PREFILL / (time.perf_counter() - started)}
 
 
-Worker = HybridWorker | LlamaWorker
+class TransformersWorker:
+    def __init__(self, args: argparse.Namespace, gguf_path: Path) -> None:
+        import torch
+        import transformers
+
+        self.torch = torch
+        torch.set_num_threads(args.threads)
+        config = open_checkpoint(resolve(args.model), Format[args.quant]).config
+        torch.set_default_dtype(torch.bfloat16)  # of this process: weights are made in it
+        self.model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.n_neurons,
+                num_hidden_layers=config.n_layers,
+                num_attention_heads=config.n_heads,
+                num_key_value_heads=config.n_kv_heads,
+                tie_word_embeddings=config.has_tied_head,
+            )
+        ).eval()
+        self.ids = torch.randint(0, config.vocab_size, (1, PREFILL))
+        self.about = (
+            f"transformers {transformers.__version__}, torch {torch.__version__}, bf16, "
+            f"{args.threads} threads"
+        )
+
+    def prefill(self) -> dict[str, float]:
+        started = time.perf_counter()
+        with self.torch.inference_mode():
+            self.model(self.ids, logits_to_keep=1)
+        return {"tps": PREFILL / (time.perf_counter() - started)}
+
+
+Worker = HybridWorker | LlamaWorker | TransformersWorker
 
 
 def serve(
@@ -182,18 +219,23 @@ class Process:
 
 def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[str, Any]:
     ours, theirs = Process(HybridWorker, args, path), Process(LlamaWorker, args, path)
-    print(f"{ours.about}\n{theirs.about}\n")
+    print(f"{ours.about}\n{theirs.about}")
     tasks = [(ours, "decode"), (theirs, "decode"), (ours, "decode_dense")]
     tasks += [(ours, "prefill"), (theirs, "prefill")]
+    if args.transformers:
+        third = Process(TransformersWorker, args, path)
+        print(third.about)
+        tasks.append((third, "prefill"))
+    print()
     results: dict[tuple[int, str], list[dict[str, float]]] = {}
     streams = []
     for run in range(-1, args.runs):
-        streams.append(ours.ask("stream")["gbs"])
         for process, task in tasks:
             time.sleep(0.3)  # spinning threads of the other engine go to sleep
             result = process.ask(task)
             if run >= 0:  # the first round finds cold caches and pages
                 results.setdefault((id(process), task), []).append(result)
+        streams.append(ours.ask("stream")["gbs"])
     stream = max(streams)
 
     def rates(process: Process, task: str) -> list[float]:
@@ -212,9 +254,10 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
     rows += [("hybrid, all neurons", ours, "decode_dense")]
     for name, process, task in rows:
         gbs = n_bytes[name] * statistics.median(rates(process, task)) / 1e9
+        share = share_of_stream(rates(process, task), n_bytes[name], streams)
         print(
             f"decode, {name:22}{spread(rates(process, task)):>24}{n_bytes[name] / 1e6:>10.1f}"
-            f"{gbs:>7.1f}{gbs / stream:>14.0%}"
+            f"{gbs:>7.1f}{share:>14.0%}"
         )
     for name, process in (("hybrid", ours), ("llama.cpp", theirs)):
         print(f"prefill {PREFILL}, {name:17}{spread(rates(process, 'prefill')):>24}")
@@ -224,6 +267,9 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
         "sparse_over_dense": ratio(rates(ours, "decode"), rates(ours, "decode_dense")),
         "prefill": ratio(rates(ours, "prefill"), rates(theirs, "prefill")),
     }
+    if args.transformers:
+        print(f"prefill {PREFILL}, {'transformers':17}{spread(rates(third, 'prefill')):>24}")
+        ratios["prefill_transformers"] = ratio(rates(ours, "prefill"), rates(third, "prefill"))
     print("\nratios, median of the alternations [min - max]")
     for name, (median, low, high) in ratios.items():
         print(f"{name.replace('_', ' '):30}{median:.2f} [{low:.2f} - {high:.2f}]")
@@ -234,6 +280,7 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
         "hybrid": ours.about,
         "llama_cpp": theirs.about,
         "stream_gbs": round(stream, 2),
+        "decode_mbu": round(share_of_stream(rates(ours, "decode"), n_bytes["hybrid"], streams), 4),
         "bytes_per_token": {name: round(n) for name, n in n_bytes.items()},
         "decode_tps": round(statistics.median(rates(ours, "decode")), 2),
         "llama_decode_tps": round(statistics.median(rates(theirs, "decode")), 2),
@@ -241,6 +288,14 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
         "llama_prefill_tps": round(statistics.median(rates(theirs, "prefill")), 2),
         "ratios": {name: round(median, 3) for name, (median, _, _) in ratios.items()},
     }
+
+
+def share_of_stream(rates: list[float], n_bytes: float, streams: list[float]) -> float:
+    """Median over the rounds of the share of the bandwidth measured around each."""
+    return statistics.median(
+        n_bytes * tps / 1e9 / max(around)
+        for tps, around in zip(rates, itertools.pairwise(streams), strict=True)
+    )
 
 
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:

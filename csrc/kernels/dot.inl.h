@@ -150,17 +150,17 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x,
                           float (*out)[kTokens]) {
   constexpr int32_t kLines = GroupValueBytes(kFormat) / kLine;
   const int32_t padded = PaddedCols(kFormat, n_cols), n_blocks = padded / kBlock;
-  F32 sum[kRows][kTokens];
+  Blocks sum[kRows][kTokens];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) sum[r][t] = Zero();
+    for (int t = 0; t < kTokens; ++t) sum[r][t] = ZeroBlocks();
   for (int32_t group = 0; group < n_blocks; group += kGroupBlocks) {
-    F32 w_scale[kRows];
+    Blocks w_scale[kRows];
     I32 dot[kRows][kTokens];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-      w_scale[r] = LoadWeightScales(reinterpret_cast<const uint16_t*>(w.scales(r)));
+      w_scale[r] = LoadBlockScales(reinterpret_cast<const uint16_t*>(w.scales(r)));
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const int32_t* correction =
@@ -199,16 +199,16 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x,
     w.Next();
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      const F32 x_scale = LoadXScales(reinterpret_cast<const float*>(x[t] + padded) + group);
+      const Blocks x_scale = LoadXScales(reinterpret_cast<const float*>(x[t] + padded) + group);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
-        sum[r][t] = Fma(ToF32(dot[r][t]), Mul(w_scale[r], x_scale), sum[r][t]);
+        sum[r][t] = FmaBlocks(BlockSums(dot[r][t]), w_scale[r], x_scale, sum[r][t]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) out[r][t] = ReduceAdd(sum[r][t]);
+    for (int t = 0; t < kTokens; ++t) out[r][t] = AddBlocks(sum[r][t]);
 }
 
 // kRows rows with kTokens tokens: row[0] to row[0] + 3 where kIsTile.

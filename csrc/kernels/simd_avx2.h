@@ -111,9 +111,17 @@ inline Nibbles LoadQ4Weights(const uint8_t* p) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
 }
-inline F32 ToF32(I32 a) { return _mm256_cvtepi32_ps(a); }
 inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }
-inline F32 LoadXScales(const float* p) { return Load(p); }
+
+using Blocks = F32;
+inline Blocks ZeroBlocks() { return Zero(); }
+inline Blocks BlockSums(I32 a) { return _mm256_cvtepi32_ps(a); }
+inline Blocks LoadBlockScales(const uint16_t* p) { return LoadFp16(p); }
+inline Blocks LoadXScales(const float* p) { return Load(p); }
+inline Blocks FmaBlocks(Blocks dots, Blocks w_scale, Blocks x_scale, Blocks sum) {
+  return Fma(dots, Mul(w_scale, x_scale), sum);
+}
+inline float AddBlocks(Blocks a) { return ReduceAdd(a); }
 
 inline I32 LoadWords(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

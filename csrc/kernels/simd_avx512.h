@@ -11,7 +11,7 @@ namespace {
 
 constexpr int32_t kLanes = 16;
 constexpr int32_t kLine =
-    64;  // two steps of a group: even steps sum in lanes 0-7, odd ones in 8-15
+    64;  // two steps of a group: even steps sum in lanes 0-7, odd ones in 8-15, until BlockSums
 
 using F32 = __m512;
 using I32 = __m512i;
@@ -102,12 +102,32 @@ inline Nibbles LoadQ4Weights(const uint8_t* p) {
   return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
 }
 inline __m512i LoadX(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline F32 ToF32(I32 a) { return _mm512_cvtepi32_ps(a); }
 inline F32 LoadWeightScales(const uint16_t* p) {
   return _mm512_broadcast_f32x8(
       _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline F32 LoadXScales(const float* p) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
+
+// Half a register: the even and odd steps' sums of a block are added as integers, so that a float
+// operation serves a whole group.
+using Blocks = __m256;
+inline Blocks ZeroBlocks() { return _mm256_setzero_ps(); }
+inline Blocks BlockSums(I32 a) {
+  const __m256i odd = _mm512_extracti64x4_epi64(a, 1);
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm512_castsi512_si256(a), odd));
+}
+inline Blocks LoadBlockScales(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Blocks LoadXScales(const float* p) { return _mm256_loadu_ps(p); }
+inline Blocks FmaBlocks(Blocks dots, Blocks w_scale, Blocks x_scale, Blocks sum) {
+  return _mm256_fmadd_ps(dots, _mm256_mul_ps(w_scale, x_scale), sum);
+}
+inline float AddBlocks(Blocks a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  x = _mm_add_ss(x, _mm_movehdup_ps(x));
+  return _mm_cvtss_f32(x);
+}
 
 inline I32 LoadWords(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline I32 HighHalf(I32 a) { return _mm512_srli_epi32(a, 16); }

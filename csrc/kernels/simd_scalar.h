@@ -142,9 +142,18 @@ inline I32 DotQ4(I32 sum, XBytes w, XBytes x) {
     sum.v[i / 4] += static_cast<int32_t>(w.v[i]) * static_cast<int8_t>(x.v[i]);
   return sum;
 }
-inline F32 ToF32(I32 a) { HYBRID_LANES(static_cast<float>(a.v[i])); }
 inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }
-inline F32 LoadXScales(const float* p) { return Load(p); }
+
+// What a group's eight blocks sum up to, one float lane each, whatever the width of I32.
+using Blocks = F32;
+inline Blocks ZeroBlocks() { return Zero(); }
+inline Blocks BlockSums(I32 a) { HYBRID_LANES(static_cast<float>(a.v[i])); }
+inline Blocks LoadBlockScales(const uint16_t* p) { return LoadFp16(p); }
+inline Blocks LoadXScales(const float* p) { return Load(p); }
+inline Blocks FmaBlocks(Blocks dots, Blocks w_scale, Blocks x_scale, Blocks sum) {
+  return Fma(dots, Mul(w_scale, x_scale), sum);
+}
+inline float AddBlocks(Blocks a) { return ReduceAdd(a); }
 
 // kLanes little-endian words of four bytes, and what is left of them 16 bits further up.
 inline I32 LoadWords(const uint8_t* p) {
