@@ -57,7 +57,7 @@ def test_stages_add_up_to_the_bytes_of_a_token(capsys):
     assert bench.main(["--runs", "1", "-n", "10", "--stages"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     summary = json.loads(last)
-    assert list(summary) == [*KEYS, "stages"]
+    assert list(summary) == [*KEYS, "stages", "long_stages"]
     stages = summary["stages"]
     assert list(stages)[-2:] == ["waiting", "sampling"]
     assert sum(stage["bytes"] for stage in stages.values()) == pytest.approx(
