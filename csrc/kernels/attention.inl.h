@@ -29,20 +29,40 @@ inline F32 Exp(F32 x) {
   return Mul(y, Pow2(n));
 }
 
-// scores[head][i] = q[head] · k[i] for kHeads heads: a key is read once for all of them.
+// scores[head][first..first + kKeys) = q[head] · k for kHeads heads: a key is read once for all of
+// them.
+template <int kHeads, int kKeys>
+inline void ScoreKeys(const AttendSpanArgs& a, const float* q, int32_t first, float* scores) {
+  const uint16_t* k = a.k + static_cast<int64_t>(a.first + first) * a.head_stride;
+  F32 sum[kHeads][kKeys];
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h)
+#pragma GCC unroll 4
+    for (int key = 0; key < kKeys; ++key) sum[h][key] = Zero();
+  for (int32_t d = 0; d < a.head_stride; d += kLanes) {
+#pragma GCC unroll 4
+    for (int key = 0; key < kKeys; ++key) {
+      const F32 values = LoadFp16(k + key * a.head_stride + d);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h)
+        sum[h][key] = Fma(Load(q + h * a.head_stride + d), values, sum[h][key]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
+    float* out = scores + h * kSpan + first;
+    if constexpr (kKeys == 4)
+      ReduceAdd4(sum[h], out);
+    else
+      *out = ReduceAdd(sum[h][0]);
+  }
+}
+
 template <int kHeads>
 inline void ScoreSpan(const AttendSpanArgs& a, const float* q, float* scores) {
-  for (int32_t i = 0; i < a.last - a.first; ++i) {
-    const uint16_t* k = a.k + static_cast<int64_t>(a.first + i) * a.head_stride;
-    F32 sum[kHeads];
-    for (int h = 0; h < kHeads; ++h) sum[h] = Zero();
-    for (int32_t d = 0; d < a.head_stride; d += kLanes) {
-      const F32 key = LoadFp16(k + d);
-#pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h) sum[h] = Fma(Load(q + h * a.head_stride + d), key, sum[h]);
-    }
-    for (int h = 0; h < kHeads; ++h) scores[h * kSpan + i] = ReduceAdd(sum[h]);
-  }
+  int32_t i = 0;
+  for (; i + 4 <= a.last - a.first; i += 4) ScoreKeys<kHeads, 4>(a, q, i, scores);
+  for (; i < a.last - a.first; ++i) ScoreKeys<kHeads, 1>(a, q, i, scores);
 }
 
 // Scores become exp(score - max); returns their sum. Lanes beyond n are scratch up to kSpan.
