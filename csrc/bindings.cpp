@@ -26,6 +26,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("GROUP") = hybrid::kGroup;
   m.attr("ROW_TILE") = hybrid::kRowTile;
   m.attr("SPAN") = hybrid::kSpan;
+  m.attr("KEY_TILE") = hybrid::kKeyTile;
   m.attr("PREFILL_CHUNK") = hybrid::kPrefillChunk;
   hybrid::BindKernels(m);
   hybrid::BindProgram(m);

@@ -267,21 +267,23 @@ void BindKernels(py::module_& m) {
       py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("scale"));
   m.def(
       "attend_span",
-      [](const Floats& q, const Halves& k, const Halves& v, int32_t first, int32_t last) {
-        Check(q.ndim() == 2 && k.ndim() == 2 && v.ndim() == 2, "q, k and v must be matrices");
+      [](const Floats& q, const Halves& k, const Halves& v) {
+        Check(q.ndim() == 2 && k.ndim() == 3 && v.ndim() == 2, "shapes of q, k and v");
         Check(q.shape(1) % kHeadAlign == 0 && k.shape(1) == q.shape(1) && v.shape(1) == q.shape(1),
               "head_stride");
-        Check(0 <= first && first < last && last <= k.shape(0) && last <= v.shape(0) &&
-                  last - first <= kSpan,
+        const py::ssize_t n = v.shape(0);
+        Check(n > 0 && n <= kSpan && k.shape(2) == kKeyTile &&
+                  k.shape(0) == (n + kKeyTile - 1) / kKeyTile,
               "span");
         Floats max(q.shape(0)), sum(q.shape(0)), out({q.shape(0), q.shape(1)});
         float scores[kHeadTile * kSpan];
         ActiveKernels().attend_span({q.data(), k.data(), v.data(), static_cast<int32_t>(q.shape(0)),
-                                     static_cast<int32_t>(q.shape(1)), first, last, scores,
-                                     max.mutable_data(), sum.mutable_data(), out.mutable_data()});
+                                     static_cast<int32_t>(q.shape(1)), static_cast<int32_t>(n),
+                                     nullptr, scores, max.mutable_data(), sum.mutable_data(),
+                                     out.mutable_data()});
         return py::make_tuple(max, sum, out);
       },
-      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("first"), py::arg("last"));
+      py::arg("q"), py::arg("k"), py::arg("v"));
   m.def(
       "to_fp16",
       [](const Floats& x) {

@@ -29,8 +29,9 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
       partials_(int64_t{kFfnPieces} * kPrefillChunk *
                 PaddedCols(program.shape().format, program.shape().hidden_size)),
       logits_(program.vocab_size()),
-      kv_(int64_t{program.n_layers()} * 2 * program.shape().n_kv_heads * n_context *
-          program.head_stride()),
+      kv_(int64_t{CeilDiv(n_context, kSpan)} * program.n_layers() * program.shape().n_kv_heads * 2 *
+              kSpan * program.head_stride(),
+          true),
       active_(static_cast<size_t>(program.n_layers())) {
   const ProgramShape& shape = program.shape();
   const int32_t group = shape.n_heads / shape.n_kv_heads, n_spans = CeilDiv(n_context, kSpan);

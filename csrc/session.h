@@ -19,7 +19,7 @@ namespace hybrid {
 template <typename T>
 class Pages {
  public:
-  explicit Pages(int64_t n);
+  explicit Pages(int64_t n, bool huge = false);
   ~Pages();
   Pages(const Pages&) = delete;
   Pages& operator=(const Pages&) = delete;
@@ -33,8 +33,8 @@ class Pages {
 };
 
 template <typename T>
-Pages<T>::Pages(int64_t n)
-    : data_(static_cast<T*>(platform::AllocatePages(static_cast<size_t>(n) * sizeof(T), false))),
+Pages<T>::Pages(int64_t n, bool huge)
+    : data_(static_cast<T*>(platform::AllocatePages(static_cast<size_t>(n) * sizeof(T), huge))),
       bytes_(static_cast<size_t>(n) * sizeof(T)) {}
 
 template <typename T>
@@ -122,14 +122,14 @@ class Session {
   const uint8_t* MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch);
   void FinishHead(const Op& op, int32_t head, float* values, int32_t position, int32_t token);
   void AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
-                  ThreadScratch& scratch, float* max, float* sum, float* out);
+                  const void* next, ThreadScratch& scratch, float* max, float* sum, float* out);
   void MergeSpans(int32_t head, int32_t n_spans, const float* max, const float* sum,
                   const float* out, int64_t stride, float* merged) const;
   int64_t RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
                  ThreadScratch& scratch);
   void AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
                ThreadScratch& scratch);
-  uint16_t* KvHead(int32_t layer, bool is_value, int32_t head) const;
+  uint16_t* KvSpan(int32_t layer, int32_t kv_head, int32_t span) const;
 
   const Program& program_;
   ThreadPool& pool_;
@@ -158,7 +158,9 @@ class Session {
   Pages<float> span_out_;   // (n_spans, n_heads, head_stride)
   Pages<float> partials_;   // (kFfnPieces, T, padded hidden)
   Pages<float> logits_;     // (vocab_size,)
-  Pages<uint16_t> kv_;      // fp16 (n_layers, k and v, n_kv_heads, n_context, head_stride)
+  // fp16 (n_spans, n_layers, n_kv_heads, keys and values of a span): what one piece of attention
+  // reads is one stretch, and huge pages fill up as the context grows.
+  Pages<uint16_t> kv_;
   std::vector<std::atomic<int64_t>> active_;
   std::vector<std::unique_ptr<ThreadScratch>> threads_;
 };

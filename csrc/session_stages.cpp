@@ -83,12 +83,18 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       break;
     }
     case PhaseKind::kAttend: {
-      const int32_t n_spans = CeilDiv(position_ + 1, kSpan), kv_head = piece / n_spans,
-                    span = piece % n_spans;
+      const int32_t span = piece / shape.n_kv_heads, kv_head = piece % shape.n_kv_heads;
       const int32_t head = kv_head * group;
       const int64_t row = int64_t{span} * shape.n_heads + head;
-      AttendSpan(op, kv_head, q_ + int64_t{head} * head_stride, span, position_ + 1, scratch,
-                 span_max_ + row, span_sum_ + row, span_out_ + row * head_stride);
+      // Threads take pieces in turn.
+      const int32_t next = piece + pool_.n_threads(), n_pieces = CountPieces(phase);
+      const void* next_bytes =
+          next < n_pieces
+              ? static_cast<const void*>(
+                    KvSpan(op.layer, next % shape.n_kv_heads, next / shape.n_kv_heads))
+              : op.a.values + (next - n_pieces) * kOutputRows / kRowTile * op.a.values_stride;
+      AttendSpan(op, kv_head, q_ + int64_t{head} * head_stride, span, position_ + 1, next_bytes,
+                 scratch, span_max_ + row, span_sum_ + row, span_out_ + row * head_stride);
       scratch.bytes[kStageAttend] += 2 * int64_t{sizeof(uint16_t)} * head_stride *
                                      std::min(kSpan, position_ + 1 - span * kSpan);
       break;
@@ -162,7 +168,7 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
               *out = sum + int64_t{n_spans} * group;
         for (int32_t span = 0; span < n_spans; ++span)
           AttendSpan(op, kv_head, q_ + (int64_t{t} * shape.n_heads + head) * head_stride, span, end,
-                     scratch, max + int64_t{span} * group, sum + int64_t{span} * group,
+                     nullptr, scratch, max + int64_t{span} * group, sum + int64_t{span} * group,
                      out + int64_t{span} * group * head_stride);
         for (int32_t g = 0; g < group; ++g)
           MergeSpans(g, n_spans, max, sum, out, group,
@@ -255,27 +261,41 @@ void Session::FinishHead(const Op& op, int32_t head, float* values, int32_t posi
     for (int32_t i = 0; i < head_dim; ++i) q[i] = values[i] * scale;
   } else {
     const int32_t kv_head = (head - shape.n_heads) % shape.n_kv_heads;
-    kernels_->to_fp16(values, head_dim,
-                      KvHead(op.layer, is_value, kv_head) + int64_t{position} * head_stride);
+    uint16_t* keys = KvSpan(op.layer, kv_head, position / kSpan);
+    const int32_t at = position % kSpan;
+    if (is_value) {
+      kernels_->to_fp16(values, head_dim, keys + (kSpan + at) * head_stride);
+    } else {
+      uint16_t* tile = keys + at / kKeyTile * kKeyTile * head_stride + at % kKeyTile;
+      for (int32_t first = 0; first < head_dim; first += kHeadAlign) {
+        const int32_t n = std::min(kHeadAlign, head_dim - first);
+        uint16_t part[kHeadAlign];
+        kernels_->to_fp16(values + first, n, part);
+        for (int32_t i = 0; i < n; ++i) tile[(first + i) * kKeyTile] = part[i];
+      }
+    }
   }
 }
 
-uint16_t* Session::KvHead(int32_t layer, bool is_value, int32_t head) const {
-  const int64_t index = (int64_t{layer} * 2 + is_value) * program_.shape().n_kv_heads + head;
-  return kv_ + index * n_context_ * program_.head_stride();
+// The keys of a span, in tiles; its values follow them.
+uint16_t* Session::KvSpan(int32_t layer, int32_t kv_head, int32_t span) const {
+  const int64_t index =
+      (int64_t{span} * program_.n_layers() + layer) * program_.shape().n_kv_heads + kv_head;
+  return kv_ + index * 2 * kSpan * program_.head_stride();
 }
 
 void Session::AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
-                         ThreadScratch& scratch, float* max, float* sum, float* out) {
+                         const void* next, ThreadScratch& scratch, float* max, float* sum,
+                         float* out) {
   const ProgramShape& shape = program_.shape();
   AttendSpanArgs args;
   args.q = q;
-  args.k = KvHead(op.layer, false, kv_head);
-  args.v = KvHead(op.layer, true, kv_head);
+  args.k = KvSpan(op.layer, kv_head, span);
+  args.v = args.k + int64_t{kSpan} * program_.head_stride();
   args.n_group = shape.n_heads / shape.n_kv_heads;
   args.head_stride = program_.head_stride();
-  args.first = span * kSpan;
-  args.last = std::min(args.first + kSpan, end);
+  args.n = std::min(kSpan, end - span * kSpan);
+  args.next = next;
   args.scores = scratch.scores;
   args.max = max;
   args.sum = sum;

@@ -29,40 +29,37 @@ inline F32 Exp(F32 x) {
   return Mul(y, Pow2(n));
 }
 
-// scores[head][first..first + kKeys) = q[head] · k for kHeads heads: a key is read once for all of
-// them.
-template <int kHeads, int kKeys>
+constexpr int32_t kKeyVectors = kLanes == 16 ? 4 : 2;  // as many sums as there are registers for
+
+// scores[head] of keys first..first + kVectors * kLanes. Lanes are keys, so that no sum runs across
+// lanes; a key is read once for all heads.
+template <int kHeads>
 inline void ScoreKeys(const AttendSpanArgs& a, const float* q, int32_t first, float* scores) {
-  const uint16_t* k = a.k + static_cast<int64_t>(a.first + first) * a.head_stride;
-  F32 sum[kHeads][kKeys];
+  const uint16_t* k = a.k + int64_t{first / kKeyTile * kKeyTile} * a.head_stride + first % kKeyTile;
+  const uint16_t* v = a.v + int64_t{first} * a.head_stride;  // this many values are read next
+  F32 sum[kHeads][kKeyVectors];
 #pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h)
 #pragma GCC unroll 4
-    for (int key = 0; key < kKeys; ++key) sum[h][key] = Zero();
-  for (int32_t d = 0; d < a.head_stride; d += kLanes) {
+    for (int i = 0; i < kKeyVectors; ++i) sum[h][i] = Zero();
+  for (int32_t d = 0; d < a.head_stride; ++d) {
+    if (a.next != nullptr)
+      for (int at = 0; at < kKeyVectors * kLanes; at += 32)
+        PrefetchL2(v + d * kKeyVectors * kLanes + at);
+    F32 keys[kKeyVectors];
 #pragma GCC unroll 4
-    for (int key = 0; key < kKeys; ++key) {
-      const F32 values = LoadFp16(k + key * a.head_stride + d);
+    for (int i = 0; i < kKeyVectors; ++i) keys[i] = LoadFp16(k + d * kKeyTile + i * kLanes);
 #pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h)
-        sum[h][key] = Fma(Load(q + h * a.head_stride + d), values, sum[h][key]);
+    for (int h = 0; h < kHeads; ++h) {
+      const F32 element = Set(q[h * a.head_stride + d]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeyVectors; ++i) sum[h][i] = Fma(element, keys[i], sum[h][i]);
     }
   }
 #pragma GCC unroll 4
-  for (int h = 0; h < kHeads; ++h) {
-    float* out = scores + h * kSpan + first;
-    if constexpr (kKeys == 4)
-      ReduceAdd4(sum[h], out);
-    else
-      *out = ReduceAdd(sum[h][0]);
-  }
-}
-
-template <int kHeads>
-inline void ScoreSpan(const AttendSpanArgs& a, const float* q, float* scores) {
-  int32_t i = 0;
-  for (; i + 4 <= a.last - a.first; i += 4) ScoreKeys<kHeads, 4>(a, q, i, scores);
-  for (; i < a.last - a.first; ++i) ScoreKeys<kHeads, 1>(a, q, i, scores);
+  for (int h = 0; h < kHeads; ++h)
+#pragma GCC unroll 4
+    for (int i = 0; i < kKeyVectors; ++i) Store(scores + h * kSpan + first + i * kLanes, sum[h][i]);
 }
 
 // Scores become exp(score - max); returns their sum. Lanes beyond n are scratch up to kSpan.
@@ -89,8 +86,11 @@ inline void WeighSpan(const AttendSpanArgs& a, const float* scores, int32_t firs
   F32 sum[kHeads][kParts];
   for (int h = 0; h < kHeads; ++h)
     for (int part = 0; part < kParts; ++part) sum[h][part] = Zero();
-  for (int32_t i = 0; i < a.last - a.first; ++i) {
-    const uint16_t* v = a.v + static_cast<int64_t>(a.first + i) * a.head_stride + first;
+  for (int32_t i = 0; i < a.n; ++i) {
+    const uint16_t* v = a.v + int64_t{i} * a.head_stride + first;
+    if (a.next != nullptr)
+      for (int at = 0; at < kParts * kLanes; at += 32)
+        PrefetchL2(static_cast<const uint16_t*>(a.next) + i * a.head_stride + first + at);
     F32 value[kParts];
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) value[part] = LoadFp16(v + part * kLanes);
@@ -111,9 +111,10 @@ template <int kHeads>
 inline void AttendHeads(const AttendSpanArgs& a, int32_t head) {
   constexpr int kParts = kLanes == 16 ? 4 : 2;  // as many sums as there are registers for
   float* out = a.out + head * a.head_stride;
-  ScoreSpan<kHeads>(a, a.q + head * a.head_stride, a.scores);
+  for (int32_t first = 0; first < a.n; first += kKeyVectors * kLanes)
+    ScoreKeys<kHeads>(a, a.q + head * a.head_stride, first, a.scores);
   for (int h = 0; h < kHeads; ++h)
-    a.sum[head + h] = Exponentiate(a.scores + h * kSpan, a.last - a.first, a.max + head + h);
+    a.sum[head + h] = Exponentiate(a.scores + h * kSpan, a.n, a.max + head + h);
   int32_t first = 0;
   for (; first + kParts * kLanes <= a.head_stride; first += kParts * kLanes)
     WeighSpan<kHeads, kParts>(a, a.scores, first, out);

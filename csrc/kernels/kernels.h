@@ -43,6 +43,7 @@ constexpr int32_t kGroup = kBlock * kGroupBlocks;
 constexpr int32_t kRowTile = 4;     // rows that are interleaved
 constexpr int32_t kHeadAlign = 16;  // heads are padded to a multiple of this, with zeros
 constexpr int32_t kSpan = 256;      // context positions per piece of attention
+constexpr int32_t kKeyTile = 64;    // keys that are interleaved: element d of all, then d + 1
 constexpr int32_t kHeadTile = 4;    // query heads that attention takes at once
 constexpr int32_t kTokenTile = 64;  // tokens that an FFN piece takes at most
 
@@ -153,15 +154,17 @@ static inline PartialColumn PartialColumnOf(Format format, int32_t col) {
           1.0f / static_cast<float>(1 << field % (fields / 2) * bits)};
 }
 
-// Attention of the query heads of one KV head over context positions [first, last), last - first <=
-// kSpan.
+// Attention of the query heads of one KV head over up to kSpan context positions.
 struct AttendSpanArgs {
   const float* q;     // (n_group, head_stride), already divided by sqrt(head_dim)
-  const uint16_t* k;  // fp16 (context, head_stride) of this KV head
-  const uint16_t* v;
+  const uint16_t* k;  // fp16 (tiles, head_stride, kKeyTile): tiles of keys; the last may be partial
+  const uint16_t* v;  // fp16 (n, head_stride)
   int32_t n_group;
   int32_t head_stride;  // head_dim padded to kHeadAlign with zeros
-  int32_t first, last;
+  int32_t n;            // positions
+  // What this thread will probably read next: as many bytes as the values have are prefetched while
+  // values are summed, as the values are while keys are scored. Null where all is in the cache.
+  const void* next;
   float* scores;  // scratch: kHeadTile * kSpan floats
   float* max;     // (n_group,) largest score
   float* sum;     // (n_group,) sum of exp(score - max)

@@ -45,18 +45,6 @@ inline F32 Round(F32 a) {
 }
 inline F32 Pow2(F32 n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
 inline float ReduceAdd(F32 a) { return _mm512_reduce_add_ps(a); }
-inline void ReduceAdd4(const F32* a, float* out) {
-  __m128 x[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m256 half =
-        _mm256_add_ps(_mm512_castps512_ps256(a[i]), _mm512_extractf32x8_ps(a[i], 1));
-    x[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
-  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(x[0], x[1]), _mm_unpackhi_ps(x[0], x[1]));
-  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(x[2], x[3]), _mm_unpackhi_ps(x[2], x[3]));
-  _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
-}
 inline float ReduceMax(F32 a) { return _mm512_reduce_max_ps(a); }
 
 inline Bf16s LoadBf16s(const uint16_t* p) { return _mm512_loadu_si512(p); }

@@ -85,10 +85,6 @@ inline float ReduceAdd(F32 a) {
   for (int i = 0; i < kLanes; ++i) sum += a.v[i];
   return sum;
 }
-// The same sums, bit for bit, of four at once.
-inline void ReduceAdd4(const F32* a, float* out) {
-  for (int i = 0; i < 4; ++i) out[i] = ReduceAdd(a[i]);
-}
 inline float ReduceMax(F32 a) {
   float max = a.v[0];
   for (int i = 1; i < kLanes; ++i) max = a.v[i] > max ? a.v[i] : max;

@@ -7,6 +7,7 @@ BLOCK: int
 GROUP: int
 ROW_TILE: int
 SPAN: int
+KEY_TILE: int
 PREFILL_CHUNK: int
 
 class Format(Enum):
@@ -58,8 +59,6 @@ def attend_span(
     q: NDArray[np.float32],
     k: NDArray[np.uint16],
     v: NDArray[np.uint16],
-    first: int,
-    last: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]: ...
 def to_fp16(x: NDArray[np.float32]) -> NDArray[np.uint16]: ...
 

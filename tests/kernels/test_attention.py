@@ -7,7 +7,18 @@ import pytest
 
 from hybrid.kernels import _native, reference
 
-SPAN = _native.SPAN
+SPAN, KEY_TILE = _native.SPAN, _native.KEY_TILE
+
+
+def attend_span(q, k, v):
+    """k, v (positions, head_dim) fp16"""
+    n_tiles = -(-len(k) // KEY_TILE)
+    tiles = np.full(
+        (n_tiles * KEY_TILE, k.shape[1]), np.nan, np.float16
+    )  # beyond the end: not read
+    tiles[: len(k)] = k
+    tiles = tiles.reshape(n_tiles, KEY_TILE, -1).transpose(0, 2, 1).copy()
+    return _native.attend_span(q, tiles.view(np.uint16), v.view(np.uint16))
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
@@ -19,9 +30,7 @@ def test_merged_spans_match_the_oracle(isa, head_dim, n_context):
     k, v = (rng.standard_normal((2, n_context, head_dim)) * 2).astype(np.float16)
     scaled = q / np.float32(np.sqrt(head_dim))
     spans = [
-        _native.attend_span(
-            scaled, k.view(np.uint16), v.view(np.uint16), first, min(first + SPAN, n_context)
-        )
+        attend_span(scaled, k[first : first + SPAN], v[first : first + SPAN])
         for first in range(0, n_context, SPAN)
     ]
     largest = np.max([span[0] for span in spans], 0)
@@ -38,7 +47,7 @@ def test_a_dominant_score_does_not_overflow(isa):
     k = np.zeros((40, 16), np.float16)
     k[7], k[8] = 100, -100
     v = np.arange(40, dtype=np.float16)[:, None].repeat(16, 1)
-    largest, total, out = _native.attend_span(q, k.view(np.uint16), v.view(np.uint16), 0, 40)
+    largest, total, out = attend_span(q, k, v)
     np.testing.assert_allclose(out / total[:, None], 7.0, rtol=1e-6)
     assert largest[0] == 160000.0
 
@@ -48,8 +57,6 @@ def test_a_key_that_is_not_a_number_shows(isa, position):
     k = np.ones((40, 16), np.float16)
     k[position, 0] = np.nan
     v = np.ones((40, 16), np.float16)
-    _, total, out = _native.attend_span(
-        np.ones((1, 16), np.float32), k.view(np.uint16), v.view(np.uint16), 0, 40
-    )
+    _, total, out = attend_span(np.ones((1, 16), np.float32), k, v)
     assert np.isnan(total).all()
     assert np.isnan(out).all()
