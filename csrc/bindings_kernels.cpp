@@ -15,20 +15,57 @@ namespace {
 
 constexpr int32_t kMaxCols = 1 << 24;  // keeps every product of sizes far from overflow
 
+struct Allocation {
+  void* pages;
+  size_t size;
+};
+
+template <void kFree(Allocation)>
+Bytes OwnedBytes(Allocation allocation) {
+  py::capsule owner(new Allocation(allocation), [](void* p) {
+    auto* a = static_cast<Allocation*>(p);
+    kFree(*a);
+    delete a;
+  });
+  return Bytes({static_cast<py::ssize_t>(allocation.size)}, {py::ssize_t{1}},
+               static_cast<uint8_t*>(allocation.pages), owner);
+}
+
+void FreeAllocation(Allocation a) { platform::FreePages(a.pages, a.size); }
+void UnmapAllocation(Allocation a) { platform::UnmapFile(a.pages, a.size); }
+
 Bytes AllocateBytes(int64_t n_bytes) {
   Check(n_bytes > 0, "n_bytes must be positive");
   const size_t size = static_cast<size_t>(n_bytes);
-  struct Allocation {
-    void* pages;
-    size_t size;
-  };
-  auto* allocation = new Allocation{platform::AllocatePages(size, true), size};
-  py::capsule owner(allocation, [](void* p) {
-    auto* a = static_cast<Allocation*>(p);
-    platform::FreePages(a->pages, a->size);
-    delete a;
+  return OwnedBytes<FreeAllocation>({platform::AllocatePages(size, true), size});
+}
+
+[[noreturn]] void ThrowOsError(int error) {
+  errno = error;
+  PyErr_SetFromErrno(PyExc_OSError);
+  throw py::error_already_set();
+}
+
+Bytes MapFile(int file, int64_t n_bytes) {
+  Check(n_bytes > 0, "n_bytes must be positive");
+  const size_t size = static_cast<size_t>(n_bytes);
+  const void* mapped = platform::MapFile(file, size);
+  if (mapped == nullptr) ThrowOsError(errno);
+  Bytes bytes = OwnedBytes<UnmapAllocation>({const_cast<void*>(mapped), size});
+  bytes.attr("flags").attr("writeable") = false;
+  return bytes;
+}
+
+void MoveIntoMemory(const Bytes& mapped, int64_t first, int64_t n_bytes, int file) {
+  Check(first >= 0 && first % (int64_t{2} << 20) == 0 && n_bytes > 0 &&
+            n_bytes <= mapped.nbytes() - first,
+        "part of the mapping, from a huge page on");
+  int error = 0;
+  WithoutGil([&] {
+    error = platform::MoveIntoMemory(mapped.data(), static_cast<size_t>(first),
+                                     static_cast<size_t>(n_bytes), file);
   });
-  return Bytes({n_bytes}, {int64_t{1}}, static_cast<uint8_t*>(allocation->pages), owner);
+  if (error != 0) ThrowOsError(error);
 }
 
 // (n_rows, n_cols) fp32 -> tiles of interleaved rows; rows missing from the last tile are zeros.
@@ -93,12 +130,13 @@ void BindKernels(py::module_& m) {
         WithoutGil([&] {
           error = platform::LockPages(memory.data(), static_cast<size_t>(memory.nbytes()));
         });
-        if (error == 0) return;
-        errno = error;
-        PyErr_SetFromErrno(PyExc_OSError);
-        throw py::error_already_set();
+        if (error != 0) ThrowOsError(error);
       },
       py::arg("memory"));
+  // These two throw OSError, too, as platform.h says.
+  m.def("map_file", &MapFile, py::arg("file"), py::arg("n_bytes"));
+  m.def("move_into_memory", &MoveIntoMemory, py::arg("mapped"), py::arg("first"),
+        py::arg("n_bytes"), py::arg("file"));
   m.def(
       "padded_cols",
       [](Format format, int32_t n_cols) {

@@ -93,6 +93,10 @@ int LockPages(const void* pages, size_t bytes) {
 }
 int ProcessId() { return static_cast<int>(GetCurrentProcessId()); }
 #else
+namespace {
+constexpr size_t kHugePage = size_t{2} << 20;
+size_t WholePages(size_t bytes, size_t page) { return (bytes + page - 1) / page * page; }
+}  // namespace
 #ifdef HYBRID_SANITIZE
 // Exactly the bytes asked for, from the heap, so that the sanitizer sees their bounds.
 void* AllocatePages(size_t bytes, bool) {
@@ -104,11 +108,9 @@ void* AllocatePages(size_t bytes, bool) {
 void FreePages(void* pages, size_t) { free(pages); }
 #else
 namespace {
-constexpr size_t kHugePage = size_t{2} << 20;
+// Whole huge pages where the memory is large enough for one, so that its tail is covered too.
 size_t MappedBytes(size_t bytes) {
-  // Whole huge pages where the memory is large enough for one, so that its tail is covered too.
-  const size_t page = bytes >= kHugePage ? kHugePage : 4096;
-  return (bytes + page - 1) / page * page;
+  return WholePages(bytes, bytes >= kHugePage ? kHugePage : 4096);
 }
 }  // namespace
 
@@ -125,6 +127,71 @@ void FreePages(void* pages, size_t bytes) { munmap(pages, MappedBytes(bytes)); }
 #endif
 int LockPages(const void* pages, size_t bytes) { return mlock(pages, bytes) == 0 ? 0 : errno; }
 int ProcessId() { return getpid(); }
+#endif
+
+#if defined(__linux__) && !defined(HYBRID_SANITIZE)
+namespace {
+// Address space that begins at a huge page.
+uint8_t* ReserveAligned(size_t bytes, int protection) {
+  const size_t size = bytes + kHugePage;
+  void* pages = mmap(nullptr, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) return nullptr;
+  uint8_t* start = static_cast<uint8_t*>(pages);
+  uint8_t* aligned =
+      start + (kHugePage - reinterpret_cast<uintptr_t>(start) % kHugePage) % kHugePage;
+  if (aligned > start) munmap(start, static_cast<size_t>(aligned - start));
+  const size_t after = size - static_cast<size_t>(aligned - start) - bytes;
+  if (after > 0) munmap(aligned + bytes, after);
+  return aligned;
+}
+}  // namespace
+
+const void* MapFile(int file, size_t bytes) {
+  uint8_t* pages = ReserveAligned(WholePages(bytes, 4096), PROT_NONE);
+  if (pages == nullptr) return nullptr;
+  if (mmap(pages, bytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, 0) == MAP_FAILED) {
+    const int error = errno;
+    UnmapFile(pages, bytes);
+    errno = error;
+    return nullptr;
+  }
+  return pages;
+}
+
+void UnmapFile(const void* mapped, size_t bytes) {
+  munmap(const_cast<void*>(mapped), WholePages(bytes, 4096));
+}
+
+int MoveIntoMemory(const void* mapped, size_t first, size_t bytes, int file) {
+  const size_t size = WholePages(bytes, 4096);
+  uint8_t* pages = ReserveAligned(size, PROT_READ | PROT_WRITE);
+  if (pages == nullptr) return errno;
+  madvise(pages, size, MADV_HUGEPAGE);
+  for (size_t done = 0; done < bytes;) {
+    const ssize_t n = pread(file, pages + done, bytes - done, static_cast<off_t>(first + done));
+    if (n <= 0) {
+      const int error = n == 0 ? EIO : errno;
+      if (error == EINTR) continue;
+      munmap(pages, size);
+      return error;
+    }
+    done += static_cast<size_t>(n);
+  }
+  // The system holds back whoever touches the old pages until the new ones are there.
+  uint8_t* target = static_cast<uint8_t*>(const_cast<void*>(mapped)) + first;
+  if (mremap(pages, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, target) != MAP_FAILED) return 0;
+  const int error = errno;
+  munmap(pages, size);
+  mmap(target, size, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, static_cast<off_t>(first));
+  return error;
+}
+#else
+const void* MapFile(int, size_t) {
+  errno = ENOSYS;
+  return nullptr;
+}
+void UnmapFile(const void*, size_t) {}
+int MoveIntoMemory(const void*, size_t, size_t, int) { return ENOSYS; }
 #endif
 
 }  // namespace platform

@@ -22,6 +22,17 @@ void FreePages(void* pages, size_t bytes);
 // Undone by giving the pages back.
 int LockPages(const void* pages, size_t bytes);
 
+// A file mapped for reading, beginning where a huge page may begin; null and errno where that
+// fails, on other systems than Linux always.
+const void* MapFile(int file, size_t bytes);
+void UnmapFile(const void* mapped, size_t bytes);
+
+// Bytes [first, first + bytes) of a mapped file, whole huge pages but for the end of the file,
+// become memory of our own with the same content at the same address; who reads them meanwhile
+// notices nothing. Returns 0, or an error number and leaves the file there; EIO where it has become
+// shorter.
+int MoveIntoMemory(const void* mapped, size_t first, size_t bytes, int file);
+
 // Nanoseconds of a clock that only rises.
 int64_t Nanoseconds();
 

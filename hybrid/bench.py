@@ -164,6 +164,9 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace, engine: Engine) -> None:
+    started = time.perf_counter()
+    engine.wait_for_weights()
+    moving_s = time.perf_counter() - started
     for notice in engine.notices:
         print(f"note: {printable(notice)}")
     n_context, n = engine.n_context, args.tokens
@@ -220,7 +223,8 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         f"machine    {engine.n_threads} threads, {active_isa()}; memory streams {stream:.1f} GB/s "
         f"({min(streams):.1f} to {stream:.1f} in {len(streams)} measurements)"
     )
-    print(f"load       {stats.load_s:.2f} s; resident {rss / 1e6:.0f} MB")
+    moving = f", {moving_s:.2f} s more until the weights lay in memory" if moving_s > 0.01 else ""
+    print(f"load       {stats.load_s:.2f} s{moving}; resident {rss / 1e6:.0f} MB")
     print(
         f"active     {short.active_fraction:.2%} of FFN neurons; sparse over dense "
         f"{short.median_tps / dense.median_tps:.2f}x\n"
@@ -240,6 +244,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         "mmap": stats.is_mapped,
         "mlock": stats.is_locked,
         "load_s": round(stats.load_s, 3),
+        "moving_s": round(moving_s, 3),
         "prefill_tps": prefill_tps,
         "decode_tps": round(short.median_tps, 2),
         "decode_gbs": round(short.gbs, 2),

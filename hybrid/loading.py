@@ -28,11 +28,13 @@ def load(
     the physical cores, `context_size` (in tokens) to 4096 or what the model was trained for.
     `quant`: "q8", "q4" or "bf16".
 
-    A large model is packed once and kept under HYBRID_HOME (the user's cache folder); from there
-    its weights are copied into memory or, with `mmap`, mapped: then several processes share them,
-    and a file that shrinks while it is mapped ends the process. None copies where they fit. Only
-    False reads the checkpoint itself without mapping it, too. `mlock` keeps them from being swapped
-    out or, where mapped, dropped; where the system allows no such amount, `Engine.notices` says so.
+    A large model is packed once and kept under HYBRID_HOME (the user's cache folder). From there it
+    is mapped, which takes no time, and moves into memory while it is already in use, or stays
+    mapped with `mmap`: then several processes share it. A file that shrinks while it is mapped ends
+    the process. None moves it where it fits; only False reads the checkpoint itself without mapping
+    it, too. `mlock` keeps the weights from being swapped out or, where mapped, dropped, and has
+    them in memory before `load` returns; where the system allows no such amount, `Engine.notices`
+    says so.
 
     `progress` is told how far downloading and packing are.
 

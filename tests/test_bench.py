@@ -19,6 +19,7 @@ KEYS = [
     "mmap",
     "mlock",
     "load_s",
+    "moving_s",
     "prefill_tps",
     "decode_tps",
     "decode_gbs",

@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 class HybridWorker:
     def __init__(self, args: argparse.Namespace, gguf_path: Path) -> None:
         self.engine = load(args.model, quant=args.quant, threads=args.threads)
+        self.engine.wait_for_weights()
         vocab_size = self.engine.config.vocab_size
         self.ids = np.random.default_rng(0).integers(0, vocab_size, max(PREFILL, args.tokens) + 16)
         self.n = args.tokens

@@ -66,6 +66,7 @@ def main() -> int:
     for _, threads, _, _ in cases:
         if threads not in engines:
             engines[threads] = load(args.model, quant=args.quant, threads=threads)
+            engines[threads].wait_for_weights()
         vocab_size = engines[threads].config.vocab_size
         ids = np.random.default_rng(0).integers(0, vocab_size, SHORT_CONTEXT + args.tokens)
         benches.append(DecodeBench(engines[threads], ids[:SHORT_CONTEXT], ids[SHORT_CONTEXT:]))

@@ -118,8 +118,7 @@ class Engine:
             self.is_synthetic: bool = checkpoint.is_synthetic
         self.folder, self.config, self.quant = folder, config, quant
         self.n_threads, self.n_context = n_threads, n_context
-        # One line each, which a user should see: what is slower, or not applied, and why.
-        self.notices: tuple[str, ...] = (
+        self._notices: tuple[str, ...] = (
             *checkpoint.notices,
             *self.tokenizer.notices,
             *memory_notices,
@@ -131,15 +130,31 @@ class Engine:
             loaded.model, config, format, n_threads=n_threads, n_context=n_context
         )
         self._stats_lock = threading.Lock()
+        self._moving = loaded.moving
         self._stats = EngineStats(
             time.perf_counter() - started, loaded.n_bytes, loaded.is_mapped, loaded.is_locked
         )
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """One line each, which a user should see: what is slower, or not applied, and why."""
+        return self._notices + (() if self._moving is None else self._moving.notices)
+
+    @property
     def stats(self) -> EngineStats:
         """Counts and times since the engine was loaded."""
         with self._stats_lock:
-            return self._stats
+            is_mapped = self._stats.is_mapped or (
+                self._moving is not None and self._moving.is_mapped
+            )
+            return replace(self._stats, is_mapped=is_mapped)
+
+    def wait_for_weights(self) -> None:
+        """Until they have moved from their file into memory, which they do while they are used,
+        for the first seconds: whoever measures speed waits for it.
+        """
+        if self._moving is not None:
+            self._moving.wait()
 
     @property
     def fits_in_cache(self) -> bool:
@@ -257,6 +272,8 @@ class Engine:
     def close(self) -> None:
         """Give back weights and threads as soon as running generations have ended."""
         self._executor = None
+        if self._moving is not None:
+            self._moving.stop()
 
     def __enter__(self) -> Engine:
         return self

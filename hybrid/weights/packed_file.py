@@ -19,7 +19,6 @@ import struct
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -27,7 +26,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from hybrid.errors import OutOfMemory
-from hybrid.kernels import Format, _native
+from hybrid.kernels import Format
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.packed import (
     ALIGNMENT,
@@ -38,10 +37,18 @@ from hybrid.weights.packed import (
     packed_layout,
     view_packed,
 )
+from hybrid.weights.weight_memory import (
+    FileChanged,
+    MovingFile,
+    allocate,
+    lock,
+    map_file,
+    move_file,
+    read_file,
+)
 
 VERSION = "3"  # of rounding and byte layout: another one makes every file stale
 KEEP_FROM_BYTES = 64 << 20  # smaller models are packed faster than a file is worth
-_READ_BYTES = 32 << 20  # of one read
 _ABANDONED_S = 3600  # no packing takes as long
 
 
@@ -60,9 +67,10 @@ class LoadedModel:
 
     model: PackedModel
     n_bytes: int
-    is_mapped: bool
+    is_mapped: bool  # for good
     is_locked: bool  # never swapped out, nor given back to the file
     was_packed: bool  # now, rather than read from a file
+    moving: MovingFile | None  # mapped, and on its way into memory
     notices: tuple[str, ...]
 
 
@@ -79,8 +87,9 @@ def load_packed(
 ) -> LoadedModel:
     """The packed model, from its file in `cache` if that is current, else packed and kept there.
 
-    With `use_mmap` the file is mapped, whatever its size; otherwise its bytes are copied into
-    huge-page memory. `use_mlock` locks them there, or says in a notice why not. `cache` None keeps
+    With `use_mmap` the file is mapped, whatever its size; otherwise its bytes move into huge-page
+    memory, while they are used or, where they are to be locked, before. `use_mlock` locks them, or
+    says in a notice why not. `cache` None keeps
     nothing. A folder that cannot be written costs packing at each load, and a notice; where the
     weights do not fit into memory, it is an error.
 
@@ -90,15 +99,21 @@ def load_packed(
     n_bytes = packed_layout(config, format).n_bytes
 
     def loaded(
-        buffer: Buffer, *notices: str, is_mapped: bool = False, was_packed: bool = True
+        memory: Buffer | MovingFile,
+        *notices: str,
+        is_mapped: bool = False,
+        was_packed: bool = True,
     ) -> LoadedModel:
-        refused = _lock(buffer) if use_mlock else []
+        moving = memory if isinstance(memory, MovingFile) else None
+        buffer = memory.buffer if isinstance(memory, MovingFile) else memory
+        refused = lock(buffer) if use_mlock else []
         return LoadedModel(
             view_packed(buffer, config, format),
             n_bytes,
             is_mapped,
             use_mlock and not refused,
             was_packed,
+            moving,
             (*notices, *refused),
         )
 
@@ -107,16 +122,19 @@ def load_packed(
         return buffer
 
     if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
-        return loaded(pack(_allocate(n_bytes)), *(["mmap: there is no file"] * use_mmap))
+        return loaded(pack(allocate(n_bytes)), *(["mmap: there is no file"] * use_mmap))
     path = cache / _file_name(checkpoint, format)
     header = _header(checkpoint, format)
     if _is_current(path, header, n_bytes):
-        with contextlib.suppress(_FileChanged, OSError):  # it may go or shrink at any moment
+        with contextlib.suppress(FileChanged, OSError):  # it may go or shrink at any moment
+            memory: Buffer | MovingFile
             if use_mmap:
-                buffer = _map(path, len(header), n_bytes)
+                memory = map_file(path, len(header), n_bytes)
+            elif use_mlock:
+                memory = read_file(path, len(header), n_bytes, n_threads)
             else:
-                buffer = _read(path, len(header), n_bytes, n_threads)
-            return loaded(buffer, is_mapped=use_mmap, was_packed=False)
+                memory = move_file(path, len(header), n_bytes, n_threads)
+            return loaded(memory, is_mapped=use_mmap, was_packed=False)
     try:
         if use_mmap:
             with _replacing(path, len(header) + n_bytes) as file:
@@ -125,15 +143,15 @@ def load_packed(
                 mapping = mmap.mmap(file.fileno(), len(header) + n_bytes)
                 pack(np.frombuffer(mapping, np.uint8)[len(header) :])
                 mapping.flush()
-            return loaded(_map(path, len(header), n_bytes), is_mapped=True)
-        buffer = pack(_allocate(n_bytes))
-    except (OSError, _FileChanged) as error:
+            return loaded(map_file(path, len(header), n_bytes), is_mapped=True)
+        buffer = pack(allocate(n_bytes))
+    except (OSError, FileChanged) as error:
         if not fits_memory:
             raise OutOfMemory(
                 f"{_not_kept(path, error)}; without that file the weights must fit into memory, "
                 "and they do not"
             ) from error
-        return loaded(pack(_allocate(n_bytes)), _not_kept(path, error))
+        return loaded(pack(allocate(n_bytes)), _not_kept(path, error))
     try:
         with _replacing(path, len(header) + n_bytes) as file:
             file.write(header)
@@ -186,57 +204,6 @@ def _is_current(path: Path, header: bytes, n_bytes: int) -> bool:
             return is_whole and file.read(len(header)) == header
     except OSError:
         return False
-
-
-def _allocate(n_bytes: int) -> Buffer:
-    try:
-        return _native.allocate_bytes(n_bytes)
-    except MemoryError:
-        raise OutOfMemory(
-            f"the packed weights need {n_bytes / 1e9:.2f} GB of memory, which there are not; "
-            "use quant q4, a smaller model, or mmap"
-        ) from None
-
-
-def _lock(buffer: Buffer) -> list[str]:
-    """Keep the weights in memory; one line where the system refuses."""
-    try:
-        _native.lock_bytes(buffer)
-    except OSError as error:
-        return [
-            f"mlock: the system does not lock {buffer.size / 1e9:.2f} GB ({error.strerror}), so it "
-            "may move them out of memory; raise the limit (ulimit -l)"
-        ]
-    return []
-
-
-class _FileChanged(Exception):
-    """The file became shorter after it was looked at."""
-
-
-def _map(path: Path, offset: int, n_bytes: int) -> Buffer:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size < offset + n_bytes:
-            raise _FileChanged
-        mapping = mmap.mmap(file.fileno(), offset + n_bytes, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapping, np.uint8)[offset:]  # the array keeps the mapping
-
-
-def _read(path: Path, offset: int, n_bytes: int, n_threads: int) -> Buffer:
-    """Into huge-page memory, by several threads: one alone copies more slowly than it streams."""
-    buffer = _allocate(n_bytes)
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(n_threads) as workers:
-
-        def read(first: int) -> None:
-            part = buffer.data[first : first + _READ_BYTES]
-            while part:
-                n = os.preadv(file.fileno(), [part], offset + first)
-                if n == 0:
-                    raise _FileChanged
-                first, part = first + n, part[n:]
-
-        list(workers.map(read, range(0, n_bytes, _READ_BYTES)))
-    return buffer
 
 
 @contextlib.contextmanager

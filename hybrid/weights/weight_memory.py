@@ -1,0 +1,146 @@
+"""The memory that a packed file's bytes come to lie in: mapped, copied, or first one and then the
+other.
+
+Huge-page memory of our own is read fastest, and copying a gigabyte into it takes a second: so the
+file is mapped, which takes none, and a thread moves it, part by part, behind the same addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.errors import OutOfMemory
+from hybrid.kernels import _native
+
+Buffer = NDArray[np.uint8]
+
+READ_BYTES = 32 << 20  # of one read
+MOVE_BYTES = 16 << 20  # at a time; whole huge pages
+
+
+class FileChanged(Exception):
+    """The file became shorter after it was looked at."""
+
+
+def allocate(n_bytes: int) -> Buffer:
+    """Huge-page memory. Raises OutOfMemory."""
+    try:
+        return _native.allocate_bytes(n_bytes)
+    except MemoryError:
+        raise OutOfMemory(
+            f"the packed weights need {n_bytes / 1e9:.2f} GB of memory, which there are not; "
+            "use quant q4, a smaller model, or mmap"
+        ) from None
+
+
+def lock(buffer: Buffer) -> list[str]:
+    """Keep the weights in memory; one line where the system refuses."""
+    try:
+        _native.lock_bytes(buffer)
+    except OSError as error:
+        return [
+            f"mlock: the system does not lock {buffer.size / 1e9:.2f} GB ({error.strerror}), so it "
+            "may move them out of memory; raise the limit (ulimit -l)"
+        ]
+    return []
+
+
+def map_file(path: Path, offset: int, n_bytes: int) -> Buffer:
+    """Raises FileChanged, OSError."""
+    with path.open("rb") as file:
+        check_length(file, offset + n_bytes)
+        mapping = mmap.mmap(file.fileno(), offset + n_bytes, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapping, np.uint8)[offset:]  # the array keeps the mapping
+
+
+def read_file(path: Path, offset: int, n_bytes: int, n_threads: int) -> Buffer:
+    """Into huge-page memory, by several threads: one alone copies more slowly than it streams.
+    Raises FileChanged, OSError, OutOfMemory.
+    """
+    buffer = allocate(n_bytes)
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(n_threads) as workers:
+
+        def read(first: int) -> None:
+            part = buffer.data[first : first + READ_BYTES]
+            while part:
+                n = os.preadv(file.fileno(), [part], offset + first)
+                if n == 0:
+                    raise FileChanged
+                first, part = first + n, part[n:]
+
+        list(workers.map(read, range(0, n_bytes, READ_BYTES)))
+    return buffer
+
+
+def check_length(file: BinaryIO, n_bytes: int) -> None:
+    """Raises FileChanged where the file is shorter."""
+    if os.fstat(file.fileno()).st_size < n_bytes:
+        raise FileChanged
+
+
+def move_file(path: Path, offset: int, n_bytes: int, n_threads: int) -> Buffer | MovingFile:
+    """The file moving into memory; where this system cannot do that, its bytes, read.
+
+    Raises FileChanged, OSError, OutOfMemory.
+    """
+    try:
+        return MovingFile(path, offset, n_bytes)
+    except OSError:
+        return read_file(path, offset, n_bytes, n_threads)
+
+
+class MovingFile:
+    """A file mapped at once and moved into huge-page memory by a thread of its own. Where that
+    fails midway, the rest stays mapped, and `notices` say so.
+    """
+
+    def __init__(self, path: Path, offset: int, n_bytes: int) -> None:
+        """Raises FileChanged, and OSError where this system cannot."""
+        self._file = path.open("rb", buffering=0)
+        try:
+            check_length(self._file, offset + n_bytes)
+            self._mapped = _native.map_file(self._file.fileno(), offset + n_bytes)
+        except BaseException:
+            self._file.close()
+            raise
+        self.buffer: Buffer = self._mapped[offset:]
+        self.is_mapped = True  # some of it
+        self.notices: tuple[str, ...] = ()
+        self._stops = threading.Event()
+        self._thread = threading.Thread(target=self._move, name="hybrid-weights", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until it lies in memory, or moving has failed."""
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Leave the rest mapped."""
+        self._stops.set()
+        self._thread.join()
+
+    def _move(self) -> None:
+        size = self._mapped.size
+        with self._file, contextlib.suppress(OSError):
+            for first in range(0, size, MOVE_BYTES):
+                if self._stops.is_set():
+                    return
+                part = min(MOVE_BYTES, size - first)
+                try:
+                    _native.move_into_memory(self._mapped, first, part, self._file.fileno())
+                except OSError as error:
+                    self.notices = (
+                        f"{size - first} of {size} bytes of weights stay mapped from disk, which "
+                        f"may be slower: {error.strerror}",
+                    )
+                    return
+            self.is_mapped = False
