@@ -86,13 +86,12 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       const int32_t span = piece / shape.n_kv_heads, kv_head = piece % shape.n_kv_heads;
       const int32_t head = kv_head * group;
       const int64_t row = int64_t{span} * shape.n_heads + head;
-      // Threads take pieces in turn.
-      const int32_t next = piece + pool_.n_threads(), n_pieces = CountPieces(phase);
+      // Threads take neighbouring pieces, as long as they can.
+      const int32_t next = piece + 1, n_pieces = CountPieces(phase);
       const void* next_bytes =
-          next < n_pieces
-              ? static_cast<const void*>(
-                    KvSpan(op.layer, next % shape.n_kv_heads, next / shape.n_kv_heads))
-              : op.a.values + (next - n_pieces) * kOutputRows / kRowTile * op.a.values_stride;
+          next < n_pieces ? static_cast<const void*>(
+                                KvSpan(op.layer, next % shape.n_kv_heads, next / shape.n_kv_heads))
+                          : op.a.values;
       AttendSpan(op, kv_head, q_ + int64_t{head} * head_stride, span, position_ + 1, next_bytes,
                  scratch, span_max_ + row, span_sum_ + row, span_out_ + row * head_stride);
       scratch.bytes[kStageAttend] += 2 * int64_t{sizeof(uint16_t)} * head_stride *
