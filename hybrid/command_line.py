@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from hybrid import HybridError, InvalidOption
@@ -43,6 +44,19 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def read_text(path: Path) -> str:
+    """A text that --text names. Raises InvalidOption where it cannot be read or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidOption(f"--text {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidOption(f"--text {path}: not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise InvalidOption(f"--text {path}: there is no text in it")
+    return text
 
 
 def run_command(program: str, command: Callable[[], int]) -> int:

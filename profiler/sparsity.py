@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid import Engine, InvalidOption, check_options, load
-from hybrid.command_line import ArgumentParser, run_command
+from hybrid import Engine, check_options, load
+from hybrid.command_line import ArgumentParser, read_text, run_command
 from hybrid.progress_bar import progress_bar
 
 
@@ -56,14 +56,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidOption(f"--text {args.text}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidOption(f"--text {args.text}: not UTF-8 text (byte {error.start})") from error
-    if not text.strip():
-        raise InvalidOption(f"--text {args.text}: there is no text in it")
+    text = read_text(args.text)
     with (
         progress_bar() as progress,
         load(

@@ -28,7 +28,7 @@ LAYERS = [
     ["hybrid"],  # the public names
     ["hybrid.progress_bar", "hybrid.command_line"],
     ["hybrid.conversation"],
-    ["hybrid.run", "hybrid.bench", "hybrid.selfcheck"],
+    ["hybrid.run", "hybrid.bench", "hybrid.eval", "hybrid.selfcheck"],
 ]
 # Public names and the catalog, the bar; a front-end's own part, where it has one.
 _USUAL = {"hybrid", "hybrid.catalog", "hybrid.progress_bar", "hybrid.command_line"}
@@ -36,6 +36,7 @@ FRONT_ENDS = {
     "hybrid.run": _USUAL | {"hybrid.conversation"},
     "hybrid.conversation": _USUAL,
     "hybrid.bench": _USUAL,
+    "hybrid.eval": _USUAL | {"hybrid.progress"},
     "hybrid.selfcheck": _USUAL | {"hybrid.checking"},
 }
 

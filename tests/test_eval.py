@@ -1,0 +1,89 @@
+"""Perplexity: every token counted once, with the context that its window gives it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import hybrid
+from hybrid import InvalidOption, eval
+
+TEXT = "Once upon a time there was a little cat. The cat was happy and played all day. " * 6
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with hybrid.load("stories", threads=2) as engine:
+        yield engine
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(512, None), (40, 20), (40, 39), (7, 1), (2, 1)])
+def test_each_token_is_predicted_once_from_its_window(engine, window, stride, monkeypatch):
+    monkeypatch.setattr(eval, "CHUNK", 16)
+    ids = engine.tokenizer.encode(TEXT)
+    result = eval.measure_perplexity(engine, TEXT, window=window, stride=stride)
+    step = stride or window // 2
+    expected = 0.0
+    for target in range(1, len(ids)):
+        first = next(f for f in range(0, len(ids), step) if f + window > target)  # the first to see
+        with engine.open_session() as session:
+            session.prefill(ids[first:target])
+            expected -= log_softmax(session.logits)[ids[target]]
+    assert result.n_tokens == len(ids) - 1
+    assert result.nats == pytest.approx(expected, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(expected / (len(ids) - 1)), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(expected / math.log(2) / len(TEXT), rel=1e-5)
+
+
+def test_a_story_is_predicted_better_than_noise(engine):
+    letters = np.random.default_rng(0).choice(list("abcdefgh "), len(TEXT))
+    story = eval.measure_perplexity(engine, TEXT)
+    noise = eval.measure_perplexity(engine, "".join(letters))
+    assert story.bits_per_byte < noise.bits_per_byte / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"window": 1}, "window"), ({"window": 10**6}, "window"), ({"stride": 0}, "stride")]
+    + [({"window": 8, "stride": 8}, "stride")],
+)
+def test_sizes_that_do_not_fit_are_refused(engine, options, message):
+    with pytest.raises(InvalidOption, match=message):
+        eval.measure_perplexity(engine, TEXT, **options)
+
+
+def test_the_command_prints_json(tmp_path, capsys):
+    path = tmp_path / "a text.txt"
+    path.write_text(TEXT)
+    assert eval.main(["perplexity", "--text", str(path), "--json", "--window", "64"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["n_bytes"] == len(TEXT)
+    assert summary["stride"] == 32
+    assert 1 < summary["perplexity"] < 30
+    assert eval.main(["perplexity", "--text", str(path), "--window", "64"]) == 0
+    assert f"perplexity {summary['perplexity']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "no text"), (b" \n", "no text"), (b"\xff\xfe", "not UTF-8")]
+)
+def test_texts_that_are_none_are_one_line(tmp_path, capsys, content, message):
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    assert eval.main(["perplexity", "--text", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_text_is_one_line(capsys):
+    assert eval.main(["perplexity", "--text", "/no/such/text"]) == 2
+    assert "No such file" in capsys.readouterr().err
