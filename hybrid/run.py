@@ -163,6 +163,7 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
     if args.verbose:
         stats = engine.stats
         where = "mapped from disk" if stats.is_mapped else "in memory"
+        where = "moving into memory" if stats.is_moving else where
         lines += [
             f"{engine.folder}: {config.family}, {config.n_layers} layers of {config.n_neurons} "
             f"neurons, hidden size {config.hidden_size}, {config.activation} "

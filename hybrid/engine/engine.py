@@ -53,7 +53,8 @@ class EngineStats:
 
     load_s: float = 0.0
     weight_bytes: int = 0  # packed
-    is_mapped: bool = False  # whether the weights are a mapped file, not memory of our own
+    is_mapped: bool = False  # whether some weights are a mapped file, not memory of our own
+    is_moving: bool = False  # whether those are on their way into memory
     is_locked: bool = False  # whether they are kept from leaving memory
     n_generations: int = 0
     prompt_tokens: int = 0
@@ -132,7 +133,10 @@ class Engine:
         self._stats_lock = threading.Lock()
         self._moving = loaded.moving
         self._stats = EngineStats(
-            time.perf_counter() - started, loaded.n_bytes, loaded.is_mapped, loaded.is_locked
+            load_s=time.perf_counter() - started,
+            weight_bytes=loaded.n_bytes,
+            is_mapped=loaded.is_mapped,
+            is_locked=loaded.is_locked,
         )
 
     @property
@@ -144,10 +148,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counts and times since the engine was loaded."""
         with self._stats_lock:
-            is_mapped = self._stats.is_mapped or (
-                self._moving is not None and self._moving.is_mapped
-            )
-            return replace(self._stats, is_mapped=is_mapped)
+            if self._moving is None:
+                return self._stats
+            is_moving, is_mapped = self._moving.is_moving, self._moving.is_mapped
+            return replace(self._stats, is_mapped=is_mapped, is_moving=is_moving)
 
     def wait_for_weights(self) -> None:
         """Until they have moved from their file into memory, which they do while they are used,

@@ -119,6 +119,11 @@ class MovingFile:
         self._thread = threading.Thread(target=self._move, name="hybrid-weights", daemon=True)
         self._thread.start()
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether it is still on its way."""
+        return self._thread.is_alive()
+
     def wait(self) -> None:
         """Until it lies in memory, or moving has failed."""
         self._thread.join()

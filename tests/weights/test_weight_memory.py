@@ -56,6 +56,7 @@ def test_the_bytes_stay_where_they_are(path, data):
     np.testing.assert_array_equal(moving.buffer, expected)
     moving.wait()
     assert not moving.is_mapped
+    assert not moving.is_moving
     assert moving.notices == ()
     assert moving.buffer.ctypes.data == address
     assert backing(moving.buffer) == {""}
@@ -91,6 +92,7 @@ def test_stopping_leaves_the_rest_mapped(path, data, monkeypatch):
     monkeypatch.setattr(weight_memory._native, "move_into_memory", wait)
     moving = MovingFile(path, OFFSET, N_BYTES)
     at_work.wait()
+    assert moving.is_moving
     threading.Timer(0.05, go_on.set).start()
     moving.stop()
     assert moving.is_mapped

@@ -1,0 +1,39 @@
+"""An engine whose weights move into memory while it generates: the same tokens, and it says so."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import hybrid
+from hybrid.weights import packed_file, weight_memory
+
+
+def test_tokens_are_the_same_before_during_and_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed_file, "KEEP_FROM_BYTES", 0)
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path))
+
+    def story(engine: hybrid.Engine) -> str:
+        return "".join(engine.generate("Once upon a time", max_tokens=20, temperature=0))
+
+    with hybrid.load("stories") as packed:
+        expected = story(packed)
+    go_on = threading.Event()
+    move = weight_memory._native.move_into_memory
+
+    def move_when_told(mapped, first, n_bytes, file):
+        go_on.wait()
+        move(mapped, first, n_bytes, file)
+
+    monkeypatch.setattr(weight_memory._native, "move_into_memory", move_when_told)
+    with hybrid.load("stories") as engine:
+        if not engine.stats.is_moving:
+            pytest.skip("this system reads the file")
+        assert engine.stats.is_mapped
+        assert story(engine) == expected
+        go_on.set()
+        engine.wait_for_weights()
+        assert not engine.stats.is_moving
+        assert not engine.stats.is_mapped
+        assert story(engine) == expected
