@@ -31,7 +31,7 @@ inline F32 Exp(F32 x) {
 
 constexpr int32_t kKeyVectors = kLanes == 16 ? 4 : 2;  // as many sums as there are registers for
 
-// scores[head] of keys first..first + kVectors * kLanes. Lanes are keys, so that no sum runs across
+// scores[head] of kKeyVectors * kLanes keys from `first` on. Lanes are keys, so no sum runs across
 // lanes; a key is read once for all heads.
 template <int kHeads>
 inline void ScoreKeys(const AttendSpanArgs& a, const float* q, int32_t first, float* scores) {
