@@ -24,9 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 
-from hybrid import Engine, InvalidOption, Sampler, Session, active_isa, check_options, load
-from hybrid.command_line import ArgumentParser, printable, run_command
-from hybrid.progress_bar import progress_bar
+from hybrid import Engine, InvalidOption, Sampler, Session, active_isa, check_options
+from hybrid.command_line import ArgumentParser, open_engine, printable, run_command
 
 PREFILL_LENGTHS = (128, 512)
 SHORT_CONTEXT = 16
@@ -147,18 +146,7 @@ class DecodeBench:
 
 def bench(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)  # before a model is fetched for it
-    with (
-        progress_bar() as progress,
-        load(
-            args.model,
-            threads=args.threads,
-            quant=args.quant,
-            mmap=args.mmap,
-            mlock=args.mlock,
-            offline=args.offline,
-            progress=progress,
-        ) as engine,
-    ):
+    with open_engine(args, mmap=args.mmap, mlock=args.mlock) as (engine, _):
         report(args, engine)
     return 0
 

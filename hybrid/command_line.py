@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from hybrid import HybridError, InvalidOption
+from hybrid import Engine, HybridError, InvalidOption, Progress, load
+from hybrid.progress_bar import progress_bar
 
 
 class _Version(argparse.Action):
@@ -44,6 +46,25 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+@contextlib.contextmanager
+def open_engine(args: argparse.Namespace, **options: Any) -> Iterator[tuple[Engine, Progress]]:
+    """The model that the options name, and the bar on which fetching and packing it
+    showed, for what comes after. `options` are further ones of `load`.
+    """
+    with (
+        progress_bar() as progress,
+        load(
+            args.model,
+            threads=args.threads,
+            quant=args.quant,
+            offline=args.offline,
+            progress=progress,
+            **options,
+        ) as engine,
+    ):
+        yield engine, progress
 
 
 def read_text(path: Path) -> str:

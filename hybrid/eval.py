@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid import Engine, InvalidOption, check_options, load
-from hybrid.command_line import ArgumentParser, read_text, run_command
+from hybrid import Engine, InvalidOption, check_options
+from hybrid.command_line import ArgumentParser, open_engine, read_text, run_command
 from hybrid.progress import Progress, ignore_progress
-from hybrid.progress_bar import progress_bar
 
 CHUNK = 256  # tokens whose logits are held at once
 
@@ -127,16 +126,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)
     text = read_text(args.text)
-    with (
-        progress_bar() as progress,
-        load(
-            args.model,
-            threads=args.threads,
-            quant=args.quant,
-            offline=args.offline,
-            progress=progress,
-        ) as engine,
-    ):
+    with open_engine(args) as (engine, progress):
         result = measure_perplexity(
             engine, text, window=args.window, stride=args.stride, progress=progress
         )

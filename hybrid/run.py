@@ -29,12 +29,10 @@ from hybrid import (
     OutOfMemory,
     active_isa,
     check_options,
-    load,
 )
 from hybrid.catalog import catalog
-from hybrid.command_line import ArgumentParser, printable, run_command
+from hybrid.command_line import ArgumentParser, open_engine, printable, run_command
 from hybrid.conversation import Conversation, interrupts
-from hybrid.progress_bar import progress_bar
 
 MAX_PROMPT_BYTES = 4 << 20
 _stream_gbs: dict[Engine, float | None] = {}
@@ -252,19 +250,8 @@ def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) ->
 def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     check_options(**options_of(args), threads=args.threads)  # before a model is fetched for them
-    with (
-        progress_bar() as progress,
-        load(
-            args.model,
-            threads=args.threads,
-            quant=args.quant,
-            context_size=args.ctx_size,
-            mmap=args.mmap,
-            mlock=args.mlock,
-            offline=args.offline,
-            progress=progress,
-        ) as engine,
-    ):
+    options = {"context_size": args.ctx_size, "mmap": args.mmap, "mlock": args.mlock}
+    with open_engine(args, **options) as (engine, _):
         for line in notes(engine, args):
             print(f"note: {printable(line)}", file=sys.stderr)
         if (args.chat or args.system is not None) and not engine.tokenizer.has_chat_template:

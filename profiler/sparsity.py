@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid import Engine, check_options, load
-from hybrid.command_line import ArgumentParser, read_text, run_command
-from hybrid.progress_bar import progress_bar
+from hybrid import Engine, check_options
+from hybrid.command_line import ArgumentParser, open_engine, read_text, run_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +56,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)
     text = read_text(args.text)
-    with (
-        progress_bar() as progress,
-        load(
-            args.model,
-            threads=args.threads,
-            quant=args.quant,
-            offline=args.offline,
-            progress=progress,
-        ) as engine,
-    ):
+    with open_engine(args) as (engine, _):
         report = measure_sparsity(engine, engine.tokenizer.encode(text))
     for layer, sparsity in enumerate(report.sparsity):
         print(f"layer {layer:3}  {sparsity:.4f}")

@@ -29,37 +29,36 @@ inline F32 Exp(F32 x) {
   return Mul(y, Pow2(n));
 }
 
-constexpr int32_t kKeyVectors = kLanes == 16 ? 4 : 2;  // as many sums as there are registers for
+constexpr int32_t kSums = kLanes == 16 ? 4 : 2;  // a head: as many as there are registers for
 
-// scores[head] of kKeyVectors * kLanes keys from `first` on. Lanes are keys, so no sum runs across
+// scores[head] of kSums * kLanes keys from `first` on. Lanes are keys, so no sum runs across
 // lanes; a key is read once for all heads.
 template <int kHeads>
 inline void ScoreKeys(const AttendSpanArgs& a, const float* q, int32_t first, float* scores) {
   const uint16_t* k = a.k + int64_t{first / kKeyTile * kKeyTile} * a.head_stride + first % kKeyTile;
   const uint16_t* v = a.v + int64_t{first} * a.head_stride;  // this many values are read next
-  F32 sum[kHeads][kKeyVectors];
+  F32 sum[kHeads][kSums];
 #pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h)
 #pragma GCC unroll 4
-    for (int i = 0; i < kKeyVectors; ++i) sum[h][i] = Zero();
+    for (int i = 0; i < kSums; ++i) sum[h][i] = Zero();
   for (int32_t d = 0; d < a.head_stride; ++d) {
     if (a.next != nullptr)
-      for (int at = 0; at < kKeyVectors * kLanes; at += 32)
-        PrefetchL2(v + d * kKeyVectors * kLanes + at);
-    F32 keys[kKeyVectors];
+      for (int at = 0; at < kSums * kLanes; at += 32) PrefetchL2(v + d * kSums * kLanes + at);
+    F32 keys[kSums];
 #pragma GCC unroll 4
-    for (int i = 0; i < kKeyVectors; ++i) keys[i] = LoadFp16(k + d * kKeyTile + i * kLanes);
+    for (int i = 0; i < kSums; ++i) keys[i] = LoadFp16(k + d * kKeyTile + i * kLanes);
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
       const F32 element = Set(q[h * a.head_stride + d]);
 #pragma GCC unroll 4
-      for (int i = 0; i < kKeyVectors; ++i) sum[h][i] = Fma(element, keys[i], sum[h][i]);
+      for (int i = 0; i < kSums; ++i) sum[h][i] = Fma(element, keys[i], sum[h][i]);
     }
   }
 #pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h)
 #pragma GCC unroll 4
-    for (int i = 0; i < kKeyVectors; ++i) Store(scores + h * kSpan + first + i * kLanes, sum[h][i]);
+    for (int i = 0; i < kSums; ++i) Store(scores + h * kSpan + first + i * kLanes, sum[h][i]);
 }
 
 // Scores become exp(score - max); returns their sum. Lanes beyond n are scratch up to kSpan.
@@ -109,15 +108,14 @@ inline void WeighSpan(const AttendSpanArgs& a, const float* scores, int32_t firs
 
 template <int kHeads>
 inline void AttendHeads(const AttendSpanArgs& a, int32_t head) {
-  constexpr int kParts = kLanes == 16 ? 4 : 2;  // as many sums as there are registers for
   float* out = a.out + head * a.head_stride;
-  for (int32_t first = 0; first < a.n; first += kKeyVectors * kLanes)
+  for (int32_t first = 0; first < a.n; first += kSums * kLanes)
     ScoreKeys<kHeads>(a, a.q + head * a.head_stride, first, a.scores);
   for (int h = 0; h < kHeads; ++h)
     a.sum[head + h] = Exponentiate(a.scores + h * kSpan, a.n, a.max + head + h);
   int32_t first = 0;
-  for (; first + kParts * kLanes <= a.head_stride; first += kParts * kLanes)
-    WeighSpan<kHeads, kParts>(a, a.scores, first, out);
+  for (; first + kSums * kLanes <= a.head_stride; first += kSums * kLanes)
+    WeighSpan<kHeads, kSums>(a, a.scores, first, out);
   for (; first < a.head_stride; first += kLanes) WeighSpan<kHeads, 1>(a, a.scores, first, out);
 }
 

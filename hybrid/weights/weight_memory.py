@@ -7,7 +7,6 @@ file is mapped, which takes none, and a thread moves it, part by part, behind th
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import threading
@@ -16,12 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import _native
-
-Buffer = NDArray[np.uint8]
+from hybrid.weights.packed import Buffer
 
 READ_BYTES = 32 << 20  # of one read
 MOVE_BYTES = 16 << 20  # at a time; whole huge pages
@@ -135,7 +132,7 @@ class MovingFile:
 
     def _move(self) -> None:
         size = self._mapped.size
-        with self._file, contextlib.suppress(OSError):
+        with self._file:
             for first in range(0, size, MOVE_BYTES):
                 if self._stops.is_set():
                     return

@@ -11,11 +11,9 @@ SPAN, KEY_TILE = _native.SPAN, _native.KEY_TILE
 
 
 def attend_span(q, k, v):
-    """k, v (positions, head_dim) fp16"""
+    """k, v (positions, head_dim) fp16; what a tile holds beyond their end must not be read."""
     n_tiles = -(-len(k) // KEY_TILE)
-    tiles = np.full(
-        (n_tiles * KEY_TILE, k.shape[1]), np.nan, np.float16
-    )  # beyond the end: not read
+    tiles = np.full((n_tiles * KEY_TILE, k.shape[1]), np.nan, np.float16)
     tiles[: len(k)] = k
     tiles = tiles.reshape(n_tiles, KEY_TILE, -1).transpose(0, 2, 1).copy()
     return _native.attend_span(q, tiles.view(np.uint16), v.view(np.uint16))
