@@ -7,8 +7,10 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <vector>
 
 #include "kernels/kernels.h"
+#include "program.h"
 
 namespace hybrid {
 
@@ -45,6 +47,19 @@ struct PyRows {
   Format format;
   Rows rows;
   Bytes memory;
+};
+
+// A predictor of one layer within NumPy arrays, which it keeps alive.
+struct PyPredictor {
+  PyPredictor(Format format, PredictorKind kind, int32_t size, int32_t n_neurons, Bytes tiles,
+              const PyRows* first_matrix);
+  // What it is asked with, for (n, bytes) quantised vectors.
+  std::vector<uint8_t> MakeInputs(Format x_format, const Bytes& x, int32_t n_cols) const;
+  Format format;  // of the model's weights
+  Predictor predictor;
+  int32_t n_neurons;
+  Rows rows{};  // kLowRank: the first matrix
+  Bytes tiles, rows_memory;
 };
 
 void BindKernels(py::module_& m);

@@ -116,6 +116,44 @@ PyRows::PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int6
   }
 }
 
+PyPredictor::PyPredictor(Format format, PredictorKind kind, int32_t size, int32_t n_neurons,
+                         Bytes tiles, const PyRows* first_matrix)
+    : format(format), n_neurons(n_neurons), tiles(tiles) {
+  predictor = {kind, size, tiles.data()};
+  Check(size > 0 && size <= kMaxCols && n_neurons > 0, "predictor sizes");
+  Check(tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
+            tiles.shape(0) ==
+                (n_neurons + kPredictTile - 1) / kPredictTile * PredictTileBytes(predictor),
+        "tiles must be (bytes of all tiles,)");
+  Check((first_matrix != nullptr) == (kind == PredictorKind::kLowRank),
+        "a low-rank predictor has a first matrix");
+  if (first_matrix == nullptr) return;
+  Check(size % kRowTile == 0 && first_matrix->rows.n_rows == size &&
+            first_matrix->format == PredictorFormat(format),
+        "first matrix must be (rank, hidden), in q8, or bf16 for bf16");
+  rows = first_matrix->rows;
+  rows_memory = first_matrix->memory;
+}
+
+std::vector<uint8_t> PyPredictor::MakeInputs(Format x_format, const Bytes& x,
+                                             int32_t n_cols) const {
+  Check(x_format == format, "predictor of another format");
+  const bool is_low_rank = predictor.kind == PredictorKind::kLowRank;
+  Check(is_low_rank ? rows.n_cols == n_cols : predictor.size == PaddedCols(format, n_cols) / 32,
+        "predictor of another width");
+  const int64_t n = x.shape(0), n_bytes = PredictorInputBytes(predictor);
+  std::vector<float> z(static_cast<size_t>(n * predictor.size));
+  std::vector<uint8_t> inputs(static_cast<size_t>(n * n_bytes));
+  const KernelTable& kernels = ActiveKernels();
+  if (is_low_rank)
+    kernels.gemm({PredictorFormat(format), rows, 0, predictor.size, x.data(), x.shape(1),
+                  static_cast<int32_t>(n), z.data(), predictor.size});
+  for (int64_t t = 0; t < n; ++t)
+    kernels.make_predictor_input(predictor, format, x.data() + t * x.shape(1), n_cols,
+                                 z.data() + t * predictor.size, inputs.data() + t * n_bytes);
+  return inputs;
+}
+
 void BindKernels(py::module_& m) {
   m.def("available_isas", &AvailableIsas);
   m.def("active_isa", [] { return std::string(ActiveKernels().name); });
@@ -236,7 +274,8 @@ void BindKernels(py::module_& m) {
   m.def(
       "sparse_ffn",
       [](const PyRows& gate, const PyRows& up, const PyRows& down, const Bytes& x, int32_t first,
-         int32_t last, Activation activation, float threshold, bool computes_all) {
+         int32_t last, Activation activation, float threshold, bool computes_all,
+         const PyPredictor* predictor) {
         const Format format = gate.format;
         Check(0 <= first && first <= last && last <= gate.rows.n_rows, "neuron range");
         Check(up.format == format && down.format == format, "formats differ");
@@ -250,33 +289,42 @@ void BindKernels(py::module_& m) {
         Floats out({x.shape(0), static_cast<py::ssize_t>(padded)});
         const int64_t n_pairs = int64_t{last - first} * x.shape(0);
         std::vector<Active> active(static_cast<size_t>(n_pairs) + 1);
-        const SparseFfnArgs args = {format,
-                                    gate.rows,
-                                    up.rows,
-                                    down.rows,
-                                    first,
-                                    last,
-                                    activation,
-                                    threshold,
-                                    x.data(),
-                                    x.shape(1),
-                                    static_cast<int32_t>(x.shape(0)),
-                                    out.mutable_data(),
-                                    padded,
-                                    computes_all,
-                                    active.data()};
-        int64_t n_active = 0;
+        SparseFfnArgs args = {format,
+                              gate.rows,
+                              up.rows,
+                              down.rows,
+                              first,
+                              last,
+                              activation,
+                              threshold,
+                              x.data(),
+                              x.shape(1),
+                              static_cast<int32_t>(x.shape(0)),
+                              out.mutable_data(),
+                              padded,
+                              computes_all,
+                              active.data()};
+        std::vector<uint8_t> inputs;
+        std::vector<int32_t> predicted(static_cast<size_t>(last - first));
+        if (predictor != nullptr) {
+          Check(!computes_all && predictor->n_neurons == gate.rows.n_rows, "predictor");
+          inputs = predictor->MakeInputs(format, x, gate.rows.n_cols);
+          args.predictor = &predictor->predictor;
+          args.predictor_inputs = inputs.data();
+          args.predictor_input_stride = PredictorInputBytes(predictor->predictor);
+          args.predicted = predicted.data();
+        }
+        ActiveCounts counts{};
         WithoutGil([&] {
           const KernelTable& kernels = ActiveKernels();
-          int32_t n_listed = 0;
-          n_active = kernels.find_active(args, &n_listed);
-          kernels.add_active(args, n_listed);
+          counts = kernels.find_active(args);
+          kernels.add_active(args, counts.n_listed);
         });
-        return py::make_tuple(out, n_active);
+        return py::make_tuple(out, counts.n_active, counts.n_predicted);
       },
       py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("x"), py::arg("first"),
-      py::arg("last"), py::arg("activation"), py::arg("threshold"),
-      py::arg("computes_all") = false);
+      py::arg("last"), py::arg("activation"), py::arg("threshold"), py::arg("computes_all") = false,
+      py::arg("predictor") = py::none());
   m.def(
       "add_partials",
       [](Format format, const Floats& partials, float scale, const Floats& x) {

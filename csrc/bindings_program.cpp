@@ -109,6 +109,18 @@ struct PySession {
       Check(tokens[i] >= 0 && tokens[i] < program.vocab_size(), "token beyond the vocabulary");
   }
 
+  Observation Observe(int32_t n, Bytes& masks, std::optional<Halves>& inputs) const {
+    const py::ssize_t n_layers = program.n_layers(), hidden = program.shape().hidden_size;
+    Check(masks.ndim() == 3 && masks.shape(0) == n_layers && masks.shape(1) == n &&
+              masks.shape(2) == CeilDiv(program.n_neurons(), 8),
+          "masks must be (n_layers, n, ceil(n_neurons / 8))");
+    if (inputs)
+      Check(inputs->ndim() == 3 && inputs->shape(0) == n_layers && inputs->shape(1) == n &&
+                inputs->shape(2) == hidden,
+            "inputs must be (n_layers, n, hidden_size)");
+    return {n, masks.mutable_data(), inputs ? inputs->mutable_data() : nullptr};
+  }
+
   py::object keep_program, keep_pool;  // first: they must outlive the session
   Program& program;
   ThreadPool& pool;
@@ -143,7 +155,13 @@ void BindProgram(py::module_& m) {
            py::arg("n_cols"), py::arg("offset") = 0, py::arg("row_stride") = py::none(),
            py::arg("scales_offset") = 0)
       .def_property_readonly("n_rows", [](const PyRows& r) { return r.rows.n_rows; })
-      .def_property_readonly("n_cols", [](const PyRows& r) { return r.rows.n_cols; });
+      .def_property_readonly("n_cols", [](const PyRows& r) { return r.rows.n_cols; })
+      .def_property_readonly("memory", [](const PyRows& r) { return r.memory; });
+
+  py::class_<PyPredictor>(m, "Predictor")
+      .def(py::init<Format, PredictorKind, int32_t, int32_t, Bytes, const PyRows*>(), py::kw_only(),
+           py::arg("format"), py::arg("kind"), py::arg("size"), py::arg("n_neurons"),
+           py::arg("tiles"), py::arg("first_matrix") = py::none());
 
   py::class_<ThreadPool, std::unique_ptr<ThreadPool, FreeInOwnProcess>>(m, "ThreadPool")
       .def(py::init([](int32_t n_threads) {
@@ -193,16 +211,28 @@ void BindProgram(py::module_& m) {
       .def(
           "ffn",
           [](PyProgram& p, Floats norm, py::object gate, py::object up, py::object down,
-             Activation activation, float threshold, float scale, int32_t layer) {
+             Activation activation, float threshold, float scale, int32_t layer,
+             py::object predictor) {
             Op op{OpKind::kFfn};
             op.activation = activation;
             op.threshold = threshold;
             op.scale = scale;
             op.layer = layer;
+            if (!predictor.is_none()) {
+              const PyPredictor& of = predictor.cast<const PyPredictor&>();
+              Check(of.format == p.program.shape().format &&
+                        of.n_neurons == gate.cast<const PyRows&>().rows.n_rows,
+                    "predictor of another format or size");
+              op.has_predictor = true;
+              op.predictor = of.predictor;
+              op.d = of.rows;
+              p.keep_alive.append(predictor);
+            }
             p.Add(op, {gate, up, down}, norm);
           },
           py::arg("norm"), py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("activation"),
-          py::arg("threshold"), py::arg("scale"), py::arg("layer"))
+          py::arg("threshold"), py::arg("scale"), py::arg("layer"),
+          py::arg("predictor") = py::none())
       .def(
           "head",
           [](PyProgram& p, Floats norm, py::object head, float scale) {
@@ -220,7 +250,8 @@ void BindProgram(py::module_& m) {
            py::arg("is_timed") = false)
       .def(
           "prefill",
-          [](PySession& s, const Tokens& tokens, bool all_logits) -> py::object {
+          [](PySession& s, const Tokens& tokens, bool all_logits, std::optional<Bytes> masks,
+             std::optional<Halves> inputs) -> py::object {
             Turn turn(s);
             Check(tokens.ndim() == 1 && tokens.shape(0) > 0, "tokens must be (n,), n > 0");
             // A copy, so that nobody can change what was checked.
@@ -235,10 +266,14 @@ void BindProgram(py::module_& m) {
               out = array.mutable_data();
               logits = array;
             }
-            WithoutGil([&] { s.session.Prefill(ids.data(), n, out); });
+            Observation observation{};
+            if (masks) observation = s.Observe(n, *masks, inputs);
+            const Observation* observed = masks ? &observation : nullptr;
+            WithoutGil([&] { s.session.Prefill(ids.data(), n, out, observed); });
             return logits;
           },
-          py::arg("tokens"), py::arg("all_logits") = false)
+          py::arg("tokens"), py::arg("all_logits") = false,
+          py::arg("masks").noconvert() = py::none(), py::arg("inputs").noconvert() = py::none())
       .def(
           "decode",
           [](PySession& s, int64_t token) {
@@ -272,6 +307,13 @@ void BindProgram(py::module_& m) {
                                std::vector<int64_t> counts;
                                for (int32_t layer = 0; layer < s.program.n_layers(); ++layer)
                                  counts.push_back(s.session.active_count(layer));
+                               return counts;
+                             })
+      .def_property_readonly("predicted_counts",
+                             [](const PySession& s) {
+                               std::vector<int64_t> counts;
+                               for (int32_t layer = 0; layer < s.program.n_layers(); ++layer)
+                                 counts.push_back(s.session.predicted_count(layer));
                                return counts;
                              })
       .def_property_readonly("decode_bytes",

@@ -56,9 +56,12 @@ void Program::Add(const Op& op) {
     case OpKind::kFfn:
       Check(op.a.n_cols == hidden && op.b.n_cols == hidden && op.c.n_cols == hidden, "FFN width");
       Check(op.a.n_rows == op.b.n_rows && op.a.n_rows == op.c.n_rows, "FFN neurons");
+      if (op.has_predictor) AddPredictor(op);
+      if (op.has_low_rank()) decode_.push_back({PhaseKind::kPredict, index});
       for (PhaseKind kind : {PhaseKind::kFfn, PhaseKind::kFfnSum}) decode_.push_back({kind, index});
-      for (PhaseKind kind :
-           {PhaseKind::kNormTokens, PhaseKind::kFfnTokens, PhaseKind::kFfnSumTokens})
+      prefill_.push_back({PhaseKind::kNormTokens, index});
+      if (op.has_low_rank()) prefill_.push_back({PhaseKind::kPredictTokens, index});
+      for (PhaseKind kind : {PhaseKind::kFfnTokens, PhaseKind::kFfnSumTokens})
         prefill_.push_back({kind, index});
       break;
     case OpKind::kHead:
@@ -73,6 +76,19 @@ void Program::Add(const Op& op) {
     n_layers_ = std::max(n_layers_, op.layer + 1);
   if (op.kind == OpKind::kFfn) n_neurons_ = std::max(n_neurons_, op.a.n_rows);
   ops_.push_back(op);
+}
+
+void Program::AddPredictor(const Op& op) {
+  const Predictor& predictor = op.predictor;
+  Check(op.activation != Activation::kSilu, "a predictor needs neurons that can be zero");
+  if (op.has_low_rank()) {
+    Check(predictor.size > 0 && predictor.size % kRowTile == 0, "rank must be a multiple of 4");
+    Check(op.d.n_rows == predictor.size && op.d.n_cols == shape_.hidden_size, "predictor shape");
+    largest_rank_ = std::max(largest_rank_, predictor.size);
+  } else {
+    Check(predictor.size == PaddedCols(shape_.format, shape_.hidden_size) / 32, "sign words");
+  }
+  predictor_input_bytes_ = std::max(predictor_input_bytes_, PredictorInputBytes(predictor));
 }
 
 void Program::Seal() {

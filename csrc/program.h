@@ -33,18 +33,28 @@ enum class OpKind : int32_t {
   kEmbed,   // a: embedding. x = embedding[token] * scale
   kQkv,     // a: q, k, v. Norm, projections, rope, KV-cache write
   kAttend,  // a: o. Attention over the cache; x += scale * o(attention)
-  kFfn,     // a: gate, b: up, c: down. Norm, gated FFN; x += scale * y
+  kFfn,     // a: gate, b: up, c: down; d: a low-rank predictor's first matrix. Norm, gated FFN;
+            // x += scale * y
   kHead,    // a: head. logits = head(norm(x) * scale)
 };
 struct Op {
   OpKind kind;
-  Rows a{}, b{}, c{};
+  Rows a{}, b{}, c{}, d{};
   const float* norm = nullptr;  // (hidden_size,)
   float scale = 1.0f;
   Activation activation = Activation::kRelu;
   float threshold = 0.0f;
   int32_t layer = 0;
+  bool has_predictor = false;
+  Predictor predictor{};
+
+  bool has_low_rank() const { return has_predictor && predictor.kind == PredictorKind::kLowRank; }
 };
+
+// The format of a predictor's first matrix: it meets the same vectors as the gate, in full 8 bits.
+inline Format PredictorFormat(Format format) {
+  return format == Format::kBf16 ? Format::kBf16 : Format::kQ8;
+}
 
 enum class PhaseKind : int32_t {
   // decode
@@ -52,6 +62,7 @@ enum class PhaseKind : int32_t {
   kQkv,
   kAttend,
   kOutput,
+  kPredict,
   kFfn,
   kFfnSum,
   kHead,
@@ -62,6 +73,7 @@ enum class PhaseKind : int32_t {
   kAttendTokens,
   kQuantizeTokens,
   kOutputTokens,
+  kPredictTokens,
   kFfnTokens,
   kFfnSumTokens,
   kHeadTokens,
@@ -89,15 +101,20 @@ class Program {
   int32_t n_layers() const { return n_layers_; }
   int32_t n_neurons() const { return n_neurons_; }  // of the widest FFN
   int32_t vocab_size() const { return vocab_size_; }
+  int32_t largest_rank() const { return largest_rank_; }  // of low-rank predictors
+  int64_t predictor_input_bytes() const { return predictor_input_bytes_; }  // the most of any
   const Op& op(int32_t index) const { return ops_[static_cast<size_t>(index)]; }
   const std::vector<Phase>& decode_phases() const { return decode_; }
   const std::vector<Phase>& prefill_phases() const { return prefill_; }
 
  private:
+  void AddPredictor(const Op& op);
+
   ProgramShape shape_;
   std::vector<Op> ops_;
   std::vector<Phase> decode_, prefill_;
-  int32_t n_layers_ = 0, n_neurons_ = 0, vocab_size_ = 0;
+  int32_t n_layers_ = 0, n_neurons_ = 0, vocab_size_ = 0, largest_rank_ = 0;
+  int64_t predictor_input_bytes_ = 0;
   bool has_head_ = false, is_sealed_ = false;
 };
 

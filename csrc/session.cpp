@@ -26,13 +26,15 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
       span_sum_(int64_t{program.shape().n_heads} * CeilDiv(n_context, kSpan)),
       span_out_(int64_t{CeilDiv(n_context, kSpan)} * program.shape().n_heads *
                 program.head_stride()),
+      z_(int64_t{kPrefillChunk} * std::max(program.largest_rank(), 1)),
       partials_(int64_t{kFfnPieces} * kPrefillChunk *
                 PaddedCols(program.shape().format, program.shape().hidden_size)),
       logits_(program.vocab_size()),
       kv_(int64_t{CeilDiv(n_context, kSpan)} * program.n_layers() * program.shape().n_kv_heads * 2 *
               kSpan * program.head_stride(),
           true),
-      active_(static_cast<size_t>(program.n_layers())) {
+      active_(static_cast<size_t>(program.n_layers())),
+      predicted_(static_cast<size_t>(program.n_layers())) {
   const ProgramShape& shape = program.shape();
   const int32_t group = shape.n_heads / shape.n_kv_heads, n_spans = CeilDiv(n_context, kSpan);
   const int64_t rows = std::max({shape.head_dim, kOutputRows, kHeadRows});
@@ -44,9 +46,12 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
   const int64_t vector_bytes =
       VectorBytes(shape.format, std::max(shape.hidden_size, shape.n_heads * shape.head_dim));
   // Pieces begin at multiples of 8 neurons.
-  const int64_t n_pairs = int64_t{CeilDiv(program.n_neurons(), kFfnPieces) + 8} * kPrefillChunk;
+  const int64_t n_neurons = CeilDiv(program.n_neurons(), kFfnPieces) + 8;
+  const int64_t n_pairs = n_neurons * kPrefillChunk;
+  const int64_t predictor_bytes = std::max<int64_t>(program.predictor_input_bytes(), 4);
   for (int32_t thread = 0; thread < pool.n_threads(); ++thread)
-    threads_.push_back(std::make_unique<ThreadScratch>(n_floats, vector_bytes, n_pairs + 1));
+    threads_.push_back(std::make_unique<ThreadScratch>(n_floats, vector_bytes, n_pairs + 1,
+                                                       n_neurons, kPrefillChunk * predictor_bytes));
 }
 
 Session::~Session() = default;
@@ -72,6 +77,7 @@ int64_t Session::waiting_nanoseconds() const {
 
 void Session::ResetCounts() {
   for (std::atomic<int64_t>& count : active_) count.store(0);
+  for (std::atomic<int64_t>& count : predicted_) count.store(0);
   for (const auto& thread : threads_) {
     std::fill_n(thread->bytes, kStages, 0);
     std::fill_n(thread->nanoseconds, kStages, 0);
@@ -86,16 +92,20 @@ void Session::Decode(int32_t token) {
   position_ += 1;
 }
 
-void Session::Prefill(const int32_t* tokens, int32_t n, float* all_logits) {
+void Session::Prefill(const int32_t* tokens, int32_t n, float* all_logits,
+                      const Observation* observation) {
+  observation_ = observation;
   for (int32_t first = 0; first < n; first += kPrefillChunk) {
     tokens_ = tokens + first;
     n_tokens_ = std::min(kPrefillChunk, n - first);
     all_logits_ =
         all_logits == nullptr ? nullptr : all_logits + int64_t{first} * program_.vocab_size();
     wants_logits_ = first + n_tokens_ == n;
+    first_observed_ = first;
     RunPhases(program_.prefill_phases());
     position_ += n_tokens_;
   }
+  observation_ = nullptr;
 }
 
 void Session::RunPhases(const std::vector<Phase>& phases) {
@@ -136,6 +146,9 @@ int32_t Session::CountPieces(const Phase& phase) const {
     case PhaseKind::kOutput:
     case PhaseKind::kOutputTokens:
       return CeilDiv(op.a.n_rows, kOutputRows);
+    case PhaseKind::kPredict:
+    case PhaseKind::kPredictTokens:
+      return is_dense_ ? 0 : CeilDiv(op.d.n_rows, kPredictRows);
     case PhaseKind::kFfn:
     case PhaseKind::kFfnTokens:
       return kFfnPieces;

@@ -47,8 +47,9 @@ inline int32_t CeilDiv(int32_t n, int32_t d) { return (n + d - 1) / d; }
 // Sizes of pieces: constants, independent of the number of threads, since they fix the order of
 // every sum.
 constexpr int32_t kFfnPieces = 16;
-constexpr int32_t kOutputRows = 64;  // rows per piece of the output projection
-constexpr int32_t kHeadRows = 256;   // rows per piece of the head
+constexpr int32_t kOutputRows = 64;   // rows per piece of the output projection
+constexpr int32_t kHeadRows = 256;    // rows per piece of the head
+constexpr int32_t kPredictRows = 16;  // rows per piece of a low-rank predictor's first matrix
 constexpr int32_t kTokensPerPiece = 8;
 
 // The parts of a token that bytes and times are counted by.
@@ -56,12 +57,23 @@ enum Stage : int32_t {
   kStageQkv,
   kStageAttend,
   kStageOutput,
+  kStagePredict,
   kStageGate,
   kStageUpDown,
   kStageHead
 };
-constexpr int32_t kStages = 6;
-constexpr const char* kStageNames[kStages] = {"qkv", "attend", "output", "gate", "up_down", "head"};
+constexpr int32_t kStages = 7;
+constexpr const char* kStageNames[kStages] = {"qkv",  "attend",  "output", "predict",
+                                              "gate", "up_down", "head"};
+
+// What a prefill call writes down for whoever watches, for `n_tokens` tokens of all layers.
+struct Observation {
+  int64_t n_tokens;
+  // (n_layers, n_tokens, CeilDiv(n_neurons, 8)): bit i % 8 of byte i / 8 is set where neuron i
+  // fired. Zeros before.
+  uint8_t* masks;
+  uint16_t* inputs;  // fp16 (n_layers, n_tokens, hidden_size): the normed input of the FFN; or null
+};
 
 class Session {
  public:
@@ -79,13 +91,18 @@ class Session {
 
   // Appends tokens. The caller guarantees position() + n <= n_context() and 0 <= token <
   // vocab_size. `all_logits`, where not null, receives (n, vocab_size) logits; logits() always
-  // holds the last token's.
-  void Prefill(const int32_t* tokens, int32_t n, float* all_logits);
+  // holds the last token's. `observation`, where not null, is of these n tokens.
+  void Prefill(const int32_t* tokens, int32_t n, float* all_logits,
+               const Observation* observation = nullptr);
   void Decode(int32_t token);
 
   const float* logits() const { return logits_.get(); }
   // Active (neuron, token) pairs per layer since the last reset, over decode and prefill alike.
   int64_t active_count(int32_t layer) const { return active_[static_cast<size_t>(layer)].load(); }
+  // Those whose gates a predictor asked for, or all.
+  int64_t predicted_count(int32_t layer) const {
+    return predicted_[static_cast<size_t>(layer)].load();
+  }
   // Bytes of packed rows and of the KV cache that decode has read since the last reset; the head's
   // include the token's embedding row. Not to be asked during a call.
   int64_t decode_bytes(Stage stage) const;
@@ -98,12 +115,20 @@ class Session {
  private:
   // What one thread needs for itself.
   struct ThreadScratch {
-    ThreadScratch(int64_t n_floats, int64_t vector_bytes, int64_t n_pairs)
-        : floats(n_floats), x(vector_bytes), active(n_pairs) {}
+    ThreadScratch(int64_t n_floats, int64_t vector_bytes, int64_t n_pairs, int64_t n_predicted,
+                  int64_t predictor_bytes)
+        : floats(n_floats),
+          x(vector_bytes),
+          active(n_pairs),
+          predicted(n_predicted),
+          predictor_inputs(predictor_bytes) {}
     Pages<float> floats;
-    Pages<uint8_t> x;       // a private quantised vector
-    Pages<Active> active;   // of an FFN piece
-    uint64_t x_serial = 0;  // the phase and call that `x` was made for
+    Pages<uint8_t> x;                 // a private quantised vector
+    Pages<Active> active;             // of an FFN piece
+    Pages<int32_t> predicted;         // neurons of an FFN piece
+    Pages<uint8_t> predictor_inputs;  // of all tokens of a call
+    uint64_t x_serial = 0;            // the operation and call that `x` was made for
+    uint64_t predictor_serial = 0;    // the same of `predictor_inputs`
     int64_t bytes[kStages] = {};
     int64_t nanoseconds[kStages] = {};
     int64_t last_tick = 0;
@@ -119,14 +144,17 @@ class Session {
   // Counts the time since the thread's last tick to a stage.
   void Tick(Stage stage, ThreadScratch& scratch) const;
   const uint8_t* NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch);
+  const uint8_t* PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
+                                     ThreadScratch& scratch);
   const uint8_t* MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch);
   void FinishHead(const Op& op, int32_t head, float* values, int32_t position, int32_t token);
   void AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
                   const void* next, ThreadScratch& scratch, float* max, float* sum, float* out);
   void MergeSpans(int32_t head, int32_t n_spans, const float* max, const float* sum,
                   const float* out, int64_t stride, float* merged) const;
-  int64_t RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
-                 ThreadScratch& scratch);
+  ActiveCounts RunFfn(const Phase& phase, const Op& op, int32_t piece, const uint8_t* x,
+                      ThreadScratch& scratch);
+  void ObserveActive(const Op& op, const Active* active, int32_t n_listed);
   void AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
                ThreadScratch& scratch);
   uint16_t* KvSpan(int32_t layer, int32_t kv_head, int32_t span) const;
@@ -145,7 +173,9 @@ class Session {
   int32_t n_tokens_ = 0;
   float* all_logits_ = nullptr;
   bool wants_logits_ = true;
-  uint64_t serial_ = 0;  // of the call's first phase; every phase of every call has its own
+  const Observation* observation_ = nullptr;
+  int32_t first_observed_ = 0;  // the chunk's first token within the observation
+  uint64_t serial_ = 0;  // of the call's first operation; every one of every call has its own
   uint64_t next_serial_ = 1;
 
   // Shared scratch; T = kPrefillChunk tokens.
@@ -156,12 +186,13 @@ class Session {
   Pages<float> span_max_;   // (n_heads, n_spans)
   Pages<float> span_sum_;   // (n_heads, n_spans)
   Pages<float> span_out_;   // (n_spans, n_heads, head_stride)
+  Pages<float> z_;          // (T, rank) what low-rank predictors make of x
   Pages<float> partials_;   // (kFfnPieces, T, padded hidden)
   Pages<float> logits_;     // (vocab_size,)
   // fp16 (n_spans, n_layers, n_kv_heads, keys and values of a span): what one piece of attention
   // reads is one stretch, and huge pages fill up as the context grows.
   Pages<uint16_t> kv_;
-  std::vector<std::atomic<int64_t>> active_;
+  std::vector<std::atomic<int64_t>> active_, predicted_;
   std::vector<std::unique_ptr<ThreadScratch>> threads_;
 };
 

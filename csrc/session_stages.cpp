@@ -31,6 +31,9 @@ Stage StageOf(PhaseKind kind, OpKind op) {
     case PhaseKind::kQuantizeTokens:
     case PhaseKind::kOutputTokens:
       return kStageOutput;
+    case PhaseKind::kPredict:
+    case PhaseKind::kPredictTokens:
+      return kStagePredict;
     case PhaseKind::kFfn:
     case PhaseKind::kFfnSum:
     case PhaseKind::kFfnTokens:
@@ -103,13 +106,26 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       scratch.bytes[kStageOutput] +=
           std::min(kOutputRows, op.a.n_rows - piece * kOutputRows) * RowBytes(op.a, shape.format);
       break;
+    case PhaseKind::kPredict: {
+      const int32_t first = piece * kPredictRows,
+                    last = std::min(first + kPredictRows, op.d.n_rows);
+      const Format format = PredictorFormat(shape.format);
+      kernels_->gemm(
+          {format, op.d, first, last, NormOnce(phase, op, scratch), 0, 1, z_ + first, 0});
+      scratch.bytes[kStagePredict] += (last - first) * RowBytes(op.d, format);
+      break;
+    }
     case PhaseKind::kFfn: {
-      const int64_t n_neurons =
-          FirstNeuron(op.a.n_rows, piece + 1) - FirstNeuron(op.a.n_rows, piece);
-      const int64_t n_active = RunFfn(op, piece, NormOnce(phase, op, scratch), 1, scratch);
-      scratch.bytes[kStageGate] += n_neurons * RowBytes(op.a, shape.format);
-      scratch.bytes[kStageUpDown] += (is_dense_ ? n_neurons : n_active) *
-                                     (RowBytes(op.b, shape.format) + RowBytes(op.c, shape.format));
+      const int32_t first = FirstNeuron(op.a.n_rows, piece),
+                    last = FirstNeuron(op.a.n_rows, piece + 1);
+      const ActiveCounts counts = RunFfn(phase, op, piece, NormOnce(phase, op, scratch), scratch);
+      if (op.has_predictor && !is_dense_ && last > first)
+        scratch.bytes[kStagePredict] +=
+            (CeilDiv(last, kPredictTile) - CeilDiv(first, kPredictTile)) *
+            PredictTileBytes(op.predictor);
+      scratch.bytes[kStageGate] += counts.n_predicted * RowBytes(op.a, shape.format);
+      scratch.bytes[kStageUpDown] +=
+          counts.n_listed * (RowBytes(op.b, shape.format) + RowBytes(op.c, shape.format));
       break;
     }
     case PhaseKind::kFfnSum: {
@@ -149,6 +165,10 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
         kernels_->rms_norm(x_ + int64_t{t} * hidden, op.norm, hidden, shape.rms_norm_eps, scale,
                            floats);
         kernels_->quantize(shape.format, floats, hidden, x_quant_ + t * x_bytes);
+        if (observation_ != nullptr && observation_->inputs != nullptr && op.kind == OpKind::kFfn) {
+          const int64_t token = op.layer * observation_->n_tokens + first_observed_ + t;
+          kernels_->to_fp16(floats, hidden, observation_->inputs + token * hidden);
+        }
       }
       break;
     case PhaseKind::kQkvTokens:
@@ -183,8 +203,15 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
     case PhaseKind::kOutputTokens:
       AddRows(op, piece, x_quant_.get(), n_tokens_, scratch);
       break;
+    case PhaseKind::kPredictTokens: {
+      const int32_t first = piece * kPredictRows,
+                    last = std::min(first + kPredictRows, op.d.n_rows);
+      kernels_->gemm({PredictorFormat(shape.format), op.d, first, last, x_quant_.get(), x_bytes,
+                      n_tokens_, z_ + first, op.d.n_rows});
+      break;
+    }
     case PhaseKind::kFfnTokens:
-      RunFfn(op, piece, x_quant_.get(), n_tokens_, scratch);
+      RunFfn(phase, op, piece, x_quant_.get(), scratch);
       break;
     case PhaseKind::kFfnSumTokens: {
       const int64_t padded = PaddedCols(shape.format, hidden);
@@ -209,10 +236,10 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
   }
 }
 
-// The normed and quantised input of a decode phase. Every thread makes its own, once a phase:
+// The normed and quantised input of a decode phase. Every thread makes its own, once an operation:
 // cheaper than a phase of its own, and equal on all threads.
 const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch) {
-  const uint64_t serial = serial_ + static_cast<uint64_t>(&phase - phases_->data());
+  const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
   if (scratch.x_serial != serial) {
     const ProgramShape& shape = program_.shape();
     const float scale = op.kind == OpKind::kHead ? op.scale : 1.0f;
@@ -224,8 +251,25 @@ const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch
   return scratch.x.get();
 }
 
+// What the operation's predictor is asked with, of all tokens of the call.
+const uint8_t* Session::PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
+                                            ThreadScratch& scratch) {
+  const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
+  uint8_t* inputs = scratch.predictor_inputs.get();
+  if (scratch.predictor_serial != serial) {
+    const ProgramShape& shape = program_.shape();
+    const int64_t x_bytes = VectorBytes(shape.format, shape.hidden_size),
+                  input_bytes = PredictorInputBytes(op.predictor);
+    for (int32_t t = 0; t < n_tokens_; ++t)
+      kernels_->make_predictor_input(op.predictor, shape.format, x + t * x_bytes, shape.hidden_size,
+                                     z_ + int64_t{t} * op.predictor.size, inputs + t * input_bytes);
+    scratch.predictor_serial = serial;
+  }
+  return inputs;
+}
+
 const uint8_t* Session::MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch) {
-  const uint64_t serial = serial_ + static_cast<uint64_t>(&phase - phases_->data());
+  const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
   if (scratch.x_serial != serial) {
     const ProgramShape& shape = program_.shape();
     for (int32_t head = 0; head < shape.n_heads; ++head)
@@ -321,9 +365,8 @@ void Session::MergeSpans(int32_t head, int32_t n_spans, const float* max, const 
   for (int32_t i = 0; i < head_dim; ++i) merged[i] /= total;
 }
 
-// Returns the number of active (neuron, token) pairs.
-int64_t Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
-                        ThreadScratch& scratch) {
+ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t piece, const uint8_t* x,
+                             ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
   const int64_t padded = PaddedCols(shape.format, shape.hidden_size);
   SparseFfnArgs args;
@@ -337,17 +380,37 @@ int64_t Session::RunFfn(const Op& op, int32_t piece, const uint8_t* x, int32_t n
   args.threshold = op.threshold;
   args.x = x;
   args.x_stride = VectorBytes(shape.format, shape.hidden_size);
-  args.n_tokens = n_tokens;
+  args.n_tokens = n_tokens_;
   args.out = partials_ + int64_t{piece} * kPrefillChunk * padded;
   args.out_stride = padded;
   args.computes_all = is_dense_;
   args.active = scratch.active.get();
-  int32_t n_listed = 0;
-  const int64_t n_active = kernels_->find_active(args, &n_listed);
+  if (op.has_predictor && !is_dense_) {
+    args.predictor = &op.predictor;
+    args.predictor_inputs = PredictorInputsOnce(phase, op, x, scratch);
+    args.predictor_input_stride = PredictorInputBytes(op.predictor);
+    args.predicted = scratch.predicted.get();
+  }
+  const ActiveCounts counts = kernels_->find_active(args);
   Tick(kStageGate, scratch);
-  kernels_->add_active(args, n_listed);
-  active_[static_cast<size_t>(op.layer)].fetch_add(n_active, std::memory_order_relaxed);
-  return n_active;
+  if (observation_ != nullptr) ObserveActive(op, args.active, counts.n_listed);
+  kernels_->add_active(args, counts.n_listed);
+  const size_t layer = static_cast<size_t>(op.layer);
+  active_[layer].fetch_add(counts.n_active, std::memory_order_relaxed);
+  predicted_[layer].fetch_add(counts.n_predicted, std::memory_order_relaxed);
+  return counts;
+}
+
+// Pieces begin at multiples of 8 neurons: no two write to the same byte.
+void Session::ObserveActive(const Op& op, const Active* active, int32_t n_listed) {
+  const int64_t n_bytes = CeilDiv(program_.n_neurons(), 8);
+  uint8_t* masks =
+      observation_->masks + (op.layer * observation_->n_tokens + first_observed_) * n_bytes;
+  for (int32_t i = 0; i < n_listed; ++i) {
+    const Active& pair = active[i];
+    const uint8_t bit = pair.gate != 0.0f ? static_cast<uint8_t>(1 << pair.neuron % 8) : 0;
+    masks[pair.token * n_bytes + pair.neuron / 8] |= bit;
+  }
 }
 
 // x[token] += scale * dot(rows, x) for one piece of rows.

@@ -10,12 +10,13 @@ with hybrid.load("stories") as engine:
 from hybrid.engine.engine import Engine, EngineStats
 from hybrid.engine.generation import Generation, GenerationStats, TokenLogprobs
 from hybrid.engine.options import check_options
-from hybrid.engine.session import Session
+from hybrid.engine.session import Observation, Session
 from hybrid.errors import (
     ContextOverflow,
     DownloadFailed,
     EngineClosed,
     HybridError,
+    InvalidArtifact,
     InvalidCheckpoint,
     InvalidOption,
     ModelNotFound,
@@ -39,9 +40,11 @@ __all__ = [
     "Generation",
     "GenerationStats",
     "HybridError",
+    "InvalidArtifact",
     "InvalidCheckpoint",
     "InvalidOption",
     "ModelNotFound",
+    "Observation",
     "OutOfMemory",
     "Progress",
     "Sampler",

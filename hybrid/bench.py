@@ -20,12 +20,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
 
 from hybrid import Engine, InvalidOption, Sampler, Session, active_isa, check_options
-from hybrid.command_line import ArgumentParser, open_engine, printable, run_command
+from hybrid.command_line import (
+    ArgumentParser,
+    add_model_options,
+    add_predictor_options,
+    open_engine,
+    printable,
+    run_command,
+)
 
 PREFILL_LENGTHS = (128, 512)
 SHORT_CONTEXT = 16
@@ -39,6 +47,7 @@ class DecodeResult:
     tps: list[float]
     bytes_per_token: float
     active_fraction: float
+    predicted_fraction: float  # of the gates: what is computed of them
 
     @property
     def median_tps(self) -> float:
@@ -67,9 +76,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-m", "--model", default="stories", help="as for hybrid.run (stories)")
-    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
-    add("-t", "--threads", type=int, help="threads (the physical cores)")
+    add_model_options(parser)
+    add_predictor_options(parser)
+    add("--profile", default="auto", metavar="{auto,none,FILE}", help="the neurons' order (auto)")
     add("-n", "--tokens", type=int, default=128, help="tokens decoded in each run (128)")
     add("--runs", type=int, default=5, help="runs of everything; medians are reported (5)")
     add("--long-context", type=int, default=1024, help="tokens before the long decode (1024)")
@@ -77,7 +86,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--stages", action="store_true", help="also measure each part of a decoded token")
     add("--mlock", action="store_true", help="keep the weights from leaving memory")
     add("--mmap", action=argparse.BooleanOptionalAction, help="map the weights (as memory allows)")
-    add("--offline", action="store_true", help="never use the network")
     args = parser.parse_args(arguments)
     for name in ("tokens", "runs", "long_context"):
         if getattr(args, name) < 1:
@@ -115,7 +123,7 @@ class DecodeBench:
         self.session: Session = engine.open_session(dense=dense, timed=timed)
         self.session.prefill(context)
         self.tps: list[float] = []
-        self.n_bytes = self.n_active = 0
+        self.n_bytes = self.n_active = self.n_gates = 0
         self.dense = dense
         for token in ids[:8].tolist():  # the first tokens find cold caches and pages
             self.session.decode(token)
@@ -131,6 +139,7 @@ class DecodeBench:
         self.tps.append(len(tokens) / (time.perf_counter() - started))
         self.n_bytes = sum(session.decode_bytes.values())
         self.n_active = sum(session.active_counts)
+        self.n_gates = sum(session.predicted_counts)
 
     def result(self) -> DecodeResult:
         n, config = self.ids.size, self.engine.config
@@ -139,14 +148,22 @@ class DecodeBench:
             n_tokens=n,
             first_position=self.context,
             n_active=n_neurons if self.dense else self.n_active,
+            n_gates=None if self.dense else self.n_gates,
         )
         assert self.n_bytes == expected, f"{self.n_bytes} bytes counted, {expected} expected"
-        return DecodeResult(self.context, self.tps, self.n_bytes / n, self.n_active / n_neurons)
+        return DecodeResult(
+            self.context,
+            self.tps,
+            self.n_bytes / n,
+            self.n_active / n_neurons,
+            self.n_gates / n_neurons,
+        )
 
 
 def bench(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)  # before a model is fetched for it
-    with open_engine(args, mmap=args.mmap, mlock=args.mlock) as (engine, _):
+    profile = args.profile if args.profile in ("auto", "none") else Path(args.profile)
+    with open_engine(args, mmap=args.mmap, mlock=args.mlock, profile=profile) as (engine, _):
         report(args, engine)
     return 0
 
@@ -213,6 +230,13 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
     )
     moving = f", {moving_s:.2f} s more until the weights lay in memory" if moving_s > 0.01 else ""
     print(f"load       {stats.load_s:.2f} s{moving}; resident {rss / 1e6:.0f} MB")
+    if (prediction := engine.prediction) is not None:
+        print(
+            f"predictor  recall {prediction.recall:g}: {short.predicted_fraction:.1%} of the gates "
+            f"computed; {prediction.n_predicted_layers} of {engine.config.n_layers} layers, "
+            f"{prediction.bytes_per_token / 1e6:.1f} MB/token of its own; it may miss neurons: "
+            "hybrid.eval perplexity --predictor shows what that costs"
+        )
     print(
         f"active     {short.active_fraction:.2%} of FFN neurons; sparse over dense "
         f"{short.median_tps / dense.median_tps:.2f}x\n"
@@ -240,6 +264,9 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         "decode_mbu": None if engine.fits_in_cache else round(short.share_of(streams), 4),
         "bytes_per_token": round(short.bytes_per_token),
         "active_fraction": round(short.active_fraction, 5),
+        "predictor": None if prediction is None else str(prediction.path),
+        "recall": None if prediction is None else prediction.recall,
+        "predicted_fraction": round(short.predicted_fraction, 5),
         "dense_decode_tps": round(dense.median_tps, 2),
         "rss_bytes": rss,
     }

@@ -48,11 +48,36 @@ def printable(text: str) -> str:
     )
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that opens a model takes; `open_engine` reads it."""
+    add = parser.add_argument
+    add("-m", "--model", default="stories", help="a name, a Hugging Face repo id, or a folder")
+    add("-t", "--threads", type=int, help="threads (the physical cores)")
+    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
+    add("--offline", action="store_true", help="never use the network")
+
+
+def add_predictor_options(parser: argparse.ArgumentParser) -> None:
+    """For commands whose text or speed a predictor changes; `open_engine` reads them."""
+    add = parser.add_argument
+    add(
+        "--predictor",
+        default="exact",
+        metavar="{exact,auto,FILE}",
+        help="which gates are computed: all, or those that a predictor names (exact)",
+    )
+    add("--recall", type=float, default=0.99, help="of the predictor (0.99)")
+
+
 @contextlib.contextmanager
 def open_engine(args: argparse.Namespace, **options: Any) -> Iterator[tuple[Engine, Progress]]:
     """The model that the options name, and the bar on which fetching and packing it
     showed, for what comes after. `options` are further ones of `load`.
     """
+    if "predictor" in args:
+        named = args.predictor in ("exact", "auto")
+        options["predictor"] = args.predictor if named else Path(args.predictor)
+        options["recall"] = args.recall
     with (
         progress_bar() as progress,
         load(

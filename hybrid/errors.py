@@ -4,6 +4,7 @@
     ├── ModelNotFound        no such name or folder, or not here and not to be fetched
     ├── DownloadFailed       a file could not be fetched, or what came does not match its checksum
     ├── InvalidCheckpoint    a model's files are broken, incomplete or contradict each other
+    ├── InvalidArtifact      a profile, trace or predictor is broken, or of another model or order
     ├── UnsupportedModel     a sound model that this engine does not run
     ├── UnsupportedIsa       an instruction set that this CPU or this build lacks
     ├── InvalidOption        an option's value is out of range (also a ValueError)
@@ -31,6 +32,10 @@ class DownloadFailed(HybridError):
 
 class InvalidCheckpoint(HybridError):
     """A model's files are broken, incomplete or contradict each other."""
+
+
+class InvalidArtifact(HybridError):
+    """A profile, trace or predictor is broken, or belongs to another model or neuron order."""
 
 
 class UnsupportedModel(HybridError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from hybrid.catalog import hybrid_home, resolve
 from hybrid.engine.engine import Engine, Quant
+from hybrid.engine.prediction import DEFAULT_RECALL
 from hybrid.errors import InvalidOption
 from hybrid.progress import Progress, ignore_progress
 
@@ -18,6 +20,9 @@ def load(
     context_size: int | None = None,
     mmap: bool | None = None,
     mlock: bool = False,
+    profile: Path | Literal["auto", "none"] = "auto",
+    predictor: Path | Literal["auto", "exact"] = "exact",
+    recall: float = DEFAULT_RECALL,
     offline: bool = False,
     progress: Progress = ignore_progress,
 ) -> Engine:
@@ -36,10 +41,20 @@ def load(
     them in memory before `load` returns; where the system allows no such amount, `Engine.notices`
     says so.
 
+    `profile` says which neurons are hot; they are packed first, which changes no result beyond the
+    rounding of sums: "auto" takes the one that `hybrid.setup` recorded or that lies in the model's
+    folder, "none" leaves the neurons in their order, a path names another one.
+
+    `predictor` names the neurons whose gates are computed at all, so that a token reads less; it
+    misses at most about 1 - `recall` of those that fire, so the text is no longer exactly the
+    model's. "exact" computes every gate; "auto" takes the predictor that `hybrid.setup` made for
+    this model, and exact where there is none; a path names a file of `predictors.train`, of this
+    very model and neuron order. `Engine.prediction` says what is in use.
+
     `progress` is told how far downloading and packing are.
 
-    Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, UnsupportedModel, InvalidOption,
-    OutOfMemory.
+    Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, InvalidArtifact, UnsupportedModel,
+    InvalidOption, OutOfMemory.
     """
     return Engine(
         resolve(model, offline=offline, progress=progress),
@@ -48,14 +63,17 @@ def load(
         context_size=context_size,
         mmap=mmap,
         mlock=mlock,
-        packed_cache=_packed_cache(),
+        profile=profile,
+        predictor=predictor,
+        recall=recall,
+        home=_home(),
         progress=progress,
     )
 
 
-def _packed_cache() -> Path | None:
+def _home() -> Path | None:
     """None where this user has no home to keep anything in."""
     try:
-        return hybrid_home() / "packed"
+        return hybrid_home()
     except InvalidOption:
         return None

@@ -31,7 +31,13 @@ from hybrid import (
     check_options,
 )
 from hybrid.catalog import catalog
-from hybrid.command_line import ArgumentParser, open_engine, printable, run_command
+from hybrid.command_line import (
+    ArgumentParser,
+    add_predictor_options,
+    open_engine,
+    printable,
+    run_command,
+)
 from hybrid.conversation import Conversation, interrupts
 
 MAX_PROMPT_BYTES = 4 << 20
@@ -69,6 +75,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--stop", action="append", default=[], help="end before this text; may be repeated")
     add("--seed", type=int, help="repeat a run: the seed that the closing line names")
     add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
+    add_predictor_options(parser)
     add("--raw", action="store_true", help="do not apply the model's chat template")
     add("--no-stream", action="store_true", help="show the text once it is whole")
     add("--json", action="store_true", help="one JSON object instead of the text")
@@ -143,6 +150,8 @@ def closing_line(engine: Engine, generation: Generation) -> str:
     parts = [f"{prompt}, {stats.prefill_tps:.1f} tok/s", decode]
     if stats.active_fraction is not None:
         parts.append(f"{stats.active_fraction:.1%} of FFN neurons active")
+    if engine.prediction is not None:
+        parts.append(f"predicted at recall {engine.prediction.recall:g}")
     parts.append(f"memory {psutil.Process().memory_info().rss / 1e6:.0f} MB")
     parts.append(f"{engine.quant}, {engine.n_threads} threads, seed {generation.seed}")
     if generation.finish_reason == "cancelled":

@@ -104,6 +104,39 @@ struct GemmArgs {
   int64_t out_stride;  // floats
 };
 
+// A predictor names the neurons that may fire, for less than their gate rows cost; the gate of
+// those it names is computed as ever, so that the only error is a neuron that it misses.
+//
+// Tiles of kPredictTile neurons, `size` (in units of four bytes a neuron) lines of kPredictLine
+// bytes, four of each neuron, then what a neuron's score is compared with. Neurons beyond the last
+// are never predicted.
+//
+// kLowRank: two small matrices, a (rank, hidden) and b (n_neurons, rank). z = a x is rounded to
+// int8 with one scale; line k holds elements 4 k to 4 k + 3 of b's rows as int8 + 128; then 16 fp32
+// scales, 16 fp32 biases: predicted where scale * b z + bias >= 0.
+//
+// kSign: line k holds 32 sign bits of each gate row, in the order of a quantised vector; then 16
+// int32 limits: predicted where no more of them than that differ from x's.
+enum class PredictorKind : int32_t { kLowRank = 0, kSign = 1 };
+constexpr int32_t kPredictTile = 16;
+constexpr int32_t kPredictLine = 4 * kPredictTile;
+struct Predictor {
+  PredictorKind kind;
+  int32_t size;  // kLowRank: rank, a multiple of 4. kSign: words of 32 bits
+  const uint8_t* tiles;
+};
+static inline int32_t PredictLines(const Predictor& p) {
+  return p.kind == PredictorKind::kLowRank ? p.size / 4 : p.size;
+}
+static inline int64_t PredictTileBytes(const Predictor& p) {
+  return int64_t{kPredictLine} * (PredictLines(p) + (p.kind == PredictorKind::kLowRank ? 2 : 1));
+}
+// Bytes of what a predictor is asked with: z as int8, its fp32 scale, -128 times its sum as int32;
+// or sign bits. A multiple of 4.
+static inline int64_t PredictorInputBytes(const Predictor& p) {
+  return p.kind == PredictorKind::kLowRank ? p.size + 8 : 4 * int64_t{p.size};
+}
+
 // One active (neuron, token) pair and what its gate came to.
 struct Active {
   int32_t neuron, token;
@@ -129,6 +162,18 @@ struct SparseFfnArgs {
   int64_t out_stride;
   bool computes_all;  // list inactive neurons too, as a dense engine does: they add zeros
   Active* active;     // the list: room for (last - first) * n_tokens pairs, and one more
+  // Null: every gate is computed. Not with computes_all.
+  const Predictor* predictor = nullptr;
+  const uint8_t* predictor_inputs = nullptr;  // one a token
+  int64_t predictor_input_stride = 0;
+  int32_t* predicted = nullptr;  // scratch: room for last - first neurons
+};
+
+// Numbers of (neuron, token) pairs of a piece.
+struct ActiveCounts {
+  int32_t n_listed;     // in the list
+  int64_t n_active;     // that fire
+  int64_t n_predicted;  // whose gate was computed
 };
 
 // Partial sums over q8 and q4 rows stand as the rows' fields come out of registers. A row's values
@@ -180,8 +225,7 @@ struct KernelTable {
   // One packed row -> (n_cols,) fp32 in natural order, times `scale`.
   void (*dequantize)(Format format, const Rows& rows, int32_t row, float scale, float* out);
   void (*gemm)(const GemmArgs& args);
-  // Returns the number of (neuron, token) pairs that are active; *n_listed is that of the list.
-  int64_t (*find_active)(const SparseFfnArgs& args, int32_t* n_listed);
+  ActiveCounts (*find_active)(const SparseFfnArgs& args);
   void (*add_active)(const SparseFfnArgs& args, int32_t n_listed);
   // Columns [first, last) of x: x[c] += scale * sum over pieces, in index order, of partials[piece
   // * stride + c]. `first` is a multiple of kGroup. Partials are in their own order, x in natural
@@ -193,6 +237,9 @@ struct KernelTable {
   void (*attend_span)(const AttendSpanArgs& args);
   // (n,) fp32 -> fp16, round to nearest even.
   void (*to_fp16)(const float* x, int32_t n, uint16_t* out);
+  // What a predictor is asked with: of z, `size` floats, or of x, a quantised vector.
+  void (*make_predictor_input)(const Predictor& predictor, Format format, const uint8_t* x,
+                               int32_t n_cols, const float* z, uint8_t* out);
   // The sum of (n,) floats, n a multiple of 128: reads memory as fast as this ISA can.
   float (*read)(const float* x, int64_t n);
 };

@@ -6,6 +6,7 @@
 #include "attention.inl.h"
 #include "dot.inl.h"
 #include "pack.inl.h"
+#include "predict.inl.h"
 #include "sparse_ffn.inl.h"
 #include "vectors.inl.h"
 
@@ -14,7 +15,8 @@ namespace {
 
 constexpr KernelTable MakeTable(const char* name) {
   return {name,      PackRow,     Quantize, Dequantize, Gemm,   FindActive,
-          AddActive, AddPartials, RmsNorm,  AttendSpan, ToFp16, Read};
+          AddActive, AddPartials, RmsNorm,  AttendSpan, ToFp16, MakePredictorInput,
+          Read};
 }
 
 }  // namespace

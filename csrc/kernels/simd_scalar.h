@@ -172,6 +172,44 @@ inline F32 Field(I32 a, int32_t mask, float bias) {
   HYBRID_LANES(static_cast<float>((1 << 23) + (a.v[i] & mask)) - bias);
 }
 
+// Predictors: lanes are neurons. Four bytes of x in every lane; the start of sums of products with
+// weights that are 128 too large, `correction` being -128 times the sum of x.
+inline XBytes BroadcastX(const uint8_t* p) {
+  XBytes y;
+  for (int i = 0; i < kLine; i += 4) memcpy(y.v + i, p, 4);
+  return y;
+}
+inline I32 StartWords(int32_t) { return StartQ8(nullptr); }
+inline F32 ToFloat(I32 a) { HYBRID_LANES(static_cast<float>(a.v[i])); }
+// Bit i: lane i is 0 or more, or not a number.
+inline uint32_t NotNegative(F32 a) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(!(a.v[i] < 0.0f)) << i;
+  return bits;
+}
+inline I32 ZeroWords() { return StartQ8(nullptr); }
+inline I32 BroadcastWord(const uint8_t* p) {
+  I32 y;
+  for (int i = 0; i < kLanes; ++i) memcpy(y.v + i, p, 4);
+  return y;
+}
+inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {
+  for (int i = 0; i < kLanes; ++i)
+    for (uint32_t bits = static_cast<uint32_t>(a.v[i] ^ b.v[i]); bits != 0; bits &= bits - 1)
+      ++sum.v[i];
+  return sum;
+}
+inline uint32_t AtMost(I32 a, I32 limit) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a.v[i] <= limit.v[i]) << i;
+  return bits;
+}
+inline int32_t CountTrailingZeros(uint32_t bits) {
+  int32_t n = 0;
+  while ((bits >> n & 1) == 0) ++n;
+  return n;
+}
+
 inline void PrefetchL2(const void*) {}
 
 #undef HYBRID_LANES

@@ -9,13 +9,15 @@
 
 #include "dot.inl.h"
 #include "kernels.h"
+#include "predict.inl.h"
 #include HYBRID_SIMD
 
 namespace hybrid {
 namespace {
 
-constexpr int32_t kNeuronTile = 4;   // active neurons that are added at once
-constexpr int32_t kGateBlock = 256;  // gate rows that are computed at once for many tokens
+constexpr int32_t kNeuronTile = 4;      // active neurons that are added at once
+constexpr int32_t kGroupsPerTile = 24;  // groups of gate rows that are prefetched a predicted tile
+constexpr int32_t kGateBlock = 256;     // gate rows that are computed at once for many tokens
 
 inline bool Fires(Activation activation, float gate, float threshold) {
   switch (activation) {
@@ -204,12 +206,74 @@ struct ActiveList {
   }
 };
 
+// Prefetches gate rows of predicted neurons into L2, a few lines at a time.
+class GateRowPrefetcher {
+ public:
+  GateRowPrefetcher(const SparseFfnArgs& a)
+      : a_(a),
+        values_(a.gate.values),
+        n_groups_(ValueBytes(a.format, a.gate.n_cols) / GroupValueBytes(a.format)) {}
+  // Goes on with the rows of predicted[0..n), by up to `n_groups` groups of a row.
+  void Advance(int32_t n, int32_t n_groups) {
+    for (; n_groups > 0 && next_ < n; --n_groups) {
+      const int32_t row = a_.predicted[next_];
+      const int64_t group_bytes = GroupValueBytes(a_.format);
+      const uint8_t* tile =
+          values_ + row / kRowTile * a_.gate.values_stride + group_ * TileGroupBytes(a_.format);
+      if (a_.format != Format::kBf16) PrefetchL2(tile - kRowTile * GroupScaleBytes(a_.format));
+      for (int64_t at = 0; at < group_bytes; at += kCacheLine)
+        PrefetchL2(tile + row % kRowTile * group_bytes + at);
+      if (++group_ == n_groups_) {
+        group_ = 0;
+        ++next_;
+      }
+    }
+  }
+
+ private:
+  const SparseFfnArgs& a_;
+  const uint8_t* values_;
+  const int64_t n_groups_;
+  int64_t group_ = 0;
+  int32_t next_ = 0;
+};
+
+// Of one token, gate rows of the predicted neurons alone.
+ActiveCounts FindPredicted(const SparseFfnArgs& a) {
+  ActiveList list{a};
+  GateRowPrefetcher rows(a);
+  int32_t n = 0;
+  for (int32_t tile = a.first / kPredictTile; tile * kPredictTile < a.last; ++tile) {
+    for (uint32_t bits = PredictTile(a, tile, 0); bits != 0; bits &= bits - 1)
+      a.predicted[n++] = tile * kPredictTile + CountTrailingZeros(bits);
+    rows.Advance(n, kGroupsPerTile);
+  }
+  rows.Advance(n, INT32_MAX);
+  BundlePrefetcher bundles(a);
+  const uint8_t* x[1] = {a.x};
+  for (int32_t i = 0; i < n;) {
+    float gates[kRowTile][1];
+    const int32_t count = i + kRowTile <= n ? kRowTile : 1;
+    if (count == kRowTile)
+      DotTile<kRowTile, 1>(a.format, a.gate, a.predicted + i, x, gates);
+    else
+      DotTile<1, 1>(a.format, a.gate, a.predicted + i, x, gates);
+    for (int32_t r = 0; r < count; ++r) list.Take(a.predicted[i + r], 0, gates[r][0]);
+    i += count;
+    bundles.Advance(list.n_listed);
+  }
+  bundles.Finish(list.n_listed);
+  return {list.n_listed, list.n_active, n};
+}
+
 // Of one token, tiles of gate rows; of more, blocks, token by token: then a token's neurons stand
 // together in the list. In both, a token's neurons rise.
-int64_t FindActive(const SparseFfnArgs& a, int32_t* n_listed) {
+ActiveCounts FindActive(const SparseFfnArgs& a) {
+  if (a.predictor != nullptr && a.n_tokens == 1) return FindPredicted(a);
   ActiveList list{a};
   BundlePrefetcher prefetcher(a);
   float gates[kTokenTile * kGateBlock];
+  int64_t n_predicted = 0;
   const int32_t block = a.n_tokens == 1 ? kRowTile : kGateBlock;
   for (int32_t first = a.first; first < a.last;) {
     const int32_t end = block == kRowTile ? (first / block + 1) * block : first + block;
@@ -217,15 +281,21 @@ int64_t FindActive(const SparseFfnArgs& a, int32_t* n_listed) {
     const GemmArgs gemm = {a.format,   a.gate,     first, last,      a.x,
                            a.x_stride, a.n_tokens, gates, kGateBlock};
     Gemm(gemm);
-    for (int32_t token = 0; token < a.n_tokens; ++token)
-      for (int32_t neuron = first; neuron < last; ++neuron)
+    for (int32_t token = 0; token < a.n_tokens; ++token) {
+      uint32_t bits = ~0u;
+      for (int32_t neuron = first; neuron < last; ++neuron) {
+        if (a.predictor != nullptr && (neuron == first || neuron % kPredictTile == 0))
+          bits = PredictTile(a, neuron / kPredictTile, token);
+        if ((bits >> neuron % kPredictTile & 1) == 0) continue;
         list.Take(neuron, token, gates[token * kGateBlock + neuron - first]);
+        ++n_predicted;
+      }
+    }
     if (a.n_tokens == 1) prefetcher.Advance(list.n_listed);
     first = last;
   }
   prefetcher.Finish(list.n_listed);
-  *n_listed = list.n_listed;
-  return list.n_active;
+  return {list.n_listed, list.n_active, n_predicted};
 }
 
 // kNeurons different neurons that are active for one token.

@@ -6,10 +6,11 @@ Owns which files are read and in what order. What a config says and what tensors
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -28,6 +29,7 @@ _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
     ("model.safetensors", SafetensorsFile),
     ("pytorch_model.bin", TorchBin),
 )
+_HASH_BLOCKS, _HASH_BYTES = 32, 4096
 _MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
 
 
@@ -87,6 +89,25 @@ class Checkpoint:
                 f"layers 0 to {self.config.n_layers - 1}"
             )
         return tensor.fp32()
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of what the model is, wherever its folder lies: its numbers, and the size and
+        some evenly spread blocks of each file with weights. Raises InvalidCheckpoint where one
+        cannot be read.
+        """
+        config = replace(self.config, bos_id=None, eos_ids=())  # of the text, not of the weights
+        digest = hashlib.sha256(repr(config).encode())
+        for name, n_bytes, _ in self.sources:
+            digest.update(f"\0{name}\0{n_bytes}\0".encode())
+            try:
+                with (self.folder / name).open("rb") as file:
+                    for block in range(_HASH_BLOCKS):
+                        file.seek(max(0, n_bytes - _HASH_BYTES) * block // (_HASH_BLOCKS - 1))
+                        digest.update(file.read(_HASH_BYTES))
+            except OSError as error:
+                raise InvalidCheckpoint(f"{self.folder / name}: {error.strerror}") from error
+        return digest.hexdigest()
 
     def close(self) -> None:
         self._tensors = None

@@ -4,9 +4,11 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hybrid.engine.forward import forward
 from hybrid.errors import InvalidOption
-from hybrid.kernels import Activation, Format, Program, Rows, Session, ThreadPool
+from hybrid.kernels import Activation, Format, Predictor, Program, Rows, Session, ThreadPool
 from hybrid.kernels.reference import rope_tables
 from hybrid.model_config import ModelConfig
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
@@ -16,8 +18,10 @@ from hybrid.weights.packed import PackedModel
 class ProgramRecorder:
     """`forward.Operations` that compute nothing: each records one native operation."""
 
-    def __init__(self, program: Program, config: ModelConfig) -> None:
-        self.program, self.config = program, config
+    def __init__(
+        self, program: Program, config: ModelConfig, predictors: Sequence[Predictor | None]
+    ) -> None:
+        self.program, self.config, self.predictors = program, config, predictors
 
     def embed(self, weights: ModelWeights[Rows], scale: float) -> None:
         self.program.embed(weights.embedding, scale)
@@ -41,6 +45,7 @@ class ProgramRecorder:
             self.config.threshold,
             scale,
             layer,
+            self.predictors[layer],
         )
 
     def head(self, x: None, weights: ModelWeights[Rows], scale: float) -> None:
@@ -58,7 +63,9 @@ class CpuExecutor:
         *,
         n_threads: int,
         n_context: int,
+        predictors: Sequence[Predictor | None] | None = None,
     ) -> None:
+        """`predictors`, one a layer: None computes all gates."""
         cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
         self.n_context = n_context
         try:
@@ -75,7 +82,8 @@ class CpuExecutor:
             rope_cos=cos,
             rope_sin=sin,
         )
-        forward(ProgramRecorder(self.program, config), model, config)
+        recorder = ProgramRecorder(self.program, config, predictors or [None] * config.n_layers)
+        forward(recorder, model, config)
 
     def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> Session:
         """A new sequence with a KV cache of its own; it keeps the program and the threads alive.

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, get_args
 
-from hybrid.checkpoint import open_checkpoint
+from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.generation import Generation, GenerationStats
 from hybrid.engine.options import (
@@ -22,6 +22,7 @@ from hybrid.engine.options import (
     checked_stop,
     read_default_sampling,
 )
+from hybrid.engine.prediction import DEFAULT_RECALL, Prediction, choose_predictors
 from hybrid.engine.session import Session
 from hybrid.errors import (
     ContextOverflow,
@@ -36,10 +37,11 @@ from hybrid.placement.hardware import (
     last_level_cache_bytes,
     measure_stream_gbs,
 )
+from hybrid.placement.profile import check_profile, find_profile, load_profile
 from hybrid.progress import Progress, ignore_progress
 from hybrid.sampling import Sampler, SamplingParams
 from hybrid.tokenizer import ChatMessage, Tokenizer, check_message
-from hybrid.weights.packed import decode_bytes, packed_layout
+from hybrid.weights.packed import NeuronOrders, decode_bytes, order_hash, packed_layout
 from hybrid.weights.packed_file import load_packed
 
 Quant = Literal["bf16", "q8", "q4"]
@@ -80,11 +82,14 @@ class Engine:
         context_size: int | None = None,
         mmap: bool | None = None,
         mlock: bool = False,
-        packed_cache: Path | None = None,
+        profile: Path | Literal["auto", "none"] = "auto",
+        predictor: Path | Literal["auto", "exact"] = "exact",
+        recall: float = DEFAULT_RECALL,
+        home: Path | None = None,
         progress: Progress = ignore_progress,
     ) -> None:
         """Load the Hugging Face folder; see `hybrid.load` for the options and errors. Packed models
-        are kept in `packed_cache`, where given.
+        are kept in `home`, hybrid's own folder, and profiles looked for, where it is given.
         """
         started = time.perf_counter()
         check_isa_cap()
@@ -105,11 +110,24 @@ class Engine:
                 folder, vocab_size=config.vocab_size, bos_id=config.bos_id
             )
             self.default_sampling = read_default_sampling(folder)
+            orders, order_notices = _choose_orders(checkpoint, profile, home)
+            self.model_hash: str = checkpoint.weights_hash
+            self.prediction: Prediction | None
+            predictors, self.prediction, predictor_notices = choose_predictors(
+                predictor,
+                recall,
+                config=config,
+                model_hash=self.model_hash,
+                order_hash=order_hash(orders),
+                quant=quant,
+                home=home,
+            )
             use_mmap, memory_notices = _choose_mmap(mmap, packed_layout(config, format).n_bytes)
             loaded = load_packed(
                 checkpoint,
                 format,
-                cache=packed_cache,
+                cache=None if home is None else home / "packed",
+                neuron_orders=orders,
                 use_mmap=use_mmap,
                 use_mlock=mlock,
                 fits_memory=not memory_notices,
@@ -117,18 +135,28 @@ class Engine:
                 progress=progress,
             )
             self.is_synthetic: bool = checkpoint.is_synthetic
+        # Per layer the neurons of the checkpoint in the order in which they are packed; None: as
+        # they stand there.
+        self.neuron_orders: NeuronOrders | None = orders
         self.folder, self.config, self.quant = folder, config, quant
         self.n_threads, self.n_context = n_threads, n_context
         self._notices: tuple[str, ...] = (
             *checkpoint.notices,
             *self.tokenizer.notices,
+            *order_notices,
+            *predictor_notices,
             *memory_notices,
             *loaded.notices,
             *_isa_notices(),
         )
         self._process_id = os.getpid()
         self._executor: CpuExecutor | None = CpuExecutor(
-            loaded.model, config, format, n_threads=n_threads, n_context=n_context
+            loaded.model,
+            config,
+            format,
+            n_threads=n_threads,
+            n_context=n_context,
+            predictors=predictors,
         )
         self._stats_lock = threading.Lock()
         self._moving = loaded.moving
@@ -176,12 +204,25 @@ class Engine:
         except MemoryError:
             raise OutOfMemory("measuring the memory's bandwidth needs 1 GiB of memory") from None
 
-    def expected_decode_bytes(self, *, n_tokens: int, first_position: int, n_active: int) -> int:
+    def expected_decode_bytes(
+        self, *, n_tokens: int, first_position: int, n_active: int, n_gates: int | None = None
+    ) -> int:
         """Bytes of weights and KV cache that decoding tokens from a position on reads, by the
         model's sizes: what `Session.decode_bytes` must have counted. `n_active` pairs of neuron and
-        token fire.
+        token fire; the predictor asks for the gates of `n_gates` of them, where there is one.
         """
-        return decode_bytes(self.config, Format[self.quant], n_tokens, first_position, n_active)
+        predictor_bytes = 0
+        if n_gates is not None and self.prediction is not None:
+            predictor_bytes = self.prediction.bytes_per_token
+        return decode_bytes(
+            self.config,
+            Format[self.quant],
+            n_tokens,
+            first_position,
+            n_active,
+            n_gates,
+            predictor_bytes,
+        )
 
     def generate(
         self,
@@ -266,7 +307,8 @@ class Engine:
         """
         try:
             executor = self._open()
-            return Session(executor.open_session(is_dense=dense, is_timed=timed), executor)
+            native = executor.open_session(is_dense=dense, is_timed=timed)
+            return Session(native, self.config, executor)
         except MemoryError:
             raise OutOfMemory(
                 f"a context of {self.n_context} tokens does not fit into memory; "
@@ -398,6 +440,28 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, the context holds {self.n_context}; {advice}"
             )
         return ids
+
+
+def _choose_orders(
+    checkpoint: Checkpoint, profile: Path | Literal["auto", "none"], home: Path | None
+) -> tuple[NeuronOrders | None, tuple[str, ...]]:
+    """The order in which neurons are packed, and notices: hot ones first where their frequencies
+    are known.
+    """
+    config = checkpoint.config
+    notices: tuple[str, ...] = ()
+    if profile == "none":
+        return None, ()
+    if profile == "auto":
+        found, notices = find_profile(
+            checkpoint.folder, home, checkpoint.weights_hash, config.n_layers, config.n_neurons
+        )
+    else:
+        found = load_profile(Path(profile))
+        check_profile(
+            found, Path(profile), checkpoint.weights_hash, config.n_layers, config.n_neurons
+        )
+    return None if found is None else found.neuron_orders(), notices
 
 
 def _choose_mmap(mmap: bool | None, weight_bytes: int) -> tuple[bool, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -12,7 +13,18 @@ from numpy.typing import NDArray
 
 from hybrid.errors import ContextOverflow, EngineClosed
 from hybrid.kernels import Session as NativeSession
+from hybrid.model_config import ModelConfig
 from hybrid.tokenizer import ChatMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Which neurons fired for some tokens, layer by layer, in the order in which they are packed
+    (`Engine.neuron_orders`).
+    """
+
+    masks: NDArray[np.uint8]  # (n_layers, n, ceil(n_neurons / 8)): bit i % 8 of byte i / 8
+    inputs: NDArray[np.float16] | None  # (n_layers, n, hidden): the normed inputs of the FFNs
 
 
 class Session:
@@ -25,8 +37,9 @@ class Session:
     Sessions of one engine may run on several threads at once; one session serves one at a time.
     """
 
-    def __init__(self, native: NativeSession, engine: object = None) -> None:
+    def __init__(self, native: NativeSession, config: ModelConfig, engine: object = None) -> None:
         self._native: NativeSession | None = native
+        self._config = config
         self._engine = engine  # whose weights these are; compared by identity
         self._tokens: list[int] = []
         self._lock = threading.RLock()  # held for each call into the native session
@@ -64,6 +77,27 @@ class Session:
         Raises ContextOverflow where they do not fit, EngineClosed, and ValueError for ids that the
         vocabulary does not have.
         """
+        return self._prefill(tokens, all_logits)
+
+    def observe(
+        self, tokens: Sequence[int] | NDArray[np.integer], *, inputs: bool = False
+    ) -> Observation:
+        """Append tokens as `prefill` does and tell which neurons fired for each, and with `inputs`
+        for what. Raises as `prefill` does.
+        """
+        config, n = self._config, len(tokens)
+        masks = np.zeros((config.n_layers, n, -(-config.n_neurons // 8)), np.uint8)
+        halves = np.empty((config.n_layers, n, config.hidden_size), np.float16) if inputs else None
+        self._prefill(tokens, False, masks, None if halves is None else halves.view(np.uint16))
+        return Observation(masks, halves)
+
+    def _prefill(
+        self,
+        tokens: Sequence[int] | NDArray[np.integer],
+        all_logits: bool,
+        masks: NDArray[np.uint8] | None = None,
+        inputs: NDArray[np.uint16] | None = None,
+    ) -> NDArray[np.float32] | None:
         ids = np.asarray(tokens)
         if ids.dtype.kind not in "iu":
             raise ValueError(f"tokens: expected integers, found {ids.dtype}")
@@ -71,7 +105,7 @@ class Session:
         with self._lock:
             native = self._in_step()
             self._check_room(ids.size)
-            logits = native.prefill(ids, all_logits)
+            logits = native.prefill(ids, all_logits, masks, inputs)
             self._tokens += ids.tolist()
             return logits
 
@@ -114,6 +148,13 @@ class Session:
     def active_counts(self) -> list[int]:
         """Per layer: (neuron, token) pairs that fired since the last `reset_counts`."""
         return self._open().active_counts
+
+    @property
+    def predicted_counts(self) -> list[int]:
+        """Per layer: (neuron, token) pairs whose gate was computed since the last `reset_counts`:
+        those that the predictor named, or all.
+        """
+        return self._open().predicted_counts
 
     @property
     def decode_bytes(self) -> dict[str, int]:

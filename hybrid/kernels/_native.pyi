@@ -9,11 +9,16 @@ ROW_TILE: int
 SPAN: int
 KEY_TILE: int
 PREFILL_CHUNK: int
+PREDICT_TILE: int
 
 class Format(Enum):
     bf16 = 0
     q8 = 1
     q4 = 2
+
+class PredictorKind(Enum):
+    lowrank = 0
+    sign = 1
 
 class Activation(Enum):
     relu = 0
@@ -50,7 +55,8 @@ def sparse_ffn(
     activation: Activation,
     threshold: float,
     computes_all: bool = False,
-) -> tuple[NDArray[np.float32], int]: ...
+    predictor: Predictor | None = None,
+) -> tuple[NDArray[np.float32], int, int]: ...
 def add_partials(
     format: Format, partials: NDArray[np.float32], scale: float, x: NDArray[np.float32]
 ) -> NDArray[np.float32]: ...
@@ -80,6 +86,20 @@ class Rows:
     def n_rows(self) -> int: ...
     @property
     def n_cols(self) -> int: ...
+    @property
+    def memory(self) -> NDArray[np.uint8]: ...
+
+class Predictor:
+    def __init__(
+        self,
+        *,
+        format: Format,
+        kind: PredictorKind,
+        size: int,
+        n_neurons: int,
+        tiles: NDArray[np.uint8],
+        first_matrix: Rows | None = None,
+    ) -> None: ...
 
 class ThreadPool:
     def __init__(self, n_threads: int) -> None: ...
@@ -113,6 +133,7 @@ class Program:
         threshold: float,
         scale: float,
         layer: int,
+        predictor: Predictor | None = None,
     ) -> None: ...
     def head(self, norm: NDArray[np.float32], head: Rows, scale: float) -> None: ...
     @property
@@ -128,7 +149,11 @@ class Session:
         is_timed: bool = False,
     ) -> None: ...
     def prefill(
-        self, tokens: NDArray[np.int64], all_logits: bool = False
+        self,
+        tokens: NDArray[np.int64],
+        all_logits: bool = False,
+        masks: NDArray[np.uint8] | None = None,
+        inputs: NDArray[np.uint16] | None = None,
     ) -> NDArray[np.float32] | None: ...
     def decode(self, token: int) -> None: ...
     def truncate(self, position: int) -> None: ...
@@ -140,6 +165,8 @@ class Session:
     def n_context(self) -> int: ...
     @property
     def active_counts(self) -> list[int]: ...
+    @property
+    def predicted_counts(self) -> list[int]: ...
     @property
     def decode_bytes(self) -> dict[str, int]: ...
     @property

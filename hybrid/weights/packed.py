@@ -8,6 +8,7 @@ together or not at all. Neurons of a layer may stand in any order
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from hybrid.weights.quant import TILE_ROWS, row_bytes
 
 PackedModel = ModelWeights[Rows]
 Buffer = NDArray[np.uint8]
+# Per layer: the neuron of the checkpoint that stands at each place.
+NeuronOrders = Sequence[NDArray[np.intp]]
+SOURCE_ORDER = "as in the source"
 
 ALIGNMENT = 64  # bytes: a cache line
 # The largest fp16 scale times the largest integer.
@@ -89,20 +93,29 @@ def bundle_bytes(format: Format, n_cols: int) -> int:
 
 
 def decode_bytes(
-    config: ModelConfig, format: Format, n_tokens: int, first_position: int, n_active: int
+    config: ModelConfig,
+    format: Format,
+    n_tokens: int,
+    first_position: int,
+    n_active: int,
+    n_gates: int | None = None,
+    predictor_bytes: int = 0,
 ) -> int:
     """Bytes that decoding `n_tokens` from `first_position` on reads, where `n_active` pairs of
-    neuron and token fire: all rows of attention, gate and head, one row of the embedding, up and
-    down rows of the active neurons, and fp16 keys and values of all positions so far.
+    neuron and token fire: all rows of attention and head, one row of the embedding, `n_gates` gate
+    rows (all), up and down rows of the active neurons, `predictor_bytes` a token, and fp16 keys and
+    values of all positions so far.
     """
     hidden, attention = config.hidden_size, config.attention_size
     row, attention_row = sum(row_bytes(format, hidden)), sum(row_bytes(format, attention))
-    layer = (config.qkv_size + config.n_neurons) * row + hidden * attention_row
+    if n_gates is None:
+        n_gates = n_tokens * config.n_layers * config.n_neurons
+    layer = config.qkv_size * row + hidden * attention_row
     n_seen = sum(range(first_position + 1, first_position + n_tokens + 1))
     kv_row = 2 * 2 * config.n_kv_heads * _native.head_stride(config.head_dim)
     return (
-        n_tokens * (config.n_layers * layer + (config.vocab_size + 1) * row)
-        + n_active * 2 * row
+        n_tokens * (config.n_layers * layer + (config.vocab_size + 1) * row + predictor_bytes)
+        + (n_gates + n_active * 2) * row
         + n_seen * config.n_layers * kv_row
     )
 
@@ -112,7 +125,7 @@ def pack_model(
     format: Format,
     *,
     buffer: Buffer | None = None,
-    neuron_orders: Sequence[NDArray[np.intp]] | None = None,
+    neuron_orders: NeuronOrders | None = None,
     n_threads: int = 1,
     progress: Progress = ignore_progress,
 ) -> PackedModel:
@@ -138,6 +151,16 @@ def pack_model(
     return view_packed(buffer, source.config, format)
 
 
+def order_hash(neuron_orders: NeuronOrders | None) -> str:
+    """What ties files to the order in which neurons are packed: SHA-256, or SOURCE_ORDER."""
+    if neuron_orders is None:
+        return SOURCE_ORDER
+    digest = hashlib.sha256()
+    for order in neuron_orders:
+        digest.update(np.asarray(order, "<i4").tobytes())
+    return digest.hexdigest()
+
+
 class _Packer:
     """Fills a buffer, part by part; parts may run at once."""
 
@@ -147,7 +170,7 @@ class _Packer:
         format: Format,
         layout: PackedLayout,
         buffer: Buffer,
-        neuron_orders: Sequence[NDArray[np.intp]] | None,
+        neuron_orders: NeuronOrders | None,
     ) -> None:
         self.source, self.format = source, format
         self.layout, self.buffer, self.neuron_orders = layout, buffer, neuron_orders

@@ -31,8 +31,10 @@ from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.packed import (
     ALIGNMENT,
     Buffer,
+    NeuronOrders,
     PackedModel,
     Source,
+    order_hash,
     pack_model,
     packed_layout,
     view_packed,
@@ -79,6 +81,7 @@ def load_packed(
     format: Format,
     *,
     cache: Path | None,
+    neuron_orders: NeuronOrders | None = None,
     use_mmap: bool = False,
     use_mlock: bool = False,
     fits_memory: bool = True,
@@ -118,13 +121,20 @@ def load_packed(
         )
 
     def pack(buffer: Buffer) -> Buffer:
-        pack_model(checkpoint, format, buffer=buffer, n_threads=n_threads, progress=progress)
+        pack_model(
+            checkpoint,
+            format,
+            buffer=buffer,
+            neuron_orders=neuron_orders,
+            n_threads=n_threads,
+            progress=progress,
+        )
         return buffer
 
     if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
         return loaded(pack(allocate(n_bytes)), *(["mmap: there is no file"] * use_mmap))
     path = cache / _file_name(checkpoint, format)
-    header = _header(checkpoint, format)
+    header = _header(checkpoint, format, order_hash(neuron_orders))
     if _is_current(path, header, n_bytes):
         with contextlib.suppress(FileChanged, OSError):  # it may go or shrink at any moment
             memory: Buffer | MovingFile
@@ -169,7 +179,7 @@ def _file_name(checkpoint: FileSource, format: Format) -> str:
     return f"{name}-{digest}-{format.name}.safetensors"
 
 
-def _header(checkpoint: FileSource, format: Format) -> bytes:
+def _header(checkpoint: FileSource, format: Format, order: str) -> bytes:
     """The first bytes of the file; padded so that the buffer begins at a cache line."""
     layout = packed_layout(checkpoint.config, format)
     starts = [first for first, _ in layout.arrays.values()] + [layout.n_bytes]
@@ -178,7 +188,7 @@ def _header(checkpoint: FileSource, format: Format) -> bytes:
             "hybrid_packed": VERSION,
             "format": format.name,
             "source": _fingerprint(checkpoint),
-            "neuron_order": "as in the source",
+            "neuron_order": order,
         }
     }
     for name, first, end in zip(layout.arrays, starts, starts[1:], strict=False):

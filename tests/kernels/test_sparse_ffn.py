@@ -54,7 +54,7 @@ class Ffn:
         """The output in natural column order, and the number of active (neuron, token) pairs."""
         last = self.n_neurons if last is None else last
         gate, up, down = rows or self.pack()
-        out, n_active = _native.sparse_ffn(
+        out, n_active, _ = _native.sparse_ffn(
             gate, up, down, self.x_quantized, first, last, activation, self.threshold
         )
         order, unit = partial_order(self.format, self.x.shape[1])

@@ -1,0 +1,111 @@
+"""What finding a token's active neurons costs on this machine: all gate rows, or a predictor and
+the rows that it names. Measured with the kernels themselves, on one thread, so that predictors are
+chosen by time and not by bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypedDict
+
+import numpy as np
+
+from hybrid.kernels import Activation, Format, Predictor, Rows, _native
+from hybrid.placement.hardware import last_level_cache_bytes
+from hybrid.weights.packed import matrix_bytes, pack_bundles, pack_matrix
+from hybrid.weights.packed_predictor import pack_predictor
+from predictors.predictors import LayerPredictor, LowRank, make_sign
+
+RANKS = (16, 32, 64, 128, 256, 512)
+_PREDICTED = 0.25  # share of rows while gathering is measured
+_ROUNDS = 5
+
+
+class GateCosts(TypedDict):
+    """Nanoseconds for one layer of `n_neurons`, one token, one thread."""
+
+    exact_ns: float  # all gate rows
+    gathered_row_ns: float  # each row that a predictor names
+    lowrank_ns: dict[str, float]  # by rank: both matrices, naming no neuron
+    sign_ns: float
+
+
+def measure_gate_costs(
+    format: Format, hidden_size: int, n_neurons: int, n_layers: int
+) -> GateCosts:
+    """Takes a few seconds. Weights are random, in as many copies as the model has layers, or as
+    reach beyond the cache, and are passed in turn: so they come from where the model's come from.
+    """
+    rng = np.random.default_rng(0)
+    gate = rng.standard_normal((n_neurons, hidden_size), np.float32)
+    x = _native.quantize(format, rng.standard_normal(hidden_size).astype(np.float32))[None]
+    one = matrix_bytes(format, n_neurons, hidden_size)
+    beyond = 1 + 2 * (last_level_cache_bytes() or 0) // one
+    n_copies = min(n_layers, max(2, beyond))
+    gates = _copies(pack_matrix(format, gate), one, format, n_neurons, hidden_size, n_copies)
+    up, down = pack_bundles(format, gate[:1].repeat(n_neurons, 0), gate[:1].repeat(n_neurons, 0))
+
+    def seconds(predictors: list[Predictor | None]) -> float:
+        """Of one layer; no neuron fires."""
+
+        def run(i: int) -> None:
+            _native.sparse_ffn(
+                gates[i % n_copies],
+                up,
+                down,
+                x,
+                0,
+                n_neurons,
+                Activation.fatrelu,
+                np.inf,
+                False,
+                predictors[i % len(predictors)],
+            )
+
+        return _best(run, n_copies)
+
+    def predicting(predictor: LayerPredictor, margin: float = 0.0) -> float:
+        return seconds([pack_predictor(format, predictor, margin) for _ in range(n_copies)])
+
+    def lowrank(rank: int, predicted: float) -> LowRank:
+        bias = np.where(rng.random(n_neurons) < predicted, 1e30, -1e30).astype(np.float32)
+        return LowRank(
+            np.ones((rank, hidden_size), np.float32),
+            rng.integers(-127, 128, (n_neurons, rank)).astype(np.int8),
+            np.ones(n_neurons, np.float32),
+            bias,
+        )
+
+    ranks = [rank for rank in RANKS if rank <= hidden_size // 2]
+    none = {rank: predicting(lowrank(rank, 0.0)) for rank in ranks}
+    some = predicting(lowrank(ranks[0], _PREDICTED))
+    return {
+        "exact_ns": 1e9 * seconds([None]),
+        "gathered_row_ns": 1e9 * max(0.0, some - none[ranks[0]]) / (_PREDICTED * n_neurons),
+        "lowrank_ns": {str(rank): 1e9 * cost for rank, cost in none.items()},
+        "sign_ns": 1e9 * predicting(make_sign(gate), -float(hidden_size)),
+    }
+
+
+def _copies(
+    rows: Rows, n_bytes: int, format: Format, n_rows: int, n_cols: int, n: int
+) -> list[Rows]:
+    memory = _native.allocate_bytes(n * n_bytes)
+    for i in range(n):
+        memory[i * n_bytes : (i + 1) * n_bytes] = rows.memory[:n_bytes]
+    return [
+        Rows(format=format, memory=memory, n_rows=n_rows, n_cols=n_cols, offset=i * n_bytes)
+        for i in range(n)
+    ]
+
+
+def _best(run: Callable[[int], None], n: int) -> float:
+    """Seconds of one call, in the best of some rounds over all copies."""
+    best = np.inf
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        for i in range(n):
+            run(i)
+        best = min(best, (time.perf_counter() - started) / n)
+    return float(best)

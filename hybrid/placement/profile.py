@@ -1,0 +1,153 @@
+"""ActivationProfile: how often each FFN neuron of a model fired on some texts.
+
+`profiler.record` writes it; packing takes its neuron order from it, placement its frequencies.
+Neurons stand in the order of the checkpoint. The file is described in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from hybrid.errors import InvalidArtifact
+
+VERSION = 1
+FILE_NAME = "activation_profile.safetensors"
+_METADATA = "hybrid_profile"
+POSITION_BUCKETS = 16  # bucket b holds positions 2^b - 1 to 2^(b+1) - 2 of a window
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationProfile:
+    """Counts of one recording; sums over its tokens."""
+
+    model_hash: str  # Checkpoint.weights_hash of the model
+    n_tokens: int
+    counts: NDArray[np.int64]  # (n_layers, n_neurons) tokens that the neuron fired for
+    text_counts: NDArray[np.int64]  # (n_texts, n_layers, n_neurons) the same, text by text
+    position_active: NDArray[np.int64]  # (n_layers, POSITION_BUCKETS) active neurons
+    position_tokens: NDArray[np.int64]  # (POSITION_BUCKETS,) tokens
+    overlap: NDArray[np.int64]  # (n_layers,) active neurons that were active a token before, too
+    overlap_base: NDArray[np.int64]  # (n_layers,) active neurons of tokens that have one before
+    about: dict[str, Any]  # model, quant, window, texts with their hashes, versions
+
+    @property
+    def frequency(self) -> NDArray[np.float64]:
+        """(n_layers, n_neurons) share of tokens that each neuron fired for."""
+        return self.counts / self.n_tokens
+
+    @property
+    def sparsity(self) -> NDArray[np.float64]:
+        """(n_layers,) share of inactive neurons."""
+        return 1.0 - self.frequency.mean(1)
+
+    def neuron_orders(self) -> list[NDArray[np.intp]]:
+        """Per layer the neurons by falling frequency; equal ones as they stand."""
+        return [np.argsort(-counts, kind="stable") for counts in self.counts]
+
+    def save(self, path: Path) -> None:
+        """Write the file; it appears under its name only once it is complete. Raises OSError."""
+        about = {
+            **self.about,
+            "version": VERSION,
+            "model_hash": self.model_hash,
+            "n_tokens": self.n_tokens,
+        }
+        tensors = {name: getattr(self, name) for name in _SHAPES}
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_bytes(save(tensors, {_METADATA: json.dumps(about, ensure_ascii=False)}))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+# Per array its dimensions: T texts, L layers, N neurons, B buckets.
+_SHAPES = {
+    "counts": "LN",
+    "text_counts": "TLN",
+    "position_active": "LB",
+    "position_tokens": "B",
+    "overlap": "L",
+    "overlap_base": "L",
+}
+
+
+def load_profile(path: Path) -> ActivationProfile:
+    """Read a profile. Raises InvalidArtifact where it is none, broken or of another version."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = (file.metadata() or {}).get(_METADATA)
+            if metadata is None:
+                raise InvalidArtifact(f"{path}: is no activation profile; profiler.record makes it")
+            about = json.loads(metadata)
+            if not isinstance(about, dict) or about.get("version") != VERSION:
+                raise InvalidArtifact(
+                    f"{path}: expected a profile of version {VERSION}; record it again"
+                )
+            arrays = {name: file.get_tensor(name) for name in _SHAPES}
+        about.pop("version")
+        n_tokens, model_hash = about.pop("n_tokens"), about.pop("model_hash")
+    except OSError as error:
+        raise InvalidArtifact(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InvalidArtifact(f"{path}: is broken ({error}); record it again") from error
+    sizes = {"B": POSITION_BUCKETS}
+    for name, dimensions in _SHAPES.items():
+        array = arrays[name]
+        is_sound = array.dtype == np.int64 and array.ndim == len(dimensions)
+        for dimension, size in zip(dimensions, array.shape, strict=False):
+            is_sound &= sizes.setdefault(dimension, size) == size
+        if not is_sound or (array < 0).any():
+            raise InvalidArtifact(f"{path}: its array {name!r} is broken; record it again")
+    if not isinstance(n_tokens, int) or n_tokens < 1 or arrays["counts"].max() > n_tokens:
+        raise InvalidArtifact(f"{path}: its counts contradict each other; record it again")
+    return ActivationProfile(model_hash=str(model_hash), n_tokens=n_tokens, **arrays, about=about)
+
+
+def check_profile(
+    profile: ActivationProfile, path: Path, model_hash: str, n_layers: int, n_neurons: int
+) -> None:
+    """Raises InvalidArtifact unless the profile is of this very model."""
+    if profile.counts.shape != (n_layers, n_neurons):
+        found = " x ".join(map(str, profile.counts.shape))
+        raise InvalidArtifact(
+            f"{path}: is of a model of {found} neurons; this one has {n_layers} x {n_neurons}"
+        )
+    if profile.model_hash != model_hash:
+        raise InvalidArtifact(
+            f"{path}: was recorded with other weights (hash {profile.model_hash:.12}, this "
+            f"model's is {model_hash:.12}); record it again with profiler.record"
+        )
+
+
+def profile_path(home: Path, model_hash: str) -> Path:
+    """Where `hybrid.setup` keeps the profile of a model, in hybrid's own folder."""
+    return home / "profiles" / f"{model_hash[:32]}.safetensors"
+
+
+def find_profile(
+    folder: Path, home: Path | None, model_hash: str, n_layers: int, n_neurons: int
+) -> tuple[ActivationProfile | None, tuple[str, ...]]:
+    """The profile of a model that setup recorded, else the one in the model's own folder; and a
+    notice for each that is there but cannot be used.
+    """
+    notices: list[str] = []
+    kept = () if home is None else (profile_path(home, model_hash),)
+    for path in (*kept, folder / FILE_NAME):
+        if not path.is_file():
+            continue
+        try:
+            profile = load_profile(path)
+            check_profile(profile, path, model_hash, n_layers, n_neurons)
+            return profile, tuple(notices)
+        except InvalidArtifact as error:
+            notices.append(f"profile not used: {error}")
+    return None, tuple(notices)

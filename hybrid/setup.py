@@ -1,0 +1,275 @@
+"""Make a model ready on this machine, once: everything that makes it faster.
+
+    python -m hybrid.setup -m MiniCPM-S-1B --quant q4
+
+Fetches the model, checks it, records which neurons fire (on texts that it writes itself, or on
+--text), packs it with hot neurons first, and trains a predictor (where torch is installed; else
+training-free kinds are tried). What is done is kept under HYBRID_HOME and not done again; an
+interrupted setup goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hybrid import Engine, HybridError, InvalidOption, Progress, check_options
+from hybrid.catalog import hybrid_home
+from hybrid.checking import check_model
+from hybrid.command_line import (
+    ArgumentParser,
+    add_model_options,
+    open_engine,
+    printable,
+    run_command,
+)
+from hybrid.engine.prediction import predictor_path
+from hybrid.placement.profile import FILE_NAME, load_profile, profile_path
+from hybrid.progress_bar import progress_bar
+from predictors.errors import PredictorError
+from predictors.file import load_predictor_file
+from predictors.trace import load_trace
+from predictors.train import Options, summary, train
+from profiler.corpus import PROMPTS, WRITTEN_TOKENS, Corpus, TextFile
+from profiler.record import byte_size
+from profiler.recorder import RecordingOptions, record
+
+TRACE_BYTES = 2 << 30
+MEASURED_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """What a setup makes, and where it works."""
+
+    profile: Path
+    predictor: Path
+    work: Path
+
+    @classmethod
+    def of(cls, engine: Engine) -> Paths:
+        home = hybrid_home()
+        return cls(
+            profile_path(home, engine.model_hash),
+            predictor_path(home, engine.model_hash, engine.quant),
+            home / "setup" / f"{engine.model_hash[:32]}-{engine.quant}",
+        )
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="hybrid.setup",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_options(parser)
+    add = parser.add_argument
+    add(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="texts to watch it on",
+    )
+    add("--separator", help="what stands between two documents of a text file")
+    add("--max-tokens", type=int, help="tokens of each text, at most")
+    add("--trace-budget", type=byte_size, default=TRACE_BYTES, help="bytes of the trace (2GiB)")
+    add("--no-predictor", action="store_true", help="profile and pack only")
+    add("--redo", action="store_true", help="do again what was done before")
+    args = parser.parse_args(arguments)
+    if args.max_tokens is not None and args.max_tokens < 1:
+        parser.error("--max-tokens: expected 1 or more")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    check_options(threads=args.threads)
+    corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
+    started = time.monotonic()
+    check(args)
+    with open_engine(args) as (engine, progress):
+        for notice in engine.notices:
+            print(f"note: {printable(notice)}")
+        if not engine.config.is_sparse:
+            raise InvalidOption(
+                f"{args.model}: its activation is {engine.config.activation}, which is never zero: "
+                "there is nothing to skip, and nothing to set up"
+            )
+        paths = Paths.of(engine)
+        if args.redo:
+            for path in (paths.profile, paths.predictor):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(paths.work, ignore_errors=True)
+        announce(args, engine, paths, corpora)
+        has_profile = paths.profile.is_file() or (
+            engine.neuron_orders is not None and not args.text
+        )
+        if not has_profile:
+            make_profile(args, engine, paths, corpora, progress)
+    print("profile    done")
+    if not args.no_predictor:
+        with open_engine(args) as (engine, progress):  # now packed with hot neurons first
+            make_predictor(args, engine, paths, corpora, progress)
+    shutil.rmtree(paths.work, ignore_errors=True)
+    report(args)
+    print(f"ready in {time.monotonic() - started:.0f} s", flush=True)
+    return 0
+
+
+def announce(
+    args: argparse.Namespace, engine: Engine, paths: Paths, corpora: Sequence[Corpus]
+) -> None:
+    """Says what will be done, and what time and room it will take."""
+    steps, seconds, n_bytes = [], 0.0, engine.stats.weight_bytes
+    rates = measure_rates(engine)
+    n_texts = sum(map(len, PROMPTS.values()))
+    n_tokens = n_texts * min(WRITTEN_TOKENS, engine.n_context // 2)
+    if corpora:  # four bytes a token, roughly
+        n_tokens = sum(min(c.size // 4, args.max_tokens or c.size) for c in corpora)
+    has_predictor = paths.predictor.is_file() or args.no_predictor
+    if not paths.profile.is_file():
+        steps.append("profile")
+        seconds += n_tokens / rates["prefill"]
+        if not (corpora or engine.is_synthetic):
+            seconds += n_tokens / rates["decode"]
+    if not has_predictor:
+        steps.append("predictor")
+        config = engine.config
+        work = config.n_layers * config.n_neurons * config.hidden_size * 1e-6
+        seconds += n_tokens / rates["prefill"] + work  # training: measured per weight
+        n_bytes += args.trace_budget
+    if not steps:
+        print("everything is there already; --redo does it again")
+        return
+    free = shutil.disk_usage(_existing(paths.work)).free
+    print(
+        f"to do      {', '.join(steps)}: about {seconds / 60:.0f} min, {n_bytes / 1e9:.1f} GB on "
+        f"disk meanwhile ({free / 1e9:.0f} GB are free)"
+    )
+    if n_bytes > free:
+        raise InvalidOption(
+            f"{hybrid_home()}: {free / 1e9:.1f} GB are free, {n_bytes / 1e9:.1f} GB are needed; "
+            "set HYBRID_HOME to a folder with room, or --trace-budget to less"
+        )
+
+
+def measure_rates(engine: Engine) -> dict[str, float]:
+    """Tokens per second, of a short run."""
+    ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, MEASURED_TOKENS)
+    with engine.open_session() as session:
+        started = time.perf_counter()
+        session.prefill(ids)
+        between = time.perf_counter()
+        for token in ids[:16].tolist():
+            session.decode(token)
+        ended = time.perf_counter()
+    return {"prefill": ids.size / (between - started), "decode": 16 / (ended - between)}
+
+
+def check(args: argparse.Namespace) -> None:
+    with progress_bar() as progress:
+        checks = check_model(
+            args.model,
+            quant=args.quant,
+            threads=args.threads,
+            offline=args.offline,
+            progress=progress,
+        )
+        failed = [check for check in checks if check.verdict == "failed"]
+    if failed:
+        raise HybridError(
+            f"{failed[0].name}: {failed[0].message} {failed[0].advice} "
+            "(python -m hybrid.selfcheck shows all checks)"
+        )
+    print("selfcheck  done", flush=True)
+
+
+def make_profile(
+    args: argparse.Namespace,
+    engine: Engine,
+    paths: Paths,
+    corpora: Sequence[Corpus],
+    progress: Progress,
+) -> None:
+    folder = paths.work / "profile"
+    if not (folder / FILE_NAME).is_file():
+        options = RecordingOptions(model=args.model, max_tokens=args.max_tokens)
+        record(engine, corpora, folder, options, progress)
+    profile = load_profile(folder / FILE_NAME)
+    try:
+        paths.profile.parent.mkdir(parents=True, exist_ok=True)
+        profile.save(paths.profile)
+    except OSError as error:
+        raise HybridError(f"{paths.profile}: cannot be written: {error.strerror}") from error
+
+
+def make_predictor(
+    args: argparse.Namespace,
+    engine: Engine,
+    paths: Paths,
+    corpora: Sequence[Corpus],
+    progress: Progress,
+) -> None:
+    if paths.predictor.is_file():
+        print("predictor  done")
+        return
+    folder = paths.work / "trace"
+    if not (folder / FILE_NAME).is_file():
+        options = RecordingOptions(
+            model=args.model, max_tokens=args.max_tokens, trace_bytes=args.trace_budget
+        )
+        texts = paths.work / "profile" / "texts"
+        if texts.is_dir() and not folder.exists():  # those that it wrote for the profile
+            shutil.copytree(texts, folder / "texts")
+        record(engine, corpora, folder, options, progress)
+    try:
+        file = train(load_trace(folder / "trace"), Options(), progress)
+        paths.predictor.parent.mkdir(parents=True, exist_ok=True)
+        file.save(paths.predictor)
+    except PredictorError as error:
+        raise HybridError(str(error)) from error
+    except OSError as error:
+        raise HybridError(f"{paths.predictor}: cannot be written: {error.strerror}") from error
+    if "lowrank" not in file.about["kinds"]:
+        print("note: torch is not installed: only training-free predictors were tried")
+    print("predictor  done")
+
+
+def report(args: argparse.Namespace) -> None:
+    """What was made, and how fast a token is now."""
+    rows = []
+    kinds = ["exact"] if args.no_predictor else ["exact", "auto"]
+    for kind in kinds:
+        args.predictor, args.recall = kind, 0.99
+        with open_engine(args) as (engine, _):
+            engine.wait_for_weights()
+            rows.append((kind, measure_rates(engine)["decode"]))
+            prediction = engine.prediction
+    if not args.no_predictor and prediction is not None:
+        print("\nheld-out tokens; cost of finding the active neurons, against all gates:")
+        print(summary(load_predictor_file(prediction.path)) + "\n")
+    for kind, rate in rows:
+        print(f"--predictor {kind:6} {rate:8.1f} tok/s")
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_command("hybrid.setup", lambda: run(parse_arguments(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

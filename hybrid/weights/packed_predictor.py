@@ -1,0 +1,90 @@
+"""Predictors in the native kernels' layout (csrc/kernels/kernels.h)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.kernels import Format, PredictorKind, _native
+from hybrid.kernels._native import Predictor
+from hybrid.weights.packed import pack_matrix
+from hybrid.weights.quant import column_order
+from predictors.predictors import LayerPredictor, LowRank, Sign
+
+TILE = _native.PREDICT_TILE  # neurons
+
+
+def pack_predictor(format: Format, predictor: LayerPredictor, margin: float) -> Predictor:
+    """For a model whose weights are packed in `format`; neurons stand as the model's do."""
+    if isinstance(predictor, LowRank):
+        return _pack_lowrank(format, predictor, margin)
+    return _pack_sign(format, predictor, margin)
+
+
+def _pack_lowrank(format: Format, predictor: LowRank, margin: float) -> Predictor:
+    n_neurons, rank = predictor.b.shape
+    b = _tiles(predictor.b, 0).reshape(-1, TILE, rank // 4, 4)
+    lines = (b.swapaxes(1, 2).astype(np.int16) + 128).astype(np.uint8)
+    limits = [
+        _tiles(predictor.b_scale, 0.0),
+        # Scores of neurons beyond the last stay below zero.
+        _tiles(predictor.bias + np.float32(margin), -np.inf),
+    ]
+    parts = [lines.reshape(len(b), -1), *(limit.view(np.uint8) for limit in limits)]
+    return Predictor(
+        format=format,
+        kind=PredictorKind.lowrank,
+        size=rank,
+        n_neurons=n_neurons,
+        tiles=_huge(np.concatenate(parts, axis=1)),
+        first_matrix=pack_matrix(Format.bf16 if format is Format.bf16 else Format.q8, predictor.a),
+    )
+
+
+def _pack_sign(format: Format, predictor: Sign, margin: float) -> Predictor:
+    n_neurons = len(predictor.limit)
+    hidden_bits = np.unpackbits(predictor.bits, axis=1, bitorder="little")
+    # hidden is a multiple of 32 in every model that is packed, so no bit of `bits` is padding.
+    order = column_order(format, hidden_bits.shape[1])
+    bits = np.zeros((n_neurons, _native.padded_cols(format, hidden_bits.shape[1])), np.uint8)
+    bits[:, order] = hidden_bits
+    words = np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+    lines = _tiles(words, 0).reshape(-1, TILE, words.shape[1]).swapaxes(1, 2)
+    limits = _tiles(np.floor(predictor.limit + margin).astype(np.int32), -1)
+    parts = [
+        np.ascontiguousarray(lines).reshape(len(lines), -1).view(np.uint8),
+        limits.view(np.uint8),
+    ]
+    return Predictor(
+        format=format,
+        kind=PredictorKind.sign,
+        size=words.shape[1],
+        n_neurons=n_neurons,
+        tiles=_huge(np.concatenate(parts, axis=1)),
+    )
+
+
+def _tiles(rows: NDArray[np.generic], fill: float) -> NDArray[np.generic]:
+    """(n_neurons, …) → (tiles, TILE * …), `fill` for neurons that make the last tile whole."""
+    padding = [(0, -len(rows) % TILE)] + [(0, 0)] * (rows.ndim - 1)
+    padded = np.pad(rows, padding, constant_values=fill)
+    return np.ascontiguousarray(padded.reshape(len(padded) // TILE, -1))
+
+
+def _huge(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    memory = _native.allocate_bytes(tiles.size)
+    memory[:] = tiles.ravel()
+    return memory
+
+
+def predictor_bytes(format: Format, predictor: LayerPredictor, hidden_size: int) -> int:
+    """Bytes that asking it for one token reads."""
+    n_tiles = -(-len(predictor.limit if isinstance(predictor, Sign) else predictor.b) // TILE)
+    if isinstance(predictor, Sign):
+        return n_tiles * TILE * (_native.padded_cols(format, hidden_size) // 8 + 4)
+    rank = predictor.rank
+    width = 2 * hidden_size
+    if format is not Format.bf16:
+        padded = _native.padded_cols(Format.q8, hidden_size)
+        width = padded + padded // 16
+    return rank * width + n_tiles * TILE * (rank + 8)

@@ -1,0 +1,149 @@
+"""PredictorFile: a model's predictors, layer by layer, for several recalls. One safetensors file,
+described in docs/formats.md; neurons stand in the order of the packed model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from predictors.errors import PredictorError
+from predictors.predictors import LayerPredictor, LowRank, Sign
+
+VERSION = 1
+_METADATA = "hybrid_predictor"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a layer uses for one recall, and what that came to on held-out tokens."""
+
+    kind: str  # "exact", "lowrank" or "sign"
+    rank: int  # of lowrank; else 0
+    margin: float
+    recall: float
+    weighted_recall: float  # by |activation|
+    precision: float
+    predicted: float  # share of the neurons
+    cost_ns: float  # of finding the active neurons of a token, by the trace's cost table
+    exact_ns: float  # the same by computing all gates
+
+    @property
+    def name(self) -> str:
+        """What the layer's tensors are called after."""
+        return f"lowrank{self.rank}" if self.kind == "lowrank" else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorFile:
+    choices: Mapping[float, Sequence[Choice]]  # recall → layers
+    predictors: Mapping[tuple[int, str], LayerPredictor]  # (layer, Choice.name)
+    about: dict[str, Any]  # model_hash, order_hash, quant, sizes, what it was trained on
+
+    def select(self, recall: float) -> list[tuple[Choice, LayerPredictor | None]]:
+        """Each layer's choice for a recall; None is exact. Raises PredictorError for a recall that
+        the file was not made for.
+        """
+        for known, choices in self.choices.items():
+            if abs(known - recall) < 1e-9:
+                return [
+                    (choice, self.predictors.get((layer, choice.name)))
+                    for layer, choice in enumerate(choices)
+                ]
+        raise PredictorError(
+            f"no predictor for recall {recall:g}; the file holds "
+            + ", ".join(f"{known:g}" for known in sorted(self.choices))
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the file; it appears under its name only once it is complete. Raises OSError."""
+        tensors: dict[str, NDArray[Any]] = {}
+        for (layer, name), predictor in self.predictors.items():
+            for part in predictor.__slots__:
+                array = getattr(predictor, part)
+                tensors[f"{layer}.{name}.{part}"] = array
+        about = {
+            **self.about,
+            "version": VERSION,
+            "choices": {
+                f"{recall:g}": [asdict(choice) for choice in choices]
+                for recall, choices in self.choices.items()
+            },
+        }
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_bytes(save(tensors, {_METADATA: json.dumps(about, ensure_ascii=False)}))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_predictor_file(path: Path) -> PredictorFile:
+    """Raises PredictorError for a file that is none, broken or of another version."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = (file.metadata() or {}).get(_METADATA)
+            if metadata is None:
+                raise PredictorError(f"{path}: is no predictor; predictors.train makes one")
+            about = json.loads(metadata)
+            if about.pop("version") != VERSION:
+                raise PredictorError(f"{path}: is of another version; train it again")
+            choices = {
+                float(recall): tuple(Choice(**choice) for choice in layers)
+                for recall, layers in about.pop("choices").items()
+            }
+            sizes = about["n_layers"], about["n_neurons"], about["hidden_size"]
+            predictors = {
+                (layer, choice.name): _read(file, layer, choice, *sizes)
+                for layers in choices.values()
+                for layer, choice in enumerate(layers)
+                if choice.kind != "exact"
+            }
+        if not choices or any(len(layers) != sizes[0] for layers in choices.values()):
+            raise ValueError("its layers are incomplete")
+    except OSError as error:
+        raise PredictorError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PredictorError(f"{path}: is broken ({error}); train it again") from error
+    return PredictorFile(choices, predictors, about)
+
+
+def _read(
+    file: Any, layer: int, choice: Choice, n_layers: int, n_neurons: int, hidden: int
+) -> LayerPredictor:
+    """Raises ValueError for arrays of other types or shapes."""
+    parts: dict[str, tuple[type, tuple[int, ...]]]
+    kind: type[LayerPredictor]
+    if choice.kind == "lowrank":
+        kind = LowRank
+        parts = {
+            "a": (np.float32, (choice.rank, hidden)),
+            "b": (np.int8, (n_neurons, choice.rank)),
+            "b_scale": (np.float32, (n_neurons,)),
+            "bias": (np.float32, (n_neurons,)),
+        }
+    elif choice.kind == "sign":
+        kind = Sign
+        parts = {
+            "bits": (np.uint8, (n_neurons, -(-hidden // 8))),
+            "limit": (np.int32, (n_neurons,)),
+        }
+    else:
+        raise ValueError(f"unknown kind {choice.kind!r}")
+    arrays = {}
+    for part, (dtype, shape) in parts.items():
+        array = file.get_tensor(f"{layer}.{choice.name}.{part}")
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(f"{layer}.{choice.name}.{part} has another type or shape")
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise ValueError(f"{layer}.{choice.name}.{part} is not finite")
+        arrays[part] = array
+    return kind(**arrays)

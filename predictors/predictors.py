@@ -1,0 +1,130 @@
+"""Predictors of one layer, in NumPy: what the native kernels compute, and how files hold them.
+
+low rank: the gate's product with x, approximated by two small matrices, b (a x) + bias >= 0; the
+idea of Deja Vu (https://arxiv.org/abs/2310.17157) and PowerInfer (https://arxiv.org/abs/2312.12456),
+without a nonlinearity between the matrices. sign: how many sign bits of a gate row differ from x's,
+training-free, as in SparseInfer (https://arxiv.org/abs/2411.12692).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+BLOCK = 32  # weights of `a` that share a scale
+RANK_STEP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """Neuron j is predicted where b_scale[j] * (b[j] · z) + bias[j] + margin >= 0, z = a x rounded
+    to int8 with one scale.
+    """
+
+    a: Array  # (rank, hidden), of values that `round_blocks` keeps
+    b: NDArray[np.int8]  # (n_neurons, rank), -127 to 127
+    b_scale: Array  # (n_neurons,)
+    bias: Array  # (n_neurons,)
+
+    kind = "lowrank"
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+    def scores(self, x: NDArray[np.floating]) -> Array:
+        """(n, hidden) inputs → (n, n_neurons); at margin 0 predicted where not negative."""
+        z = x.astype(np.float32) @ self.a.T
+        largest = np.abs(z).max(1, keepdims=True)
+        scale = largest / np.float32(127)
+        rounded = np.rint(z / np.where(scale > 0, scale, 1))
+        return (rounded @ self.b.T.astype(np.float32)) * (scale * self.b_scale) + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """Neuron j is predicted where at most limit[j] + margin sign bits of its gate row differ from
+    x's.
+    """
+
+    bits: NDArray[np.uint8]  # (n_neurons, ceil(hidden / 8)): bit i % 8 of byte i / 8: negative
+    limit: NDArray[np.int32]  # (n_neurons,)
+
+    kind = "sign"
+    rank = 0
+
+    def scores(self, x: NDArray[np.floating]) -> Array:
+        """(n, hidden) inputs → (n, n_neurons); at margin 0 predicted where not negative."""
+        hidden = x.shape[1]
+        ours = 1.0 - 2.0 * np.unpackbits(self.bits, axis=1, bitorder="little")[:, :hidden]
+        theirs = np.where(np.signbit(x), np.float32(-1), np.float32(1))
+        distance = (hidden - theirs @ ours.astype(np.float32).T) / 2
+        return (self.limit - distance).astype(np.float32)
+
+
+LayerPredictor = LowRank | Sign
+
+
+def round_blocks(a: Array) -> Array:
+    """The values that (rank, hidden) weights keep in int8 blocks of 32 with an fp16 scale."""
+    n_rows, n_cols = a.shape
+    blocks = np.pad(a, ((0, 0), (0, -n_cols % BLOCK))).reshape(n_rows, -1, BLOCK)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    scale = (largest / np.float32(127)).astype(np.float16).astype(np.float32)
+    integers = np.clip(np.rint(blocks / np.where(scale > 0, scale, 1)), -127, 127)
+    return (integers * scale).reshape(n_rows, -1)[:, :n_cols].astype(np.float32)
+
+
+def quantize_lowrank(a: Array, b: Array, bias: Array, x: NDArray[np.floating]) -> LowRank:
+    """Round trained matrices. z is rounded with one scale, so its elements are first brought to the
+    same size on `x` (n, hidden), some inputs.
+    """
+    size = np.sqrt(np.mean((x.astype(np.float32) @ a.T) ** 2, 0)) + np.float32(1e-12)
+    a, b = round_blocks(a / size[:, None]), b * size
+    b_scale = np.abs(b).max(1) / np.float32(127)
+    integers = np.rint(b / np.where(b_scale > 0, b_scale, 1)[:, None]).astype(np.int8)
+    return LowRank(a, integers, b_scale.astype(np.float32), bias.astype(np.float32))
+
+
+def make_sign(gate: NDArray[np.floating]) -> Sign:
+    """Of (n_neurons, hidden) gate weights; half of the bits is what chance gives."""
+    bits = np.packbits(np.signbit(gate), axis=1, bitorder="little")
+    return Sign(bits, np.full(len(gate), gate.shape[1] // 2, np.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How well a layer's predictor does on tokens that it was not made from."""
+
+    recall: float  # share of the active (neuron, token) pairs that are predicted
+    weighted_recall: float  # the same by |activation|: what the FFN's output keeps
+    precision: float  # share of the predicted pairs that are active
+    predicted: float  # share of all pairs
+
+
+def measure_quality(
+    scores: Array, active: NDArray[np.bool_], magnitude: Array, margin: float
+) -> Quality:
+    """`scores`, `active` and `magnitude` (the gate's activation) are (n, n_neurons)."""
+    predicted = scores + np.float32(margin) >= 0
+    hits = predicted & active
+    n_active, n_predicted = int(active.sum()), int(predicted.sum())
+    weight = float(magnitude[active].sum(dtype=np.float64))
+    return Quality(
+        recall=int(hits.sum()) / n_active if n_active else 1.0,
+        weighted_recall=float(magnitude[hits].sum(dtype=np.float64)) / weight if weight else 1.0,
+        precision=int(hits.sum()) / n_predicted if n_predicted else 1.0,
+        predicted=n_predicted / predicted.size,
+    )
+
+
+def margin_for_recall(scores: Array, active: NDArray[np.bool_], recall: float) -> float:
+    """The least margin with which `recall` of the active pairs are predicted."""
+    values = np.sort(scores[active])
+    if not values.size:
+        return 0.0
+    missed = min(int((1.0 - recall) * values.size), values.size - 1)
+    return float(np.nextafter(-values[missed], np.float32(np.inf)))

@@ -1,0 +1,220 @@
+"""Activation trace: what some tokens' FFN inputs were, and which neurons fired for them.
+
+A folder with trace.json and one safetensors file a layer, all that training a predictor needs. The
+profiler writes it. Neurons stand in the order of the packed model, which `order_hash` names. The
+format is described in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from predictors.errors import PredictorError
+
+VERSION = 1
+_FILE = "trace.json"
+_COPY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrace:
+    """One layer's part of a trace."""
+
+    inputs: NDArray[np.float16]  # (n_tokens, hidden) the FFN's normed input
+    masks: NDArray[np.uint8]  # (n_tokens, ceil(n_neurons / 8)): bit i % 8 of byte i / 8
+    gate: NDArray[np.float16]  # (n_neurons, hidden) the gate's weights
+
+    def active(self) -> NDArray[np.bool_]:
+        """(n_tokens, n_neurons) which neurons fired."""
+        bits = np.unpackbits(self.masks, axis=1, bitorder="little")
+        return bits[:, : len(self.gate)].view(np.bool_)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A recorded trace; layers are read when asked for."""
+
+    folder: Path
+    about: dict[str, Any]  # model_hash, order_hash, quant, n_tokens, activation, costs, texts, …
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.about[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def layer(self, layer: int) -> LayerTrace:
+        """Raises PredictorError where the file is broken."""
+        path = _layer_path(self.folder, layer)
+        hidden, n_neurons, n_tokens = self.hidden_size, self.n_neurons, self.n_tokens
+        try:
+            tensors = load_file(path)
+            records, gate = tensors["records"], tensors["gate"]
+        except OSError as error:
+            raise PredictorError(f"{path}: {error.strerror or error}") from error
+        except (SafetensorError, KeyError) as error:
+            raise PredictorError(f"{path}: is broken ({error}); record the trace again") from error
+        if (
+            records.shape != (n_tokens, record_bytes(hidden, n_neurons))
+            or gate.shape != (n_neurons, hidden)
+            or records.dtype != np.uint8
+            or gate.dtype != np.float16
+        ):
+            raise PredictorError(f"{path}: does not fit {_FILE}; record the trace again")
+        inputs = records[:, : 2 * hidden].copy().view(np.float16)
+        if not np.isfinite(inputs).all():
+            raise PredictorError(f"{path}: holds inputs that are not finite")
+        return LayerTrace(inputs, records[:, 2 * hidden :], gate)
+
+
+def load_trace(folder: Path) -> Trace:
+    """Open a trace. Raises PredictorError where there is none or it is of another version."""
+    path = folder / _FILE
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about.pop("hybrid_trace") != VERSION:
+            raise PredictorError(f"{path}: is of another version; record the trace again")
+        sizes = [about[key] for key in ("n_layers", "n_neurons", "hidden_size", "n_tokens")]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise PredictorError(f"{path}: a trace of {sizes} is none")
+    except OSError as error:
+        raise PredictorError(
+            f"{path}: {error.strerror}; profiler.record --trace writes a trace"
+        ) from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise PredictorError(f"{path}: is broken ({error}); record the trace again") from error
+    return Trace(folder, about)
+
+
+def record_bytes(hidden_size: int, n_neurons: int) -> int:
+    """Bytes of one token of one layer: its fp16 input, then its mask."""
+    return 2 * hidden_size + -(-n_neurons // 8)
+
+
+class TraceWriter:
+    """Collects an even sample of a stream of tokens whose length is not known: every `stride`-th
+    one; whenever there are `capacity` of them, every second is dropped and the stride doubles.
+
+    Resumable: `n_records`, `stride` and `n_seen` are all its state beside the files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        n_layers: int,
+        n_neurons: int,
+        hidden_size: int,
+        capacity: int,
+        n_records: int = 0,
+        stride: int = 1,
+        n_seen: int = 0,
+    ) -> None:
+        """Raises OSError, here and in every method."""
+        self.folder, self.n_layers, self.n_neurons = folder, n_layers, n_neurons
+        self.hidden_size, self.capacity = hidden_size, capacity
+        self.n_records, self.stride, self.n_seen = n_records, stride, n_seen
+        self.record_bytes = record_bytes(hidden_size, n_neurons)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files: list[BinaryIO] = []
+        for layer in range(n_layers):
+            path = self._part_path(layer)
+            path.touch()
+            file = path.open("r+b")
+            self._files.append(file)
+            file.truncate(n_records * self.record_bytes)
+            file.seek(0, 2)
+
+    def _part_path(self, layer: int) -> Path:
+        return self.folder / f"layer_{layer:03}.part"
+
+    def add(self, inputs: NDArray[np.float16], masks: NDArray[np.uint8]) -> None:
+        """Tokens that follow: (n_layers, n, hidden) inputs and (n_layers, n, bytes) masks."""
+        n = inputs.shape[1]
+        taken = np.flatnonzero((self.n_seen + np.arange(n)) % self.stride == 0)
+        self.n_seen += n
+        while taken.size:
+            part, taken = np.split(taken, [self.capacity - self.n_records])
+            for layer, file in enumerate(self._files):
+                halves = np.ascontiguousarray(inputs[layer, part]).view(np.uint8)
+                file.write(np.concatenate([halves, masks[layer, part]], axis=1).tobytes())
+            self.n_records += part.size
+            if self.n_records == self.capacity:
+                self._thin()
+                first = self.n_seen - n
+                taken = taken[(first + taken) % self.stride == 0]
+
+    def _thin(self) -> None:
+        kept = -(-self.n_records // 2)
+        for layer, file in enumerate(self._files):
+            file.flush()
+            path = self._part_path(layer)
+            records = np.fromfile(path, np.uint8).reshape(-1, self.record_bytes)
+            file.seek(0)
+            file.write(records[::2].tobytes())
+            file.truncate(kept * self.record_bytes)
+        self.n_records, self.stride = kept, 2 * self.stride
+
+    def flush(self) -> None:
+        for file in self._files:
+            file.flush()
+
+    def finish(self, gates: Sequence[NDArray[np.float16]], about: dict[str, Any]) -> None:
+        """Write the trace's files; `gates` are the layers' weights, read one at a time."""
+        for layer, file in enumerate(self._files):
+            gate = np.ascontiguousarray(gates[layer], np.float16)
+            file.close()
+            n_bytes = self.n_records * self.record_bytes
+            entries = {
+                "gate": {
+                    "dtype": "F16",
+                    "shape": list(gate.shape),
+                    "data_offsets": [0, gate.nbytes],
+                },
+                "records": {
+                    "dtype": "U8",
+                    "shape": [self.n_records, self.record_bytes],
+                    "data_offsets": [gate.nbytes, gate.nbytes + n_bytes],
+                },
+            }
+            header = json.dumps(entries).encode()
+            header += b" " * (-len(header) % 8)
+            with self._part_path(layer).open("rb") as part:
+                temporary = self.folder / f".layer_{layer:03}.tmp"
+                with temporary.open("wb") as out:
+                    out.write(struct.pack("<Q", len(header)) + header + gate.tobytes())
+                    while block := part.read(_COPY_BYTES):
+                        out.write(block)
+            temporary.replace(_layer_path(self.folder, layer))
+            self._part_path(layer).unlink()
+        sizes = {
+            "n_layers": self.n_layers,
+            "n_neurons": self.n_neurons,
+            "hidden_size": self.hidden_size,
+            "n_tokens": self.n_records,
+            "stride": self.stride,
+        }
+        temporary = self.folder / f".{_FILE}.tmp"
+        temporary.write_text(
+            json.dumps({"hybrid_trace": VERSION, **sizes, **about}, ensure_ascii=False, indent=1),
+            encoding="utf-8",
+        )
+        temporary.replace(self.folder / _FILE)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def _layer_path(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer:03}.safetensors"

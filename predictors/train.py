@@ -1,0 +1,236 @@
+"""Train predictors on a recorded trace.
+
+    python -m profiler.record -m MODEL --trace -o FOLDER
+    python -m predictors.train FOLDER/trace -o predictor.safetensors
+
+For every layer and recall the cheapest kind, rank and margin that reaches it on held-out tokens is
+kept, by the costs that were measured with the trace; exact where nothing is cheaper. Without torch
+only training-free kinds are tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from predictors.errors import PredictorError
+from predictors.file import Choice, PredictorFile
+from predictors.predictors import LayerPredictor, make_sign
+from predictors.selection import CostTable, HeldOut, candidates_for, cheapest
+from predictors.trace import LayerTrace, Trace, load_trace
+
+if TYPE_CHECKING:
+    pass
+
+RECALLS = (0.95, 0.99, 0.999)
+KINDS = ("lowrank", "sign")
+HELD_OUT = 0.2  # share of the tokens
+MIN_TOKENS = 64
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    recalls: tuple[float, ...] = RECALLS
+    kinds: tuple[str, ...] = KINDS
+    ranks: tuple[int, ...] = ()  # of lowrank; (): those with measured costs
+    n_trained: int = 2  # ranks that are trained: the cheapest before training
+    epochs: int = 10
+    seed: int = 0
+
+
+def train(trace: Trace, options: Options, progress: Progress = lambda *_: None) -> PredictorFile:
+    """Raises PredictorError for a trace in which there is nothing to learn."""
+    if trace.n_tokens < MIN_TOKENS:
+        raise PredictorError(
+            f"{trace.folder}: {trace.n_tokens} tokens are too few; record at least {MIN_TOKENS}, "
+            "better some thousands"
+        )
+    kinds = options.kinds
+    if "lowrank" in kinds and not _has_torch():
+        kinds = tuple(kind for kind in kinds if kind != "lowrank")
+    costs = CostTable.of(trace.costs, trace.n_neurons)
+    choices: dict[float, list[Choice]] = {recall: [] for recall in options.recalls}
+    predictors: dict[tuple[int, str], LayerPredictor] = {}
+    for layer in range(trace.n_layers):
+        progress("training predictors, layers", layer, trace.n_layers)
+        found = _train_layer(trace.layer(layer), trace.threshold, kinds, options, costs)
+        for recall in options.recalls:
+            choice = cheapest([by_recall[recall] for _, by_recall in found], costs)
+            choices[recall].append(choice)
+            for predictor, by_recall in found:
+                if by_recall[recall] is choice:
+                    predictors[layer, choice.name] = predictor
+    progress("training predictors, layers", trace.n_layers, trace.n_layers)
+    about = {
+        key: trace.about[key]
+        for key in ("model", "model_hash", "order_hash", "quant", "input", "texts", "costs")
+    }
+    about |= {
+        "n_layers": trace.n_layers,
+        "n_neurons": trace.n_neurons,
+        "hidden_size": trace.hidden_size,
+        "n_tokens": trace.n_tokens,
+        "kinds": list(kinds),
+        "seed": options.seed,
+    }
+    return PredictorFile(choices, predictors, about)
+
+
+def _train_layer(
+    trace: LayerTrace,
+    threshold: float,
+    kinds: Sequence[str],
+    options: Options,
+    costs: CostTable,
+) -> list[tuple[LayerPredictor, dict[float, Choice]]]:
+    """Candidates, each with what it comes to for every recall."""
+    # In blocks, so that neighbouring tokens do not stand on both sides.
+    n = len(trace.inputs)
+    blocks = np.arange(n) * 50 // n
+    is_held_out = np.isin(blocks % round(1 / HELD_OUT), (0,))
+    training, held_out_tokens = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    # Both halves of the held-out tokens from everywhere.
+    held_out_tokens = np.concatenate([held_out_tokens[::2], held_out_tokens[1::2]])
+    held_out = HeldOut.of(trace, held_out_tokens)
+    found: list[tuple[LayerPredictor, dict[float, Choice]]] = []
+
+    def add(predictor: LayerPredictor) -> dict[float, Choice]:
+        found.append((predictor, candidates_for(predictor, held_out, options.recalls, costs)))
+        return found[-1][1]
+
+    if "sign" in kinds:
+        add(make_sign(trace.gate))
+    if "lowrank" in kinds:
+        from predictors.lowrank import SvdBasis, TrainingOptions, train_lowrank
+
+        basis = SvdBasis(trace, training, threshold)
+        aim = min(options.recalls, key=lambda recall: abs(recall - 0.99))
+        untrained = {}
+        for rank in _ranks(options, trace, costs):
+            untrained[rank] = add(basis.predictor(rank, trace.inputs[training[:2048]]))[aim].cost_ns
+        for rank in sorted(untrained, key=untrained.__getitem__)[: options.n_trained]:
+            # Never worse than what it began with, which it replaces.
+            found[:] = [pair for pair in found if pair[0].rank != rank]
+            add(
+                train_lowrank(
+                    basis,
+                    rank,
+                    trace,
+                    training,
+                    held_out_tokens,
+                    aim,
+                    TrainingOptions(epochs=options.epochs, seed=options.seed),
+                )
+            )
+    return found
+
+
+def _ranks(options: Options, trace: LayerTrace, costs: CostTable) -> list[int]:
+    """Ranks to try: those asked for, or the measured ones and those between."""
+    largest = trace.gate.shape[1] // 2
+    if options.ranks:
+        return [rank for rank in options.ranks if rank <= largest]
+    measured = sorted(costs.lowrank_ns)
+    between = [(a + b) // 2 // 16 * 16 for a, b in itertools.pairwise(measured)]
+    return sorted({rank for rank in measured + between if 0 < rank <= largest})
+
+
+def _has_torch() -> bool:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="predictors.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("trace", type=Path, help="a folder that profiler.record --trace wrote")
+    add("-o", "--out", type=Path, required=True, help="the predictor's file (.safetensors)")
+    add("--recall", type=float, nargs="+", default=list(RECALLS), help="to reach (%(default)s)")
+    add("--kind", choices=KINDS, nargs="+", default=list(KINDS), help="to be tried (%(default)s)")
+    add("--rank", type=int, nargs="+", default=[], help="of lowrank (by measured cost)")
+    add("--epochs", type=int, default=10, help="of training, at most (10)")
+    add("--seed", type=int, default=0, help="of training (0)")
+    args = parser.parse_args(arguments)
+    if not all(0.0 < recall < 1.0 for recall in args.recall):
+        parser.error("--recall: expected values between 0 and 1")
+    if any(rank < 4 or rank % 4 for rank in args.rank):
+        parser.error("--rank: expected multiples of 4")
+    if args.epochs < 0:
+        parser.error("--epochs: expected 0 or more")
+    return args
+
+
+def summary(file: PredictorFile) -> str:
+    """A table, one line a recall."""
+    lines = [
+        f"{'recall':>7} {'worst layer':>12} {'predicted':>10} {'precision':>10} {'cost':>7}  layers"
+    ]
+    for recall, choices in file.choices.items():
+        kinds = [choice.name for choice in choices]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        cost = sum(c.cost_ns for c in choices) / sum(c.exact_ns for c in choices)
+        lines.append(
+            f"{recall:7g} {min(c.recall for c in choices):12.4f} "
+            f"{np.mean([c.predicted for c in choices]):10.1%} "
+            f"{np.mean([c.precision for c in choices]):10.1%} {cost:7.0%}  {counts}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    started = time.monotonic()
+
+    def progress(task: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            seconds = time.monotonic() - started
+            left = f", {seconds / done * (total - done):.0f} s left" if done else ""
+            end = "\n" if done == total else ""
+            print(f"\r{task} {done}/{total}{left}   ", end=end, file=sys.stderr, flush=True)
+
+    try:
+        if "lowrank" in args.kind and not _has_torch():
+            print("note: torch is not installed: only training-free kinds", file=sys.stderr)
+        options = Options(
+            recalls=tuple(sorted(set(args.recall))),
+            kinds=tuple(args.kind),
+            ranks=tuple(args.rank),
+            epochs=args.epochs,
+            seed=args.seed,
+        )
+        file = train(load_trace(args.trace), options, progress)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        file.save(args.out)
+    except PredictorError as error:
+        print(f"predictors.train: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"predictors.train: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print("held-out tokens; cost of finding the active neurons, against all gates:")
+    print(summary(file), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

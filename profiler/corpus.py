@@ -1,0 +1,232 @@
+"""What a model is watched on: text files of any length, or texts that it writes itself.
+
+A corpus is a named stream of token windows, each run from an empty KV cache. It can be entered
+again at any place that it gave out, so that an interrupted recording goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from hybrid import Engine, InvalidOption, Progress
+
+CHUNK_BYTES = 1 << 18
+WRITTEN_TOKENS = 256  # of each text that the model writes
+RANDOM_TOKENS = 4096  # of each of two texts for a model whose own text is noise
+
+
+class Corpus(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def about(self) -> dict[str, Any]:
+        """Its name, hash and size, for the profile."""
+
+    @property
+    def size(self) -> int:
+        """Where it ends, in the unit of its places."""
+
+    def windows(self, engine: Engine, window: int, place: int) -> Iterator[tuple[list[int], int]]:
+        """Token ids of at most `window`, from a place on, and the place after them."""
+
+
+class TextFile:
+    """UTF-8 text, read a chunk at a time; places are bytes. With a separator, documents between two
+    of them begin a window of their own.
+    """
+
+    def __init__(self, path: Path, separator: str | None = None) -> None:
+        """Raises InvalidOption where the file cannot be read or is empty."""
+        self.path, self.name = path, path.name
+        self.separator = separator.encode() if separator else None
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                self._size = file.tell()
+        except OSError as error:
+            raise InvalidOption(f"--text {path}: {error.strerror}") from error
+        if not self._size:
+            raise InvalidOption(f"--text {path}: there is no text in it")
+        self.sha256 = digest.hexdigest()
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def about(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": self.sha256, "bytes": self._size}
+
+    def windows(self, engine: Engine, window: int, place: int) -> Iterator[tuple[list[int], int]]:
+        bos = [] if engine.config.bos_id is None else [engine.config.bos_id]
+        for text, end in self._documents(place):
+            ids = engine.tokenizer.encode_continuation(text)
+            step = window - len(bos)
+            for first in range(0, len(ids), step):
+                is_last = first + step >= len(ids)
+                # A place within a document would cut it anew: it counts once it has been read.
+                yield bos + ids[first : first + step], end if is_last else place
+            place = end
+
+    def _documents(self, place: int) -> Iterator[tuple[str, int]]:
+        """Texts and the place after each."""
+        with self.path.open("rb") as file:
+            file.seek(place)
+            rest = b""
+            while True:
+                block = file.read(CHUNK_BYTES)
+                rest += block
+                is_last = not block
+                while cut := self._cut(rest, is_last=is_last):
+                    part, rest = rest[:cut], rest[cut:]
+                    place += cut
+                    yield self._decode(part, place), place
+                if is_last:
+                    return
+
+    def _cut(self, rest: bytes, *, is_last: bool) -> int:
+        """How many bytes make the next document; 0 where more must be read first."""
+        if self.separator and (found := rest.find(self.separator)) >= 0:
+            return found + len(self.separator)
+        if is_last:
+            return len(rest)
+        if len(rest) < CHUNK_BYTES or (self.separator and len(rest) < 16 * CHUNK_BYTES):
+            return 0
+        newline = rest.rfind(b"\n") + 1
+        if newline:
+            return newline
+        cut = len(rest)
+        while cut > 1 and rest[cut - 1] & 0xC0 == 0x80:  # not within a character
+            cut -= 1
+        return cut - 1
+
+    def _decode(self, part: bytes, place: int) -> str:
+        try:
+            text = part.decode("utf-8")
+        except UnicodeDecodeError as error:
+            at = place - len(part) + error.start
+            raise InvalidOption(f"--text {self.path}: not UTF-8 text (byte {at})") from error
+        if self.separator:
+            text = text.removesuffix(self.separator.decode()).strip("\n")
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLists:
+    """Sequences of ids that are there already; places count them."""
+
+    name: str
+    sequences: Sequence[list[int]]
+
+    @property
+    def size(self) -> int:
+        return len(self.sequences)
+
+    def about(self) -> dict[str, Any]:
+        ids = json.dumps(self.sequences).encode()
+        return {"name": self.name, "sha256": hashlib.sha256(ids).hexdigest(), "bytes": 0}
+
+    def windows(self, engine: Engine, window: int, place: int) -> Iterator[tuple[list[int], int]]:
+        for index in range(place, len(self.sequences)):
+            ids = self.sequences[index]
+            for first in range(0, len(ids), window):
+                is_last = first + window >= len(ids)
+                yield ids[first : first + window], index + 1 if is_last else index
+
+
+def random_corpora(engine: Engine, window: int) -> list[TokenLists]:
+    """For synthetic models: seeded random ids, since text means nothing to them and their own text
+    loops.
+    """
+    n = max(1, RANDOM_TOKENS // window)
+    vocab_size = engine.config.vocab_size
+    return [
+        TokenLists(
+            f"random tokens, seed {seed}",
+            np.random.default_rng(seed).integers(0, vocab_size, (n, window)).tolist(),
+        )
+        for seed in (1, 2)
+    ]
+
+
+def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[TokenLists]:
+    """Texts that the model writes itself from prompts of ours, one corpus a kind of text.
+
+    Kept in `folder`, file by file, so that an interrupted recording need not write them again.
+    Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(map(len, PROMPTS.values()))
+    corpora, done = [], 0
+    for kind, prompts in PROMPTS.items():
+        sequences = []
+        for index, prompt in enumerate(prompts):
+            progress("writing texts to watch", done, total)
+            path = folder / f"{kind}_{index:02}.json"
+            if not path.exists():
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(_write(engine, prompt, seed=index)))
+                temporary.replace(path)
+            sequences.append(json.loads(path.read_text()))
+            done += 1
+        corpora.append(TokenLists(f"self-written: {kind}", sequences))
+    progress("writing texts to watch", total, total)
+    return corpora
+
+
+def _write(engine: Engine, prompt: str, seed: int) -> list[int]:
+    """Ids of a prompt and what the model makes of it, at temperature 1: its own distribution."""
+    room = min(WRITTEN_TOKENS, engine.n_context // 2)
+    with engine.open_session() as session:
+        generation = engine.generate(
+            prompt, session=session, max_tokens=room, temperature=1.0, top_p=0.95, seed=seed
+        )
+        for _ in generation:
+            pass
+        return list(session.tokens)
+
+
+# Ours; varied, so that different neurons are asked for.
+PROMPTS = {
+    "english": [
+        "Tell me a story about a lighthouse keeper who finds a letter.",
+        "Explain to a child why the sky is blue and sunsets are red.",
+        "Write a polite letter that asks a landlord to mend a broken heater.",
+        "What are the arguments for and against working from home?",
+        "Describe a market street on a rainy morning.",
+        "Summarise how a bill becomes a law in a parliament.",
+        "Once upon a time there was a fox who",
+        "Give me a recipe for a vegetable soup, with amounts.",
+    ],
+    "chinese": [
+        "请介绍一下中国的四大发明。",
+        "写一首关于秋天的短诗。",
+        "怎样才能养成早起的习惯?请给出建议。",
+        "请解释什么是人工智能,并举两个例子。",
+        "讲一个关于诚实的小故事。",
+        "请写一封感谢老师的信。",
+    ],
+    "code": [
+        "Write a Python function that returns the n-th Fibonacci number, with a test.",
+        "Write a C program that counts the words of a file.",
+        "Explain what a hash table is and show one in Java.",
+        "Write a SQL query for the three best-paid employees of each department.",
+        "def quicksort(items):\n",
+        "Write an HTML page with a form for a name and an e-mail address.",
+    ],
+    "maths": [
+        "A train leaves at 9:40 and arrives at 13:05. How long does it travel? Show the steps.",
+        "Solve the equation 3x + 7 = 2x - 5 and check the answer.",
+        "Prove that the square root of two is irrational.",
+        "What is the probability of two sixes in four throws of a die?",
+        "Compute the derivative of x^3 sin(x), step by step.",
+    ],
+}

@@ -1,0 +1,296 @@
+"""Recorder: runs corpora through an engine, adds up which neurons fire, and keeps a trace.
+
+State is saved every few seconds, together with the sums that belong to it; a recording that was
+interrupted, in the same folder with the same options, goes on there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+
+from hybrid import Engine, HybridError, InvalidOption, Progress
+from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.kernels import Format
+from hybrid.placement.gate_costs import measure_gate_costs
+from hybrid.placement.profile import FILE_NAME, ActivationProfile
+from hybrid.weights.packed import order_hash
+from predictors.trace import TraceWriter, record_bytes
+from profiler.corpus import Corpus, random_corpora, written_corpora
+from profiler.statistics import ActivationSums
+
+SAVE_EVERY_S = 10.0
+MIN_TRACE_TOKENS = 64
+_STATE = "recording.json"
+_SUMS = "recording.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordingOptions:
+    model: str  # its name, for the profile
+    window: int = 512  # tokens in one context
+    max_tokens: int | None = None  # of each corpus
+    trace_bytes: int = 0  # 0: no trace
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    profile: ActivationProfile
+    trace_tokens: int
+    trace_bytes: int
+    n_new_tokens: int  # of this run
+    seconds: float
+
+
+def record(
+    engine: Engine,
+    corpora: Sequence[Corpus],
+    folder: Path,
+    options: RecordingOptions,
+    progress: Progress,
+) -> Recording:
+    """Record into `folder`; without corpora on texts that the model writes, or random ids for a
+    synthetic model. Raises InvalidOption for a model without sparsity, a text without tokens, or a
+    folder that holds another recording; HybridError where the disk is full.
+    """
+    config = engine.config
+    if not config.is_sparse:
+        raise InvalidOption(
+            f"{options.model}: its activation is {config.activation}, which is never exactly zero: "
+            "every neuron fires, there is nothing to record"
+        )
+    if options.window > engine.n_context:
+        options = RecordingOptions(**{**asdict(options), "window": engine.n_context})
+    if (folder / FILE_NAME).exists():
+        raise InvalidOption(f"{folder}: holds a finished recording; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not corpora and engine.is_synthetic:
+            corpora = random_corpora(engine, options.window)
+        elif not corpora:
+            corpora = written_corpora(engine, folder / "texts", progress)
+        return _Recorder(engine, corpora, folder, options).run(progress)
+    except OSError as error:
+        raise HybridError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+class _Recorder:
+    def __init__(
+        self, engine: Engine, corpora: Sequence[Corpus], folder: Path, options: RecordingOptions
+    ) -> None:
+        self.engine, self.corpora, self.folder, self.options = engine, corpora, folder, options
+        config = engine.config
+        self.orders = engine.neuron_orders
+        self.texts = [corpus.about() for corpus in corpora]
+        self.identity = {
+            "model_hash": engine.model_hash,
+            "order_hash": order_hash(self.orders),
+            "quant": engine.quant,
+            "window": options.window,
+            "max_tokens": options.max_tokens,
+            "trace_bytes": options.trace_bytes,
+            "texts": [text["sha256"] for text in self.texts],
+        }
+        self.sums = ActivationSums(len(corpora), config.n_layers, config.n_neurons)
+        self.text, self.place = 0, 0  # where the next window is
+        self.text_tokens = [0] * len(corpora)
+        trace_state = self._load_state()
+        self.trace = self._open_trace(trace_state) if options.trace_bytes else None
+
+    def _load_state(self) -> dict[str, int]:
+        """Takes over what an earlier run left; returns the state of its trace."""
+        try:
+            state = json.loads((self.folder / _STATE).read_text())
+            sums = load_file(self.folder / _SUMS)
+        except (OSError, ValueError):
+            return {}
+        if state["identity"] != self.identity:
+            raise InvalidOption(
+                f"{self.folder}: holds the beginning of another recording (of another model, text "
+                "or options); choose another folder or delete it"
+            )
+        if state["serial"] != int(sums.pop("serial")[0]):
+            return {}  # stopped between writing the two: begin anew
+        for name, array in sums.items():
+            getattr(self.sums, name)[...] = array
+        self.text, self.place = state["text"], state["place"]
+        self.text_tokens = state["text_tokens"]
+        return state["trace"]
+
+    def _save_state(self) -> None:
+        """Sums first; the serial number ties the two files together."""
+        trace: dict[str, int] = {}
+        if self.trace is not None:
+            self.trace.flush()
+            trace = {name: getattr(self.trace, name) for name in ("n_records", "stride", "n_seen")}
+        serial = time.time_ns()
+        sums = {name: getattr(self.sums, name) for name in ActivationSums.ARRAYS}
+        state = {
+            "identity": self.identity,
+            "serial": serial,
+            "text": self.text,
+            "place": self.place,
+            "text_tokens": self.text_tokens,
+            "trace": trace,
+        }
+        for name, content in (
+            (_SUMS, save({**sums, "serial": np.array([serial])})),
+            (_STATE, json.dumps(state).encode()),
+        ):
+            temporary = self.folder / f".{name}.tmp"
+            temporary.write_bytes(content)
+            temporary.replace(self.folder / name)
+
+    def _open_trace(self, state: dict[str, int]) -> TraceWriter:
+        config, budget = self.engine.config, self.options.trace_bytes
+        n_bytes = config.n_layers * record_bytes(config.hidden_size, config.n_neurons)
+        gates = config.n_layers * config.n_neurons * config.hidden_size * 2
+        capacity = (budget - gates) // n_bytes
+        if capacity < MIN_TRACE_TOKENS:
+            least = (gates + MIN_TRACE_TOKENS * n_bytes) / 1e6
+            raise InvalidOption(
+                f"--trace-budget: {budget / 1e6:.0f} MB hold no {MIN_TRACE_TOKENS} tokens beside "
+                f"the gate weights; expected at least {least:.0f} MB"
+            )
+        free = shutil.disk_usage(self.folder).free
+        written = state.get("n_records", 0) * n_bytes
+        if not self.options.max_tokens and budget - written > free:
+            raise InvalidOption(
+                f"--trace-budget: {budget / 1e6:.0f} MB asked for, {free / 1e6:.0f} MB are free in "
+                f"{self.folder}"
+            )
+        return TraceWriter(
+            self.folder / "trace",
+            n_layers=config.n_layers,
+            n_neurons=config.n_neurons,
+            hidden_size=config.hidden_size,
+            capacity=capacity,
+            **state,
+        )
+
+    def run(self, progress: Progress) -> Recording:
+        started = saved = time.monotonic()
+        before = self.sums.n_tokens
+        total = sum(corpus.size for corpus in self.corpora)
+        with self.engine.open_session() as session:
+            while self.text < len(self.corpora):
+                corpus, limit = self.corpora[self.text], self.options.max_tokens
+                done = sum(earlier.size for earlier in self.corpora[: self.text])
+                for ids, place in corpus.windows(self.engine, self.options.window, self.place):
+                    if limit is not None:
+                        ids = ids[: limit - self.text_tokens[self.text]]
+                    if not ids:
+                        break
+                    progress("recording", done + self.place, total)
+                    session.reset()
+                    self._add(session.observe(ids, inputs=self.trace is not None))
+                    self.text_tokens[self.text] += len(ids)
+                    if place != self.place:
+                        self.place = place
+                        if time.monotonic() - saved > SAVE_EVERY_S:
+                            self._save_state()
+                            saved = time.monotonic()
+                self.text, self.place = self.text + 1, 0
+        progress("recording", total, total)
+        seconds = time.monotonic() - started
+        n_tokens = self.sums.n_tokens
+        if n_tokens == 0:
+            raise InvalidOption("the texts hold no tokens; there is nothing to record")
+        profile = self._profile()
+        if not profile.counts.any():
+            raise InvalidOption(
+                f"no neuron fired for any of {n_tokens} tokens: the model or the text is not what "
+                "it seems"
+            )
+        trace_tokens = 0 if self.trace is None else self.trace.n_records
+        trace_bytes = 0 if self.trace is None else self._finish_trace(self.trace, profile)
+        profile.save(self.folder / FILE_NAME)
+        for name in (_STATE, _SUMS):
+            (self.folder / name).unlink(missing_ok=True)
+        return Recording(profile, trace_tokens, trace_bytes, n_tokens - before, seconds)
+
+    def _add(self, observation: Any) -> None:
+        self.sums.add(observation.masks, self.text)
+        if self.trace is not None:
+            self.trace.add(observation.inputs, observation.masks)
+
+    def _profile(self) -> ActivationProfile:
+        sums, config = self.sums, self.engine.config
+        packed = sums.text_counts[:, :, : config.n_neurons]
+        text_counts = packed.copy()
+        if self.orders is not None:  # back to the order of the checkpoint
+            for layer, order in enumerate(self.orders):
+                text_counts[:, layer, order] = packed[:, layer]
+        return ActivationProfile(
+            model_hash=self.engine.model_hash,
+            n_tokens=sums.n_tokens,
+            counts=text_counts.sum(0),
+            text_counts=text_counts,
+            position_active=sums.position_active,
+            position_tokens=sums.position_tokens,
+            overlap=sums.overlap,
+            overlap_base=sums.overlap_base,
+            about=self._about(),
+        )
+
+    def _about(self) -> dict[str, Any]:
+        tokenizer = self.engine.folder / "tokenizer.json"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            version = metadata.version("hybrid")
+        return {
+            "model": self.options.model,
+            "quant": self.engine.quant,
+            "window": self.options.window,
+            "tokenizer_hash": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+            "texts": [
+                {**text, "tokens": tokens}
+                for text, tokens in zip(self.texts, self.text_tokens, strict=True)
+            ],
+            "hybrid_version": version if "version" in locals() else "unknown",
+        }
+
+    def _finish_trace(self, trace: TraceWriter, profile: ActivationProfile) -> int:
+        engine, config = self.engine, self.engine.config
+        format = Format[engine.quant]
+        with open_checkpoint(engine.folder, format) as checkpoint:
+            about = {
+                "model": self.options.model,
+                "model_hash": engine.model_hash,
+                "order_hash": order_hash(self.orders),
+                "quant": engine.quant,
+                "input": "normed",
+                "activation": config.activation,
+                "threshold": config.threshold,
+                "texts": profile.about["texts"],
+                "costs": measure_gate_costs(
+                    format, config.hidden_size, config.n_neurons, config.n_layers
+                ),
+            }
+            trace.finish(_Gates(checkpoint, self.orders), about)
+        return sum(path.stat().st_size for path in trace.folder.iterdir())
+
+
+class _Gates(Sequence[NDArray[np.float16]]):
+    """Gate weights in packed order, read layer by layer."""
+
+    def __init__(self, checkpoint: Checkpoint, orders: Sequence[NDArray[np.intp]] | None) -> None:
+        self.checkpoint, self.orders = checkpoint, orders
+
+    def __len__(self) -> int:
+        return self.checkpoint.config.n_layers
+
+    def __getitem__(self, layer: Any) -> Any:
+        gate = self.checkpoint.read("gate", layer)
+        return (gate if self.orders is None else gate[self.orders[layer]]).astype(np.float16)

@@ -1,0 +1,76 @@
+"""Sums over recorded masks, in numba: compiled once, layers in parallel."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from hybrid.placement.profile import POSITION_BUCKETS
+
+_BITS = np.array([bin(byte).count("1") for byte in range(256)], np.int64)
+
+
+_SIGNATURE = "void(u1[:,:,::1], i8[:,::1], i8[:,::1], i8[::1], i8[::1], i8[::1])"
+
+
+@njit(_SIGNATURE, parallel=True, cache=True)
+def _add(  # type: ignore[no-untyped-def]
+    masks, counts, position_active, overlap, overlap_base, buckets
+):
+    n_layers, n_tokens, n_bytes = masks.shape
+    for layer in prange(n_layers):
+        for token in range(n_tokens):
+            active = both = 0
+            for at in range(n_bytes):
+                byte = masks[layer, token, at]
+                if byte == 0:
+                    continue
+                active += _BITS[byte]
+                if token > 0:
+                    both += _BITS[byte & masks[layer, token - 1, at]]
+                for bit in range(8):
+                    if byte >> bit & 1:
+                        counts[layer, 8 * at + bit] += 1
+            position_active[layer, buckets[token]] += active
+            if token > 0:
+                overlap[layer] += both
+                overlap_base[layer] += active
+
+
+class ActivationSums:
+    """Running sums of one recording; neurons in the order in which they are packed."""
+
+    ARRAYS = ("text_counts", "position_active", "position_tokens", "overlap", "overlap_base")
+
+    def __init__(self, n_texts: int, n_layers: int, n_neurons: int) -> None:
+        padded = -(-n_neurons // 8) * 8  # masks are whole bytes
+        self.n_neurons = n_neurons
+        self.text_counts = np.zeros((n_texts, n_layers, padded), np.int64)
+        self.position_active = np.zeros((n_layers, POSITION_BUCKETS), np.int64)
+        self.position_tokens = np.zeros(POSITION_BUCKETS, np.int64)
+        self.overlap = np.zeros(n_layers, np.int64)
+        self.overlap_base = np.zeros(n_layers, np.int64)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.position_tokens.sum())
+
+    def add(self, masks: NDArray[np.uint8], text: int) -> None:
+        """(n_layers, n, bytes) masks of one window, from its first token on."""
+        buckets = position_buckets(masks.shape[1])
+        self.position_tokens += np.bincount(buckets, minlength=POSITION_BUCKETS)
+        _add(
+            masks,
+            self.text_counts[text],
+            self.position_active,
+            self.overlap,
+            self.overlap_base,
+            buckets,
+        )
+
+
+def position_buckets(n: int) -> NDArray[np.int64]:
+    """The bucket of each position: powers of two, see POSITION_BUCKETS."""
+    exponents = np.frexp(np.arange(1, n + 1, dtype=np.float64))[1].astype(np.int64) - 1
+    return np.minimum(exponents, POSITION_BUCKETS - 1)
