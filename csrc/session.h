@@ -57,7 +57,7 @@ enum Stage : int32_t {
   kStageQkv,
   kStageAttend,
   kStageOutput,
-  kStagePredict,
+  kStagePredict,  // a low-rank predictor's first matrix; the rest of it belongs to kStageGate
   kStageGate,
   kStageUpDown,
   kStageHead

@@ -120,9 +120,8 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
                     last = FirstNeuron(op.a.n_rows, piece + 1);
       const ActiveCounts counts = RunFfn(phase, op, piece, NormOnce(phase, op, scratch), scratch);
       if (op.has_predictor && !is_dense_ && last > first)
-        scratch.bytes[kStagePredict] +=
-            (CeilDiv(last, kPredictTile) - CeilDiv(first, kPredictTile)) *
-            PredictTileBytes(op.predictor);
+        scratch.bytes[kStageGate] += (CeilDiv(last, kPredictTile) - CeilDiv(first, kPredictTile)) *
+                                     PredictTileBytes(op.predictor);
       scratch.bytes[kStageGate] += counts.n_predicted * RowBytes(op.a, shape.format);
       scratch.bytes[kStageUpDown] +=
           counts.n_listed * (RowBytes(op.b, shape.format) + RowBytes(op.c, shape.format));

@@ -287,6 +287,8 @@ def stage_table(engine: Engine, staged: DecodeBench, stream: float) -> dict[str,
     ms["sampling"] = sampling_ms(engine, session)
     stages = {}
     for name, time_ms in ms.items():
+        if name == "predict" and engine.prediction is None:
+            continue
         megabytes = n_bytes.get(name, 0) / n / 1e6
         gbs = megabytes / time_ms if time_ms else 0.0
         row = f"{name:28}{time_ms:>8.2f}{time_ms / sum(ms.values()):>8.1%}"

@@ -105,7 +105,8 @@ class TraceWriter:
     """Collects an even sample of a stream of tokens whose length is not known: every `stride`-th
     one; whenever there are `capacity` of them, every second is dropped and the stride doubles.
 
-    Resumable: `n_records`, `stride` and `n_seen` are all its state beside the files.
+    Resumable: `n_records`, `stride` and `n_seen` are all its state beside the files. Whoever saves
+    them calls `flush` before and `drop_stale` after: files of an earlier stride are kept till then.
     """
 
     def __init__(
@@ -127,16 +128,20 @@ class TraceWriter:
         self.record_bytes = record_bytes(hidden_size, n_neurons)
         folder.mkdir(parents=True, exist_ok=True)
         self._files: list[BinaryIO] = []
-        for layer in range(n_layers):
+        self._open_parts()
+
+    def _open_parts(self) -> None:
+        self.close()
+        for layer in range(self.n_layers):
             path = self._part_path(layer)
             path.touch()
             file = path.open("r+b")
             self._files.append(file)
-            file.truncate(n_records * self.record_bytes)
+            file.truncate(self.n_records * self.record_bytes)
             file.seek(0, 2)
 
     def _part_path(self, layer: int) -> Path:
-        return self.folder / f"layer_{layer:03}.part"
+        return self.folder / f"layer_{layer:03}.{self.stride}.part"
 
     def add(self, inputs: NDArray[np.float16], masks: NDArray[np.uint8]) -> None:
         """Tokens that follow: (n_layers, n, hidden) inputs and (n_layers, n, bytes) masks."""
@@ -155,25 +160,28 @@ class TraceWriter:
                 taken = taken[(first + taken) % self.stride == 0]
 
     def _thin(self) -> None:
-        kept = -(-self.n_records // 2)
-        for layer, file in enumerate(self._files):
-            file.flush()
-            path = self._part_path(layer)
+        self.close()
+        before = [self._part_path(layer) for layer in range(self.n_layers)]
+        self.n_records, self.stride = -(-self.n_records // 2), 2 * self.stride
+        for layer, path in enumerate(before):
             records = np.fromfile(path, np.uint8).reshape(-1, self.record_bytes)
-            file.seek(0)
-            file.write(records[::2].tobytes())
-            file.truncate(kept * self.record_bytes)
-        self.n_records, self.stride = kept, 2 * self.stride
+            self._part_path(layer).write_bytes(records[::2].tobytes())
+        self._open_parts()
 
     def flush(self) -> None:
         for file in self._files:
             file.flush()
 
+    def drop_stale(self) -> None:
+        current = {self._part_path(layer) for layer in range(self.n_layers)}
+        for path in set(self.folder.glob("layer_*.part")) - current:
+            path.unlink()
+
     def finish(self, gates: Sequence[NDArray[np.float16]], about: dict[str, Any]) -> None:
         """Write the trace's files; `gates` are the layers' weights, read one at a time."""
-        for layer, file in enumerate(self._files):
+        self.close()
+        for layer in range(self.n_layers):
             gate = np.ascontiguousarray(gates[layer], np.float16)
-            file.close()
             n_bytes = self.n_records * self.record_bytes
             entries = {
                 "gate": {
@@ -197,6 +205,7 @@ class TraceWriter:
                         out.write(block)
             temporary.replace(_layer_path(self.folder, layer))
             self._part_path(layer).unlink()
+        self.drop_stale()
         sizes = {
             "n_layers": self.n_layers,
             "n_neurons": self.n_neurons,
@@ -214,6 +223,7 @@ class TraceWriter:
     def close(self) -> None:
         for file in self._files:
             file.close()
+        self._files.clear()
 
 
 def _layer_path(folder: Path, layer: int) -> Path:

@@ -77,36 +77,33 @@ class TextFile:
             place = end
 
     def _documents(self, place: int) -> Iterator[tuple[str, int]]:
-        """Texts and the place after each."""
+        """Texts and the place after each. Where one ends depends on where it begins, nothing else.
+        """
+        least = 16 * CHUNK_BYTES if self.separator else CHUNK_BYTES
         with self.path.open("rb") as file:
             file.seek(place)
-            rest = b""
-            while True:
-                block = file.read(CHUNK_BYTES)
-                rest += block
-                is_last = not block
-                while cut := self._cut(rest, is_last=is_last):
-                    part, rest = rest[:cut], rest[cut:]
-                    place += cut
-                    yield self._decode(part, place), place
-                if is_last:
-                    return
+            rest = file.read(least)
+            while rest:
+                cut = self._cut(rest, least)
+                part, rest = rest[:cut], rest[cut:]
+                place += cut
+                yield self._decode(part, place), place
+                if len(rest) < least:
+                    rest += file.read(least)
 
-    def _cut(self, rest: bytes, *, is_last: bool) -> int:
-        """How many bytes make the next document; 0 where more must be read first."""
+    def _cut(self, rest: bytes, least: int) -> int:
+        """How many bytes make the next document; `rest` is shorter than `least` at the end only."""
         if self.separator and (found := rest.find(self.separator)) >= 0:
             return found + len(self.separator)
-        if is_last:
+        if len(rest) < least:
             return len(rest)
-        if len(rest) < CHUNK_BYTES or (self.separator and len(rest) < 16 * CHUNK_BYTES):
-            return 0
-        newline = rest.rfind(b"\n") + 1
-        if newline:
+        chunk = rest[:least]
+        if newline := chunk.rfind(b"\n") + 1:
             return newline
-        cut = len(rest)
+        cut = least
         while cut > 1 and rest[cut - 1] & 0xC0 == 0x80:  # not within a character
             cut -= 1
-        return cut - 1
+        return cut - 1 if cut > 1 else least
 
     def _decode(self, part: bytes, place: int) -> str:
         try:

@@ -81,7 +81,11 @@ def record(
             corpora = random_corpora(engine, options.window)
         elif not corpora:
             corpora = written_corpora(engine, folder / "texts", progress)
-        return _Recorder(engine, corpora, folder, options).run(progress)
+        recorder = _Recorder(engine, corpora, folder, options)
+        try:
+            return recorder.run(progress)
+        finally:
+            recorder.close()
     except OSError as error:
         raise HybridError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
@@ -152,6 +156,8 @@ class _Recorder:
             temporary = self.folder / f".{name}.tmp"
             temporary.write_bytes(content)
             temporary.replace(self.folder / name)
+        if self.trace is not None:
+            self.trace.drop_stale()
 
     def _open_trace(self, state: dict[str, int]) -> TraceWriter:
         config, budget = self.engine.config, self.options.trace_bytes
@@ -220,6 +226,10 @@ class _Recorder:
         for name in (_STATE, _SUMS):
             (self.folder / name).unlink(missing_ok=True)
         return Recording(profile, trace_tokens, trace_bytes, n_tokens - before, seconds)
+
+    def close(self) -> None:
+        if self.trace is not None:
+            self.trace.close()
 
     def _add(self, observation: Any) -> None:
         self.sums.add(observation.masks, self.text)

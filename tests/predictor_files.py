@@ -1,0 +1,68 @@
+"""Predictor files for tests, made without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from hybrid import Engine
+from hybrid.weights.packed import order_hash
+from predictors.file import Choice, PredictorFile
+from predictors.predictors import LayerPredictor, LowRank, make_sign, round_blocks
+
+
+def about(engine: Engine, **changes: object) -> dict[str, object]:
+    config = engine.config
+    return {
+        "model": "tiny",
+        "model_hash": engine.model_hash,
+        "order_hash": order_hash(engine.neuron_orders),
+        "quant": engine.quant,
+        "input": "normed",
+        "n_layers": config.n_layers,
+        "n_neurons": config.n_neurons,
+        "hidden_size": config.hidden_size,
+        "kinds": ["lowrank", "sign"],
+        **changes,
+    }
+
+
+def choice(kind: str, rank: int = 0, margin: float = 0.0) -> Choice:
+    return Choice(kind, rank, margin, 0.99, 0.995, 0.5, 0.25, 1.0, 2.0)
+
+
+def random_lowrank(engine: Engine, rank: int, seed: int = 0) -> LowRank:
+    config, rng = engine.config, np.random.default_rng(seed)
+    return LowRank(
+        round_blocks(rng.standard_normal((rank, config.hidden_size)).astype(np.float32)),
+        rng.integers(-127, 128, (config.n_neurons, rank)).astype(np.int8),
+        np.ones(config.n_neurons, np.float32),
+        np.zeros(config.n_neurons, np.float32),
+    )
+
+
+def random_sign(engine: Engine, seed: int = 0) -> LayerPredictor:
+    shape = engine.config.n_neurons, engine.config.hidden_size
+    return make_sign(np.random.default_rng(seed).standard_normal(shape))
+
+
+def write_predictor(
+    path: Path,
+    engine: Engine,
+    *,
+    kinds: tuple[str, ...] = ("lowrank", "sign"),
+    margin: float = 0.0,
+    **changes: object,
+) -> Path:
+    """One file for recall 0.99: `kinds[layer]` of random predictors."""
+    choices, predictors = [], {}
+    for layer, kind in enumerate(kinds):
+        rank = 12 if kind == "lowrank" else 0
+        choices.append(choice(kind, rank, margin if kind != "exact" else 0.0))
+        if kind == "lowrank":
+            predictors[layer, f"lowrank{rank}"] = random_lowrank(engine, rank)
+        elif kind == "sign":
+            predictors[layer, "sign"] = random_sign(engine)
+    PredictorFile({0.99: choices}, predictors, about(engine, **changes)).save(path)
+    return path
