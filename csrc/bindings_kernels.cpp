@@ -308,6 +308,7 @@ void BindKernels(py::module_& m) {
         std::vector<int32_t> predicted(static_cast<size_t>(last - first));
         if (predictor != nullptr) {
           Check(!computes_all && predictor->n_neurons == gate.rows.n_rows, "predictor");
+          Check(!gate.rows.is_interleaved, "gate rows that a predictor names must stand apart");
           inputs = predictor->MakeInputs(format, x, gate.rows.n_cols);
           args.predictor = &predictor->predictor;
           args.predictor_inputs = inputs.data();

@@ -80,6 +80,7 @@ void Program::Add(const Op& op) {
 
 void Program::AddPredictor(const Op& op) {
   const Predictor& predictor = op.predictor;
+  Check(!op.a.is_interleaved, "gate rows that a predictor names must stand apart");
   Check(op.activation != Activation::kSilu, "a predictor needs neurons that can be zero");
   if (op.has_low_rank()) {
     Check(predictor.size > 0 && predictor.size % kRowTile == 0, "rank must be a multiple of 4");

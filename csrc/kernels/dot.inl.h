@@ -91,8 +91,14 @@ class OneTile {
   const uint8_t* at_;
 };
 
-template <int kRows, int kTokens, typename Source>
-inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens]) {
+struct Nothing {
+  void operator()() const {}
+};
+
+// `between` is called after each group: for what should be done evenly meanwhile.
+template <int kRows, int kTokens, typename Source, typename Between>
+inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
+                        Between& between) {
   const int32_t n_groups = PaddedCols(Format::kBf16, n_cols) / kBlock;
   F32 sum[kRows][kTokens];
 #pragma GCC unroll 8
@@ -114,6 +120,7 @@ inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float
       }
     }
     w.Next();
+    between();
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -145,9 +152,9 @@ inline I32 DotLine(I32 dot, const Weights& w, const uint8_t* x) {
 }
 
 // q8 and q4: blocks of integers with scales.
-template <Format kFormat, int kRows, int kTokens, typename Source>
-inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x,
-                          float (*out)[kTokens]) {
+template <Format kFormat, int kRows, int kTokens, typename Source, typename Between>
+inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
+                          Between& between) {
   constexpr int32_t kLines = GroupValueBytes(kFormat) / kLine;
   const int32_t padded = PaddedCols(kFormat, n_cols), n_blocks = padded / kBlock;
   Blocks sum[kRows][kTokens];
@@ -197,6 +204,7 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x,
       }
     }
     w.Next();
+    between();
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const Blocks x_scale = LoadXScales(reinterpret_cast<const float*>(x[t] + padded) + group);
@@ -212,16 +220,16 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x,
 }
 
 // kRows rows with kTokens tokens: row[0] to row[0] + 3 where kIsTile.
-template <int kRows, int kTokens, bool kIsTile = false>
+template <int kRows, int kTokens, bool kIsTile, typename Between>
 inline void DotTile(Format format, const Rows& rows, const int32_t* row, const uint8_t* const* x,
-                    float (*out)[kTokens]) {
+                    float (*out)[kTokens], Between& between) {
   const auto dot = [&](auto constant) {
     constexpr Format kFormat = decltype(constant)::kValue;
     using Source = Select<kIsTile, OneTile<kFormat>, AnyRows<kFormat, kRows>>;
     if constexpr (kFormat == Format::kBf16)
-      DotTileBf16<kRows, kTokens>(Source(rows, row), rows.n_cols, x, out);
+      DotTileBf16<kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, between);
     else
-      DotTileBlocks<kFormat, kRows, kTokens>(Source(rows, row), rows.n_cols, x, out);
+      DotTileBlocks<kFormat, kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, between);
   };
   if (format == Format::kBf16)
     dot(FormatConstant<Format::kBf16>{});
@@ -232,26 +240,31 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
 }
 
 // kRows rows with kTokens tokens from `token` on, to a.out.
-template <int kRows, int kTokens>
-inline void DotTokens(const GemmArgs& a, int32_t row, int32_t token) {
+template <int kRows, int kTokens, bool kIsTile>
+inline void DotTokens(const GemmArgs& a, int32_t first, int32_t token) {
   const uint8_t* x[kTokens];
   float dots[kRows][kTokens];
+  int32_t row[kRows];
+  Nothing nothing;
+  for (int r = 0; r < kRows; ++r) row[r] = first + r;
   for (int t = 0; t < kTokens; ++t) x[t] = a.x + (token + t) * a.x_stride;
-  DotTile<kRows, kTokens, kRows == kRowTile>(a.format, a.rows, &row, x, dots);
+  DotTile<kRows, kTokens, kIsTile>(a.format, a.rows, row, x, dots, nothing);
   for (int t = 0; t < kTokens; ++t)
     for (int r = 0; r < kRows; ++r)
-      a.out[(token + t) * a.out_stride + row - a.first + r] = dots[r][t];
+      a.out[(token + t) * a.out_stride + first - a.first + r] = dots[r][t];
 }
 
 template <int kTokens>
 inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token) {
   while (row < last) {
-    if (a.rows.is_interleaved && row % kRowTile == 0 && row + kRowTile <= last) {
-      DotTokens<kRowTile, kTokens>(a, row, token);
-      row += kRowTile;
-    } else {
-      DotTokens<1, kTokens>(a, row++, token);
-    }
+    const bool is_whole = row + kRowTile <= last && (!a.rows.is_interleaved || row % kRowTile == 0);
+    if (is_whole && a.rows.is_interleaved)
+      DotTokens<kRowTile, kTokens, true>(a, row, token);
+    else if (is_whole)
+      DotTokens<kRowTile, kTokens, false>(a, row, token);
+    else
+      DotTokens<1, kTokens, false>(a, row, token);
+    row += is_whole ? kRowTile : 1;
   }
 }
 
@@ -259,10 +272,13 @@ inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token
 class RowPrefetcher {
  public:
   RowPrefetcher(const GemmArgs& a, int32_t first, int32_t last, int32_t n_shares) {
-    if (!a.rows.is_interleaved || n_shares < 2) return;
-    const uint8_t* tiles = a.rows.values - kRowTile * GroupScaleBytes(a.format);
-    at_ = tiles + first / kRowTile * a.rows.values_stride;
-    end_ = tiles + (last < a.rows.n_rows ? last : a.rows.n_rows) / kRowTile * a.rows.values_stride;
+    if (n_shares < 2) return;
+    const bool is_interleaved = a.rows.is_interleaved;
+    const int32_t step = is_interleaved ? kRowTile : 1;
+    const uint8_t* rows =
+        a.rows.values - (is_interleaved ? kRowTile * GroupScaleBytes(a.format) : 0);
+    at_ = rows + first / step * a.rows.values_stride;
+    end_ = rows + (last < a.rows.n_rows ? last : a.rows.n_rows) / step * a.rows.values_stride;
     share_ = (end_ - at_ + n_shares - 1) / n_shares;
   }
   void operator()() {

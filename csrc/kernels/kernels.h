@@ -6,7 +6,8 @@
 // Packed rows. A matrix is a number of rows of `n_cols` weights, each padded to whole groups.
 // Matrices of which all rows are read are interleaved, so that reading them is one pass over rising
 // addresses: tiles of kRowTile rows, and of a tile group by group, first the rows' scales, then
-// their values. Others (the up and down rows of neurons) keep each row's values in one stretch.
+// their values. Others (the up and down rows of neurons; gate rows that a predictor names) keep
+// each row's values in one stretch, its scales in another.
 //
 // bf16: values in order, groups of 32; padded with zeros to a multiple of 32.
 //
@@ -162,7 +163,8 @@ struct SparseFfnArgs {
   int64_t out_stride;
   bool computes_all;  // list inactive neurons too, as a dense engine does: they add zeros
   Active* active;     // the list: room for (last - first) * n_tokens pairs, and one more
-  // Null: every gate is computed. Not with computes_all.
+  // Null: every gate is computed. Not with computes_all; its gate rows stand apart, scales behind
+  // values.
   const Predictor* predictor = nullptr;
   const uint8_t* predictor_inputs = nullptr;  // one a token
   int64_t predictor_input_stride = 0;

@@ -19,14 +19,28 @@ inline uint32_t PredictLowRank(const Predictor& p, const uint8_t* tile, const ui
   int32_t correction;
   memcpy(&scale, input + p.size, sizeof(scale));
   memcpy(&correction, input + p.size + sizeof(scale), sizeof(correction));
-  I32 dot[kRegisters];
-  for (int r = 0; r < kRegisters; ++r) dot[r] = StartWords(correction);
-  for (int32_t at = 0; at < p.size; at += 4, tile += kPredictLine) {
-    const XBytes x = BroadcastX(input + at);
+  // Four sums a register: one would wait for itself.
+  I32 dots[4][kRegisters];
+  for (int i = 0; i < 4; ++i)
+    for (int r = 0; r < kRegisters; ++r) dots[i][r] = i == 0 ? StartWords(correction) : ZeroWords();
+  int32_t at = 0;
+  for (; at + 16 <= p.size; at += 16) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, tile += kPredictLine) {
+      const XBytes x = BroadcastX(input + at + 4 * i);
 #pragma GCC unroll 2
-    for (int r = 0; r < kRegisters; ++r)
-      dot[r] = DotQ8(dot[r], LoadQ8Weights(tile + r * 4 * kLanes), x);
+      for (int r = 0; r < kRegisters; ++r)
+        dots[i][r] = DotQ8(dots[i][r], LoadQ8Weights(tile + r * 4 * kLanes), x);
+    }
   }
+  for (; at < p.size; at += 4, tile += kPredictLine) {
+    const XBytes x = BroadcastX(input + at);
+    for (int r = 0; r < kRegisters; ++r)
+      dots[0][r] = DotQ8(dots[0][r], LoadQ8Weights(tile + r * 4 * kLanes), x);
+  }
+  I32 dot[kRegisters];
+  for (int r = 0; r < kRegisters; ++r)
+    dot[r] = AddWords(AddWords(dots[0][r], dots[1][r]), AddWords(dots[2][r], dots[3][r]));
   const float* scales = reinterpret_cast<const float*>(tile);
   const float* biases = scales + kPredictTile;
   uint32_t bits = 0;

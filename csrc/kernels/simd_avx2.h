@@ -149,6 +149,7 @@ inline uint32_t NotNegative(F32 a) {
       _mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NLT_UQ)));
 }
 inline I32 ZeroWords() { return _mm256_setzero_si256(); }
+inline I32 AddWords(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 BroadcastWord(const uint8_t* p) { return BroadcastX(p); }
 // Bits of a nibble by table; a word's bytes are then added up.
 inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {

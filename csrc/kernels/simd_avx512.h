@@ -153,6 +153,7 @@ inline uint32_t NotNegative(F32 a) {
   return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NLT_UQ);
 }
 inline I32 ZeroWords() { return _mm512_setzero_si512(); }
+inline I32 AddWords(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline I32 BroadcastWord(const uint8_t* p) { return BroadcastX(p); }
 #ifdef __AVX512VPOPCNTDQ__
 inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {

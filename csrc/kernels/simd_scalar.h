@@ -188,6 +188,10 @@ inline uint32_t NotNegative(F32 a) {
   return bits;
 }
 inline I32 ZeroWords() { return StartQ8(nullptr); }
+inline I32 AddWords(I32 a, I32 b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
 inline I32 BroadcastWord(const uint8_t* p) {
   I32 y;
   for (int i = 0; i < kLanes; ++i) memcpy(y.v + i, p, 4);

@@ -15,9 +15,11 @@
 namespace hybrid {
 namespace {
 
-constexpr int32_t kNeuronTile = 4;      // active neurons that are added at once
-constexpr int32_t kGroupsPerTile = 24;  // groups of gate rows that are prefetched a predicted tile
-constexpr int32_t kGateBlock = 256;     // gate rows that are computed at once for many tokens
+constexpr int32_t kNeuronTile = 4;  // active neurons that are added at once
+constexpr int64_t kLinesBetween =
+    20;                              // lines that are prefetched after each group of a tile of rows
+constexpr int32_t kRowsAhead = 16;   // gate rows between one's prefetch and its use
+constexpr int32_t kGateBlock = 256;  // gate rows that are computed at once for many tokens
 
 inline bool Fires(Activation activation, float gate, float threshold) {
   switch (activation) {
@@ -117,10 +119,6 @@ inline void Axpy(Format format, const Rows& rows, const int32_t* row, const floa
     AxpyRows<Format::kQ4, kRows>(rows, row, a, y, between);
 }
 
-struct Nothing {
-  void operator()() const {}
-};
-
 // Prefetches bundles (a neuron's up and down rows) of listed neurons into L2, a few lines at a time
 // between gate rows: a burst would fill the queue of outstanding misses and stall those.
 class BundlePrefetcher {
@@ -206,63 +204,80 @@ struct ActiveList {
   }
 };
 
-// Prefetches gate rows of predicted neurons into L2, a few lines at a time.
-class GateRowPrefetcher {
+// What a predicting token prefetches, a few lines at a time between computations: gate rows, some
+// ahead of the one that is computed, then bundles of neurons that turned out active.
+class PredictedPrefetcher {
  public:
-  GateRowPrefetcher(const SparseFfnArgs& a)
+  PredictedPrefetcher(const SparseFfnArgs& a, int32_t n_predicted)
       : a_(a),
-        values_(a.gate.values),
-        n_groups_(ValueBytes(a.format, a.gate.n_cols) / GroupValueBytes(a.format)) {}
-  // Goes on with the rows of predicted[0..n), by up to `n_groups` groups of a row.
-  void Advance(int32_t n, int32_t n_groups) {
-    for (; n_groups > 0 && next_ < n; --n_groups) {
-      const int32_t row = a_.predicted[next_];
-      const int64_t group_bytes = GroupValueBytes(a_.format);
-      const uint8_t* tile =
-          values_ + row / kRowTile * a_.gate.values_stride + group_ * TileGroupBytes(a_.format);
-      if (a_.format != Format::kBf16) PrefetchL2(tile - kRowTile * GroupScaleBytes(a_.format));
-      for (int64_t at = 0; at < group_bytes; at += kCacheLine)
-        PrefetchL2(tile + row % kRowTile * group_bytes + at);
-      if (++group_ == n_groups_) {
-        group_ = 0;
-        ++next_;
-      }
-    }
+        row_bytes_(RowBytes(a.gate, a.format)),
+        bundle_bytes_(2 * RowBytes(a.up, a.format)),
+        n_predicted_(n_predicted),
+        n_bundles_(BundlePrefetcher::Ahead(a)) {}
+  // Rows before `end` may be prefetched now, and bundles of so many listed neurons.
+  void Allow(int32_t end, int32_t n_listed) {
+    row_end_ = end < n_predicted_ ? end : n_predicted_;
+    bundle_end_ = n_listed < n_bundles_ ? n_listed : n_bundles_;
+  }
+  void operator()() { Issue(kLinesBetween); }
+  void Issue(int64_t n_lines) {
+    n_lines = Go(n_lines, row_end_, row_bytes_, &row_, [&](int32_t i) {
+      return a_.gate.values + a_.predicted[i] * a_.gate.values_stride;
+    });
+    Go(n_lines, bundle_end_, bundle_bytes_, &bundle_,
+       [&](int32_t i) { return a_.up.values + a_.active[i].neuron * a_.up.values_stride; });
   }
 
  private:
+  struct Cursor {
+    int32_t next = 0;
+    int64_t at = 0;
+  };
+  template <typename AddressOf>
+  int64_t Go(int64_t n_lines, int32_t end, int64_t n_bytes, Cursor* cursor, AddressOf address_of) {
+    while (n_lines > 0 && cursor->next < end) {
+      const uint8_t* start = address_of(cursor->next);
+      for (; n_lines > 0 && cursor->at < n_bytes; cursor->at += kCacheLine, --n_lines)
+        PrefetchL2(start + cursor->at);
+      if (cursor->at < n_bytes) break;
+      *cursor = {cursor->next + 1, 0};
+    }
+    return n_lines;
+  }
+
   const SparseFfnArgs& a_;
-  const uint8_t* values_;
-  const int64_t n_groups_;
-  int64_t group_ = 0;
-  int32_t next_ = 0;
+  const int64_t row_bytes_, bundle_bytes_;
+  const int32_t n_predicted_, n_bundles_;
+  int32_t row_end_ = 0, bundle_end_ = 0;
+  Cursor row_, bundle_;
 };
 
-// Of one token, gate rows of the predicted neurons alone.
+// Of one token, gate rows of the predicted neurons alone. All are named first: then rows are
+// prefetched at the pace at which they are computed, since a burst of prefetches stalls everything
+// behind it (docs/log.md).
 ActiveCounts FindPredicted(const SparseFfnArgs& a) {
-  ActiveList list{a};
-  GateRowPrefetcher rows(a);
   int32_t n = 0;
-  for (int32_t tile = a.first / kPredictTile; tile * kPredictTile < a.last; ++tile) {
+  for (int32_t tile = a.first / kPredictTile; tile * kPredictTile < a.last; ++tile)
     for (uint32_t bits = PredictTile(a, tile, 0); bits != 0; bits &= bits - 1)
       a.predicted[n++] = tile * kPredictTile + CountTrailingZeros(bits);
-    rows.Advance(n, kGroupsPerTile);
-  }
-  rows.Advance(n, INT32_MAX);
-  BundlePrefetcher bundles(a);
+  ActiveList list{a};
+  PredictedPrefetcher prefetcher(a, n);
   const uint8_t* x[1] = {a.x};
+  prefetcher.Allow(kRowsAhead, 0);
+  prefetcher.Issue(INT32_MAX);
   for (int32_t i = 0; i < n;) {
     float gates[kRowTile][1];
-    const int32_t count = i + kRowTile <= n ? kRowTile : 1;
-    if (count == kRowTile)
-      DotTile<kRowTile, 1>(a.format, a.gate, a.predicted + i, x, gates);
+    const bool is_tile = i + kRowTile <= n;
+    const int32_t end = is_tile ? i + kRowTile : i + 1;
+    prefetcher.Allow(end + kRowsAhead, list.n_listed);
+    if (is_tile)
+      DotTile<kRowTile, 1, false>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
     else
-      DotTile<1, 1>(a.format, a.gate, a.predicted + i, x, gates);
-    for (int32_t r = 0; r < count; ++r) list.Take(a.predicted[i + r], 0, gates[r][0]);
-    i += count;
-    bundles.Advance(list.n_listed);
+      DotTile<1, 1, false>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
+    for (int32_t r = 0; i < end; ++i, ++r) list.Take(a.predicted[i], 0, gates[r][0]);
   }
-  bundles.Finish(list.n_listed);
+  prefetcher.Allow(n, list.n_listed);
+  prefetcher.Issue(INT32_MAX);
   return {list.n_listed, list.n_active, n};
 }
 
@@ -305,7 +320,8 @@ inline void AddNeurons(const SparseFfnArgs& a, const Active* active, BundleShare
   const uint8_t* x[1] = {a.x + active[0].token * a.x_stride};
   float up[kNeurons][1], values[kNeurons];
   for (int r = 0; r < kNeurons; ++r) rows[r] = active[r].neuron;
-  DotTile<kNeurons, 1>(a.format, a.up, rows, x, up);
+  Nothing nothing;
+  DotTile<kNeurons, 1, false>(a.format, a.up, rows, x, up, nothing);
   for (int r = 0; r < kNeurons; ++r) values[r] = Activate(a.activation, active[r].gate) * up[r][0];
   Axpy<kNeurons>(a.format, a.down, rows, values, a.out + active[0].token * a.out_stride, next);
 }

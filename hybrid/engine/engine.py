@@ -122,12 +122,17 @@ class Engine:
                 quant=quant,
                 home=home,
             )
-            use_mmap, memory_notices = _choose_mmap(mmap, packed_layout(config, format).n_bytes)
+            gathered = frozenset(
+                layer for layer, native in enumerate(predictors or ()) if native is not None
+            )
+            n_bytes = packed_layout(config, format, gathered).n_bytes
+            use_mmap, memory_notices = _choose_mmap(mmap, n_bytes)
             loaded = load_packed(
                 checkpoint,
                 format,
                 cache=None if home is None else home / "packed",
                 neuron_orders=orders,
+                gathered=gathered,
                 use_mmap=use_mmap,
                 use_mlock=mlock,
                 fits_memory=not memory_notices,

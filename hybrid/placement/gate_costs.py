@@ -13,8 +13,9 @@ import numpy as np
 
 from hybrid.kernels import Activation, Format, Predictor, Rows, _native
 from hybrid.placement.hardware import last_level_cache_bytes
-from hybrid.weights.packed import matrix_bytes, pack_bundles, pack_matrix
-from hybrid.weights.packed_predictor import pack_predictor
+from hybrid.weights.packed import matrix_bytes, pack_bundles, pack_gathered, pack_matrix
+from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
+from hybrid.weights.quant import row_bytes
 from predictors.predictors import LayerPredictor, LowRank, make_sign
 
 RANKS = (16, 32, 64, 128, 256, 512)
@@ -40,33 +41,29 @@ def measure_gate_costs(
     rng = np.random.default_rng(0)
     gate = rng.standard_normal((n_neurons, hidden_size), np.float32)
     x = _native.quantize(format, rng.standard_normal(hidden_size).astype(np.float32))[None]
-    one = matrix_bytes(format, n_neurons, hidden_size)
-    beyond = 1 + 2 * (last_level_cache_bytes() or 0) // one
-    n_copies = min(n_layers, max(2, beyond))
-    gates = _copies(pack_matrix(format, gate), one, format, n_neurons, hidden_size, n_copies)
     up, down = pack_bundles(format, gate[:1].repeat(n_neurons, 0), gate[:1].repeat(n_neurons, 0))
 
-    def seconds(predictors: list[Predictor | None]) -> float:
+    def seconds(copies: list[tuple[Rows, Predictor | None]]) -> float:
         """Of one layer; no neuron fires."""
 
-        def run(i: int) -> None:
+        def run(gate: Rows, predictor: Predictor | None) -> None:
             _native.sparse_ffn(
-                gates[i % n_copies],
-                up,
-                down,
-                x,
-                0,
-                n_neurons,
-                Activation.fatrelu,
-                np.inf,
-                False,
-                predictors[i % len(predictors)],
+                gate, up, down, x, 0, n_neurons, Activation.fatrelu, np.inf, False, predictor
             )
 
-        return _best(run, n_copies)
+        return _best(run, copies)
 
-    def predicting(predictor: LayerPredictor, margin: float = 0.0) -> float:
-        return seconds([pack_predictor(format, predictor, margin) for _ in range(n_copies)])
+    def n_copies(n_bytes: int) -> int:
+        return min(n_layers, 1 + 2 * (last_level_cache_bytes() or 0) // max(n_bytes, 1))
+
+    def predicting(predictor: LayerPredictor, margin: float = 0.0, predicted: float = 0.0) -> float:
+        row = sum(row_bytes(format, hidden_size))
+        n_bytes = predictor_bytes(format, predictor, hidden_size)
+        n = n_copies(n_bytes + int(predicted * n_neurons) * row)
+        gates = [pack_gathered(format, gate) for _ in range(n if predicted else 1)]
+        return seconds(
+            [(gates[i % len(gates)], pack_predictor(format, predictor, margin)) for i in range(n)]
+        )
 
     def lowrank(rank: int, predicted: float) -> LowRank:
         bias = np.where(rng.random(n_neurons) < predicted, 1e30, -1e30).astype(np.float32)
@@ -79,33 +76,24 @@ def measure_gate_costs(
 
     ranks = [rank for rank in RANKS if rank <= hidden_size // 2]
     none = {rank: predicting(lowrank(rank, 0.0)) for rank in ranks}
-    some = predicting(lowrank(ranks[0], _PREDICTED))
+    some = predicting(lowrank(ranks[0], _PREDICTED), predicted=_PREDICTED)
+    n_exact = n_copies(matrix_bytes(format, n_neurons, hidden_size))
     return {
-        "exact_ns": 1e9 * seconds([None]),
+        "exact_ns": 1e9 * seconds([(pack_matrix(format, gate), None) for _ in range(n_exact)]),
         "gathered_row_ns": 1e9 * max(0.0, some - none[ranks[0]]) / (_PREDICTED * n_neurons),
         "lowrank_ns": {str(rank): 1e9 * cost for rank, cost in none.items()},
         "sign_ns": 1e9 * predicting(make_sign(gate), -float(hidden_size)),
     }
 
 
-def _copies(
-    rows: Rows, n_bytes: int, format: Format, n_rows: int, n_cols: int, n: int
-) -> list[Rows]:
-    memory = _native.allocate_bytes(n * n_bytes)
-    for i in range(n):
-        memory[i * n_bytes : (i + 1) * n_bytes] = rows.memory[:n_bytes]
-    return [
-        Rows(format=format, memory=memory, n_rows=n_rows, n_cols=n_cols, offset=i * n_bytes)
-        for i in range(n)
-    ]
-
-
-def _best(run: Callable[[int], None], n: int) -> float:
+def _best(
+    run: Callable[[Rows, Predictor | None], None], copies: list[tuple[Rows, Predictor | None]]
+) -> float:
     """Seconds of one call, in the best of some rounds over all copies."""
     best = np.inf
     for _ in range(_ROUNDS):
         started = time.perf_counter()
-        for i in range(n):
-            run(i)
-        best = min(best, (time.perf_counter() - started) / n)
+        for gate, predictor in copies:
+            run(gate, predictor)
+        best = min(best, (time.perf_counter() - started) / len(copies))
     return float(best)

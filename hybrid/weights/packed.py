@@ -2,14 +2,14 @@
 
 Rows of matrices that every token reads whole (gate rows too) are interleaved in tiles of four, so
 that reading them is one pass; a neuron's up and down rows are bundled, since they are needed
-together or not at all. Neurons of a layer may stand in any order
-(`neuron_orders`). Keeping a packed model in a file is `packed_file`'s job.
+together or not at all. Gate rows of layers with a predictor (`gathered`) stand apart, values and
+scales of each in one stretch. Neurons of a layer may stand in any order (`neuron_orders`). Keeping a packed model in a file is `packed_file`'s job.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ PackedModel = ModelWeights[Rows]
 Buffer = NDArray[np.uint8]
 # Per layer: the neuron of the checkpoint that stands at each place.
 NeuronOrders = Sequence[NDArray[np.intp]]
+Layers = Collection[int]
 SOURCE_ORDER = "as in the source"
 
 ALIGNMENT = 64  # bytes: a cache line
@@ -53,17 +54,21 @@ class PackedLayout:
     n_bytes: int
 
 
-def packed_layout(config: ModelConfig, format: Format) -> PackedLayout:
+def packed_layout(
+    config: ModelConfig, format: Format, gathered: Layers = frozenset()
+) -> PackedLayout:
     """The arrays in the order in which a token needs them, each beginning at a cache line."""
     arrays: dict[str, tuple[int, int]] = {}
     end = 0
-    for name, n_bytes in _array_sizes(config, format):
+    for name, n_bytes in _array_sizes(config, format, gathered):
         arrays[name] = (end, n_bytes)
         end += -(-n_bytes // ALIGNMENT) * ALIGNMENT
     return PackedLayout(arrays, end)
 
 
-def _array_sizes(config: ModelConfig, format: Format) -> Iterator[tuple[str, int]]:
+def _array_sizes(
+    config: ModelConfig, format: Format, gathered: Layers
+) -> Iterator[tuple[str, int]]:
     hidden, attention = config.hidden_size, config.attention_size
 
     def matrix(name: str, n_rows: int, n_cols: int) -> tuple[str, int]:
@@ -75,7 +80,10 @@ def _array_sizes(config: ModelConfig, format: Format) -> Iterator[tuple[str, int
         yield matrix(f"{layer}.qkv", config.qkv_size, hidden)
         yield matrix(f"{layer}.o", hidden, attention)
         yield f"{layer}.ffn_norm", 4 * hidden
-        yield matrix(f"{layer}.gate", config.n_neurons, hidden)
+        if layer in gathered:
+            yield f"{layer}.gate", config.n_neurons * sum(row_bytes(format, hidden))
+        else:
+            yield matrix(f"{layer}.gate", config.n_neurons, hidden)
         yield f"{layer}.bundles", config.n_neurons * bundle_bytes(format, hidden)
     yield "norm", 4 * hidden
     if not config.has_tied_head:
@@ -126,20 +134,21 @@ def pack_model(
     *,
     buffer: Buffer | None = None,
     neuron_orders: NeuronOrders | None = None,
+    gathered: Layers = frozenset(),
     n_threads: int = 1,
     progress: Progress = ignore_progress,
 ) -> PackedModel:
     """Read and pack all weights, into `buffer` or huge-page memory of its own.
 
-    `neuron_orders[layer][i]` is the neuron that comes to stand at place i. The bytes do not depend
+    `gathered` are the layers whose gate rows stand apart, `neuron_orders[layer][i]` is the neuron that comes to stand at place i. The bytes do not depend
     on `n_threads`. Raises InvalidCheckpoint for weights that are not finite or beyond the format.
     """
-    layout = packed_layout(source.config, format)
+    layout = packed_layout(source.config, format, gathered)
     if buffer is None:
         buffer = _native.allocate_bytes(layout.n_bytes)
     task, done = f"packing to {format.name}", 0
     progress(task, 0, layout.n_bytes)
-    packer = _Packer(source, format, layout, buffer, neuron_orders)
+    packer = _Packer(source, format, layout, buffer, neuron_orders, gathered)
     workers = ThreadPoolExecutor(n_threads)
     try:
         for n_bytes in workers.map(lambda pack: pack(), packer.parts()):
@@ -148,7 +157,7 @@ def pack_model(
     finally:
         workers.shutdown(cancel_futures=True)
     progress(task, layout.n_bytes, layout.n_bytes)
-    return view_packed(buffer, source.config, format)
+    return view_packed(buffer, source.config, format, gathered)
 
 
 def order_hash(neuron_orders: NeuronOrders | None) -> str:
@@ -171,9 +180,11 @@ class _Packer:
         layout: PackedLayout,
         buffer: Buffer,
         neuron_orders: NeuronOrders | None,
+        gathered: Layers,
     ) -> None:
         self.source, self.format = source, format
         self.layout, self.buffer, self.neuron_orders = layout, buffer, neuron_orders
+        self.gathered = gathered
 
     def parts(self) -> Iterator[Callable[[], int]]:
         """Functions that each pack one part and return its bytes."""
@@ -184,7 +195,10 @@ class _Packer:
                 yield partial(self._copy_norm, role, layer)
             yield partial(self._pack_matrix, "qkv", layer, ["q", "k", "v"])
             yield partial(self._pack_matrix, "o", layer, ["o"])
-            yield partial(self._pack_matrix, "gate", layer, ["gate"])
+            if layer in self.gathered:
+                yield partial(self._pack_gathered, layer)
+            else:
+                yield partial(self._pack_matrix, "gate", layer, ["gate"])
             yield partial(self._pack_bundles, layer)
         yield partial(self._copy_norm, "norm", None)
         if not config.has_tied_head:
@@ -217,6 +231,12 @@ class _Packer:
         _pack_interleaved(self.format, w, array)
         return array.size
 
+    def _pack_gathered(self, layer: int) -> int:
+        array = self._array(f"{layer}.gate")
+        gate = self._read("gate", layer)
+        _pack_gathered_into(self.format, gate, array.reshape(len(gate), -1))
+        return array.size
+
     def _pack_bundles(self, layer: int) -> int:
         array = self._array(f"{layer}.bundles")
         up, down = self._read("up", layer), self._read("down", layer)
@@ -224,14 +244,22 @@ class _Packer:
         return array.size
 
 
-def view_packed(buffer: Buffer, config: ModelConfig, format: Format) -> PackedModel:
+def view_packed(
+    buffer: Buffer, config: ModelConfig, format: Format, gathered: Layers = frozenset()
+) -> PackedModel:
     """The packed model whose bytes are in `buffer`."""
-    layout = packed_layout(config, format)
+    layout = packed_layout(config, format, gathered)
     hidden, attention = config.hidden_size, config.attention_size
 
     def matrix(name: str, n_rows: int, n_cols: int) -> Rows:
         offset, _ = layout.arrays[name]
         return Rows(format=format, memory=buffer, n_rows=n_rows, n_cols=n_cols, offset=offset)
+
+    def gate(layer: int) -> Rows:
+        if layer not in gathered:
+            return matrix(f"{layer}.gate", config.n_neurons, hidden)
+        first = layout.arrays[f"{layer}.gate"][0]
+        return _gathered_rows(format, buffer, first, config.n_neurons, hidden)
 
     def norm(name: str) -> NDArray[np.float32]:
         first, n_bytes = layout.arrays[name]
@@ -247,7 +275,7 @@ def view_packed(buffer: Buffer, config: ModelConfig, format: Format) -> PackedMo
                 qkv=matrix(f"{layer}.qkv", config.qkv_size, hidden),
                 o=matrix(f"{layer}.o", hidden, attention),
                 ffn_norm=norm(f"{layer}.ffn_norm"),
-                gate=matrix(f"{layer}.gate", config.n_neurons, hidden),
+                gate=gate(layer),
                 up=up,
                 down=down,
             )
@@ -277,6 +305,14 @@ def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
     return Rows(format=format, memory=memory, n_rows=n_rows, n_cols=n_cols)
 
 
+def pack_gathered(format: Format, w: NDArray[np.float32]) -> Rows:
+    """Rows apart in memory of their own: for tests and benchmarks of kernels."""
+    n_rows, n_cols = w.shape
+    memory = _native.allocate_bytes(n_rows * sum(row_bytes(format, n_cols)))
+    _pack_gathered_into(format, w, memory.reshape(n_rows, -1))
+    return _gathered_rows(format, memory, 0, n_rows, n_cols)
+
+
 def pack_bundles(
     format: Format, up: NDArray[np.float32], down: NDArray[np.float32]
 ) -> tuple[Rows, Rows]:
@@ -285,6 +321,27 @@ def pack_bundles(
     memory = _native.allocate_bytes(n_neurons * bundle_bytes(format, n_cols))
     _pack_bundles_into(format, up, down, memory.reshape(n_neurons, -1))
     return _bundle_rows(format, memory, 0, n_neurons, n_cols)
+
+
+def _gathered_rows(format: Format, memory: Buffer, first: int, n_rows: int, n_cols: int) -> Rows:
+    value_bytes, scale_bytes = row_bytes(format, n_cols)
+    return Rows(
+        format=format,
+        memory=memory,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        offset=first,
+        row_stride=value_bytes + scale_bytes,
+        scales_offset=first + value_bytes,
+    )
+
+
+def _pack_gathered_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
+    """`rows` (n_rows, bytes of one)."""
+    value_bytes, scale_bytes = row_bytes(format, w.shape[1])
+    for part in (slice(first, first + CHUNK_ROWS) for first in range(0, len(w), CHUNK_ROWS)):
+        scales = rows[part, value_bytes:] if scale_bytes else None
+        _native.pack_rows(format, w[part], rows[part, :value_bytes], scales)
 
 
 def _bundle_rows(

@@ -31,6 +31,7 @@ from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.packed import (
     ALIGNMENT,
     Buffer,
+    Layers,
     NeuronOrders,
     PackedModel,
     Source,
@@ -82,6 +83,7 @@ def load_packed(
     *,
     cache: Path | None,
     neuron_orders: NeuronOrders | None = None,
+    gathered: Layers = frozenset(),
     use_mmap: bool = False,
     use_mlock: bool = False,
     fits_memory: bool = True,
@@ -99,7 +101,7 @@ def load_packed(
     Raises OutOfMemory, and what `pack_model` raises.
     """
     config = checkpoint.config
-    n_bytes = packed_layout(config, format).n_bytes
+    n_bytes = packed_layout(config, format, gathered).n_bytes
 
     def loaded(
         memory: Buffer | MovingFile,
@@ -111,7 +113,7 @@ def load_packed(
         buffer = memory.buffer if isinstance(memory, MovingFile) else memory
         refused = lock(buffer) if use_mlock else []
         return LoadedModel(
-            view_packed(buffer, config, format),
+            view_packed(buffer, config, format, gathered),
             n_bytes,
             is_mapped,
             use_mlock and not refused,
@@ -126,6 +128,7 @@ def load_packed(
             format,
             buffer=buffer,
             neuron_orders=neuron_orders,
+            gathered=gathered,
             n_threads=n_threads,
             progress=progress,
         )
@@ -133,8 +136,8 @@ def load_packed(
 
     if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
         return loaded(pack(allocate(n_bytes)), *(["mmap: there is no file"] * use_mmap))
-    path = cache / _file_name(checkpoint, format)
-    header = _header(checkpoint, format, order_hash(neuron_orders))
+    path = cache / _file_name(checkpoint, format, gathered)
+    header = _header(checkpoint, format, order_hash(neuron_orders), gathered)
     if _is_current(path, header, n_bytes):
         with contextlib.suppress(FileChanged, OSError):  # it may go or shrink at any moment
             memory: Buffer | MovingFile
@@ -171,17 +174,19 @@ def load_packed(
     return loaded(buffer)
 
 
-def _file_name(checkpoint: FileSource, format: Format) -> str:
-    """One name per model folder and format: a model that changes replaces its file."""
+def _file_name(checkpoint: FileSource, format: Format, gathered: Layers) -> str:
+    """One name per model folder, format and whether there is a predictor: a model that changes
+    replaces its file.
+    """
     folder = checkpoint.folder.resolve()
     name = re.sub(r"[^\w.-]", "_", folder.name)[:80]
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    return f"{name}-{digest}-{format.name}.safetensors"
+    return f"{name}-{digest}-{format.name}{'-predicted' if gathered else ''}.safetensors"
 
 
-def _header(checkpoint: FileSource, format: Format, order: str) -> bytes:
+def _header(checkpoint: FileSource, format: Format, order: str, gathered: Layers) -> bytes:
     """The first bytes of the file; padded so that the buffer begins at a cache line."""
-    layout = packed_layout(checkpoint.config, format)
+    layout = packed_layout(checkpoint.config, format, gathered)
     starts = [first for first, _ in layout.arrays.values()] + [layout.n_bytes]
     entries: dict[str, object] = {
         "__metadata__": {
@@ -189,6 +194,7 @@ def _header(checkpoint: FileSource, format: Format, order: str) -> bytes:
             "format": format.name,
             "source": _fingerprint(checkpoint),
             "neuron_order": order,
+            "gathered_layers": " ".join(map(str, sorted(gathered))),
         }
     }
     for name, first, end in zip(layout.arrays, starts, starts[1:], strict=False):

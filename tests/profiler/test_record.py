@@ -286,7 +286,9 @@ def test_texts_are_read_in_parts(engine, tmp_path, monkeypatch):
 def test_documents_begin_windows_of_their_own(engine, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("Once upon a time.\n<end>\nThe cat sat.\n<end>\nThe end.", encoding="utf-8")
-    texts = [engine.tokenizer.decode(ids[1:]).strip() for ids, _ in text_windows(engine, path, "<end>")]
+    texts = [
+        engine.tokenizer.decode(ids[1:]).strip() for ids, _ in text_windows(engine, path, "<end>")
+    ]
     assert texts == ["Once upon a time.", "The cat sat.", "The end."]
 
 
