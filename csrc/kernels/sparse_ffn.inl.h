@@ -17,8 +17,8 @@ namespace {
 
 constexpr int32_t kNeuronTile = 4;  // active neurons that are added at once
 constexpr int64_t kLinesBetween =
-    20;                              // lines that are prefetched after each group of a tile of rows
-constexpr int32_t kRowsAhead = 16;   // gate rows between one's prefetch and its use
+    12;                              // lines that are prefetched after each group of a tile of rows
+constexpr int32_t kRowsAhead = 8;    // gate rows between one's prefetch and its use
 constexpr int32_t kGateBlock = 256;  // gate rows that are computed at once for many tokens
 
 inline bool Fires(Activation activation, float gate, float threshold) {
@@ -149,7 +149,7 @@ class BundlePrefetcher {
   }
 
  private:
-  static constexpr int64_t kBytesAhead = 32 << 10;
+  static constexpr int64_t kBytesAhead = 16 << 10;
   const SparseFfnArgs& a_;
   const int64_t n_bytes_;
   const int32_t n_ahead_;
@@ -208,15 +208,14 @@ struct ActiveList {
 // ahead of the one that is computed, then bundles of neurons that turned out active.
 class PredictedPrefetcher {
  public:
-  PredictedPrefetcher(const SparseFfnArgs& a, int32_t n_predicted)
+  explicit PredictedPrefetcher(const SparseFfnArgs& a)
       : a_(a),
         row_bytes_(RowBytes(a.gate, a.format)),
         bundle_bytes_(2 * RowBytes(a.up, a.format)),
-        n_predicted_(n_predicted),
         n_bundles_(BundlePrefetcher::Ahead(a)) {}
   // Rows before `end` may be prefetched now, and bundles of so many listed neurons.
   void Allow(int32_t end, int32_t n_listed) {
-    row_end_ = end < n_predicted_ ? end : n_predicted_;
+    row_end_ = end;
     bundle_end_ = n_listed < n_bundles_ ? n_listed : n_bundles_;
   }
   void operator()() { Issue(kLinesBetween); }
@@ -247,7 +246,7 @@ class PredictedPrefetcher {
 
   const SparseFfnArgs& a_;
   const int64_t row_bytes_, bundle_bytes_;
-  const int32_t n_predicted_, n_bundles_;
+  const int32_t n_bundles_;
   int32_t row_end_ = 0, bundle_end_ = 0;
   Cursor row_, bundle_;
 };
@@ -257,19 +256,20 @@ class PredictedPrefetcher {
 // behind it (docs/log.md).
 ActiveCounts FindPredicted(const SparseFfnArgs& a) {
   int32_t n = 0;
-  for (int32_t tile = a.first / kPredictTile; tile * kPredictTile < a.last; ++tile)
+  PredictedPrefetcher prefetcher(a);
+  for (int32_t tile = a.first / kPredictTile; tile * kPredictTile < a.last; ++tile) {
     for (uint32_t bits = PredictTile(a, tile, 0); bits != 0; bits &= bits - 1)
       a.predicted[n++] = tile * kPredictTile + CountTrailingZeros(bits);
+    prefetcher.Allow(n < kRowsAhead ? n : kRowsAhead, 0);
+    prefetcher.Issue(kLinesBetween);
+  }
   ActiveList list{a};
-  PredictedPrefetcher prefetcher(a, n);
   const uint8_t* x[1] = {a.x};
-  prefetcher.Allow(kRowsAhead, 0);
-  prefetcher.Issue(INT32_MAX);
   for (int32_t i = 0; i < n;) {
     float gates[kRowTile][1];
     const bool is_tile = i + kRowTile <= n;
     const int32_t end = is_tile ? i + kRowTile : i + 1;
-    prefetcher.Allow(end + kRowsAhead, list.n_listed);
+    prefetcher.Allow(end + kRowsAhead < n ? end + kRowsAhead : n, list.n_listed);
     if (is_tile)
       DotTile<kRowTile, 1, false>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
     else
