@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -48,12 +48,14 @@ def printable(text: str) -> str:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, quants: Sequence[str] = ("q8", "q4", "bf16")
+) -> None:
     """What every command that opens a model takes; `open_engine` reads it."""
     add = parser.add_argument
     add("-m", "--model", default="stories", help="a name, a Hugging Face repo id, or a folder")
     add("-t", "--threads", type=int, help="threads (the physical cores)")
-    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
+    add("--quant", choices=quants, default="q8", help="weight format (q8)")
     add("--offline", action="store_true", help="never use the network")
 
 

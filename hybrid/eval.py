@@ -1,105 +1,42 @@
-"""How well does a model predict a text? Its perplexity, through the native engine.
+"""How good is a model?
 
     python -m hybrid.eval perplexity -m stories --text stories.txt
+    python -m hybrid.eval choices -m MiniCPM-S-1B --file hellaswag_val.jsonl
 
-The text is read in windows; each begins `--stride` tokens after the one before, and what a window
-repeats is context that is not counted again. Every token but the first of all is predicted once.
+perplexity: the text is read in windows; each begins `--stride` tokens after the one before, and
+what a window repeats is context that is not counted again. Every token but the first of all is
+predicted once. choices: multiple-choice questions as HellaSwag, PIQA and ARC are published, scored
+as lm-evaluation-harness does. `--quant fp32` takes the oracle in NumPy, to compare with other
+implementations: slow.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hybrid import Engine, InvalidOption, check_options
-from hybrid.command_line import ArgumentParser, open_engine, read_text, run_command
-from hybrid.progress import Progress, ignore_progress
-
-CHUNK = 256  # tokens whose logits are held at once
-
-
-@dataclass(frozen=True, slots=True)
-class Perplexity:
-    """What predicting a text costs."""
-
-    nats: float  # all tokens together
-    n_tokens: int  # predicted
-    n_bytes: int  # of the text, in UTF-8
-    window: int
-    stride: int
-
-    @property
-    def perplexity(self) -> float:
-        """e to the mean loss per token; depends on the tokenizer."""
-        return math.exp(min(self.nats / self.n_tokens, 700.0))
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Loss per byte of text: to compare models with different tokenizers."""
-        return self.nats / math.log(2) / self.n_bytes
-
-
-def measure_perplexity(
-    engine: Engine,
-    text: str,
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    progress: Progress = ignore_progress,
-) -> Perplexity:
-    """Windows have at most `window` tokens (the context) and begin `stride` tokens apart (half a
-    window). The text begins with the model's beginning-of-text token, where it has one.
-
-    Raises InvalidOption for sizes that do not fit and a text of fewer than two tokens.
-    """
-    window = engine.n_context if window is None else window
-    if not 2 <= window <= engine.n_context:
-        raise InvalidOption(f"window: expected 2 to the context's {engine.n_context}, not {window}")
-    stride = max(1, window // 2) if stride is None else stride
-    if not 1 <= stride < window:
-        raise InvalidOption(f"stride: expected 1 to {window - 1}, below the window, not {stride}")
-    ids = np.asarray(engine.tokenizer.encode(text), np.int64)
-    if ids.size < 2:
-        raise InvalidOption("the text has no token that could be predicted from another")
-    nats = 0.0
-    with engine.open_session() as session:
-        for first, scored, last in windows(ids.size, window, stride):
-            progress("evaluating tokens", scored, ids.size)
-            session.reset()
-            if scored - 1 > first:
-                session.prefill(ids[first : scored - 1])
-            for start in range(scored - 1, last - 1, CHUNK):
-                end = min(start + CHUNK, last - 1)
-                logits = session.prefill(ids[start:end], all_logits=True)
-                assert logits is not None
-                nats += float(token_losses(logits, ids[start + 1 : end + 1]).sum())
-    progress("evaluating tokens", ids.size, ids.size)
-    return Perplexity(nats, ids.size - 1, len(text.encode()), window, stride)
-
-
-def windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(first token, first that is predicted, end) of each window; predicted ones follow on."""
-    scored = 1
-    for first in range(0, n_tokens, stride):
-        last = min(first + window, n_tokens)
-        if last > scored:
-            yield first, scored, last
-            scored = last
-
-
-def token_losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
-    """-log softmax(logits)[target] in nats, row by row, in double precision."""
-    largest = logits.max(1)
-    sums = np.exp(logits - largest[:, None]).sum(1, dtype=np.float64)
-    return np.log(sums) + largest - logits[np.arange(len(targets)), targets]
+from hybrid import Engine, Progress, check_options
+from hybrid.catalog import resolve
+from hybrid.command_line import (
+    ArgumentParser,
+    add_model_options,
+    add_predictor_options,
+    open_engine,
+    read_text,
+    run_command,
+)
+from hybrid.evaluation import (
+    Fp32Engine,
+    measure_choices,
+    measure_perplexity,
+    read_questions,
+)
+from hybrid.progress_bar import progress_bar
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -111,30 +48,64 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     perplexity = commands.add_parser("perplexity", help="of a model on a text", allow_abbrev=False)
+    choices = commands.add_parser("choices", help="accuracy on questions", allow_abbrev=False)
+    for command in (perplexity, choices):
+        add_model_options(command, quants=("q8", "q4", "bf16", "fp32"))
+        add_predictor_options(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
     add = perplexity.add_argument
-    add("-m", "--model", default="stories", help="as for hybrid.run (stories)")
     add("--text", type=Path, required=True, help="a UTF-8 text file")
     add("--window", type=int, help="tokens that are seen at once, at most (the context)")
     add("--stride", type=int, help="tokens from one window to the next (half a window)")
-    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
-    add("-t", "--threads", type=int, help="threads (the physical cores)")
-    add("--offline", action="store_true", help="never use the network")
-    add("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args(arguments)
+    add = choices.add_argument
+    add("--file", type=Path, required=True, help="questions, one JSON object a line")
+    forms = ("auto", "hellaswag", "piqa", "arc", "plain")
+    add("--form", choices=forms, default="auto", help="of the file (by its fields)")
+    add("--labels", type=Path, help="answers, one a line, where they are apart (PIQA)")
+    add("--limit", type=int, help="the first questions only")
+    args = parser.parse_args(arguments)
+    if args.quant == "fp32" and args.predictor != "exact":
+        parser.error("--quant fp32 is exact: it takes no --predictor")
+    if args.command == "choices" and args.limit is not None and args.limit < 1:
+        parser.error("--limit: expected 1 or more")
+    return args
 
 
-def run(args: argparse.Namespace) -> int:
-    check_options(threads=args.threads)
+@contextlib.contextmanager
+def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Progress]]:
+    """The native engine, or the oracle."""
+    if args.quant != "fp32":
+        with open_engine(args) as (engine, progress):
+            for notice in engine.notices:
+                print(f"note: {notice}", file=sys.stderr)
+            yield engine, progress
+        return
+    with progress_bar() as progress:
+        folder = resolve(args.model, offline=args.offline, progress=progress)
+        yield Fp32Engine(folder), progress
+
+
+def what(args: argparse.Namespace, engine: Engine | Fp32Engine) -> dict[str, Any]:
+    prediction = engine.prediction if isinstance(engine, Engine) else None
+    return {
+        "model": args.model,
+        "quant": args.quant,
+        "synthetic": engine.is_synthetic,
+        "predictor": None if prediction is None else str(prediction.path),
+        "recall": None if prediction is None else prediction.recall,
+    }
+
+
+def perplexity(args: argparse.Namespace) -> None:
     text = read_text(args.text)
-    with open_engine(args) as (engine, progress):
+    with open_any(args) as (engine, progress):
         result = measure_perplexity(
             engine, text, window=args.window, stride=args.stride, progress=progress
         )
+        about = what(args, engine)
     if args.json:
         summary = {
-            "model": args.model,
-            "quant": args.quant,
-            "synthetic": engine.is_synthetic,
+            **about,
             "perplexity": round(result.perplexity, 6),
             "bits_per_byte": round(result.bits_per_byte, 6),
             "n_tokens": result.n_tokens,
@@ -142,14 +113,51 @@ def run(args: argparse.Namespace) -> int:
             "window": result.window,
             "stride": result.stride,
         }
-        print(json.dumps(summary), flush=True)
-        return 0
+        print(json.dumps(summary))
+        return
     print(f"perplexity {result.perplexity:.4f}, {result.bits_per_byte:.4f} bits per byte")
     print(
         f"{result.n_tokens} tokens predicted, windows of {result.window} every {result.stride}; "
-        f"{args.model}, {args.quant}",
-        flush=True,
+        + label(about)
     )
+
+
+def choices(args: argparse.Namespace) -> None:
+    questions = read_questions(args.file, args.form, labels=args.labels, limit=args.limit)
+    with open_any(args) as (engine, progress):
+        result = measure_choices(engine, questions, progress=progress)
+        about = what(args, engine)
+    if args.json:
+        summary = {
+            **about,
+            "n_questions": result.n_questions,
+            "acc": round(result.plain, 6),
+            "acc_stderr": round(result.plain_error, 6),
+            "acc_norm": round(result.normalised, 6),
+            "acc_norm_stderr": round(result.normalised_error, 6),
+            "chance": round(result.chance, 6),
+        }
+        print(json.dumps(summary))
+        return
+    print(
+        f"accuracy {result.plain:.1%} ± {result.plain_error:.1%}, "
+        f"length-normalised {result.normalised:.1%} ± {result.normalised_error:.1%}; "
+        f"chance {result.chance:.1%}"
+    )
+    print(f"{result.n_questions} questions; {label(about)}")
+
+
+def label(about: dict[str, Any]) -> str:
+    predictor = "" if about["predictor"] is None else f", predictor at recall {about['recall']:g}"
+    return f"{about['model']}, {about['quant']}{predictor}"
+
+
+def run(args: argparse.Namespace) -> int:
+    check_options(threads=args.threads)
+    try:
+        {"perplexity": perplexity, "choices": choices}[args.command](args)
+    finally:
+        sys.stdout.flush()
     return 0
 
 

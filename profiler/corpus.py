@@ -77,7 +77,7 @@ class TextFile:
             place = end
 
     def _documents(self, place: int) -> Iterator[tuple[str, int]]:
-        """Texts and the place after each. Where one ends depends on where it begins, nothing else."""
+        """Texts and the place after each; where one ends depends on where it begins alone."""
         least = 16 * CHUNK_BYTES if self.separator else CHUNK_BYTES
         with self.path.open("rb") as file:
             file.seek(place)

@@ -10,6 +10,7 @@ import pytest
 
 import hybrid
 from hybrid import InvalidOption, eval
+from hybrid.evaluation import measure_perplexity, perplexity
 
 TEXT = "Once upon a time there was a little cat. The cat was happy and played all day. " * 6
 
@@ -27,9 +28,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("window", "stride"), [(512, None), (40, 20), (40, 39), (7, 1), (2, 1)])
 def test_each_token_is_predicted_once_from_its_window(engine, window, stride, monkeypatch):
-    monkeypatch.setattr(eval, "CHUNK", 16)
+    monkeypatch.setattr(perplexity, "CHUNK", 16)
     ids = engine.tokenizer.encode(TEXT)
-    result = eval.measure_perplexity(engine, TEXT, window=window, stride=stride)
+    result = measure_perplexity(engine, TEXT, window=window, stride=stride)
     step = stride or window // 2
     expected = 0.0
     for target in range(1, len(ids)):
@@ -45,8 +46,8 @@ def test_each_token_is_predicted_once_from_its_window(engine, window, stride, mo
 
 def test_a_story_is_predicted_better_than_noise(engine):
     letters = np.random.default_rng(0).choice(list("abcdefgh "), len(TEXT))
-    story = eval.measure_perplexity(engine, TEXT)
-    noise = eval.measure_perplexity(engine, "".join(letters))
+    story = measure_perplexity(engine, TEXT)
+    noise = measure_perplexity(engine, "".join(letters))
     assert story.bits_per_byte < noise.bits_per_byte / 2
 
 
@@ -57,7 +58,7 @@ def test_a_story_is_predicted_better_than_noise(engine):
 )
 def test_sizes_that_do_not_fit_are_refused(engine, options, message):
     with pytest.raises(InvalidOption, match=message):
-        eval.measure_perplexity(engine, TEXT, **options)
+        measure_perplexity(engine, TEXT, **options)
 
 
 def test_the_command_prints_json(tmp_path, capsys):

@@ -106,8 +106,8 @@ def test_streamed_weights_are_the_weights(tmp_path, format):
 def test_another_activation_than_the_oracles_is_found(monkeypatch, quant, recorded):
     init = cpu_executor.ProgramRecorder.__init__
 
-    def record_another(self, program, config):
-        init(self, program, replace(config, **recorded))
+    def record_another(self, program, config, predictors):
+        init(self, program, replace(config, **recorded), predictors)
 
     monkeypatch.setattr(cpu_executor.ProgramRecorder, "__init__", record_another)
     checks = checks_of("stories", quant=quant)

@@ -135,10 +135,14 @@ def argmax_agreement(run: Run, oracle: Run, margin: float) -> tuple[int, int, in
     return int(is_equal.sum()), int((is_equal & is_clear).sum()), int(is_clear.sum())
 
 
+def token_losses(logits: Logits, targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """-log softmax(logits)[target] in nats, row by row; NaN where weights are broken."""
+    with np.errstate(all="ignore"):
+        largest = logits.max(1)
+        sums = np.exp(logits - largest[:, None]).sum(1, dtype=np.float64)
+        return np.log(sums) + largest - logits[np.arange(len(targets)), targets]
+
+
 def mean_loss(logits: Logits, ids: list[int]) -> float:
     """Nats per token of the text's own next tokens."""
-    with np.errstate(all="ignore"):  # broken weights give NaN
-        shifted = logits[:-1].astype(np.float64)
-        shifted -= shifted.max(-1, keepdims=True)
-        predicted = shifted[np.arange(len(ids) - 1), ids[1:]]
-        return float(np.mean(np.log(np.exp(shifted).sum(-1)) - predicted))
+    return float(token_losses(logits[:-1], np.asarray(ids[1:])).mean())

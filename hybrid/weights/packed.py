@@ -3,7 +3,8 @@
 Rows of matrices that every token reads whole (gate rows too) are interleaved in tiles of four, so
 that reading them is one pass; a neuron's up and down rows are bundled, since they are needed
 together or not at all. Gate rows of layers with a predictor (`gathered`) stand apart, values and
-scales of each in one stretch. Neurons of a layer may stand in any order (`neuron_orders`). Keeping a packed model in a file is `packed_file`'s job.
+scales of each in one stretch. Neurons of a layer may stand in any order (`neuron_orders`). Keeping
+a packed model in a file is `packed_file`'s job.
 """
 
 from __future__ import annotations
@@ -140,8 +141,9 @@ def pack_model(
 ) -> PackedModel:
     """Read and pack all weights, into `buffer` or huge-page memory of its own.
 
-    `gathered` are the layers whose gate rows stand apart, `neuron_orders[layer][i]` is the neuron that comes to stand at place i. The bytes do not depend
-    on `n_threads`. Raises InvalidCheckpoint for weights that are not finite or beyond the format.
+    `gathered` are the layers whose gate rows stand apart, `neuron_orders[layer][i]` is the neuron
+    that comes to stand at place i. The bytes do not depend on `n_threads`. Raises InvalidCheckpoint
+    for weights that are not finite or beyond the format.
     """
     layout = packed_layout(source.config, format, gathered)
     if buffer is None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from folded_llama import FatRelu, fold_scales
 from safetensors.numpy import load_file
 from tiny_models import write_model
 
@@ -19,17 +19,6 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 LOGIT_BOUND = 1e-4
 IDS = np.random.default_rng(0).integers(0, 320, 70)
-
-
-class FatRelu(torch.nn.Module):
-    """FATReLU for transformers, which does not know it: x where x >= threshold, else 0."""
-
-    def __init__(self, threshold: float) -> None:
-        super().__init__()
-        self.threshold = threshold
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.where(x >= self.threshold, x, torch.zeros_like(x))
 
 
 def llama_logits(folder: Path, tensors: dict[str, np.ndarray], activation: str) -> np.ndarray:
@@ -103,17 +92,6 @@ def test_minicpm_matches_a_llama_with_its_scales_folded_in(tmp_path, monkeypatch
     folder = write_model(tmp_path, tie_word_embeddings=is_tied)
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    branch = config["scale_depth"] / math.sqrt(config["num_hidden_layers"])
-    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
-    folded = {
-        name: tensor * np.float32(branch)
-        if name.endswith(("o_proj.weight", "down_proj.weight"))
-        else tensor
-        for name, tensor in tensors.items()
-    }
-    folded["lm_head.weight"] = head * np.float32(config["dim_model_base"] / config["hidden_size"])
-    folded["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * np.float32(
-        config["scale_emb"]
-    )
+    folded = fold_scales(config, tensors)
     expected = llama_logits(folder, folded, "fatrelu_test")
     assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND

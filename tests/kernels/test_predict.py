@@ -204,7 +204,7 @@ def test_predictors_that_do_not_fit_are_refused(what):
         format = Format.bf16
     else:
         n_neurons = 40
-    with pytest.raises(ValueError, match="tiles|matrix"):
+    with pytest.raises(ValueError, match=r"tiles|matrix"):
         _native.Predictor(
             format=format,
             kind=_native.PredictorKind.lowrank,

@@ -338,7 +338,7 @@ def test_amounts_of_bytes():
     assert parse_bytes("1.5 MB") == 1_500_000
     assert parse_bytes("100") == 100
     for text in ("", "GiB", "-1MB", "1 furlong"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"amount|float"):
             parse_bytes(text)
 
 

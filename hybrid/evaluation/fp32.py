@@ -1,0 +1,82 @@
+"""Fp32Engine: the oracle, as far as evaluation needs an engine. Slow, and without any rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.checkpoint import open_checkpoint
+from hybrid.engine.engine import DEFAULT_CONTEXT
+from hybrid.engine.reference_executor import ReferenceSession, read_weights
+from hybrid.tokenizer import Tokenizer
+
+
+class EvaluatedSession(Protocol):
+    """What evaluation asks of a sequence; `hybrid.Session` has it."""
+
+    def reset(self) -> None: ...
+    def truncate(self, position: int) -> None: ...
+    def prefill(
+        self, tokens: Sequence[int] | NDArray[np.integer], *, all_logits: bool = False
+    ) -> NDArray[np.float32] | None: ...
+
+
+class _Fp32Session:
+    def __init__(self, engine: Fp32Engine) -> None:
+        self._engine, self._tokens = engine, list[int]()
+        self.reset()
+
+    def reset(self) -> None:
+        self._tokens.clear()
+        self._session = ReferenceSession(self._engine.weights, self._engine.config)
+
+    def truncate(self, position: int) -> None:
+        kept = self._tokens[:position]
+        self.reset()
+        if kept:
+            self.prefill(kept)
+
+    def prefill(
+        self, tokens: Sequence[int] | NDArray[np.integer], *, all_logits: bool = False
+    ) -> NDArray[np.float32]:
+        ids = np.asarray(tokens, np.int64)
+        self._tokens += ids.tolist()
+        return self._session.prefill(ids.tolist())
+
+
+class Fp32Engine:
+    """A model's folder in fp32. Takes four bytes a weight, and as long as NumPy needs."""
+
+    is_synthetic = False
+
+    def __init__(self, folder: Path) -> None:
+        """Raises what opening a checkpoint raises."""
+        with open_checkpoint(folder) as checkpoint:
+            self.config = checkpoint.config
+            self.is_synthetic = checkpoint.is_synthetic
+            self.weights = read_weights(checkpoint, None)
+        self.n_context = min(self.config.max_context, DEFAULT_CONTEXT)
+        self.tokenizer = Tokenizer.from_folder(
+            folder, vocab_size=self.config.vocab_size, bos_id=self.config.bos_id
+        )
+
+    @contextmanager
+    def open_session(self) -> Iterator[_Fp32Session]:
+        yield _Fp32Session(self)
+
+    def __enter__(self) -> Fp32Engine:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass

@@ -1,0 +1,173 @@
+"""Multiple choice: forms are read as they are published, likelihoods are those of the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hybrid
+from hybrid import InvalidOption, eval
+from hybrid.evaluation import Question, measure_choices, read_questions
+from hybrid.evaluation.choices import log_likelihoods
+from hybrid.evaluation.fp32 import Fp32Engine
+
+STORIES = Path(hybrid.__file__).parent / "models" / "stories"
+HELLASWAG = {
+    "activity_label": "Baking",
+    "ctx_a": "A woman opens [header] an oven.",
+    "ctx_b": "she",
+    "ctx": "unused",
+    "endings": ["takes out a cake.", "rides  a horse [title] away."],
+    "label": "0",
+}
+PIQA = {"goal": "How to open a jar?", "sol1": "Turn the lid.", "sol2": "Eat the lid."}
+ARC_AI2 = {
+    "question": {
+        "stem": "What is hot?",
+        "choices": [{"text": "ice", "label": "A"}, {"text": "fire", "label": "B"}],
+    },
+    "answerKey": "B",
+}
+ARC_HF = {
+    "question": "What is cold?",
+    "choices": {"text": ["ice", "fire", "sun"], "label": ["1", "2", "3"]},
+    "answerKey": "1",
+}
+PLAIN = {"context": "The cat", "choices": ["sat.", " ran away."], "answer": 1}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with hybrid.load("stories") as engine:
+        yield engine
+
+
+def test_forms_are_told_by_their_fields(tmp_path):
+    labels = tmp_path / "labels.lst"
+    labels.write_text("0\n0\n0\n0\n0\n")
+    rows = (HELLASWAG, ARC_AI2, ARC_HF, PLAIN)
+    questions = read_questions(write(tmp_path / "q", *rows))
+    assert questions[0] == Question(
+        "Baking: A woman opens an oven. She",
+        (" takes out a cake.", " rides a horse. away."),
+        0,
+        1,
+    )
+    assert questions[1] == Question("Question: What is hot?\nAnswer:", (" ice", " fire"), 1, 2)
+    assert questions[2].choices == (" ice", " fire", " sun")
+    assert questions[3] == Question("The cat", (" sat.", " ran away."), 1, 4)
+    piqa = write(tmp_path / "p", PIQA, PIQA)
+    labels.write_text("0\n1\n")
+    assert [q.answer for q in read_questions(piqa, labels=labels)] == [0, 1]
+    assert len(read_questions(piqa, labels=labels, limit=1)) == 1
+    assert [q.answer for q in read_questions(write(tmp_path / "p", PIQA | {"label": 1}))] == [1]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("context", ["Once upon a time there was a little", "T", "One day, Li"])
+def test_likelihoods_are_those_of_the_whole_text(engine, context):
+    question = Question(
+        context, (" girl who had a red ball.", " dog", "ly went home", " x y"), 0, 1
+    )
+    with engine.open_session() as session:
+        actual = log_likelihoods(engine, session, question)
+        # Whatever an earlier question left behind.
+        assert log_likelihoods(engine, session, question) == actual
+    for choice, likelihood in zip(question.choices, actual, strict=True):
+        ids = engine.tokenizer.encode(context + choice)
+        n_context = min(len(engine.tokenizer.encode(context)), len(ids) - 1)
+        logits = engine.open_session().prefill(ids[:-1], all_logits=True)
+        logprobs = log_softmax(logits)[np.arange(len(ids) - 1), ids[1:]]
+        assert likelihood == pytest.approx(logprobs[n_context - 1 :].sum(), rel=1e-5)
+
+
+def test_the_model_knows_its_stories(engine, tmp_path):
+    rows = [
+        {"context": "Once upon a", "choices": ["time", "xylophone"], "answer": 0},
+        {"context": "Lily was very", "choices": ["the of", "happy"], "answer": 1},
+        {"context": "They played in the", "choices": ["park", "very because"], "answer": 0},
+        {"context": "They played in the", "choices": ["park", "very because"], "answer": 1},
+    ]
+    result = measure_choices(engine, read_questions(write(tmp_path / "q", *rows)))
+    assert result.n_questions == 4
+    assert result.plain == 0.75
+    assert result.plain_error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    assert result.chance == 0.5
+
+
+def test_length_is_normalised_by_characters(monkeypatch, engine):
+    from hybrid.evaluation import choices
+
+    monkeypatch.setattr(choices, "log_likelihoods", lambda *_: [-4.0, -6.0])
+    result = measure_choices(engine, [Question("a", (" bc", " defghi"), 1, 1)])
+    assert (result.plain, result.normalised) == (0.0, 1.0)  # -4 / 2 against -6 / 6
+
+
+def test_fp32_is_near(engine):
+    question = Question(
+        "Once upon a time there was a little", (" girl who", " dog", " dream"), 0, 1
+    )
+    with engine.open_session() as session:
+        native = log_likelihoods(engine, session, question)
+    fp32 = Fp32Engine(STORIES)
+    with fp32.open_session() as session:
+        np.testing.assert_allclose(log_likelihoods(fp32, session, question), native, atol=0.15)
+
+
+BAD = {
+    "empty": ("", "nothing in it"),
+    "no JSON": ('{"context": "a", "choices": ["b", "c"], "answer": 0}\n\nnot json', "line 3"),
+    "no object": ("[1, 2]", "expected an object"),
+    "unknown form": ('{"text": "a"}', "no known form"),
+    "missing field": ('{"context": "a", "choices": ["b", "c"]}', "no field 'answer'"),
+    "answer beyond": ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "answer 2"),
+    "one choice": ('{"context": "a", "choices": ["b"], "answer": 0}', "two choices"),
+    "no label": (json.dumps(PIQA), "no field 'label'"),
+    "no such key": (json.dumps(ARC_AI2 | {"answerKey": "Z"}), "form arc"),
+    "wrong type": ('{"context": 3, "choices": ["b", "c"], "answer": 0}', "all texts"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
+def test_bad_files_name_the_line(tmp_path, capsys, content, message):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(content)
+    assert eval.main(["choices", "--file", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_labels_must_be_as_many_as_questions(tmp_path):
+    labels = tmp_path / "labels"
+    labels.write_text("0\n")
+    with pytest.raises(InvalidOption, match="1 lines, expected the file's 2"):
+        read_questions(write(tmp_path / "q", PIQA, PIQA), labels=labels)
+
+
+def test_a_question_beyond_the_context_names_its_line(engine):
+    with pytest.raises(InvalidOption, match=r"line 7: has \d+ tokens, the context 512"):
+        measure_choices(engine, [Question("word " * 600, (" a", " b"), 0, 7)])
+
+
+def test_command(tmp_path, capsys):
+    path = write(tmp_path / "q.jsonl", *[PLAIN] * 3)
+    assert eval.main(["choices", "--file", str(path), "--json", "--limit", "2"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["n_questions"] == 2
+    assert summary["acc"] in (0.0, 1.0)
+    assert summary["chance"] == 0.5
+    assert eval.main(["choices", "--file", str(path)]) == 0
+    assert "chance 50.0%" in capsys.readouterr().out

@@ -1,0 +1,41 @@
+"""MiniCPM as a Llama: its scales folded into the weights, and FATReLU for transformers, which knows
+neither. Needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+
+class FatRelu(torch.nn.Module):
+    """x where x >= threshold, else 0."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x >= self.threshold, x, torch.zeros_like(x))
+
+
+def fold_scales(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Embedding, residual and logit scales of a MiniCPM folded into an untied Llama's weights."""
+    branch = config["scale_depth"] / math.sqrt(config["num_hidden_layers"])
+    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    folded = {
+        name: tensor * np.float32(branch)
+        if name.endswith(("o_proj.weight", "down_proj.weight"))
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    folded["lm_head.weight"] = head * np.float32(config["dim_model_base"] / config["hidden_size"])
+    folded["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * np.float32(
+        config["scale_emb"]
+    )
+    return folded
