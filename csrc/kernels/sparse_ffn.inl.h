@@ -15,9 +15,7 @@
 namespace hybrid {
 namespace {
 
-constexpr int32_t kNeuronTile = 4;  // active neurons that are added at once
-constexpr int64_t kLinesBetween =
-    12;                              // lines that are prefetched after each group of a tile of rows
+constexpr int32_t kNeuronTile = 4;   // active neurons that are added at once
 constexpr int32_t kRowsAhead = 8;    // gate rows between one's prefetch and its use
 constexpr int32_t kGateBlock = 256;  // gate rows that are computed at once for many tokens
 
@@ -212,13 +210,16 @@ class PredictedPrefetcher {
       : a_(a),
         row_bytes_(RowBytes(a.gate, a.format)),
         bundle_bytes_(2 * RowBytes(a.up, a.format)),
+        lines_between_(LinesBetween(a)),
         n_bundles_(BundlePrefetcher::Ahead(a)) {}
   // Rows before `end` may be prefetched now, and bundles of so many listed neurons.
   void Allow(int32_t end, int32_t n_listed) {
     row_end_ = end;
     bundle_end_ = n_listed < n_bundles_ ? n_listed : n_bundles_;
   }
-  void operator()() { Issue(kLinesBetween); }
+  // After each group of a tile of rows: the lines of as many rows, and a third more for bundles.
+  void operator()() { Issue(lines_between_); }
+  int64_t lines_between() const { return lines_between_; }
   void Issue(int64_t n_lines) {
     n_lines = Go(n_lines, row_end_, row_bytes_, &row_, [&](int32_t i) {
       return a_.gate.values + a_.predicted[i] * a_.gate.values_stride;
@@ -228,6 +229,10 @@ class PredictedPrefetcher {
   }
 
  private:
+  static int64_t LinesBetween(const SparseFfnArgs& a) {
+    const int64_t n_groups = ValueBytes(a.format, a.gate.n_cols) / GroupValueBytes(a.format);
+    return kRowTile * RowBytes(a.gate, a.format) * 4 / 3 / (n_groups * kCacheLine) + 1;
+  }
   struct Cursor {
     int32_t next = 0;
     int64_t at = 0;
@@ -245,7 +250,7 @@ class PredictedPrefetcher {
   }
 
   const SparseFfnArgs& a_;
-  const int64_t row_bytes_, bundle_bytes_;
+  const int64_t row_bytes_, bundle_bytes_, lines_between_;
   const int32_t n_bundles_;
   int32_t row_end_ = 0, bundle_end_ = 0;
   Cursor row_, bundle_;
@@ -261,7 +266,7 @@ ActiveCounts FindPredicted(const SparseFfnArgs& a) {
     for (uint32_t bits = PredictTile(a, tile, 0); bits != 0; bits &= bits - 1)
       a.predicted[n++] = tile * kPredictTile + CountTrailingZeros(bits);
     prefetcher.Allow(n < kRowsAhead ? n : kRowsAhead, 0);
-    prefetcher.Issue(kLinesBetween);
+    prefetcher.Issue(prefetcher.lines_between());
   }
   ActiveList list{a};
   const uint8_t* x[1] = {a.x};
