@@ -167,6 +167,11 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
     config = engine.config
     if not config.is_sparse:
         lines.append("this model's activation is SiLU: no neuron is ever zero, so none is skipped")
+    elif engine.neuron_orders is None:
+        lines.append(
+            f"python -m hybrid.setup -m {args.model} --quant {engine.quant}, once, packs its hot "
+            "neurons together and trains a predictor (--predictor auto): fewer bytes a token"
+        )
     if args.verbose:
         stats = engine.stats
         where = "mapped from disk" if stats.is_mapped else "in memory"

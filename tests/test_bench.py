@@ -27,6 +27,9 @@ KEYS = [
     "decode_mbu",
     "bytes_per_token",
     "active_fraction",
+    "predictor",
+    "recall",
+    "predicted_fraction",
     "dense_decode_tps",
     "rss_bytes",
 ]

@@ -52,13 +52,23 @@ def parse_arguments() -> argparse.Namespace:
     add("-n", "--tokens", type=int, default=64, help="tokens decoded in each run (64)")
     add("--runs", type=int, default=7, help="alternations (7)")
     add("--transformers", action="store_true", help="prefill beside transformers too (needs torch)")
+    add("--predictor", default="exact", help="hybrid with this predictor too: auto, or its file")
+    add("--recall", type=float, default=0.99, help="of the predictor (0.99)")
     add("--folder", type=Path, help="where the GGUF file is kept (a temporary folder)")
     return parser.parse_args()
 
 
 class HybridWorker:
-    def __init__(self, args: argparse.Namespace, gguf_path: Path) -> None:
-        self.engine = load(args.model, quant=args.quant, threads=args.threads)
+    def __init__(
+        self, args: argparse.Namespace, gguf_path: Path, predictor: str | Path = "exact"
+    ) -> None:
+        self.engine = load(
+            args.model,
+            quant=args.quant,
+            threads=args.threads,
+            predictor=predictor,  # type: ignore[arg-type]
+            recall=args.recall,
+        )
         self.engine.wait_for_weights()
         vocab_size = self.engine.config.vocab_size
         self.ids = np.random.default_rng(0).integers(0, vocab_size, max(PREFILL, args.tokens) + 16)
@@ -94,6 +104,16 @@ class HybridWorker:
 
     def stream(self) -> dict[str, float]:
         return {"gbs": self.engine.measure_stream_gbs()}
+
+
+class PredictingWorker(HybridWorker):
+    def __init__(self, args: argparse.Namespace, gguf_path: Path) -> None:
+        predictor = args.predictor if args.predictor == "auto" else Path(args.predictor)
+        super().__init__(args, gguf_path, predictor)
+        prediction = self.engine.prediction
+        if prediction is None:
+            raise RuntimeError(f"no predictor in use: {'; '.join(self.engine.notices)}")
+        self.about = f"hybrid, predictor at recall {prediction.recall:g} ({prediction.path.name})"
 
 
 class LlamaWorker:
@@ -179,7 +199,7 @@ class TransformersWorker:
         return {"tps": PREFILL / (time.perf_counter() - started)}
 
 
-Worker = HybridWorker | LlamaWorker | TransformersWorker
+Worker = HybridWorker | PredictingWorker | LlamaWorker | TransformersWorker
 
 
 def serve(
@@ -223,6 +243,10 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
     print(f"{ours.about}\n{theirs.about}")
     tasks = [(ours, "decode"), (theirs, "decode"), (ours, "decode_dense")]
     tasks += [(ours, "prefill"), (theirs, "prefill")]
+    if args.predictor != "exact":
+        predicting = Process(PredictingWorker, args, path)
+        print(predicting.about)
+        tasks.insert(1, (predicting, "decode"))
     if args.transformers:
         third = Process(TransformersWorker, args, path)
         print(third.about)
@@ -253,6 +277,9 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
     print(f"{'':30}{'tok/s [min - max]':>24}{'MB/token':>10}{'GB/s':>7}{'of bandwidth':>14}")
     rows = [("hybrid", ours, "decode"), ("llama.cpp", theirs, "decode")]
     rows += [("hybrid, all neurons", ours, "decode_dense")]
+    if args.predictor != "exact":
+        n_bytes["hybrid, predicting"] = results[id(predicting), "decode"][0]["bytes"]
+        rows.insert(1, ("hybrid, predicting", predicting, "decode"))
     for name, process, task in rows:
         gbs = n_bytes[name] * statistics.median(rates(process, task)) / 1e9
         share = share_of_stream(rates(process, task), n_bytes[name], streams)
@@ -268,6 +295,10 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
         "sparse_over_dense": ratio(rates(ours, "decode"), rates(ours, "decode_dense")),
         "prefill": ratio(rates(ours, "prefill"), rates(theirs, "prefill")),
     }
+    if args.predictor != "exact":
+        rates_of = rates(predicting, "decode")
+        ratios["predicting"] = ratio(rates_of, rates(theirs, "decode"))
+        ratios["predicting_over_exact"] = ratio(rates_of, rates(ours, "decode"))
     if args.transformers:
         print(f"prefill {PREFILL}, {'transformers':17}{spread(rates(third, 'prefill')):>24}")
         ratios["prefill_transformers"] = ratio(rates(ours, "prefill"), rates(third, "prefill"))

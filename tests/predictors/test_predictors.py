@@ -91,7 +91,7 @@ def test_training_finds_the_planted_rank(trained, trace):
     for recall, choices in trained.choices.items():
         for choice in choices:
             assert choice.kind == "lowrank"
-            assert choice.recall > recall - 0.02
+            assert choice.recall > recall - 0.04  # of 150 tokens
             assert choice.cost_ns < choice.exact_ns
             assert choice.weighted_recall >= choice.recall  # strong activations are easy
     predicted = [np.mean([c.predicted for c in trained.choices[r]]) for r in (0.95, 0.99, 0.999)]

@@ -1,0 +1,106 @@
+"""Setup: one command from nothing to a profile, hot order and a predictor; again it does nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny_models import write_model
+
+import hybrid
+from hybrid.setup import main
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def setup(*arguments: str) -> int:
+    return main(["--trace-budget", "64MiB", *arguments])
+
+
+def test_setup_makes_a_model_ready(home, capsys):
+    model = "synthetic:tiny"
+    with hybrid.load(model, predictor="auto") as engine:
+        assert engine.neuron_orders is None
+        assert any("hybrid.setup" in notice for notice in engine.notices)
+    assert setup("-m", model) == 0
+    out = capsys.readouterr().out
+    for line in ("to do      profile, predictor", "selfcheck  done", "profile    done"):
+        assert line in out
+    assert "predictor  done" in out
+    assert "--predictor auto" in out
+    with hybrid.load(model, predictor="auto") as engine:
+        assert engine.neuron_orders is not None
+        # Which kind pays is a matter of this machine; if none does, that is said.
+        prediction = engine.prediction
+        assert prediction is not None
+        if prediction.n_predicted_layers < engine.config.n_layers:
+            assert any("no predictor pays" in notice for notice in engine.notices)
+    assert not list((home / "setup").iterdir())
+    files = {path: path.stat().st_mtime_ns for path in home.rglob("*.safetensors")}
+    assert setup("-m", model) == 0
+    assert "everything is there already" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in home.rglob("*.safetensors")}
+    assert setup("-m", model, "--redo", "--no-predictor") == 0
+    assert [path.parent.name for path in home.rglob("*.safetensors")].count("predictors") == 0
+
+
+def test_without_torch_training_free_kinds_are_tried(home, capsys, monkeypatch):
+    from predictors import train
+
+    monkeypatch.setattr(train, "_has_torch", lambda: False)
+    assert setup("-m", "synthetic:tiny") == 0
+    assert "torch is not installed" in capsys.readouterr().out
+    with hybrid.load("synthetic:tiny", predictor="auto") as engine:
+        assert {"exact", "sign"} >= set(engine.prediction.kinds)
+
+
+def test_an_interrupted_setup_goes_on(home, tmp_path, capsys, monkeypatch):
+    from hybrid import setup as module
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(module, "train", interrupt)
+        assert setup("-m", "synthetic:tiny") == 130
+    assert "profile    done" in capsys.readouterr().out
+    assert setup("-m", "synthetic:tiny") == 0
+    out = capsys.readouterr().out
+    assert "to do      predictor" in out
+    with hybrid.load("synthetic:tiny", predictor="auto") as engine:
+        assert engine.prediction is not None
+
+
+def test_the_bundled_profile_needs_no_recording(home, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cat. The cat was happy. " * 40)
+    assert setup("-m", "stories", "--no-predictor") == 0
+    assert not (home / "profiles").exists()
+    assert setup("-m", "stories", "--text", str(text), "--max-tokens", "300") == 0
+    assert len(list((home / "profiles").iterdir())) == 1
+    assert "ready in" in capsys.readouterr().out
+
+
+def test_what_cannot_be_set_up_is_one_line(home, tmp_path, capsys):
+    silu = write_model(tmp_path / "m", vocab_size=4096, hidden_act="silu", hidden_act_param=None)
+    assert setup("-m", str(silu)) == 2
+    assert "nothing to skip" in capsys.readouterr().err
+    assert setup("-m", "no-such-model") == 1
+    assert "no-such-model" in capsys.readouterr().err
+    assert main(["-m", "synthetic:tiny", "--trace-budget", "900TiB"]) == 2
+    error = capsys.readouterr().err
+    assert "GB are free" in error
+    assert error.count("\n") == 1
+
+
+def test_run_says_what_setup_would_bring(home):
+    code = "from hybrid.run import main; main(['-m', 'synthetic:tiny', '-p', 'x', '-n', '2'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "python -m hybrid.setup" in done.stderr
+    assert json.dumps(done.stdout)
