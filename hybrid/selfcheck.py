@@ -19,7 +19,7 @@ from dataclasses import asdict
 
 from hybrid import check_options
 from hybrid.checking import Check, check_model
-from hybrid.command_line import ArgumentParser, printable, run_command
+from hybrid.command_line import ArgumentParser, add_model_options, printable, run_command
 from hybrid.progress_bar import progress_bar
 
 MARKS = {"ok": "ok     ", "warning": "WARNING", "failed": "FAILED "}
@@ -32,12 +32,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Check that a model computes what it should on this machine.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("-m", "--model", default="stories", help="a name, a Hugging Face repo id, or a folder")
-    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
-    add("-t", "--threads", type=int, help="threads (the physical cores)")
-    add("--offline", action="store_true", help="never use the network")
-    add("--json", action="store_true", help="print one JSON object and nothing else")
+    add_model_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     return parser.parse_args(arguments)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid import InvalidOption, check_options
-from hybrid.command_line import ArgumentParser, open_engine, run_command
+from hybrid.command_line import ArgumentParser, add_model_options, open_engine, run_command
 from profiler.corpus import Corpus, TextFile
 from profiler.recorder import RecordingOptions, record
 
@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-m", "--model", default="stories", help="as for hybrid.run (stories)")
+    add_model_options(parser)
     add("-o", "--out", type=Path, required=True, metavar="FOLDER", help="where the profile goes")
     add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
     add("--separator", help="what stands between two documents of a text file")
@@ -57,9 +57,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--window", type=int, default=512, help="tokens that are run in one context (512)")
     add("--trace", action="store_true", help="also record what predictors are trained on")
     add("--trace-budget", type=byte_size, metavar="SIZE", help="bytes of the trace (2GiB)")
-    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
-    add("-t", "--threads", type=int, help="threads (the physical cores)")
-    add("--offline", action="store_true", help="never use the network")
     args = parser.parse_args(arguments)
     if args.max_tokens is not None and args.max_tokens < 1:
         parser.error("--max-tokens: expected 1 or more")

@@ -6,13 +6,12 @@ interrupted, in the same folder with the same options, goes on there.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
-from hybrid import Engine, HybridError, InvalidOption, Progress
+from hybrid import Engine, HybridError, InvalidOption, Observation, Progress
 from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.kernels import Format
 from hybrid.placement.gate_costs import measure_gate_costs
@@ -71,8 +70,7 @@ def record(
             f"{options.model}: its activation is {config.activation}, which is never exactly zero: "
             "every neuron fires, there is nothing to record"
         )
-    if options.window > engine.n_context:
-        options = RecordingOptions(**{**asdict(options), "window": engine.n_context})
+    options = replace(options, window=min(options.window, engine.n_context))
     if (folder / FILE_NAME).exists():
         raise InvalidOption(f"{folder}: holds a finished recording; choose another folder")
     try:
@@ -231,10 +229,10 @@ class _Recorder:
         if self.trace is not None:
             self.trace.close()
 
-    def _add(self, observation: Any) -> None:
-        self.sums.add(observation.masks, self.text)
-        if self.trace is not None:
-            self.trace.add(observation.inputs, observation.masks)
+    def _add(self, seen: Observation) -> None:
+        self.sums.add(seen.masks, self.text)
+        if self.trace is not None and seen.inputs is not None:
+            self.trace.add(seen.inputs, seen.masks)
 
     def _profile(self) -> ActivationProfile:
         sums, config = self.sums, self.engine.config
@@ -257,8 +255,10 @@ class _Recorder:
 
     def _about(self) -> dict[str, Any]:
         tokenizer = self.engine.folder / "tokenizer.json"
-        with contextlib.suppress(metadata.PackageNotFoundError):
+        try:
             version = metadata.version("hybrid")
+        except metadata.PackageNotFoundError:
+            version = "unknown"  # a source tree that is not installed
         return {
             "model": self.options.model,
             "quant": self.engine.quant,
@@ -268,7 +268,7 @@ class _Recorder:
                 {**text, "tokens": tokens}
                 for text, tokens in zip(self.texts, self.text_tokens, strict=True)
             ],
-            "hybrid_version": version if "version" in locals() else "unknown",
+            "hybrid_version": version,
         }
 
     def _finish_trace(self, trace: TraceWriter, profile: ActivationProfile) -> int:

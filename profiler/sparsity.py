@@ -16,7 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid import Engine, check_options
-from hybrid.command_line import ArgumentParser, open_engine, read_text, run_command
+from hybrid.command_line import (
+    ArgumentParser,
+    add_model_options,
+    open_engine,
+    read_text,
+    run_command,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +50,8 @@ def measure_sparsity(
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="profiler.sparsity", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("-m", "--model", default="stories", help="as for hybrid.run (stories)")
-    add("--text", type=Path, required=True, help="a UTF-8 text file")
-    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
-    add("-t", "--threads", type=int, help="threads (the physical cores)")
-    add("--offline", action="store_true", help="never use the network")
+    add_model_options(parser)
+    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Setup: one command from nothing to a profile, hot order and a predictor; again it does nothing."""
+"""Setup: one command from nothing to hot order and a predictor; again it does nothing."""
 
 from __future__ import annotations
 
