@@ -49,15 +49,6 @@ def test_the_story_is_the_one_that_is_shown():
         assert result.stdout.startswith(text[:40])
 
 
-def test_the_sparsity_is_the_one_that_is_shown():
-    arguments, output = shown("profiler.sparsity")
-    lines = run(arguments).stdout.splitlines()
-    assert len(lines) == len(output.splitlines())
-    for actual, expected in zip(lines, output.splitlines(), strict=True):
-        values = [float(re.findall(r"0\.\d+", line)[0]) for line in (actual, expected)]
-        assert values[0] == pytest.approx(values[1], abs=2e-3)
-
-
 def test_the_library_example_runs():
     (example,) = blocks("python")
     assert run(["-c", example]).stdout
