@@ -13,6 +13,8 @@ class Progress(Protocol):
 
     def __call__(self, task: str, done: int, total: int) -> None:
         """`task` says what is being done, such as "packing to q4"; `done` of `total` bytes are.
+        Work that is not counted in bytes names its unit behind a comma: "recording, tokens".
+        `total` may be an estimate that changes.
 
         The first call of a task has `done` 0 or what an earlier run left, the last one has
         `done == total`.

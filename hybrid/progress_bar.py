@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Protocol
 
 from hybrid.progress import Progress
@@ -48,7 +48,7 @@ class _View(Protocol):
     """Shows one task after the other; from any thread, but one call at a time."""
 
     def begin(self, task: str, done: int, total: int) -> None: ...
-    def go_on(self, done: int) -> None: ...
+    def go_on(self, done: int, total: int) -> None: ...
     def end(self, seconds: float) -> None: ...
     def close(self) -> None: ...
 
@@ -72,7 +72,7 @@ class _Watch:
             if task != self._task:
                 self._begin(task)
             elif self._is_shown:
-                self._view.go_on(done)
+                self._view.go_on(done, total)
             if done >= total:
                 if self._is_shown:
                     self._view.end(time.monotonic() - self._begun_s)
@@ -123,11 +123,12 @@ class _Bar:
             self._bar = self._start()
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(task, completed=done, total=total)
+        name, unit = _name_and_unit(task)
+        self._task = self._bar.add_task(name, completed=done, total=total, unit=unit)
 
-    def go_on(self, done: int) -> None:
+    def go_on(self, done: int, total: int) -> None:
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done)
+            self._bar.update(self._task, completed=done, total=total)
 
     def end(self, seconds: float) -> None:
         pass  # stays, full, until the next task or the end: nothing flickers
@@ -141,6 +142,17 @@ class _Bar:
         from rich import progress
         from rich.console import Console
 
+        def amounts(task: progress.Task) -> str:
+            unit, total = task.fields["unit"], task.total or 0
+            if unit != "bytes":
+                return f"{task.completed:,.0f}/{total:,.0f} {unit}"
+            divisor, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+            return f"{task.completed / divisor:.1f}/{total / divisor:.1f} {name}"
+
+        def rate(task: progress.Task) -> str:
+            unit = task.fields["unit"]
+            return f"{_amount(task.speed, unit)}/s" if task.speed else ""
+
         console = self._console or Console(file=sys.stderr)
         columns: list[progress.ProgressColumn] = [
             progress.TextColumn("{task.description}", markup=False),
@@ -149,8 +161,8 @@ class _Bar:
         ]
         if console.width >= _WIDE:
             columns += [
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
+                _column(amounts),
+                _column(rate),
                 progress.TimeRemainingColumn(),
             ]
         bar = progress.Progress(
@@ -174,10 +186,11 @@ class _Lines:
         self._task = ""
 
     def begin(self, task: str, done: int, total: int) -> None:
-        self._task = task
-        self._write(f"{task}: {_size(done)} of {_size(total)} done, this takes a while")
+        self._task, unit = _name_and_unit(task)
+        share = f"{_amount(done, unit)} of {_amount(total, unit)}"
+        self._write(f"{self._task}: {share} done, this takes a while")
 
-    def go_on(self, done: int) -> None:
+    def go_on(self, done: int, total: int) -> None:
         pass
 
     def end(self, seconds: float) -> None:
@@ -199,5 +212,26 @@ def _is_terminal(stream: IO[str] | None) -> bool:
     return stream is not None and stream.isatty() and not is_dumb
 
 
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+def _name_and_unit(task: str) -> tuple[str, str]:
+    """ "recording, tokens" → what is done, and what is counted: bytes where nothing is named."""
+    name, _, unit = task.rpartition(", ")
+    return (name, unit) if name else (task, "bytes")
+
+
+def _amount(n: float, unit: str) -> str:
+    if unit != "bytes":
+        return f"{n:,.0f} {unit}"
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def _column(text_of: Callable[[rich.progress.Task], str]) -> rich.progress.ProgressColumn:
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Column(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: rich.progress.Task) -> Text:
+            return Text(text_of(task), style="progress.download", no_wrap=True)
+
+    return Column()

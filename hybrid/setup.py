@@ -95,8 +95,7 @@ def run(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)
     corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
     started = time.monotonic()
-    check(args)
-    with open_engine(args) as (engine, progress):
+    with open_engine(args) as (engine, _):
         for notice in engine.notices:
             print(f"note: {printable(notice)}")
         if not engine.config.is_sparse:
@@ -110,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
                 path.unlink(missing_ok=True)
             shutil.rmtree(paths.work, ignore_errors=True)
         announce(args, engine, paths, corpora)
+    check(args)
+    with open_engine(args) as (engine, progress):
         has_profile = paths.profile.is_file() or (
             engine.neuron_orders is not None and not args.text
         )

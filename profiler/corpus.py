@@ -165,7 +165,7 @@ def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[To
     for kind, prompts in PROMPTS.items():
         sequences = []
         for index, prompt in enumerate(prompts):
-            progress("writing texts to watch", done, total)
+            progress("writing what to watch, texts", done, total)
             path = folder / f"{kind}_{index:02}.json"
             if not path.exists():
                 temporary = path.with_suffix(".tmp")
@@ -174,7 +174,7 @@ def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[To
             sequences.append(json.loads(path.read_text()))
             done += 1
         corpora.append(TokenLists(f"self-written: {kind}", sequences))
-    progress("writing texts to watch", total, total)
+    progress("writing what to watch, texts", total, total)
     return corpora
 
 

@@ -32,6 +32,7 @@ from profiler.statistics import ActivationSums
 
 SAVE_EVERY_S = 10.0
 MIN_TRACE_TOKENS = 64
+_TASK = "recording, tokens"
 _STATE = "recording.json"
 _SUMS = "recording.safetensors"
 
@@ -197,7 +198,7 @@ class _Recorder:
                         ids = ids[: limit - self.text_tokens[self.text]]
                     if not ids:
                         break
-                    progress("recording", done + self.place, total)
+                    self._tell(progress, done + self.place, total)
                     session.reset()
                     self._add(session.observe(ids, inputs=self.trace is not None))
                     self.text_tokens[self.text] += len(ids)
@@ -207,9 +208,9 @@ class _Recorder:
                             self._save_state()
                             saved = time.monotonic()
                 self.text, self.place = self.text + 1, 0
-        progress("recording", total, total)
         seconds = time.monotonic() - started
         n_tokens = self.sums.n_tokens
+        progress(_TASK, n_tokens, n_tokens)
         if n_tokens == 0:
             raise InvalidOption("the texts hold no tokens; there is nothing to record")
         profile = self._profile()
@@ -224,6 +225,14 @@ class _Recorder:
         for name in (_STATE, _SUMS):
             (self.folder / name).unlink(missing_ok=True)
         return Recording(profile, trace_tokens, trace_bytes, n_tokens - before, seconds)
+
+    def _tell(self, progress: Progress, done: int, total: int) -> None:
+        """How many tokens there will be is estimated: from what there were, at first from bytes."""
+        n_tokens = self.sums.n_tokens
+        estimate = n_tokens * total // done if done and n_tokens else total // 4
+        if self.options.max_tokens is not None:
+            estimate = min(estimate, self.options.max_tokens * len(self.corpora))
+        progress(_TASK, n_tokens, max(estimate, n_tokens + 1))
 
     def close(self) -> None:
         if self.trace is not None:

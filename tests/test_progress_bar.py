@@ -159,7 +159,7 @@ def test_a_task_that_is_silent_for_long_is_shown_all_the_same() -> None:
             assert (task, done, total) == ("hashing", 0, 9)
             self.shown.set()
 
-        def go_on(self, done: int) -> None: ...
+        def go_on(self, done: int, total: int) -> None: ...
         def end(self, seconds: float) -> None: ...
         def close(self) -> None: ...
 
@@ -167,6 +167,19 @@ def test_a_task_that_is_silent_for_long_is_shown_all_the_same() -> None:
     watch("hashing", 0, 9)
     assert View.shown.wait(60)
     watch.close()
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_is_no_bytes_is_shown_in_its_unit() -> None:
+    console, log = terminal(), io.StringIO()
+    for shown in (console, Console(file=log, force_terminal=False)):
+        with progress_bar(shown) as progress:
+            progress("recording, tokens", 1500, 6000)
+            progress("recording, tokens", 3000, 12000)  # an estimate may change
+    assert "3,000/12,000 tokens" in text(console)
+    assert "25%" in text(console)
+    assert "MB" not in text(console)
+    assert log.getvalue() == "recording: 1,500 tokens of 6,000 tokens done, this takes a while\n"
 
 
 @pytest.mark.usefixtures("at_once")

@@ -172,13 +172,13 @@ def measure_choices(
     n_plain = n_normalised = 0
     with engine.open_session() as session:
         for index, question in enumerate(questions):
-            progress("answering questions", index, len(questions))
+            progress("answering, questions", index, len(questions))
             likelihoods = np.array(log_likelihoods(engine, session, question))
             lengths = np.array([len(choice.strip()) for choice in question.choices])
             n_plain += int(likelihoods.argmax()) == question.answer
             n_normalised += int((likelihoods / lengths).argmax()) == question.answer
     n = len(questions)
-    progress("answering questions", n, n)
+    progress("answering, questions", n, n)
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
     return Accuracy(n, n_plain / n, n_normalised / n, chance)
 

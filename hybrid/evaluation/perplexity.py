@@ -64,9 +64,9 @@ def measure_perplexity(
     nats = 0.0
     with engine.open_session() as session:
         for first, scored, last in windows(ids.size, window, stride):
-            progress("evaluating tokens", scored, ids.size)
+            progress("evaluating, tokens", scored, ids.size)
             nats += _losses(session, ids[first:last], scored - first)
-    progress("evaluating tokens", ids.size, ids.size)
+    progress("evaluating, tokens", ids.size, ids.size)
     return Perplexity(nats, ids.size - 1, len(text.encode()), window, stride)
 
 
