@@ -10,6 +10,7 @@ with hybrid.load("stories") as engine:
 from hybrid.engine.engine import Engine, EngineStats
 from hybrid.engine.generation import Generation, GenerationStats, TokenLogprobs
 from hybrid.engine.options import check_options
+from hybrid.engine.prediction import Prediction
 from hybrid.engine.session import Observation, Session
 from hybrid.errors import (
     ContextOverflow,
@@ -46,6 +47,7 @@ __all__ = [
     "ModelNotFound",
     "Observation",
     "OutOfMemory",
+    "Prediction",
     "Progress",
     "Sampler",
     "SamplingParams",
