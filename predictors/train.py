@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 RECALLS = (0.95, 0.99, 0.999)
 KINDS = ("lowrank", "sign")
 HELD_OUT = 0.2  # share of the tokens
+CLOSE = 1.05  # a second rank is trained where it costs at most this much of the cheapest
 MIN_TOKENS = 64
 
 Progress = Callable[[str, int, int], None]
@@ -43,7 +44,7 @@ class Options:
     recalls: tuple[float, ...] = RECALLS
     kinds: tuple[str, ...] = KINDS
     ranks: tuple[int, ...] = ()  # of lowrank; (): those with measured costs
-    n_trained: int = 2  # ranks that are trained: the cheapest before training
+    n_trained: int = 2  # ranks that are trained, at most: the cheapest before training
     epochs: int = 10
     seed: int = 0
 
@@ -61,15 +62,19 @@ def train(trace: Trace, options: Options, progress: Progress = lambda *_: None) 
     costs = CostTable.of(trace.costs, trace.n_neurons)
     choices: dict[float, list[Choice]] = {recall: [] for recall in options.recalls}
     predictors: dict[tuple[int, str], LayerPredictor] = {}
+    ranks = all_ranks = _ranks(options, trace.hidden_size, costs)
     for layer in range(trace.n_layers):
         progress("training predictors, layers", layer, trace.n_layers)
-        found = _train_layer(trace.layer(layer), trace.threshold, kinds, options, costs)
+        found = _train_layer(trace.layer(layer), trace.threshold, kinds, ranks, options, costs)
         for recall in options.recalls:
             choice = cheapest([by_recall[recall] for _, by_recall in found], costs)
             choices[recall].append(choice)
             for predictor, by_recall in found:
                 if by_recall[recall] is choice:
                     predictors[layer, choice.name] = predictor
+        # Layers are much alike: from here on, ranks near those of the layer before.
+        used = {choices[recall][-1].rank for recall in options.recalls} - {0}
+        ranks = _neighbours(all_ranks, used) if used and not options.ranks else all_ranks
     progress("training predictors, layers", trace.n_layers, trace.n_layers)
     about = {
         key: trace.about[key]
@@ -90,6 +95,7 @@ def _train_layer(
     trace: LayerTrace,
     threshold: float,
     kinds: Sequence[str],
+    ranks: Sequence[int],
     options: Options,
     costs: CostTable,
 ) -> list[tuple[LayerPredictor, dict[float, Choice]]]:
@@ -116,9 +122,12 @@ def _train_layer(
         basis = SvdBasis(trace, training, threshold)
         aim = min(options.recalls, key=lambda recall: abs(recall - 0.99))
         untrained = {}
-        for rank in _ranks(options, trace, costs):
+        for rank in ranks:
             untrained[rank] = add(basis.predictor(rank, trace.inputs[training[:2048]]))[aim].cost_ns
+        least = min(untrained.values())
         for rank in sorted(untrained, key=untrained.__getitem__)[: options.n_trained]:
+            if untrained[rank] > CLOSE * least and not options.ranks:
+                break
             # Never worse than what it began with, which it replaces.
             found[:] = [pair for pair in found if pair[0].rank != rank]
             add(
@@ -135,14 +144,20 @@ def _train_layer(
     return found
 
 
-def _ranks(options: Options, trace: LayerTrace, costs: CostTable) -> list[int]:
+def _ranks(options: Options, hidden_size: int, costs: CostTable) -> list[int]:
     """Ranks to try: those asked for, or the measured ones and those between."""
-    largest = trace.gate.shape[1] // 2
+    largest = hidden_size // 2
     if options.ranks:
         return [rank for rank in options.ranks if rank <= largest]
     measured = sorted(costs.lowrank_ns)
     between = [(a + b) // 2 // 16 * 16 for a, b in itertools.pairwise(measured)]
     return sorted({rank for rank in measured + between if 0 < rank <= largest})
+
+
+def _neighbours(ranks: Sequence[int], used: set[int]) -> list[int]:
+    """Those used, and the next ones on both sides."""
+    at = [ranks.index(rank) for rank in used]
+    return [rank for i, rank in enumerate(ranks) if any(abs(i - j) <= 1 for j in at)]
 
 
 def _has_torch() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -36,7 +37,7 @@ def draw_all(profile: ActivationProfile, summary: ProfileSummary, folder: Path) 
         yield path
 
 
-def _figure(n_axes: int = 1) -> tuple[Figure, list]:  # type: ignore[type-arg]
+def _figure(n_axes: int = 1) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(_SIZE[0] * (1 if n_axes == 1 else 1.6), _SIZE[1]), dpi=120)
     figure.set_layout_engine("constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, n_axes)))
