@@ -341,13 +341,16 @@ void AddActive(const SparseFfnArgs& a, int32_t n_listed) {
   const int32_t ahead = a.n_tokens == 1 ? BundlePrefetcher::Ahead(a) : n_listed;
   for (int32_t i = 0; i < n_listed;) {
     const Active* active = a.active + i;
-    const bool is_tile =
-        i + kNeuronTile <= n_listed && active[kNeuronTile - 1].token == active[0].token;
-    const int32_t n = is_tile ? kNeuronTile : 1;
+    const auto has = [&](int32_t count) {
+      return i + count <= n_listed && active[count - 1].token == active[0].token;
+    };
+    const int32_t n = has(kNeuronTile) ? kNeuronTile : has(2) ? 2 : 1;
     next.Begin(i + ahead < n_listed ? i + ahead : n_listed,
                i + ahead + n < n_listed ? i + ahead + n : n_listed);
-    if (is_tile)
+    if (n == kNeuronTile)
       AddNeurons<kNeuronTile>(a, active, next);
+    else if (n == 2)
+      AddNeurons<2>(a, active, next);
     else
       AddNeurons<1>(a, active, next);
     i += n;
