@@ -7,6 +7,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "axpy.inl.h"
 #include "dot.inl.h"
 #include "kernels.h"
 #include "predict.inl.h"
@@ -32,89 +33,6 @@ inline bool Fires(Activation activation, float gate, float threshold) {
 
 inline float Activate(Activation activation, float gate) {
   return activation == Activation::kSilu ? gate / (1.0f + expf(-gate)) : gate;
-}
-
-// Adds several rows at once: y[col] = (... (y[col] + a0 w0[col]) + a1 w1[col]) ... Every row is one
-// fused multiply-add in turn, so how rows are grouped changes no bit, only how often y is loaded.
-// Takes `n_groups` groups of each row, and calls `between` before each.
-template <int kRows, typename Between>
-inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y, Between& between) {
-  F32 factor[kRows];
-  for (int r = 0; r < kRows; ++r) factor[r] = Set(a[r]);
-  for (int32_t group = 0; group < n_groups; ++group, y += kBlock) {
-    between();
-#pragma GCC unroll 4
-    for (int32_t col = 0; col < kBlock; col += kLanes) {
-      F32 sum = Load(y + col);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-        sum = Fma(factor[r], LoadBf16(reinterpret_cast<const uint16_t*>(w[r].values) + col), sum);
-      Store(y + col, sum);
-    }
-    for (int r = 0; r < kRows; ++r) w[r].values += w[r].values_step;
-  }
-}
-
-// q8 and q4: words of four bytes, whose fields (bytes or nibbles) become floats in place,
-// multiplied by what their place is worth. y is in that order and unit, see kernels.h.
-template <Format kFormat, int kRows, typename Between>
-inline void AxpyBlocks(RowAt* w, int32_t n_groups, const float* a, float* y, Between& between) {
-  constexpr int kFields = WordFields(kFormat), kBits = 32 / kFields;
-  constexpr float kZero = kFormat == Format::kQ8 ? 128.0f : 8.0f;
-  for (int32_t group = 0; group < n_groups; ++group, y += kGroup) {
-    between();
-    F32 factor[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)  // word i of a line belongs to block i % 8
-      factor[r] = Mul(Set(a[r]), LoadWeightScales(reinterpret_cast<const uint16_t*>(w[r].scales)));
-    for (int32_t at = 0; at < GroupValueBytes(kFormat); at += 4 * kLanes) {
-      float* out = y + at / kPartialLine * kFields * kPartialWords + at % kPartialLine / 4;
-      F32 sum[kFields];
-#pragma GCC unroll 8
-      for (int f = 0; f < kFields; ++f) sum[f] = Load(out + f * kPartialWords);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        I32 words = LoadWords(w[r].values + at);
-#pragma GCC unroll 8
-        for (int f = 0; f < kFields; ++f) {
-          if (f == kFields / 2) words = HighHalf(words);
-          const int shift = f % (kFields / 2) * kBits;
-          const int32_t mask = ((1 << kBits) - 1) << shift;
-          const float bias = 8388608.0f + kZero * static_cast<float>(1 << shift);
-          sum[f] = Fma(factor[r], Field(words, mask, bias), sum[f]);
-        }
-      }
-#pragma GCC unroll 8
-      for (int f = 0; f < kFields; ++f) Store(out + f * kPartialWords, sum[f]);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      w[r].values += w[r].values_step;
-      w[r].scales += w[r].scales_step;
-    }
-  }
-}
-
-template <Format kFormat, int kRows, typename Between>
-inline void AxpyRows(const Rows& rows, const int32_t* row, const float* a, float* y,
-                     Between& between) {
-  RowAt w[kRows];
-  for (int r = 0; r < kRows; ++r) w[r] = At<kFormat>(rows, row[r]);
-  const int32_t n_groups = ValueBytes(kFormat, rows.n_cols) / GroupValueBytes(kFormat);
-  if constexpr (kFormat == Format::kBf16)
-    AxpyBf16<kRows>(w, n_groups, a, y, between);
-  else
-    AxpyBlocks<kFormat, kRows>(w, n_groups, a, y, between);
-}
-
-template <int kRows, typename Between>
-inline void Axpy(Format format, const Rows& rows, const int32_t* row, const float* a, float* y,
-                 Between& between) {
-  if (format == Format::kBf16)
-    AxpyRows<Format::kBf16, kRows>(rows, row, a, y, between);
-  else if (format == Format::kQ8)
-    AxpyRows<Format::kQ8, kRows>(rows, row, a, y, between);
-  else
-    AxpyRows<Format::kQ4, kRows>(rows, row, a, y, between);
 }
 
 // Prefetches bundles (a neuron's up and down rows) of listed neurons into L2, a few lines at a time
