@@ -187,7 +187,8 @@ class _Lines:
 
     def begin(self, task: str, done: int, total: int) -> None:
         self._task, unit = _name_and_unit(task)
-        share = f"{_amount(done, unit)} of {_amount(total, unit)}"
+        done_so_far = _amount(done, unit) if unit == "bytes" else f"{done:,}"
+        share = f"{done_so_far} of {_amount(total, unit)}"
         self._write(f"{self._task}: {share} done, this takes a while")
 
     def go_on(self, done: int, total: int) -> None:

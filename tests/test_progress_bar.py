@@ -179,7 +179,7 @@ def test_what_is_no_bytes_is_shown_in_its_unit() -> None:
     assert "3,000/12,000 tokens" in text(console)
     assert "25%" in text(console)
     assert "MB" not in text(console)
-    assert log.getvalue() == "recording: 1,500 tokens of 6,000 tokens done, this takes a while\n"
+    assert log.getvalue() == "recording: 1,500 of 6,000 tokens done, this takes a while\n"
 
 
 @pytest.mark.usefixtures("at_once")
