@@ -88,6 +88,8 @@ class PredictorFile:
 
 def load_predictor_file(path: Path) -> PredictorFile:
     """Raises PredictorError for a file that is none, broken or of another version."""
+    if not path.is_file():
+        raise PredictorError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = (file.metadata() or {}).get(_METADATA)

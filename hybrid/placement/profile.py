@@ -82,6 +82,8 @@ _SHAPES = {
 
 def load_profile(path: Path) -> ActivationProfile:
     """Read a profile. Raises InvalidArtifact where it is none, broken or of another version."""
+    if not path.is_file():
+        raise InvalidArtifact(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = (file.metadata() or {}).get(_METADATA)
