@@ -36,4 +36,5 @@ PYBIND11_MODULE(_native, m) {
   m.attr("PREDICT_TILE") = hybrid::kPredictTile;
   hybrid::BindKernels(m);
   hybrid::BindProgram(m);
+  hybrid::BindDevice(m);
 }

@@ -62,6 +62,7 @@ struct PyPredictor {
   Bytes tiles, rows_memory;
 };
 
+void BindDevice(py::module_& m);
 void BindKernels(py::module_& m);
 void BindProgram(py::module_& m);
 

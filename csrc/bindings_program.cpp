@@ -5,11 +5,9 @@
 #include <memory>
 #include <numeric>
 
-#include "bindings.h"
+#include "bindings_session.h"
 #include "kernels/dispatch.h"
 #include "platform.h"
-#include "program.h"
-#include "session.h"
 
 namespace hybrid {
 
@@ -50,101 +48,6 @@ double ReadMemory(ThreadPool& pool, const Floats& memory) {
   WithoutGil([&] { pool.Run(job); });
   return std::accumulate(context.sums.begin(), context.sums.end(), 0.0);
 }
-
-// A recorded program together with the arrays that its pointers lead to.
-struct PyProgram {
-  PyProgram(Format format, int32_t hidden_size, int32_t n_heads, int32_t n_kv_heads,
-            int32_t head_dim, float rms_norm_eps, Floats rope_cos, Floats rope_sin)
-      : program({format, hidden_size, n_heads, n_kv_heads, head_dim,
-                 static_cast<int32_t>(rope_cos.shape(0)), rms_norm_eps, rope_cos.data(),
-                 rope_sin.data()}) {
-    Check(rope_cos.ndim() == 2 && rope_cos.shape(1) == head_dim / 2,
-          "rope tables must be (context, head_dim / 2)");
-    Check(rope_sin.ndim() == 2 && rope_sin.shape(0) == rope_cos.shape(0) &&
-              rope_sin.shape(1) == head_dim / 2,
-          "rope tables must be alike");
-    keep_alive.append(rope_cos);
-    keep_alive.append(rope_sin);
-  }
-  void Add(Op op, const std::vector<py::object>& rows, std::optional<Floats> norm) {
-    Rows* slots[] = {&op.a, &op.b, &op.c};
-    for (size_t i = 0; i < rows.size(); ++i) {
-      const PyRows& matrix = rows[i].cast<const PyRows&>();
-      Check(matrix.format == program.shape().format, "rows of another format");
-      *slots[i] = matrix.rows;
-      keep_alive.append(rows[i]);
-    }
-    if (norm) {
-      Check(norm->ndim() == 1 && norm->shape(0) == program.shape().hidden_size,
-            "norm must be (hidden_size,)");
-      op.norm = norm->data();
-      keep_alive.append(*norm);
-    }
-    program.Add(op);
-  }
-  Program program;
-  py::list keep_alive;
-};
-
-// A session, what it points to, and the flag that keeps its calls apart.
-struct PySession {
-  PySession(py::object program, py::object pool, int32_t n_context, bool is_dense, bool is_timed)
-      : keep_program(program),
-        keep_pool(pool),
-        program(program.cast<PyProgram&>().program),
-        pool(pool.cast<ThreadPool&>()),
-        session(this->program, this->pool, CheckContext(this->program, n_context), is_dense,
-                is_timed) {}
-
-  static int32_t CheckContext(Program& program, int32_t n_context) {
-    Check(n_context > 0 && n_context <= program.shape().max_context,
-          "context must be within the rope tables");
-    program.Seal();
-    return n_context;
-  }
-
-  void CheckTokens(const int64_t* tokens, int64_t n) const {
-    Check(n <= session.n_context() - session.position(), "the context is full");
-    for (int64_t i = 0; i < n; ++i)
-      Check(tokens[i] >= 0 && tokens[i] < program.vocab_size(), "token beyond the vocabulary");
-  }
-
-  Observation Observe(int32_t n, Bytes& masks, std::optional<Halves>& inputs) const {
-    const py::ssize_t n_layers = program.n_layers(), hidden = program.shape().hidden_size;
-    Check(masks.ndim() == 3 && masks.shape(0) == n_layers && masks.shape(1) == n &&
-              masks.shape(2) == CeilDiv(program.n_neurons(), 8),
-          "masks must be (n_layers, n, ceil(n_neurons / 8))");
-    if (inputs)
-      Check(inputs->ndim() == 3 && inputs->shape(0) == n_layers && inputs->shape(1) == n &&
-                inputs->shape(2) == hidden,
-            "inputs must be (n_layers, n, hidden_size)");
-    return {n, masks.mutable_data(), inputs ? inputs->mutable_data() : nullptr};
-  }
-
-  py::object keep_program, keep_pool;  // first: they must outlive the session
-  Program& program;
-  ThreadPool& pool;
-  Session session;
-  std::atomic<bool> is_busy{false};
-};
-
-// Holds a session for one call. Throws ValueError where another thread holds it, RuntimeError in a
-// process forked after the session was opened: a lock of its pool may have been held at that
-// moment.
-class Turn {
- public:
-  explicit Turn(PySession& s) : s_(s) {
-    if (platform::ProcessId() != s.pool.process_id())
-      throw std::runtime_error("the session was opened before a fork; load the model again here");
-    Check(!s.is_busy.exchange(true), "the session is in use by another thread");
-  }
-  ~Turn() { s_.is_busy.store(false); }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  PySession& s_;
-};
 
 }  // namespace
 
@@ -210,14 +113,17 @@ void BindProgram(py::module_& m) {
           py::arg("o"), py::arg("scale"), py::arg("layer"))
       .def(
           "ffn",
-          [](PyProgram& p, Floats norm, py::object gate, py::object up, py::object down,
-             Activation activation, float threshold, float scale, int32_t layer,
-             py::object predictor) {
+          [](PyProgram& p, std::optional<Floats> norm, py::object gate, py::object up,
+             py::object down, Activation activation, float threshold, float scale, int32_t layer,
+             py::object predictor, int32_t first_neuron, int32_t n_given) {
             Op op{OpKind::kFfn};
             op.activation = activation;
             op.threshold = threshold;
             op.scale = scale;
             op.layer = layer;
+            op.is_split = !norm;
+            op.first_neuron = first_neuron;
+            op.n_given = n_given;
             if (!predictor.is_none()) {
               const PyPredictor& of = predictor.cast<const PyPredictor&>();
               Check(of.format == p.program.shape().format &&
@@ -232,7 +138,15 @@ void BindProgram(py::module_& m) {
           },
           py::arg("norm"), py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("activation"),
           py::arg("threshold"), py::arg("scale"), py::arg("layer"),
-          py::arg("predictor") = py::none())
+          py::arg("predictor") = py::none(), py::arg("first_neuron") = 0, py::arg("n_given") = 0)
+      .def(
+          "hand_off",
+          [](PyProgram& p, bool sends_x, bool receives_x) {
+            p.program.HandOff(sends_x, receives_x);
+          },
+          py::kw_only(), py::arg("sends_x"), py::arg("receives_x"))
+      .def_property_readonly("n_segments",
+                             [](const PyProgram& p) { return p.program.segments().size(); })
       .def(
           "head",
           [](PyProgram& p, Floats norm, py::object head, float scale) {
@@ -253,6 +167,7 @@ void BindProgram(py::module_& m) {
           [](PySession& s, const Tokens& tokens, bool all_logits, std::optional<Bytes> masks,
              std::optional<Halves> inputs) -> py::object {
             Turn turn(s);
+            s.CheckAlone();
             Check(tokens.ndim() == 1 && tokens.shape(0) > 0, "tokens must be (n,), n > 0");
             // A copy, so that nobody can change what was checked.
             const std::vector<int64_t> given(tokens.data(), tokens.data() + tokens.shape(0));
@@ -278,10 +193,53 @@ void BindProgram(py::module_& m) {
           "decode",
           [](PySession& s, int64_t token) {
             Turn turn(s);
+            s.CheckAlone();
             s.CheckTokens(&token, 1);
             WithoutGil([&] { s.session.Decode(static_cast<int32_t>(token)); });
           },
           py::arg("token"))
+      .def(
+          "begin",
+          [](PySession& s, const Tokens& tokens, bool is_decode, std::optional<Floats> logits) {
+            Turn turn(s);
+            s.CheckExchange();
+            Check(tokens.ndim() == 1 && tokens.shape(0) > 0 && tokens.shape(0) <= kPrefillChunk,
+                  "tokens must be (n,), n from 1 to PREFILL_CHUNK");
+            Check(!is_decode || tokens.shape(0) == 1, "decode takes one token");
+            const std::vector<int32_t> ids(tokens.data(), tokens.data() + tokens.shape(0));
+            s.CheckTokens(tokens.data(), tokens.shape(0));
+            float* out = nullptr;
+            if (logits) {
+              Check(logits->ndim() == 2 && logits->shape(0) == tokens.shape(0) &&
+                        logits->shape(1) == s.program.vocab_size(),
+                    "logits must be (n, vocab_size)");
+              out = logits->mutable_data();
+            }
+            s.session.Begin(ids.data(), static_cast<int32_t>(ids.size()), is_decode, out, true);
+            s.keep_logits = logits ? py::object(*logits) : py::none();
+            s.next_segment = 0;
+          },
+          py::arg("tokens"), py::kw_only(), py::arg("is_decode"),
+          py::arg("logits").noconvert() = py::none())
+      .def(
+          "run_segment",
+          [](PySession& s, int32_t segment) {
+            Turn turn(s);
+            Check(segment == s.next_segment &&
+                      segment < static_cast<int32_t>(s.program.segments().size()),
+                  "segments run in order, after begin");
+            WithoutGil([&] { s.session.RunSegment(segment); });
+            ++s.next_segment;
+          },
+          py::arg("segment"))
+      .def("end",
+           [](PySession& s) {
+             Turn turn(s);
+             Check(s.next_segment == static_cast<int32_t>(s.program.segments().size()),
+                   "not all segments have run");
+             s.session.End();
+             s.next_segment = -1;
+           })
       .def(
           "truncate",
           [](PySession& s, int32_t position) {

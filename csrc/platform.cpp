@@ -10,6 +10,7 @@
 #if defined(_WIN32)
 #include <windows.h>
 #else
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -193,6 +194,18 @@ const void* MapFile(int, size_t) {
 }
 void UnmapFile(const void*, size_t) {}
 int MoveIntoMemory(const void*, size_t, size_t, int) { return ENOSYS; }
+#endif
+
+#if defined(_WIN32)
+void* OpenLibrary(const char* name) { return LoadLibraryA(name); }
+void* FindSymbol(void* library, const char* name) {
+  return reinterpret_cast<void*>(GetProcAddress(static_cast<HMODULE>(library), name));
+}
+void CloseLibrary(void* library) { FreeLibrary(static_cast<HMODULE>(library)); }
+#else
+void* OpenLibrary(const char* name) { return dlopen(name, RTLD_NOW | RTLD_LOCAL); }
+void* FindSymbol(void* library, const char* name) { return dlsym(library, name); }
+void CloseLibrary(void* library) { dlclose(library); }
 #endif
 
 }  // namespace platform

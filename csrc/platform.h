@@ -39,6 +39,11 @@ int64_t Nanoseconds();
 // One polite iteration of a spinning wait.
 void Pause();
 
+// Shared libraries, by name or path. Null where there is none, or no such symbol.
+void* OpenLibrary(const char* name);
+void* FindSymbol(void* library, const char* name);
+void CloseLibrary(void* library);
+
 // Tells a forked child from its parent.
 int ProcessId();
 

@@ -56,6 +56,11 @@ void Program::Add(const Op& op) {
     case OpKind::kFfn:
       Check(op.a.n_cols == hidden && op.b.n_cols == hidden && op.c.n_cols == hidden, "FFN width");
       Check(op.a.n_rows == op.b.n_rows && op.a.n_rows == op.c.n_rows, "FFN neurons");
+      Check(op.is_split || op.norm != nullptr, "FFN norm");
+      Check(op.first_neuron % 8 == 0 || op.first_neuron == op.a.n_rows, "first neuron");
+      Check(0 <= op.first_neuron && op.first_neuron <= op.n_given && op.n_given <= op.a.n_rows,
+            "given gates");
+      Check(op.n_given % kPredictTile == 0 || op.n_given == op.a.n_rows, "given gates");
       if (op.has_predictor) AddPredictor(op);
       if (op.has_low_rank()) decode_.push_back({PhaseKind::kPredict, index});
       for (PhaseKind kind : {PhaseKind::kFfn, PhaseKind::kFfnSum}) decode_.push_back({kind, index});
@@ -92,8 +97,21 @@ void Program::AddPredictor(const Op& op) {
   predictor_input_bytes_ = std::max(predictor_input_bytes_, PredictorInputBytes(predictor));
 }
 
+void Program::HandOff(bool sends_x, bool receives_x) {
+  Check(!is_sealed_, "the program is sealed: a session was opened");
+  segments_.push_back({static_cast<int32_t>(decode_.size()), static_cast<int32_t>(prefill_.size()),
+                       receives_x_, sends_x});
+  receives_x_ = receives_x;
+}
+
 void Program::Seal() {
-  Check(vocab_size_ > 0 && n_layers_ > 0 && has_head_, "needs an embedding, a layer and a head");
+  if (is_sealed_) return;
+  // What a hand-off leaves behind the last operation is no segment.
+  const int32_t end = segments_.empty() ? 0 : segments_.back().decode_end;
+  if (segments_.empty() || end < static_cast<int32_t>(decode_.size())) HandOff(false, false);
+  Check(vocab_size_ > 0, "needs an embedding");
+  Check(segments_.size() > 1 || segments_[0].sends_x || (n_layers_ > 0 && has_head_),
+        "needs an embedding, a layer and a head");
   is_sealed_ = true;
 }
 

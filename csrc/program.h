@@ -6,6 +6,9 @@
 // (one token) and one for prefill (up to kPrefillChunk tokens). The number of pieces of a phase
 // never depends on the threads, and both lists compute each token with the same sums in the same
 // order: prefill, decode and any number of threads give equal bits.
+//
+// Where another device computes parts of the model, the program is what is left, in segments: what
+// can run in one go between two hand-offs (device_link.h).
 #pragma once
 
 #include <cstddef>
@@ -47,6 +50,10 @@ struct Op {
   int32_t layer = 0;
   bool has_predictor = false;
   Predictor predictor{};
+  // kFfn whose neurons [0, first_neuron) belong to another device: it computed the norm (null here)
+  // and the gates of neurons [0, n_given), and takes the sum of the others' outputs.
+  bool is_split = false;
+  int32_t first_neuron = 0, n_given = 0;
 
   bool has_low_rank() const { return has_predictor && predictor.kind == PredictorKind::kLowRank; }
 };
@@ -83,6 +90,13 @@ struct Phase {
   int32_t op;
 };
 
+// Phases [end of the segment before, end), decode's and prefill's. It may begin with the residual
+// stream coming from the other device, and end with it going there.
+struct Segment {
+  int32_t decode_end, prefill_end;
+  bool receives_x, sends_x;
+};
+
 class Program {
  public:
   // Throws std::invalid_argument for sizes that the kernels do not take.
@@ -92,8 +106,11 @@ class Program {
   // where the program is sealed.
   void Add(const Op& op);
 
+  // Ends a segment: what follows is another one.
+  void HandOff(bool sends_x, bool receives_x);
+
   // Ends recording: sessions rely on what they were opened with. Throws std::invalid_argument for a
-  // program that has no embedding, no layer or no head.
+  // program that has no embedding, or, where there is one segment, no layer or no head.
   void Seal();
 
   const ProgramShape& shape() const { return shape_; }
@@ -106,6 +123,8 @@ class Program {
   const Op& op(int32_t index) const { return ops_[static_cast<size_t>(index)]; }
   const std::vector<Phase>& decode_phases() const { return decode_; }
   const std::vector<Phase>& prefill_phases() const { return prefill_; }
+  // Once sealed: one at least.
+  const std::vector<Segment>& segments() const { return segments_; }
 
  private:
   void AddPredictor(const Op& op);
@@ -113,6 +132,8 @@ class Program {
   ProgramShape shape_;
   std::vector<Op> ops_;
   std::vector<Phase> decode_, prefill_;
+  std::vector<Segment> segments_;
+  bool receives_x_ = false;  // the segment that is being recorded
   int32_t n_layers_ = 0, n_neurons_ = 0, vocab_size_ = 0, largest_rank_ = 0;
   int64_t predictor_input_bytes_ = 0;
   bool has_head_ = false, is_sealed_ = false;

@@ -3,6 +3,7 @@
 #include "session.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels/dispatch.h"
 
@@ -86,43 +87,64 @@ void Session::ResetCounts() {
 }
 
 void Session::Decode(int32_t token) {
-  tokens_ = &token;
-  n_tokens_ = 1;
-  RunPhases(program_.decode_phases());
-  position_ += 1;
+  Begin(&token, 1, true, nullptr, true);
+  for (size_t i = 0; i < program_.segments().size(); ++i) RunSegment(static_cast<int32_t>(i));
+  End();
 }
 
 void Session::Prefill(const int32_t* tokens, int32_t n, float* all_logits,
                       const Observation* observation) {
   observation_ = observation;
   for (int32_t first = 0; first < n; first += kPrefillChunk) {
-    tokens_ = tokens + first;
-    n_tokens_ = std::min(kPrefillChunk, n - first);
-    all_logits_ =
+    const int32_t n_tokens = std::min(kPrefillChunk, n - first);
+    float* logits =
         all_logits == nullptr ? nullptr : all_logits + int64_t{first} * program_.vocab_size();
-    wants_logits_ = first + n_tokens_ == n;
     first_observed_ = first;
-    RunPhases(program_.prefill_phases());
-    position_ += n_tokens_;
+    Begin(tokens + first, n_tokens, false, logits, first + n_tokens == n);
+    for (size_t i = 0; i < program_.segments().size(); ++i) RunSegment(static_cast<int32_t>(i));
+    End();
   }
   observation_ = nullptr;
 }
 
-void Session::RunPhases(const std::vector<Phase>& phases) {
+void Session::Begin(const int32_t* tokens, int32_t n, bool is_decode, float* all_logits,
+                    bool wants_logits) {
   kernels_ = &ActiveKernels();
-  phases_ = &phases;
+  std::copy(tokens, tokens + n, tokens_);
+  n_tokens_ = n;
+  all_logits_ = all_logits;
+  wants_logits_ = wants_logits;
+  phases_ = is_decode ? &program_.decode_phases() : &program_.prefill_phases();
   serial_ = next_serial_;
-  next_serial_ += phases.size();
+  next_serial_ += phases_->size();
+}
+
+void Session::RunSegment(int32_t index) {
+  const Segment& segment = program_.segments()[static_cast<size_t>(index)];
+  const Segment none{0, 0, false, false};
+  const Segment& before = index == 0 ? none : program_.segments()[static_cast<size_t>(index) - 1];
+  const size_t x_size = static_cast<size_t>(n_tokens_) * program_.shape().hidden_size;
+  if (segment.receives_x) std::memcpy(x_.get(), exchange_.x, sizeof(float) * x_size);
+  if (phases_ == &program_.decode_phases())
+    RunPhases(before.decode_end, segment.decode_end);
+  else
+    RunPhases(before.prefill_end, segment.prefill_end);
+  if (segment.sends_x) std::memcpy(exchange_.x, x_.get(), sizeof(float) * x_size);
+}
+
+void Session::RunPhases(int32_t first, int32_t last) {
+  first_phase_ = first;
   Job job;
   job.context = this;
-  job.n_phases = static_cast<int32_t>(phases.size());
+  job.n_phases = last - first;
   job.n_pieces = [](void* context, int32_t phase) {
     const Session& session = *static_cast<Session*>(context);
-    return session.CountPieces((*session.phases_)[static_cast<size_t>(phase)]);
+    return session.CountPieces(
+        (*session.phases_)[static_cast<size_t>(session.first_phase_ + phase)]);
   };
   job.run_piece = [](void* context, int32_t phase, int32_t piece, int32_t thread) {
     Session& session = *static_cast<Session*>(context);
-    session.RunPiece((*session.phases_)[static_cast<size_t>(phase)], piece,
+    session.RunPiece((*session.phases_)[static_cast<size_t>(session.first_phase_ + phase)], piece,
                      *session.threads_[static_cast<size_t>(thread)]);
   };
   const int64_t started = is_timed_ ? platform::Nanoseconds() : 0;

@@ -75,6 +75,15 @@ struct Observation {
   uint16_t* inputs;  // fp16 (n_layers, n_tokens, hidden_size): the normed input of the FFN; or null
 };
 
+// Where a session and another device meet: rows of kPrefillChunk tokens, in memory that both see.
+struct Exchange {
+  float* x;      // (T, hidden) the residual stream, both ways
+  float* h;      // (T, hidden) the normed input of a split FFN, from the device
+  float* gates;  // (T, n_neurons) gates that the device computed; 0 where a neuron does not fire
+  float* y;      // (T, hidden) the session's part of a split FFN, to the device
+  int32_t n_neurons;
+};
+
 class Session {
  public:
   // Reserves a KV cache for `n_context` positions; memory is touched as it is used. `is_dense`: no
@@ -95,6 +104,18 @@ class Session {
   void Prefill(const int32_t* tokens, int32_t n, float* all_logits,
                const Observation* observation = nullptr);
   void Decode(int32_t token);
+
+  // Piece by piece, for programs of several segments, with another device between them: Begin up to
+  // kPrefillChunk tokens, run every segment in order, End. `all_logits` as above; whether the
+  // head's logits are wanted at all. `exchange` must outlive its use.
+  void SetExchange(const Exchange& exchange) { exchange_ = exchange; }
+  void Begin(const int32_t* tokens, int32_t n, bool is_decode, float* all_logits,
+             bool wants_logits);
+  void RunSegment(int32_t segment);
+  void End() { position_ += n_tokens_; }
+  const Exchange& exchange() const { return exchange_; }
+  const Program& program() const { return program_; }
+  ThreadPool& pool() const { return pool_; }
 
   const float* logits() const { return logits_.get(); }
   // Active (neuron, token) pairs per layer since the last reset, over decode and prefill alike.
@@ -135,7 +156,7 @@ class Session {
     float scores[kHeadTile * kSpan];
   };
 
-  void RunPhases(const std::vector<Phase>& phases);
+  void RunPhases(int32_t first, int32_t last);
   int32_t CountPieces(const Phase& phase) const;
   void RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch);
 
@@ -169,7 +190,9 @@ class Session {
 
   // What the current call works on.
   const std::vector<Phase>* phases_ = nullptr;
-  const int32_t* tokens_ = nullptr;
+  int32_t first_phase_ = 0;
+  int32_t tokens_[kPrefillChunk] = {};
+  Exchange exchange_{};
   int32_t n_tokens_ = 0;
   float* all_logits_ = nullptr;
   bool wants_logits_ = true;

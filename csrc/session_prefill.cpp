@@ -24,8 +24,11 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
     case PhaseKind::kNormTokens:
       for (int32_t t = first_token; t < last_token; ++t) {
         const float scale = op.kind == OpKind::kHead ? op.scale : 1.0f;
-        kernels_->rms_norm(x_ + int64_t{t} * hidden, op.norm, hidden, shape.rms_norm_eps, scale,
-                           floats);
+        if (op.is_split)
+          std::copy_n(exchange_.h + int64_t{t} * hidden, hidden, floats);
+        else
+          kernels_->rms_norm(x_ + int64_t{t} * hidden, op.norm, hidden, shape.rms_norm_eps, scale,
+                             floats);
         kernels_->quantize(shape.format, floats, hidden, x_quant_ + t * x_bytes);
         if (observation_ != nullptr && observation_->inputs != nullptr && op.kind == OpKind::kFfn) {
           const int64_t token = op.layer * observation_->n_tokens + first_observed_ + t;
@@ -77,9 +80,13 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
       break;
     case PhaseKind::kFfnSumTokens: {
       const int64_t padded = PaddedCols(shape.format, hidden);
+      float* out = op.is_split ? exchange_.y : x_.get();
+      if (op.is_split)
+        std::fill(out + int64_t{first_token} * hidden, out + int64_t{last_token} * hidden, 0.0f);
       for (int32_t t = first_token; t < last_token; ++t)
         kernels_->add_partials(shape.format, partials_ + t * padded, kPrefillChunk * padded,
-                               kFfnPieces, 0, hidden, op.scale, x_ + int64_t{t} * hidden);
+                               kFfnPieces, 0, hidden, op.is_split ? 1.0f : op.scale,
+                               out + int64_t{t} * hidden);
       break;
     }
     default: {  // kHeadTokens: all tokens where asked for, else the last one

@@ -12,10 +12,12 @@ namespace hybrid {
 namespace {
 
 // First neuron of a piece of an FFN layer; pieces begin at multiples of 8 rows.
-int32_t FirstNeuron(int32_t n_neurons, int32_t piece) {
+int32_t FirstNeuron(const Op& op, int32_t piece) {
+  const int32_t n_neurons = op.a.n_rows - op.first_neuron;
   return piece == kFfnPieces
-             ? n_neurons
-             : static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
+             ? op.a.n_rows
+             : op.first_neuron +
+                   static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
 }
 
 // Where the time of a phase counts, or what of it the phase does not count itself.
@@ -116,8 +118,8 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       break;
     }
     case PhaseKind::kFfn: {
-      const int32_t first = FirstNeuron(op.a.n_rows, piece),
-                    last = FirstNeuron(op.a.n_rows, piece + 1);
+      const int32_t first = std::max(FirstNeuron(op, piece), op.n_given),
+                    last = FirstNeuron(op, piece + 1);
       const ActiveCounts counts = RunFfn(phase, op, piece, NormOnce(phase, op, scratch), scratch);
       if (op.has_predictor && !is_dense_ && last > first)
         scratch.bytes[kStageGate] += (CeilDiv(last, kPredictTile) - CeilDiv(first, kPredictTile)) *
@@ -128,10 +130,11 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       break;
     }
     case PhaseKind::kFfnSum: {
-      const int32_t first = piece * kGroup;
+      const int32_t first = piece * kGroup, last = std::min(first + kGroup, hidden);
       const int64_t stride = int64_t{kPrefillChunk} * PaddedCols(shape.format, hidden);
-      kernels_->add_partials(shape.format, partials_.get(), stride, kFfnPieces, first,
-                             std::min(first + kGroup, hidden), op.scale, x_.get());
+      if (op.is_split) std::fill(exchange_.y + first, exchange_.y + last, 0.0f);
+      kernels_->add_partials(shape.format, partials_.get(), stride, kFfnPieces, first, last,
+                             op.is_split ? 1.0f : op.scale, op.is_split ? exchange_.y : x_.get());
       break;
     }
     default: {  // kHead
@@ -150,9 +153,13 @@ const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch
   if (scratch.x_serial != serial) {
     const ProgramShape& shape = program_.shape();
     const float scale = op.kind == OpKind::kHead ? op.scale : 1.0f;
-    kernels_->rms_norm(x_.get(), op.norm, shape.hidden_size, shape.rms_norm_eps, scale,
-                       scratch.floats.get());
-    kernels_->quantize(shape.format, scratch.floats.get(), shape.hidden_size, scratch.x.get());
+    const float* h = exchange_.h;
+    if (!op.is_split) {
+      kernels_->rms_norm(x_.get(), op.norm, shape.hidden_size, shape.rms_norm_eps, scale,
+                         scratch.floats.get());
+      h = scratch.floats.get();
+    }
+    kernels_->quantize(shape.format, h, shape.hidden_size, scratch.x.get());
     scratch.x_serial = serial;
   }
   return scratch.x.get();
@@ -281,8 +288,11 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t piece, co
   args.gate = op.a;
   args.up = op.b;
   args.down = op.c;
-  args.first = FirstNeuron(op.a.n_rows, piece);
-  args.last = FirstNeuron(op.a.n_rows, piece + 1);
+  args.first = FirstNeuron(op, piece);
+  args.last = FirstNeuron(op, piece + 1);
+  args.given_gates = exchange_.gates;
+  args.given_stride = exchange_.n_neurons;
+  args.n_given = op.n_given;
   args.activation = op.activation;
   args.threshold = op.threshold;
   args.x = x;

@@ -10,6 +10,7 @@ namespace {
 // parks.
 constexpr int kSpins = 2000;
 constexpr int kYields = 200;
+constexpr int kAwakeYields = 20000;  // some milliseconds
 }  // namespace
 
 ThreadPool::ThreadPool(int32_t n_threads)
@@ -61,7 +62,8 @@ void ThreadPool::Work(int32_t thread) {
       idle = 0;
     } else if (idle < kSpins) {
       platform::Pause();
-    } else if (idle < kSpins + kYields) {
+    } else if (idle <
+               kSpins + (n_awake_.load(std::memory_order_relaxed) > 0 ? kAwakeYields : kYields)) {
       std::this_thread::yield();
     } else {
       std::unique_lock<std::mutex> lock(park_mutex_);

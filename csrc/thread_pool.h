@@ -41,6 +41,11 @@ class ThreadPool {
   int process_id() const { return process_id_; }
   int32_t n_threads() const { return static_cast<int32_t>(workers_.size()) + 1; }
 
+  // Between the two calls workers do not park: jobs follow one another, with short waits for
+  // another device. Workers that find nothing for some milliseconds park all the same.
+  void StayAwake() { n_awake_.fetch_add(1); }
+  void MayPark() { n_awake_.fetch_sub(1); }
+
   // Runs the job to its end; the calling thread works too, as thread 0. Calls from several threads
   // queue up.
   void Run(const Job& job);
@@ -72,9 +77,22 @@ class ThreadPool {
   std::mutex park_mutex_;
   std::condition_variable park_;
   std::atomic<int32_t> n_parked_{0};
+  std::atomic<int32_t> n_awake_{0};
   std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;
   const int process_id_;  // workers exist in the process that started them, not in forked children
+};
+
+// Keeps a pool's workers awake while it lives.
+class AwakePool {
+ public:
+  explicit AwakePool(ThreadPool& pool) : pool_(pool) { pool.StayAwake(); }
+  ~AwakePool() { pool_.MayPark(); }
+  AwakePool(const AwakePool&) = delete;
+  AwakePool& operator=(const AwakePool&) = delete;
+
+ private:
+  ThreadPool& pool_;
 };
 
 }  // namespace hybrid

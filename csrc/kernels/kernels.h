@@ -169,6 +169,11 @@ struct SparseFfnArgs {
   const uint8_t* predictor_inputs = nullptr;  // one a token
   int64_t predictor_input_stride = 0;
   int32_t* predicted = nullptr;  // scratch: room for last - first neurons
+  // What another device computed: gates of neurons [0, n_given), a row a token, 0 where a neuron
+  // does not fire. Those are listed as they stand; the others' gates are computed here.
+  const float* given_gates = nullptr;
+  int64_t given_stride = 0;  // floats from a token's row to the next
+  int32_t n_given = 0;
 };
 
 // Numbers of (neuron, token) pairs of a piece.

@@ -204,9 +204,35 @@ ActiveCounts FindPredicted(const SparseFfnArgs& a) {
   return {list.n_listed, list.n_active, n};
 }
 
+ActiveCounts FindActive(const SparseFfnArgs& a);
+
+// Gates that are there already, then those of the neurons behind them.
+ActiveCounts FindGiven(const SparseFfnArgs& a) {
+  const int32_t last = a.n_given < a.last ? a.n_given : a.last;
+  ActiveCounts counts = {0, 0, 0};
+  for (int32_t token = 0; token < a.n_tokens; ++token) {
+    const float* gates = a.given_gates + token * a.given_stride;
+    for (int32_t neuron = a.first; neuron < last; ++neuron) {
+      const bool fires = gates[neuron] != 0.0f;  // a NaN does
+      a.active[counts.n_listed] = {neuron, token, gates[neuron]};
+      counts.n_listed += fires || a.computes_all;
+      counts.n_active += fires;
+    }
+  }
+  if (a.n_tokens == 1) BundlePrefetcher(a).Finish(counts.n_listed);
+  if (last == a.last) return counts;
+  SparseFfnArgs rest = a;
+  rest.first = last;
+  rest.n_given = 0;
+  rest.active += counts.n_listed;
+  const ActiveCounts found = FindActive(rest);
+  return {counts.n_listed + found.n_listed, counts.n_active + found.n_active, found.n_predicted};
+}
+
 // Of one token, tiles of gate rows; of more, blocks, token by token: then a token's neurons stand
 // together in the list. In both, a token's neurons rise.
 ActiveCounts FindActive(const SparseFfnArgs& a) {
+  if (a.n_given > a.first) return FindGiven(a);
   if (a.predictor != nullptr && a.n_tokens == 1) return FindPredicted(a);
   ActiveList list{a};
   BundlePrefetcher prefetcher(a);
