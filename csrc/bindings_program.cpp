@@ -140,11 +140,10 @@ void BindProgram(py::module_& m) {
           py::arg("threshold"), py::arg("scale"), py::arg("layer"),
           py::arg("predictor") = py::none(), py::arg("first_neuron") = 0, py::arg("n_given") = 0)
       .def(
-          "hand_off",
-          [](PyProgram& p, bool sends_x, bool receives_x) {
-            p.program.HandOff(sends_x, receives_x);
-          },
-          py::kw_only(), py::arg("sends_x"), py::arg("receives_x"))
+          "end_segment", [](PyProgram& p, bool sends_x) { p.program.EndSegment(sends_x); },
+          py::kw_only(), py::arg("sends_x"))
+      .def("seal", [](PyProgram& p) { p.program.Seal(); })
+      .def("receive_x", [](PyProgram& p) { p.program.ReceiveX(); })
       .def_property_readonly("n_segments",
                              [](const PyProgram& p) { return p.program.segments().size(); })
       .def(

@@ -97,18 +97,18 @@ void Program::AddPredictor(const Op& op) {
   predictor_input_bytes_ = std::max(predictor_input_bytes_, PredictorInputBytes(predictor));
 }
 
-void Program::HandOff(bool sends_x, bool receives_x) {
+void Program::EndSegment(bool sends_x) {
   Check(!is_sealed_, "the program is sealed: a session was opened");
   segments_.push_back({static_cast<int32_t>(decode_.size()), static_cast<int32_t>(prefill_.size()),
                        receives_x_, sends_x});
-  receives_x_ = receives_x;
+  receives_x_ = false;
 }
 
 void Program::Seal() {
   if (is_sealed_) return;
   // What a hand-off leaves behind the last operation is no segment.
   const int32_t end = segments_.empty() ? 0 : segments_.back().decode_end;
-  if (segments_.empty() || end < static_cast<int32_t>(decode_.size())) HandOff(false, false);
+  if (segments_.empty() || end < static_cast<int32_t>(decode_.size())) EndSegment(false);
   Check(vocab_size_ > 0, "needs an embedding");
   Check(segments_.size() > 1 || segments_[0].sends_x || (n_layers_ > 0 && has_head_),
         "needs an embedding, a layer and a head");

@@ -106,8 +106,10 @@ class Program {
   // where the program is sealed.
   void Add(const Op& op);
 
-  // Ends a segment: what follows is another one.
-  void HandOff(bool sends_x, bool receives_x);
+  // Ends the segment that is being recorded; the next begins with the residual stream of the other
+  // device where `receives_x`.
+  void EndSegment(bool sends_x);
+  void ReceiveX() { receives_x_ = true; }
 
   // Ends recording: sessions rely on what they were opened with. Throws std::invalid_argument for a
   // program that has no embedding, or, where there is one segment, no layer or no head.

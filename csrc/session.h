@@ -15,7 +15,7 @@
 
 namespace hybrid {
 
-// Memory from platform::AllocatePages, as an array of T.
+// Memory from platform::AllocatePages, as an array of T; `n` may be 0.
 template <typename T>
 class Pages {
  public:
@@ -34,8 +34,9 @@ class Pages {
 
 template <typename T>
 Pages<T>::Pages(int64_t n, bool huge)
-    : data_(static_cast<T*>(platform::AllocatePages(static_cast<size_t>(n) * sizeof(T), huge))),
-      bytes_(static_cast<size_t>(n) * sizeof(T)) {}
+    : data_(nullptr), bytes_(static_cast<size_t>(n > 0 ? n : 1) * sizeof(T)) {
+  data_ = static_cast<T*>(platform::AllocatePages(bytes_, huge));
+}
 
 template <typename T>
 Pages<T>::~Pages() {

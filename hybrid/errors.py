@@ -10,6 +10,8 @@
     ├── InvalidOption        an option's value is out of range (also a ValueError)
     ├── ContextOverflow      the prompt does not fit into the context
     ├── OutOfMemory          the model or a context does not fit into this machine's memory
+    ├── DeviceUnavailable    a GPU was asked for, and there is none that hybrid can use
+    ├── DeviceFailed         the GPU failed or did not answer: load the model again
     └── EngineClosed         the engine or session was used after it was closed
 
 A message says what is wrong, what was expected, what was found, and what to do.
@@ -56,6 +58,14 @@ class ContextOverflow(HybridError):
 
 class OutOfMemory(HybridError):
     """The model or a context does not fit into this machine's memory."""
+
+
+class DeviceUnavailable(HybridError):
+    """A GPU was asked for, and there is none here that hybrid can use."""
+
+
+class DeviceFailed(HybridError):
+    """The GPU reported an error or did not answer; what it holds cannot be trusted any more."""
 
 
 class EngineClosed(HybridError):

@@ -39,7 +39,8 @@ IMPORTS_TORCH = {
     "hybrid.engine.device",
     "hybrid.engine.gpu_executor",
     "hybrid.engine.gpu_weights",
-    "hybrid.engine.scheduler",
+    "hybrid.engine.gpu_side",
+    "hybrid.engine.hand_off",
 }
 # Public names and the catalog, the bar; a front-end's own part, where it has one.
 _USUAL = {"hybrid", "hybrid.catalog", "hybrid.progress_bar", "hybrid.command_line"}

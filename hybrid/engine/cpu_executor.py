@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybrid.engine.forward import forward
+from hybrid.engine.scheduler import SILENT, Scheduler
 from hybrid.errors import InvalidOption
 from hybrid.kernels import Activation, Format, Predictor, Program, Rows, Session, ThreadPool
 from hybrid.kernels.reference import rope_tables
 from hybrid.model_config import ModelConfig
+from hybrid.placement.plan import LayerPlacement, PlacementPlan
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
 from hybrid.weights.packed import PackedModel
 
@@ -48,6 +50,29 @@ class ProgramRecorder:
             self.predictors[layer],
         )
 
+    def cold_ffn(self, weights: LayerWeights[Rows], layer: int, placement: LayerPlacement) -> None:
+        """The sum over the neurons that are not hot, for the GPU."""
+        has_gates = placement.n_gate < self.config.n_neurons
+        self.program.ffn(
+            None,
+            weights.gate,
+            weights.up,
+            weights.down,
+            Activation[self.config.activation],
+            self.config.threshold,
+            1.0,
+            layer,
+            self.predictors[layer] if has_gates else None,
+            first_neuron=placement.n_hot,
+            n_given=placement.n_gate,
+        )
+
+    def end_segment(self, *, sends_x: bool) -> None:
+        self.program.end_segment(sends_x=sends_x)
+
+    def receive_x(self) -> None:
+        self.program.receive_x()
+
     def head(self, x: None, weights: ModelWeights[Rows], scale: float) -> None:
         self.program.head(weights.norm, weights.head, scale)
 
@@ -64,8 +89,11 @@ class CpuExecutor:
         n_threads: int,
         n_context: int,
         predictors: Sequence[Predictor | None] | None = None,
+        plan: PlacementPlan | None = None,
     ) -> None:
-        """`predictors`, one a layer: None computes all gates."""
+        """`predictors`, one a layer: None computes all gates. With a plan the program is what that
+        leaves to the CPU.
+        """
         cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
         self.n_context = n_context
         try:
@@ -83,7 +111,16 @@ class CpuExecutor:
             rope_sin=sin,
         )
         recorder = ProgramRecorder(self.program, config, predictors or [None] * config.n_layers)
-        forward(recorder, model, config)
+        if plan is None or not plan.uses_gpu:
+            forward(recorder, model, config)
+        else:
+            Scheduler(plan, recorder, SILENT).run(model, config)
+        self.program.seal()
+
+    @property
+    def n_segments(self) -> int:
+        """Stretches of work between two hand-offs; 1 where all is on the CPU."""
+        return self.program.n_segments
 
     def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> Session:
         """A new sequence with a KV cache of its own; it keeps the program and the threads alive.

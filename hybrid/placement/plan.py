@@ -51,6 +51,7 @@ class PlacementPlan:
     is_head_on_gpu: bool = False
     vram_budget: int = 0  # bytes that it was made for, all of the process
     vram_bytes: int = 0  # bytes of its tensors: weights, KV cache, buffers
+    context_bytes: int = 0  # what CUDA and torch take besides
 
     @property
     def uses_gpu(self) -> bool:
@@ -143,7 +144,7 @@ def load_plan(path: Path) -> PlacementPlan:
 
 def _check_values(plan: PlacementPlan) -> None:
     """Raises ValueError, TypeError."""
-    for name in ("n_context", "n_neurons", "vram_budget", "vram_bytes"):
+    for name in ("n_context", "n_neurons", "vram_budget", "vram_bytes", "context_bytes"):
         value = getattr(plan, name)
         if type(value) is not int or value < 0:
             raise ValueError(f"{name}: expected a count, found {value!r}")

@@ -1,0 +1,101 @@
+"""The scheduler: which device computes what of a layer, and when they meet. It executes no
+arithmetic: `forward` calls it, and it calls the CPU's side and the GPU's.
+
+In a layer whose FFN is split, the GPU finds which neurons fire and asks the CPU to begin with the
+cold ones; it adds up the hot ones meanwhile; both sums meet once, in `finish_ffn`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from hybrid.engine.forward import forward
+from hybrid.model_config import ModelConfig
+from hybrid.placement.plan import PlacementPlan
+from hybrid.weights.model_weights import LayerWeights, ModelWeights
+
+Place = Literal["cpu", "gpu"]  # where the residual stream is
+
+
+class Scheduler:
+    """`forward.Operations` over two sides. Each of them may stay silent: while the CPU's program is
+    recorded, the GPU's side does; while the GPU's work is, the CPU's.
+    """
+
+    def __init__(self, plan: PlacementPlan, cpu: Any, gpu: Any) -> None:
+        self.plan, self.cpu, self.gpu = plan, cpu, gpu
+
+    def embed(self, weights: ModelWeights[Any], scale: float) -> Place:
+        self.gpu.start_token()
+        self.cpu.embed(weights, scale)
+        return "cpu"
+
+    def qkv(self, x: Place, weights: LayerWeights[Any], layer: int) -> None:
+        if self._on_gpu(layer):
+            self._move(x, "gpu")
+            self.gpu.qkv(layer)
+        else:
+            self._move(x, "cpu")
+            self.cpu.qkv(None, weights, layer)
+
+    def attend(
+        self, x: Place, q: None, weights: LayerWeights[Any], layer: int, scale: float
+    ) -> Place:
+        if self._on_gpu(layer):
+            self.gpu.attend(layer, scale)
+            return "gpu"
+        self.cpu.attend(None, None, weights, layer, scale)
+        return "cpu"
+
+    def ffn(self, x: Place, weights: LayerWeights[Any], layer: int, scale: float) -> Place:
+        placement = self.plan.layers[layer]
+        if not placement.is_on_gpu:
+            self.cpu.ffn(None, weights, layer, scale)
+            return "cpu"
+        self.gpu.find_active(layer)
+        if self.plan.is_split(placement):
+            self.gpu.start_cold(layer)
+            self.cpu.cold_ffn(weights, layer, placement)
+            self.cpu.end_segment(sends_x=False)
+            self.gpu.add_hot(layer)
+            self.gpu.finish_cold()
+        else:
+            self.gpu.add_hot(layer)
+        self.gpu.finish_ffn(layer, scale)
+        return "gpu"
+
+    def head(self, x: Place, weights: ModelWeights[Any], scale: float) -> None:
+        if self.plan.is_head_on_gpu:
+            self._move(x, "gpu")
+            self.gpu.head(scale)
+        else:
+            self._move(x, "cpu")
+            self.cpu.head(None, weights, scale)
+        self.gpu.end_token()
+
+    def run(self, weights: ModelWeights[Any], config: ModelConfig) -> None:
+        """One pass over the model."""
+        forward(self, weights, config)
+
+    def _on_gpu(self, layer: int) -> bool:
+        return self.plan.layers[layer].is_on_gpu
+
+    def _move(self, x: Place, to: Place) -> None:
+        if x == to:
+            return
+        if to == "gpu":
+            self.cpu.end_segment(sends_x=True)
+            self.gpu.take_x()
+        else:
+            self.gpu.send_x()
+            self.cpu.receive_x()
+
+
+class Silent:
+    """A side that takes everything and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+SILENT = Silent()

@@ -1,0 +1,66 @@
+"""Weights taken back out of a packed model are the ones that went in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny_models import write_model
+
+from hybrid.checkpoint.hf import open_checkpoint
+from hybrid.kernels import Format
+from hybrid.weights.packed import pack_model
+from hybrid.weights.quant import pack_rows, quantize_q4, quantize_q8, round_weights
+from hybrid.weights.unpacked import PackedReader, PlainRows, unpack_rows
+
+
+def values_of(format: Format, rows: PlainRows) -> np.ndarray:
+    """fp32, by the description of PlainRows alone."""
+    if rows.scales is None:
+        return (rows.values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if format is Format.q8:
+        integers = rows.values.astype(np.float32).reshape(*rows.scales.shape, 32)
+    else:
+        packed = rows.values.reshape(*rows.scales.shape, 16)
+        integers = np.concatenate((packed & 15, packed >> 4), -1).astype(np.float32) - 8
+    return (integers * rows.scales.astype(np.float32)[..., None]).reshape(len(rows.values), -1)
+
+
+@pytest.mark.parametrize("n_cols", [32, 96, 256, 288])
+def test_unpack_rows_undoes_pack_rows(format, n_cols):
+    w = np.random.default_rng(0).standard_normal((5, n_cols), np.float32)
+    rows = unpack_rows(format, *pack_rows(format, w), n_cols)
+    np.testing.assert_array_equal(values_of(format, rows), round_weights(format, w))
+    if format is Format.q8:
+        np.testing.assert_array_equal(rows.values, quantize_q8(w)[0])
+    if format is Format.q4:
+        np.testing.assert_array_equal(rows.scales, quantize_q4(w)[1])
+
+
+@pytest.mark.parametrize("gathered", [frozenset(), frozenset({1})])
+def test_reader_finds_every_matrix(format, tmp_path, gathered):
+    with open_checkpoint(write_model(tmp_path)) as checkpoint:
+        check_reader(checkpoint, format, gathered)
+
+
+def check_reader(checkpoint, format, gathered):
+    config = checkpoint.config
+    order = np.random.default_rng(1).permutation(config.n_neurons)
+    orders = [order] * config.n_layers
+    model = pack_model(checkpoint, format, neuron_orders=orders, gathered=gathered)
+    reader = PackedReader(model.embedding.memory, config, format, gathered)
+
+    def expect(rows: PlainRows, w: np.ndarray) -> None:
+        np.testing.assert_array_equal(values_of(format, rows), round_weights(format, w))
+
+    read, hidden = checkpoint.read, config.hidden_size
+    for layer in range(config.n_layers):
+        qkv = np.concatenate([read(role, layer) for role in ("q", "k", "v")])
+        expect(reader.matrix(f"{layer}.qkv", config.qkv_size, hidden), qkv)
+        expect(reader.matrix(f"{layer}.o", hidden, config.attention_size), read("o", layer))
+        n = 61
+        expect(reader.gate(layer, n), read("gate", layer)[order[:n]])
+        up, down = reader.up_and_down(layer, n)
+        expect(up, read("up", layer)[order[:n]])
+        expect(down, np.ascontiguousarray(read("down", layer).T[order[:n]]))
+        np.testing.assert_array_equal(reader.norm(f"{layer}.ffn_norm"), read("ffn_norm", layer))
+    expect(reader.matrix("embedding", config.vocab_size, hidden), read("embedding"))
