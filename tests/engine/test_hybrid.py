@@ -12,11 +12,12 @@ from tiny_models import STORIES
 torch = pytest.importorskip("torch")
 
 from engine.fake_device import FakeDevice, FakeEvent  # noqa: E402
-from engine.hybrid_models import PackedFolder, some_ids  # noqa: E402
+from engine.hybrid_models import N_CONTEXT, PackedFolder, some_ids  # noqa: E402
 
 from hybrid.engine.device import MECHANISMS, HostDevice  # noqa: E402
 from hybrid.errors import DeviceFailed, InvalidOption, OutOfMemory  # noqa: E402
 from hybrid.kernels import Format  # noqa: E402
+from hybrid.placement.sizes import ModelSizes  # noqa: E402
 
 PLANS = list(PackedFolder(STORIES, Format.q8).plans())
 # Logits of the two orders of summation, of the largest logit: activations are rounded to int8 again
@@ -243,3 +244,13 @@ def test_observing_is_refused(stories):
         session = executor.open_session()
         with pytest.raises(InvalidOption, match="device cpu"):
             session.prefill(np.array([3]), False, np.zeros(1, np.uint8))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_plans_bytes_are_those_that_lie_on_the_device(packed, name):
+    plan = packed.plans()[name]
+    with packed.hybrid(plan, HostDevice()) as executor:
+        sizes = ModelSizes(
+            packed.config, packed.format, N_CONTEXT, n_splits=executor.decode_kernels.n_splits
+        )
+        assert executor.weight_bytes + executor.lane_bytes == sizes.plan(plan)

@@ -1,0 +1,140 @@
+"""Machine: what the time model needs to know of the hardware. Measured in some seconds, kept in a
+JSON file per machine, format and model shape; or modelled, for machines that are not here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hybrid.errors import InvalidArtifact
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSpeeds:
+    """Of all threads together, in one weight format."""
+
+    stream_gbs: float  # rows that every token reads
+    gather_gbs: float  # up and down rows of active neurons, here and there
+    kv_gbs: float  # keys and values
+    layer_us: float  # what a layer costs besides: waiting between its phases
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSpeeds:
+    """Of one GPU, in one weight format."""
+
+    name: str
+    vram_bytes: int  # free, once a context is there
+    context_bytes: int  # what CUDA and torch take for themselves
+    stream_gbs: float
+    gather_gbs: float  # rows of which some are skipped
+    node_us: float  # a kernel more in a graph
+    hand_off_us: float  # the CPU's turn, if it had nothing to do
+    mechanism: str = "modelled"  # of hand-offs (engine.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    name: str
+    quant: str  # the format that speeds are of
+    n_threads: int
+    isa: str
+    ram_bytes: int
+    cpu: CpuSpeeds
+    gpu: GpuSpeeds | None = None
+    is_modelled: bool = False
+
+    def save(self, path: Path) -> None:
+        """Write the file; it appears under its name only once it is complete. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_overrides(path: Path) -> dict[str, Any]:
+    """Fields of a machine, `cpu` and `gpu` as objects: all of them, or those to be replaced. Raises
+    InvalidArtifact.
+    """
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidArtifact(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InvalidArtifact(f"{path}: is no JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InvalidArtifact(f"{path}: expected an object of a machine's fields")
+    if values.pop("version", VERSION) != VERSION:
+        raise InvalidArtifact(f"{path}: is of another version; measure the machine again")
+    return values
+
+
+def override(machine: Machine, values: dict[str, Any], path: Path) -> Machine:
+    """The machine with some fields replaced. Raises InvalidArtifact."""
+    try:
+        own = dict(values)
+        if "cpu" in own:
+            own["cpu"] = _speeds(CpuSpeeds, machine.cpu, own["cpu"])
+        if own.get("gpu") is not None:
+            own["gpu"] = _speeds(GpuSpeeds, machine.gpu, own["gpu"])
+        return replace(machine, **own)
+    except (TypeError, ValueError) as error:
+        raise InvalidArtifact(f"{path}: {error}") from error
+
+
+def load_machine(path: Path) -> Machine:
+    """A machine that `Machine.save` wrote. Raises InvalidArtifact."""
+    values = read_overrides(path)
+    missing = {f.name for f in fields(Machine)} - {"gpu", "is_modelled"} - values.keys()
+    if missing:
+        raise InvalidArtifact(f"{path}: lacks {', '.join(sorted(missing))}")
+    nothing = Machine("", "", 1, "", 0, CpuSpeeds(1.0, 1.0, 1.0, 0.0))
+    return override(nothing, values, path)
+
+
+def _speeds(kind: type, before: object, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise TypeError(f"expected an object of speeds, found {values!r}")
+    made = replace(before, **values) if before is not None else kind(**values)  # type: ignore[type-var]
+    for field in fields(kind):
+        value = getattr(made, field.name)
+        is_text = field.name in ("name", "mechanism")
+        if is_text != isinstance(value, str) or (not is_text and not value >= 0):
+            raise ValueError(f"{field.name}: found {value!r}")
+        if field.name.endswith("_gbs") and value == 0:
+            raise ValueError(f"{field.name}: must be positive")
+    return made
+
+
+def _modelled(name: str, memory: float, gpu: str, vram_gbs: float) -> Machine:
+    """Bandwidths in GB/s as data sheets give them, times the shares that kernels reach; what stands
+    for shares and latencies is said in docs/log.md.
+    """
+    return Machine(
+        name=name,
+        quant="any",
+        n_threads=8,
+        isa="avx2",
+        ram_bytes=16 << 30,
+        cpu=CpuSpeeds(0.8 * memory, 0.6 * memory, 0.8 * memory, 20.0),
+        gpu=GpuSpeeds(gpu, 64 << 30, 0, 0.8 * vram_gbs, 0.55 * vram_gbs, 2.0, 10.0),
+        is_modelled=True,
+    )
+
+
+MODELLED: dict[str, Callable[[], Machine]] = {
+    "ddr4-gtx1650": lambda: _modelled("DDR4 50 GB/s", 50, "GTX 1650, 128 GB/s", 128),
+    "ddr4-rtx3050": lambda: _modelled("DDR4 50 GB/s", 50, "RTX 3050, 224 GB/s", 224),
+    "ddr5-rtx4060": lambda: _modelled("DDR5 80 GB/s", 80, "RTX 4060, 272 GB/s", 272),
+    "ddr5-rtx5060": lambda: _modelled("DDR5 80 GB/s", 80, "RTX 5060, 448 GB/s", 448),
+}
