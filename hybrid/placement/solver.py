@@ -1,0 +1,299 @@
+"""Which part of each layer goes to the GPU: the plan of least predicted time within a budget.
+
+Two ways. `solve_milp` is a mixed-integer program (scipy's HiGHS) over layers and buckets of
+neurons. `solve_greedy` tries runs of layers before the head and fills what is left with the rows
+that save most: it needs no scipy, and checks the other. `solve` takes the better of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hybrid.placement.plan import BUCKET, ON_CPU, LayerPlacement, PlacementPlan, whole_plan
+from hybrid.placement.time_model import HOT_NODES, TimeModel, buckets
+
+MIP_GAP = 1e-3  # of the predicted time
+TIME_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A way to run the model, and its predicted time."""
+
+    name: str
+    plan: PlacementPlan
+    seconds: float
+
+
+def solve(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> PlacementPlan:
+    """The fastest plan whose tensors take at most `budget` bytes (what CUDA needs for itself is not
+    in it). `cpu_only` says which model it is.
+    """
+    return best(alternatives(model, cpu_only, budget)).plan
+
+
+def best(alternatives: list[Alternative]) -> Alternative:
+    """The fastest; of equals, the one with least on the GPU."""
+    return min(alternatives, key=lambda a: (a.seconds, a.plan.vram_bytes))
+
+
+def alternatives(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> list[Alternative]:
+    """CPU only, whole layers, hybrid, all on the GPU: each at its best, where it fits."""
+
+    def named(name: str, plan: PlacementPlan) -> Alternative:
+        return Alternative(name, plan, model.plan(plan))
+
+    found = [named("CPU only", cpu_only)]
+    if model.machine.gpu is None or budget <= 0:
+        return found
+    whole = [
+        p for p in _runs(model, cpu_only, budget, (_whole(cpu_only),)) if _fits(model, p, budget)
+    ]
+    if whole:
+        found.append(named("whole layers", min(whole, key=model.plan)))
+    hybrid = [
+        plan
+        for plan in (solve_greedy(model, cpu_only, budget), solve_milp(model, cpu_only, budget))
+        if plan
+    ]
+    if hybrid:
+        found.append(named("hybrid", min(hybrid, key=model.plan)))
+    everything = _sized(model, whole_plan(cpu_only))
+    if everything.vram_bytes <= budget:
+        found.append(named("all on the GPU", everything))
+    return found
+
+
+def solve_greedy(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> PlacementPlan | None:
+    """The best of: the head, the last m layers' attention (with all their gates, or without), and
+    up and down rows, or whole neurons, by what they save per byte.
+    """
+    n = cpu_only.n_neurons
+    starts = (LayerPlacement(True, n, 0), LayerPlacement(True, 0, 0), _whole(cpu_only))
+    filled = (_fill(model, plan, budget) for plan in _runs(model, cpu_only, budget, starts))
+    return min(filled, key=lambda plan: (model.plan(plan), plan.vram_bytes), default=None)
+
+
+def solve_milp(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> PlacementPlan | None:
+    """None where scipy is not installed, or nothing fits."""
+    try:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import coo_matrix
+    except ImportError:
+        return None
+    program = _Program(model, cpu_only, budget)
+    if program.room <= 0:
+        return None
+    rows, columns, values, lower, upper = program.constraints()
+    matrix = coo_matrix((values, (rows, columns)), shape=(len(lower), program.n))
+    result = milp(
+        program.cost,
+        integrality=program.integrality,
+        bounds=Bounds(np.zeros(program.n), program.upper),
+        constraints=LinearConstraint(matrix.tocsr(), lower, upper),
+        options={"mip_rel_gap": MIP_GAP, "time_limit": TIME_LIMIT_S},
+    )
+    if result.x is None:
+        return None
+    plan = program.read(result.x)
+    return _fill(model, plan, budget) if plan.uses_gpu else plan
+
+
+def _whole(plan: PlacementPlan) -> LayerPlacement:
+    return LayerPlacement(True, plan.n_neurons, plan.n_neurons)
+
+
+def _fits(model: TimeModel, plan: PlacementPlan, budget: int) -> bool:
+    return model.sizes.plan(plan) <= budget
+
+
+def _sized(model: TimeModel, plan: PlacementPlan) -> PlacementPlan:
+    return replace(plan, vram_bytes=model.sizes.plan(plan))
+
+
+def _runs(
+    model: TimeModel,
+    cpu_only: PlacementPlan,
+    budget: int,
+    placements: tuple[LayerPlacement, ...],
+) -> Iterator[PlacementPlan]:
+    """The head, or not, with the last m layers in each of some placements, as far as they fit."""
+    n_layers = len(cpu_only.layers)
+    for head in (True, False):
+        for placement in placements:
+            for m in range(n_layers + 1):
+                layers = (ON_CPU,) * (n_layers - m) + (placement,) * m
+                plan = replace(cpu_only, layers=layers, is_head_on_gpu=head)
+                if not plan.uses_gpu:
+                    continue
+                plan = _sized(model, plan)
+                if plan.vram_bytes > budget:
+                    break
+                yield plan
+
+
+def _fill(model: TimeModel, plan: PlacementPlan, budget: int) -> PlacementPlan:
+    """Put hot rows into what is left of the budget, those first that save most time per byte, each
+    layer only as far as its GPU stays the faster half.
+    """
+    layers, sizes = list(plan.layers), model.sizes
+    # Buffers grow with the widest hot set: counted as if it were all.
+    room = budget - sum(sizes.layer(layer) for layer in layers) - sizes.buffers()
+    room -= sizes.head if plan.is_head_on_gpu else 0
+    steps = buckets(plan.n_neurons)
+
+    def step_of(layer: int) -> tuple[float, LayerPlacement, int] | None:
+        """What the layer's next rows save per byte, and cost in bytes."""
+        now = layers[layer]
+        if not now.is_on_gpu or now.n_hot == plan.n_neurons:
+            return None
+        end = next(last for _, last in steps if last > now.n_hot)
+        then = replace(now, n_hot=end, n_gate=max(now.n_gate, end))
+        cost = sizes.layer(then) - sizes.layer(now)
+        saved = model.layer(layer, now).total - model.layer(layer, then).total
+        return saved / cost, then, cost
+
+    candidates = {layer: step_of(layer) for layer in range(len(layers))}
+    while True:
+        affordable = [
+            (step[0], -layer) for layer, step in candidates.items() if step and step[2] <= room
+        ]
+        if not affordable or max(affordable)[0] <= 0:
+            break
+        layer = -max(affordable)[1]
+        step = candidates[layer]
+        assert step is not None
+        layers[layer], room = step[1], room - step[2]
+        candidates[layer] = step_of(layer)
+    filled = replace(plan, layers=tuple(layers))
+    return replace(filled, vram_bytes=sizes.plan(filled))
+
+
+class _Program:
+    """The mixed-integer program: per layer three exclusive choices (whole; split with all gates;
+    split with gates of the hot neurons alone), the share of each bucket that is hot, and the times
+    that are maxima.
+    """
+
+    def __init__(self, model: TimeModel, cpu_only: PlacementPlan, budget: int) -> None:
+        self.model, self.cpu_only = model, cpu_only
+        self.steps = buckets(cpu_only.n_neurons)
+        self.n_layers, n_steps = len(cpu_only.layers), len(self.steps)
+        # A layer's variables: choices, buckets of either split, its FFN's time, switches up, down.
+        self.width = 3 + 2 * n_steps + 3
+        self.n = self.n_layers * self.width + 3  # the head's choice, switches before it
+        self.room = budget - model.sizes.buffers()
+        self.cost, self.upper = np.zeros(self.n), np.ones(self.n)
+        self.integrality = np.zeros(self.n)
+        self._rows: list[tuple[dict[int, float], float, float]] = []
+        memory: dict[int, float] = {}
+        for layer in range(self.n_layers):
+            self._layer(layer, memory)
+        self._head(memory)
+        # In MiB and microseconds: coefficients near one.
+        self._add({i: b / 2**20 for i, b in memory.items()}, -np.inf, self.room / 2**20)
+
+    def _at(self, layer: int, index: int) -> int:
+        return layer * self.width + index
+
+    def _add(self, row: dict[int, float], lower: float, upper: float) -> None:
+        self._rows.append((row, lower, upper))
+
+    def _layer(self, layer: int, memory: dict[int, float]) -> None:
+        model, sizes, n = self.model, self.model.sizes, self.cpu_only.n_neurons
+        gpu = model.machine.gpu
+        assert gpu is not None
+        n_steps = len(self.steps)
+        whole, all_gates, own_gates = (self._at(layer, i) for i in range(3))
+        with_gates = [self._at(layer, 3 + j) for j in range(n_steps)]
+        with_own = [self._at(layer, 3 + n_steps + j) for j in range(n_steps)]
+        time, up, down = (self._at(layer, 3 + 2 * n_steps + i) for i in range(3))
+        self.integrality[[whole, all_gates, own_gates]] = 1
+        self.upper[time] = np.inf
+
+        on_cpu = model.layer(layer, ON_CPU).total * 1e6
+        self.cost[whole] = model.layer(layer, LayerPlacement(True, n, n)).total * 1e6 - on_cpu
+        for split, gates in ((all_gates, n), (own_gates, 0)):
+            bare = model.layer(layer, LayerPlacement(True, gates, 0))
+            self.cost[split] = (bare.before + bare.after) * 1e6 - on_cpu
+        self.cost[time] = 1.0
+
+        memory[whole] = sizes.layer(LayerPlacement(True, n, n))
+        memory[all_gates] = sizes.layer(LayerPlacement(True, n, 0))
+        memory[own_gates] = sizes.layer(LayerPlacement(True, 0, 0))
+        self._add({whole: 1.0, all_gates: 1.0, own_gates: 1.0}, 0.0, 1.0)
+
+        hot_time, cold_time = {time: 1.0}, {time: 1.0}
+        # What the CPU's turn costs where nothing is hot.
+        for split, gates in ((all_gates, n), (own_gates, 0)):
+            bare = model.layer(layer, LayerPlacement(True, gates, 0))
+            cold_time[split] = -bare.cold * 1e6
+            hot_time[split] = -HOT_NODES * gpu.node_us
+        for j, (first, last) in enumerate(self.steps):
+            hot = model.hot_rows(layer, first, last) * 1e6
+            cold = model.cold_rows(layer, first, last) * 1e6
+            gates_saved = model.cold_gates(layer, first, last) * 1e6
+            gates_cost = (last - first) * sizes.neuron / gpu.stream_gbs * 1e-3
+            rows = 2 * (last - first) * sizes.neuron
+            for bucket, split, is_own in (
+                (with_gates[j], all_gates, False),
+                (with_own[j], own_gates, True),
+            ):
+                self._add({bucket: 1.0, split: -1.0}, -1.0, 0.0)
+                hot_time[bucket] = -hot
+                cold_time[bucket] = cold + (gates_saved if is_own else 0.0)
+                memory[bucket] = rows + (rows / 2 if is_own else 0)
+                self.cost[bucket] = gates_cost if is_own else 0.0
+        self._add(hot_time, 0.0, np.inf)
+        self._add(cold_time, 0.0, np.inf)
+        before = [] if layer == 0 else [self._at(layer - 1, i) for i in range(3)]
+        self._switch([whole, all_gates, own_gates], before, up, down)
+
+    def _head(self, memory: dict[int, float]) -> None:
+        head, up, down = self.n - 3, self.n - 2, self.n - 1
+        self.integrality[head] = 1
+        self.cost[head] = (self.model.head(True) - self.model.head(False)) * 1e6
+        memory[head] = self.model.sizes.head
+        self._switch([head], [self._at(self.n_layers - 1, i) for i in range(3)], up, down)
+
+    def _switch(self, here: list[int], before: list[int], up: int, down: int) -> None:
+        """up >= here - before, down >= before - here."""
+        self.cost[[up, down]] = self.model.switch * 1e6
+        difference = {i: 1.0 for i in here} | {i: -1.0 for i in before}
+        self._add({up: 1.0} | {i: -v for i, v in difference.items()}, 0.0, np.inf)
+        self._add({down: 1.0} | difference, 0.0, np.inf)
+
+    def constraints(
+        self,
+    ) -> tuple[list[int], list[int], list[float], list[float], list[float]]:
+        rows, columns, values = [], [], []
+        for index, (row, _, _) in enumerate(self._rows):
+            rows += [index] * len(row)
+            columns += list(row)
+            values += list(row.values())
+        return rows, columns, values, [r[1] for r in self._rows], [r[2] for r in self._rows]
+
+    def read(self, x: np.ndarray) -> PlacementPlan:
+        """The plan of a solution, its hot sets rounded down."""
+        n, n_steps = self.cpu_only.n_neurons, len(self.steps)
+        layers = []
+        for layer in range(self.n_layers):
+            at = x[layer * self.width : (layer + 1) * self.width]
+            whole, all_gates, own_gates = at[:3] > 0.5
+            if whole:
+                layers.append(LayerPlacement(True, n, n))
+                continue
+            if not (all_gates or own_gates):
+                layers.append(ON_CPU)
+                continue
+            shares = at[3 : 3 + n_steps] if all_gates else at[3 + n_steps : 3 + 2 * n_steps]
+            hot = sum((b - a) * s for (a, b), s in zip(self.steps, shares, strict=True))
+            n_hot = n if hot > n - 0.5 else int(hot + 1e-6) // BUCKET * BUCKET
+            layers.append(LayerPlacement(True, n if all_gates else n_hot, n_hot))
+        plan = replace(
+            self.cpu_only, layers=tuple(layers), is_head_on_gpu=bool(x[self.n - 3] > 0.5)
+        )
+        return replace(plan, vram_bytes=self.model.sizes.plan(plan))

@@ -1,0 +1,151 @@
+"""How long a token takes under a plan: bytes over measured bandwidths, and what every layer, kernel
+and hand-off costs besides. The solver minimises this, `hybrid.plan` prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.placement.machine import Machine
+from hybrid.placement.plan import BUCKET, LayerPlacement, PlacementPlan
+from hybrid.placement.sizes import ModelSizes
+
+# Kernels of a decode graph (engine/gpu_side.py): norm, quantise, qkv, rope, attention and its
+# merge, quantise, output; norm, quantise, gates; up, down, count; merge; the head's norm, quantise,
+# rows, copy.
+ATTENTION_NODES, GATE_NODES, HOT_NODES, MERGE_NODES, HEAD_NODES = 8, 3, 3, 1, 4
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorCost:
+    """A layer's predictor on the CPU: bytes that it reads, share of gates that it names."""
+
+    n_bytes: int
+    predicted_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """Seconds of one layer of one token; `hot` and `cold` run at once."""
+
+    before: float  # attention, and what must be known before the FFN is split
+    hot: float
+    cold: float  # the CPU's turn, hand-off included; 0 where it has none
+    after: float
+
+    @property
+    def total(self) -> float:
+        return self.before + max(self.hot, self.cold) + self.after
+
+
+class TimeModel:
+    """Seconds per token of any plan of one model on one machine."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        sizes: ModelSizes,
+        frequencies: NDArray[np.float64],
+        *,
+        n_positions: int = 512,
+        predictors: tuple[PredictorCost | None, ...] | None = None,
+    ) -> None:
+        """`frequencies` (n_layers, n_neurons), in the order in which neurons are packed: the share
+        of tokens that each fires for. `n_positions`: of context that a token attends to.
+        """
+        self.machine, self.sizes, self.n_positions = machine, sizes, n_positions
+        self.frequencies = frequencies
+        self.predictors = predictors or (None,) * sizes.config.n_layers
+        zero = np.zeros((len(frequencies), 1))
+        # [layer, n]: neurons before n that a token finds active.
+        self._active = np.concatenate((zero, frequencies.cumsum(1)), 1)
+
+    def plan(self, plan: PlacementPlan) -> float:
+        """Seconds per token."""
+        total, on_gpu = 0.0, False
+        for layer, placement in enumerate(plan.layers):
+            total += self.layer(layer, placement).total
+            if placement.is_on_gpu != on_gpu:
+                total += self.switch
+            on_gpu = placement.is_on_gpu
+        if plan.is_head_on_gpu != on_gpu:
+            total += self.switch
+        return total + self.head(plan.is_head_on_gpu)
+
+    @property
+    def switch(self) -> float:
+        """The residual stream goes to the other device."""
+        return 0.0 if self.machine.gpu is None else self.machine.gpu.hand_off_us * 1e-6
+
+    def head(self, is_on_gpu: bool) -> float:
+        c, gpu = self.sizes.config, self.machine.gpu
+        if is_on_gpu:
+            assert gpu is not None
+            n_bytes = c.vocab_size * self.sizes.neuron
+            return n_bytes / gpu.stream_gbs * 1e-9 + HEAD_NODES * gpu.node_us * 1e-6
+        n_bytes = c.vocab_size * self.sizes.cpu_row(c.hidden_size)
+        return n_bytes / self.machine.cpu.stream_gbs * 1e-9
+
+    def layer(self, layer: int, placement: LayerPlacement) -> LayerTime:
+        c, sizes, cpu = self.sizes.config, self.sizes, self.machine.cpu
+        n = c.n_neurons
+        if not placement.is_on_gpu:
+            attention = (
+                sizes.cpu_attention / cpu.stream_gbs + sizes.kv(self.n_positions) / cpu.kv_gbs
+            )
+            ffn = self.cold_gates(layer, 0, n) + self.cold_rows(layer, 0, n)
+            return LayerTime(attention * 1e-9 + cpu.layer_us * 1e-6, 0.0, ffn, 0.0)
+        gpu = self.machine.gpu
+        assert gpu is not None
+        attention = (sizes.attention + sizes.kv(self.n_positions)) / gpu.stream_gbs
+        gates = placement.n_gate * sizes.neuron / gpu.stream_gbs
+        nodes = ATTENTION_NODES + GATE_NODES
+        before = (attention + gates) * 1e-9 + nodes * gpu.node_us * 1e-6
+        hot = self.hot_rows(layer, 0, placement.n_hot)
+        hot += HOT_NODES * gpu.node_us * 1e-6 if placement.n_hot else 0.0
+        cold = 0.0
+        if placement.n_hot < n:
+            cold = gpu.hand_off_us * 1e-6 + 0.5 * cpu.layer_us * 1e-6
+            cold += self.cold_gates(layer, placement.n_gate, n)
+            cold += self.cold_rows(layer, placement.n_hot, n)
+        return LayerTime(before, hot, cold, MERGE_NODES * gpu.node_us * 1e-6)
+
+    def active(self, layer: int, first: int, last: int) -> float:
+        """Neurons of [first, last) that a token finds active."""
+        return float(self._active[layer, last] - self._active[layer, first])
+
+    def cold_gates(self, layer: int, first: int, last: int) -> float:
+        """The CPU finds which of the neurons fire."""
+        row, cpu = self.sizes.cpu_row(self.sizes.config.hidden_size), self.machine.cpu
+        predictor = self.predictors[layer]
+        if predictor is None or first == last:
+            return (last - first) * row / cpu.stream_gbs * 1e-9
+        share = (last - first) / self.sizes.config.n_neurons
+        named = predictor.predicted_fraction * (last - first) * row / cpu.gather_gbs
+        return (share * predictor.n_bytes / cpu.stream_gbs + named) * 1e-9
+
+    def cold_rows(self, layer: int, first: int, last: int) -> float:
+        """Up and down rows of the neurons that fire, on the CPU."""
+        row = self.sizes.cpu_row(self.sizes.config.hidden_size)
+        n_bytes = 2 * row * self.active(layer, first, last)
+        return n_bytes / self.machine.cpu.gather_gbs * 1e-9
+
+    def hot_rows(self, layer: int, first: int, last: int) -> float:
+        """The same on the GPU."""
+        assert self.machine.gpu is not None
+        n_bytes = 2 * self.sizes.neuron * self.active(layer, first, last)
+        return n_bytes / self.machine.gpu.gather_gbs * 1e-9
+
+
+def flat_frequencies(n_layers: int, n_neurons: int, mean: float) -> NDArray[np.float64]:
+    """Every neuron equally hot: what is known where nothing was recorded."""
+    return np.full((n_layers, n_neurons), mean)
+
+
+def buckets(n_neurons: int, n_buckets: int = 15) -> list[tuple[int, int]]:
+    """Ranges of neurons that begin at multiples of BUCKET."""
+    step = max(1, round(n_neurons / BUCKET / n_buckets)) * BUCKET
+    return [(first, min(first + step, n_neurons)) for first in range(0, n_neurons, step)]
