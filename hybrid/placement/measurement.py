@@ -1,0 +1,163 @@
+"""Measuring this machine's CPU for the time model: a short program of the model's own shape, with
+random weights, as many layers as reach beyond the caches, replayed by the real threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.errors import InvalidArtifact
+from hybrid.kernels import Activation, Format, Program, Session, ThreadPool, _native, active_isa
+from hybrid.kernels.reference import rope_tables
+from hybrid.model_config import ModelConfig
+from hybrid.placement.hardware import available_memory_bytes, last_level_cache_bytes
+from hybrid.placement.machine import CpuSpeeds, Machine, load_machine
+from hybrid.weights.packed import PackedModel, pack_model, packed_layout, view_packed
+
+_VOCAB = 512
+_CONTEXT = 256  # positions that attention reads
+_TOKENS, _ROUNDS = 16, 3
+_CACHES = 16  # as large as so many last-level caches: what stays in one hardly shows
+_ACTIVE_AT = 1.175  # a normal variable exceeds it in 12 % of all cases
+
+
+def measure_cpu(config: ModelConfig, format: Format, pool: ThreadPool) -> CpuSpeeds:
+    """Takes a few seconds, and some hundred MB. Raises MemoryError."""
+    config = _shape(config, format)
+    model = _random_model(config, format)
+    cos, sin = rope_tables(config.head_dim, config.rope_theta, _CONTEXT + _TOKENS * _ROUNDS + 1)
+    program = Program(
+        format=format,
+        hidden_size=config.hidden_size,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_cos=cos,
+        rope_sin=sin,
+    )
+    # Nothing is added to the residual stream: every layer sees the same x, so as many fire in each.
+    program.embed(model.embedding, 1.0)
+    for layer, weights in enumerate(model.layers):
+        program.qkv(weights.attention_norm, weights.qkv, layer)
+        program.attend(weights.o, 0.0, layer)
+        program.ffn(
+            weights.ffn_norm,
+            weights.gate,
+            weights.up,
+            weights.down,
+            Activation.fatrelu,
+            _ACTIVE_AT,
+            0.0,
+            layer,
+        )
+    program.head(model.norm, model.head, 1.0)
+    session = Session(program, pool, len(cos), False, True)
+    session.prefill(np.arange(_CONTEXT) % _VOCAB)
+    session.decode(0)
+    rounds: list[tuple[float, CpuSpeeds]] = []
+    for _ in range(_ROUNDS):
+        session.reset_counts()
+        for token in range(_TOKENS):
+            session.decode(token)
+        seconds = {k: s / pool.n_threads for k, s in session.stage_seconds.items()}
+        n_bytes = session.decode_bytes
+        streamed = ("qkv", "output", "gate", "head")
+        speeds = CpuSpeeds(
+            stream_gbs=sum(n_bytes[k] for k in streamed) / sum(seconds[k] for k in streamed) / 1e9,
+            gather_gbs=n_bytes["up_down"] / seconds["up_down"] / 1e9,
+            kv_gbs=n_bytes["attend"] / seconds["attend"] / 1e9,
+            layer_us=max(0.0, seconds["waiting"]) / _TOKENS / config.n_layers * 1e6,
+        )
+        rounds.append((sum(seconds.values()), speeds))
+    return sorted(rounds, key=lambda r: r[0])[_ROUNDS // 2][1]
+
+
+def measured_machine(
+    config: ModelConfig, format: Format, pool: ThreadPool, home: Path | None, *, again: bool = False
+) -> Machine:
+    """This machine's CPU, as measured once and kept in `home`. Raises MemoryError."""
+    path = None if home is None else machine_path(home, config, format, pool.n_threads)
+    if path is not None and path.is_file() and not again:
+        try:
+            return load_machine(path)
+        except InvalidArtifact:
+            pass  # measured anew, and written over
+    machine = Machine(
+        name=platform.node() or "this machine",
+        quant=format.name,
+        n_threads=pool.n_threads,
+        isa=active_isa(),
+        ram_bytes=available_memory_bytes(),
+        cpu=measure_cpu(config, format, pool),
+    )
+    if path is not None:
+        save_quietly(machine, path)
+    return machine
+
+
+def machine_path(home: Path, config: ModelConfig, format: Format, n_threads: int) -> Path:
+    """Where a machine's speeds for models of this shape are kept."""
+    shape = (*astuple(replace(config, eos_ids=())), format.name, n_threads, active_isa())
+    key = json.dumps([platform.node(), *shape])
+    return home / "machines" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def save_quietly(machine: Machine, path: Path) -> None:
+    """A home that cannot be written costs a measurement each time, nothing else."""
+    try:
+        machine.save(path)
+    except OSError:
+        return
+
+
+def _shape(config: ModelConfig, format: Format) -> ModelConfig:
+    """As many layers as the caches do not hold, at most all."""
+    config = replace(config, vocab_size=_VOCAB, has_tied_head=True)
+    one = packed_layout(replace(config, n_layers=1), format).n_bytes
+    far = max(_CACHES * (last_level_cache_bytes() or 0), 64 << 20)
+    return replace(config, n_layers=max(1, min(config.n_layers, -(-far // one))))
+
+
+class _Random:
+    """A checkpoint of random weights, one layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._rng = np.random.default_rng(0)
+
+    def read(self, role: str, layer: int | None = None) -> NDArray[np.float32]:
+        c = self.config
+        if role.endswith("norm"):
+            return np.ones(c.hidden_size, np.float32)
+        shapes = {
+            "embedding": (c.vocab_size, c.hidden_size),
+            "q": (c.attention_size, c.hidden_size),
+            "k": (c.n_kv_heads * c.head_dim, c.hidden_size),
+            "v": (c.n_kv_heads * c.head_dim, c.hidden_size),
+            "o": (c.hidden_size, c.attention_size),
+            "down": (c.hidden_size, c.n_neurons),
+        }
+        n_rows, n_cols = shapes.get(role, (c.n_neurons, c.hidden_size))
+        w = self._rng.standard_normal((n_rows, n_cols), np.float32)
+        return w / np.float32(np.sqrt(c.hidden_size))
+
+
+def _random_model(config: ModelConfig, format: Format) -> PackedModel:
+    """One layer's bytes, in as many places as there are layers."""
+    single = replace(config, n_layers=1)
+    one = pack_model(_Random(single), format).embedding.memory
+    source, layout = packed_layout(single, format), packed_layout(config, format)
+    buffer = _native.allocate_bytes(layout.n_bytes)
+    for name, (first, n_bytes) in layout.arrays.items():
+        layer, dot, part = name.partition(".")
+        begin, _ = source.arrays[f"0.{part}" if dot else layer]
+        buffer[first : first + n_bytes] = one[begin : begin + n_bytes]
+    return view_packed(buffer, config, format)
