@@ -38,6 +38,7 @@ IMPORTS_TORCH = {
     "hybrid.kernels.triton_kernels",
     "hybrid.engine.device",
     "hybrid.engine.gpu_executor",
+    "hybrid.engine.gpu_measurement",
     "hybrid.engine.gpu_weights",
     "hybrid.engine.gpu_side",
     "hybrid.engine.hand_off",

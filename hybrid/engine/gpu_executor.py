@@ -131,7 +131,11 @@ class _Lane:
         self.tensors = tensors
         device, config = executor.device, executor.config
         self.exchange = Exchange(
-            device, config, executor.cpu.n_segments, patience_s=executor.patience_s
+            device,
+            config.hidden_size,
+            config.n_neurons,
+            executor.cpu.n_segments,
+            executor.patience_s,
         )
         self.position = device.host(1, dtype=torch.int64)
         self.logits = device.host(*tensors.logits.shape)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hybrid.engine.device import Device, Event, Mechanism, copy
 from hybrid.kernels._native import FLAG_BYTES, PREFILL_CHUNK, DeviceLink
-from hybrid.model_config import ModelConfig
 
 PATIENCE_S = 2.0  # how long a device and a thread wait for each other before they give up
 
@@ -23,11 +22,16 @@ class Exchange:
     """Memory that device and session share, and the link whose flags lie there too."""
 
     def __init__(
-        self, device: Device, config: ModelConfig, n_slots: int, patience_s: float = PATIENCE_S
+        self,
+        device: Device,
+        hidden_size: int,
+        n_neurons: int,
+        n_slots: int,
+        patience_s: float = PATIENCE_S,
     ) -> None:
-        hidden, n = config.hidden_size, PREFILL_CHUNK
+        hidden, n = hidden_size, PREFILL_CHUNK
         self.x, self.h, self.y = (device.host(n, hidden) for _ in range(3))
-        self.gates = device.host(n, config.n_neurons)
+        self.gates = device.host(n, n_neurons)
         flags = device.host((n_slots + 1) * FLAG_BYTES // 4).numpy().view(np.uint8)
         begin = -flags.ctypes.data % 64
         self.link = DeviceLink(

@@ -15,8 +15,10 @@ from engine.fake_device import FakeDevice, FakeEvent  # noqa: E402
 from engine.hybrid_models import N_CONTEXT, PackedFolder, some_ids  # noqa: E402
 
 from hybrid.engine.device import MECHANISMS, HostDevice  # noqa: E402
+from hybrid.engine.gpu_measurement import Turns, hand_off_seconds, measure_gpu  # noqa: E402
 from hybrid.errors import DeviceFailed, InvalidOption, OutOfMemory  # noqa: E402
-from hybrid.kernels import Format  # noqa: E402
+from hybrid.kernels import Format, ThreadPool  # noqa: E402
+from hybrid.kernels.torch_kernels import TorchKernels  # noqa: E402
 from hybrid.placement.sizes import ModelSizes  # noqa: E402
 
 PLANS = list(PackedFolder(STORIES, Format.q8).plans())
@@ -254,3 +256,30 @@ def test_the_plans_bytes_are_those_that_lie_on_the_device(packed, name):
             packed.config, packed.format, N_CONTEXT, n_splits=executor.decode_kernels.n_splits
         )
         assert executor.weight_bytes + executor.lane_bytes == sizes.plan(plan)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_hand_offs_are_measured_with_the_real_link(fake, mechanism):
+    pool = ThreadPool(2)
+    assert hand_off_seconds(fake, pool, mechanism, n=4) > 0
+    turns = Turns(fake, pool, mechanism, 4)
+    recording = fake.record(turns.launch)
+    turns.y.fill_(float("nan"))
+    turns.replay(recording)
+    assert not turns.y.any()  # every answer, a sum over no neuron, came
+
+
+def test_a_device_is_measured(format):
+    config, device = PackedFolder(STORIES, Format.q8).config, HostDevice()
+    speeds = measure_gpu(
+        device,
+        TorchKernels(),
+        config,
+        format,
+        ThreadPool(1),
+        vram_bytes=1,
+        context_bytes=0,
+        n_rows=256,
+    )
+    assert min(speeds.stream_gbs, speeds.gather_gbs, speeds.node_us, speeds.hand_off_us) > 0
+    assert speeds.mechanism == "synchronise"
