@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, get_args
 
-from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.checkpoint import open_checkpoint
+from hybrid.engine.choices import choose_mmap, choose_orders, isa_notices
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.generation import Generation, GenerationStats
 from hybrid.engine.options import (
@@ -30,14 +31,12 @@ from hybrid.errors import (
     InvalidOption,
     OutOfMemory,
 )
-from hybrid.kernels import Format, active_isa, available_isas, check_isa_cap
+from hybrid.kernels import Format, check_isa_cap
 from hybrid.placement.hardware import (
-    available_memory_bytes,
     default_threads,
     last_level_cache_bytes,
     measure_stream_gbs,
 )
-from hybrid.placement.profile import check_profile, find_profile, load_profile
 from hybrid.progress import Progress, ignore_progress
 from hybrid.sampling import Sampler, SamplingParams
 from hybrid.tokenizer import ChatMessage, Tokenizer, check_message
@@ -110,7 +109,7 @@ class Engine:
                 folder, vocab_size=config.vocab_size, bos_id=config.bos_id
             )
             self.default_sampling = read_default_sampling(folder)
-            orders, order_notices = _choose_orders(checkpoint, profile, home)
+            orders, frequencies, order_notices = choose_orders(checkpoint, profile, home)
             self.model_hash: str = checkpoint.weights_hash
             self.prediction: Prediction | None
             predictors, self.prediction, predictor_notices = choose_predictors(
@@ -126,7 +125,7 @@ class Engine:
                 layer for layer, native in enumerate(predictors or ()) if native is not None
             )
             n_bytes = packed_layout(config, format, gathered).n_bytes
-            use_mmap, memory_notices = _choose_mmap(mmap, n_bytes)
+            use_mmap, memory_notices = choose_mmap(mmap, n_bytes)
             loaded = load_packed(
                 checkpoint,
                 format,
@@ -152,7 +151,7 @@ class Engine:
             *predictor_notices,
             *memory_notices,
             *loaded.notices,
-            *_isa_notices(),
+            *isa_notices(),
         )
         self._process_id = os.getpid()
         self._executor: CpuExecutor | None = CpuExecutor(
@@ -445,47 +444,3 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, the context holds {self.n_context}; {advice}"
             )
         return ids
-
-
-def _choose_orders(
-    checkpoint: Checkpoint, profile: Path | Literal["auto", "none"], home: Path | None
-) -> tuple[NeuronOrders | None, tuple[str, ...]]:
-    """The order in which neurons are packed, and notices: hot ones first where their frequencies
-    are known.
-    """
-    config = checkpoint.config
-    notices: tuple[str, ...] = ()
-    if profile == "none":
-        return None, ()
-    if profile == "auto":
-        found, notices = find_profile(
-            checkpoint.folder, home, checkpoint.weights_hash, config.n_layers, config.n_neurons
-        )
-    else:
-        found = load_profile(Path(profile))
-        check_profile(
-            found, Path(profile), checkpoint.weights_hash, config.n_layers, config.n_neurons
-        )
-    return None if found is None else found.neuron_orders(), notices
-
-
-def _choose_mmap(mmap: bool | None, weight_bytes: int) -> tuple[bool, list[str]]:
-    """Whether to map the weights: as asked for, else where memory has no room for them."""
-    available = available_memory_bytes()
-    fits = weight_bytes <= available
-    sizes = f"the weights have {weight_bytes / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory"
-    if mmap is None and not fits:
-        return True, [f"{sizes} are free: they are mapped from disk, which may be slow"]
-    if not mmap and not fits:
-        raise OutOfMemory(
-            f"{sizes} are free; close other programs, use quant q4, or allow mmap (slow)"
-        )
-    return bool(mmap), []
-
-
-def _isa_notices() -> list[str]:
-    if active_isa() != "scalar":
-        return []
-    if len(available_isas()) > 1:
-        return ["HYBRID_ISA=scalar: the portable kernels are in use, which are slow"]
-    return ["this CPU has no AVX2, or this build lacks it: the portable kernels are slow"]

@@ -83,14 +83,18 @@ def bandwidths(
     out = torch.zeros(1, n_rows, device=device.torch_device)
     n = 4
 
-    def repeat(work: Callable[[], object]) -> Callable[[], object]:
-        return lambda: [work() for _ in range(n)]
+    def repeat(kernel: Callable[..., None], *arguments: object) -> Callable[[], None]:
+        def launch() -> None:
+            for _ in range(n):
+                device.launch(kernel, *arguments)
 
-    stream = seconds_of(device, repeat(lambda: device.launch(kernels.linear, matrix, x, out)), n)
+        return launch
+
+    stream = seconds_of(device, repeat(kernels.linear, matrix, x, out), n)
     active = torch.rand(1, n_rows, generator=torch.Generator().manual_seed(0)) < _ACTIVE
     gates = active.float().to(device.torch_device)
-    up = (kernels.up, matrix, x, gates, Activation.relu, False, out)
-    gather = seconds_of(device, repeat(lambda: device.launch(*up)), n)
+    up = repeat(kernels.up, matrix, x, gates, Activation.relu, False, out)
+    gather = seconds_of(device, up, n)
     share = float(active.float().mean())
     return matrix.n_bytes / stream / 1e9, share * matrix.n_bytes / gather / 1e9
 
@@ -98,7 +102,12 @@ def bandwidths(
 def node_seconds(device: Device) -> float:
     """A kernel more, that does next to nothing, in a recording."""
     small = torch.zeros(32, device=device.torch_device)
-    return seconds_of(device, lambda: [device.launch(_touch, small) for _ in range(_NODES)], _NODES)
+
+    def launch() -> None:
+        for _ in range(_NODES):
+            device.launch(_touch, small)
+
+    return seconds_of(device, launch, _NODES)
 
 
 def hand_off_seconds(
