@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,6 +72,46 @@ def add_predictor_options(parser: argparse.ArgumentParser) -> None:
     add("--recall", type=float, default=0.99, help="of the predictor (0.99)")
 
 
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """For commands that can use a GPU; `open_engine` reads them."""
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (auto)")
+    add(
+        "--vram-budget",
+        type=byte_size,
+        metavar="SIZE",
+        help="VRAM that the process may take, such as 1GiB; what does not fit stays on the CPU",
+    )
+    add("--plan", type=Path, metavar="FILE", help="a plan that hybrid.plan saved")
+
+
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """ "2GiB" → 2147483648. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] >= 2**63:
+        raise ValueError(f"expected an amount such as 512MiB or 2GiB, found {text!r}")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def byte_size(text: str) -> int:
+    """The type of an option."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def device_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What they mean to `load`."""
+    return {"device": args.device, "vram_budget": args.vram_budget, "plan": args.plan}
+
+
 @contextlib.contextmanager
 def open_engine(args: argparse.Namespace, **options: Any) -> Iterator[tuple[Engine, Progress]]:
     """The model that the options name, and the bar on which fetching and packing it
@@ -80,6 +121,8 @@ def open_engine(args: argparse.Namespace, **options: Any) -> Iterator[tuple[Engi
         named = args.predictor in ("exact", "auto")
         options["predictor"] = args.predictor if named else Path(args.predictor)
         options["recall"] = args.recall
+    # Only commands that say so use a GPU.
+    options |= device_options(args) if "vram_budget" in args else {"device": "cpu"}
     with (
         progress_bar() as progress,
         load(

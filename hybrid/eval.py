@@ -24,6 +24,7 @@ from hybrid import Engine, Progress, check_options
 from hybrid.catalog import resolve
 from hybrid.command_line import (
     ArgumentParser,
+    add_device_options,
     add_model_options,
     add_predictor_options,
     open_engine,
@@ -52,6 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for command in (perplexity, choices):
         add_model_options(command, quants=("q8", "q4", "bf16", "fp32"))
         add_predictor_options(command)
+        add_device_options(command)
         command.add_argument("--json", action="store_true", help="print one JSON object")
     add = perplexity.add_argument
     add("--text", type=Path, required=True, help="a UTF-8 text file")
@@ -66,6 +68,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.quant == "fp32" and args.predictor != "exact":
         parser.error("--quant fp32 is exact: it takes no --predictor")
+    if args.quant == "fp32" and (args.vram_budget or args.plan or args.device == "cuda"):
+        parser.error("--quant fp32 is computed on the CPU: it takes no --device cuda and no plan")
     if args.command == "choices" and args.limit is not None and args.limit < 1:
         parser.error("--limit: expected 1 or more")
     return args

@@ -7,6 +7,7 @@ from typing import Literal
 
 from hybrid.catalog import hybrid_home, resolve
 from hybrid.engine.engine import Engine, Quant
+from hybrid.engine.placing import DeviceName
 from hybrid.engine.prediction import DEFAULT_RECALL
 from hybrid.errors import InvalidOption
 from hybrid.progress import Progress, ignore_progress
@@ -23,6 +24,9 @@ def load(
     profile: Path | Literal["auto", "none"] = "auto",
     predictor: Path | Literal["auto", "exact"] = "exact",
     recall: float = DEFAULT_RECALL,
+    device: DeviceName = "auto",
+    vram_budget: int | None = None,
+    plan: Path | None = None,
     offline: bool = False,
     progress: Progress = ignore_progress,
 ) -> Engine:
@@ -51,10 +55,16 @@ def load(
     this model, and exact where there is none; a path names a file of `predictors.train`, of this
     very model and neuron order. `Engine.prediction` says what is in use.
 
+    `device`: "cpu", "cuda", or "auto", which uses a GPU where one is asked for by `vram_budget` or
+    `plan`, or by the plan that `hybrid.setup` made. `vram_budget` is what the whole process may
+    take of the GPU's memory, in bytes; what does not fit stays on the CPU, by the plan of least
+    predicted time. `plan` is a file of `hybrid.plan`. `Engine.plan` says what is where. PyTorch is
+    loaded only where a GPU is used.
+
     `progress` is told how far downloading and packing are.
 
     Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, InvalidArtifact, UnsupportedModel,
-    InvalidOption, OutOfMemory.
+    InvalidOption, OutOfMemory, DeviceUnavailable, DeviceFailed.
     """
     return Engine(
         resolve(model, offline=offline, progress=progress),
@@ -66,6 +76,9 @@ def load(
         profile=profile,
         predictor=predictor,
         recall=recall,
+        device=device,
+        vram_budget=vram_budget,
+        plan=plan,
         home=_home(),
         progress=progress,
     )

@@ -33,6 +33,7 @@ from hybrid import (
 from hybrid.catalog import catalog
 from hybrid.command_line import (
     ArgumentParser,
+    add_device_options,
     add_predictor_options,
     open_engine,
     printable,
@@ -76,6 +77,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="repeat a run: the seed that the closing line names")
     add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
     add_predictor_options(parser)
+    add_device_options(parser)
     add("--raw", action="store_true", help="do not apply the model's chat template")
     add("--no-stream", action="store_true", help="show the text once it is whole")
     add("--json", action="store_true", help="one JSON object instead of the text")
@@ -142,7 +144,7 @@ def closing_line(engine: Engine, generation: Generation) -> str:
     if stats.cached_tokens:
         prompt += f" ({stats.cached_tokens} cached)"
     decode = f"generated {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
-    if stats.decode_steps:
+    if stats.decode_steps and not engine.plan.uses_gpu:
         decode += f", {stats.decode_gbs:.1f} GB/s"
         # A small model's weights stay in the CPU's cache: memory bandwidth says nothing there.
         if not engine.fits_in_cache and (stream := measured_stream_gbs(engine)):
@@ -172,6 +174,8 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
             f"python -m hybrid.setup -m {args.model} --quant {engine.quant}, once, packs its hot "
             "neurons together and trains a predictor (--predictor auto): fewer bytes a token"
         )
+    if engine.plan.uses_gpu:
+        lines.append(f"{engine.plan.summary()}, {engine.device_name}")
     if args.verbose:
         stats = engine.stats
         where = "mapped from disk" if stats.is_mapped else "in memory"
@@ -248,6 +252,8 @@ def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) ->
         "seed": generation.seed,
         "quant": engine.quant,
         "threads": engine.n_threads,
+        "device": engine.device_name,
+        "vram_bytes": engine.plan.vram_bytes,
         "synthetic": engine.is_synthetic,
         "stats": {
             **asdict(stats),

@@ -26,6 +26,7 @@ from hybrid.checking import check_model
 from hybrid.command_line import (
     ArgumentParser,
     add_model_options,
+    byte_size,
     open_engine,
     printable,
     run_command,
@@ -38,7 +39,6 @@ from predictors.file import load_predictor_file
 from predictors.trace import load_trace
 from predictors.train import Options, summary, train
 from profiler.corpus import PROMPTS, WRITTEN_TOKENS, Corpus, TextFile
-from profiler.record import byte_size
 from profiler.recorder import RecordingOptions, record
 
 TRACE_BYTES = 2 << 30

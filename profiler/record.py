@@ -17,28 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid import InvalidOption, check_options
-from hybrid.command_line import ArgumentParser, add_model_options, open_engine, run_command
+from hybrid.command_line import (
+    ArgumentParser,
+    add_model_options,
+    byte_size,
+    open_engine,
+    run_command,
+)
 from profiler.corpus import Corpus, TextFile
 from profiler.recorder import RecordingOptions, record
-
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_bytes(text: str) -> int:
-    """ "2GiB" → 2147483648. Raises ValueError."""
-    number = text.strip().rstrip("BbIiKkMmGgTt ")
-    unit = text.strip()[len(number) :].strip().upper()
-    if unit not in _UNITS or not float(number) > 0:
-        raise ValueError(f"expected an amount such as 512MiB or 2GiB, found {text!r}")
-    return int(float(number) * _UNITS[unit])
-
-
-def byte_size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

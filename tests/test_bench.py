@@ -22,6 +22,8 @@ KEYS = [
     "moving_s",
     "prefill_tps",
     "decode_tps",
+    "device",
+    "vram_bytes",
     "decode_gbs",
     "stream_gbs",
     "decode_mbu",

@@ -64,7 +64,7 @@ def check_model(
         stage = "weights"
         started = time.perf_counter()
         with load(
-            model, threads=threads, quant=quant, offline=offline, progress=progress
+            model, threads=threads, quant=quant, device="cpu", offline=offline, progress=progress
         ) as engine:
             yield setting.check_threads(engine.n_threads)
             yield _loaded(engine, time.perf_counter() - started)
@@ -74,7 +74,7 @@ def check_model(
         yield arithmetic.check_prefill(run.logits, at_once)
         # A second load, not a second pool: only so is it certain that threads change no weights.
         other = 2 if n_threads == 1 else 1
-        with load(model, threads=other, quant=quant, offline=offline) as engine:
+        with load(model, threads=other, quant=quant, device="cpu", offline=offline) as engine:
             again = engine.open_session().prefill(np.asarray(ids, np.int64), all_logits=True)
         assert again is not None
         yield arithmetic.check_other_threads(at_once, again, n_threads, other)

@@ -1,4 +1,4 @@
-"""What an engine chooses for itself when it loads: the neurons' order, and whether to map weights."""
+"""What an engine chooses for itself when it loads: the neurons' order, how weights are held."""
 
 from __future__ import annotations
 

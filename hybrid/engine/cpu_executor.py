@@ -122,6 +122,9 @@ class CpuExecutor:
         """Stretches of work between two hand-offs; 1 where all is on the CPU."""
         return self.program.n_segments
 
+    def close(self) -> None:
+        """Sessions that are open keep what they need."""
+
     def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> Session:
         """A new sequence with a KV cache of its own; it keeps the program and the threads alive.
 

@@ -35,8 +35,13 @@ class Device(Protocol):
     """What executor and scheduler need of a device. Work runs in the order of `launch`."""
 
     name: str
+    version: str  # of the driver and torch: with another one, measurements are out of date
     torch_device: torch.device
-    mechanisms: Sequence[Mechanism]  # that can be used here, the usually fastest first
+
+    @property
+    def mechanisms(self) -> Sequence[Mechanism]:
+        """Those that can be used here, the usually fastest first."""
+        ...
 
     def host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros in host memory that the device can copy from and to."""
@@ -88,6 +93,7 @@ class HostDevice:
     """Torch on the CPU. A recording is the list of what to call."""
 
     name = "torch on the CPU"
+    version = torch.__version__
     mechanisms: Sequence[Mechanism] = ("synchronise",)
 
     def __init__(self) -> None:
@@ -136,16 +142,17 @@ class CudaDevice:
         """Raises DeviceUnavailable."""
         if not torch.cuda.is_available():
             raise DeviceUnavailable(
-                "device cuda: PyTorch finds no CUDA GPU here (a build of PyTorch without CUDA, or "
-                "no driver); use device cpu"
+                "PyTorch finds no CUDA GPU (it was built without CUDA, or there is no driver)"
             )
         self.torch_device = torch.device("cuda", index)
         try:
             self.stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise DeviceUnavailable(f"device cuda: {error}; use device cpu") from error
+            raise DeviceUnavailable(f"the GPU cannot be used: {error}") from error
         self.name = torch.cuda.get_device_name(index)
         self._driver = driver or open_driver()
+        driver_version = 0 if self._driver is None else self._driver.version
+        self.version = f"{driver_version} {torch.__version__}"
         self._recording: list[Work] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.choices import choose_mmap, choose_orders, isa_notices
-from hybrid.engine.cpu_executor import CpuExecutor
+from hybrid.engine.executors import Executor, open_executor
 from hybrid.engine.generation import Generation, GenerationStats
 from hybrid.engine.options import (
     MAX_LOGPROBS,
@@ -23,6 +23,7 @@ from hybrid.engine.options import (
     checked_stop,
     read_default_sampling,
 )
+from hybrid.engine.placing import Asked, DeviceName, Subject, place
 from hybrid.engine.prediction import DEFAULT_RECALL, Prediction, choose_predictors
 from hybrid.engine.session import Session
 from hybrid.errors import (
@@ -84,6 +85,9 @@ class Engine:
         profile: Path | Literal["auto", "none"] = "auto",
         predictor: Path | Literal["auto", "exact"] = "exact",
         recall: float = DEFAULT_RECALL,
+        device: DeviceName = "auto",
+        vram_budget: int | None = None,
+        plan: Path | None = None,
         home: Path | None = None,
         progress: Progress = ignore_progress,
     ) -> None:
@@ -100,6 +104,8 @@ class Engine:
                 f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
             )
         format = Format[quant]
+        asked = Asked(device, vram_budget, plan)
+        asked.check()
         with open_checkpoint(folder, format, progress, use_mmap=mmap is not False) as checkpoint:
             config = checkpoint.config
             if context_size is None:
@@ -139,6 +145,21 @@ class Engine:
                 progress=progress,
             )
             self.is_synthetic: bool = checkpoint.is_synthetic
+        subject = Subject(
+            config=config,
+            format=format,
+            n_context=n_context,
+            n_threads=n_threads,
+            model_hash=self.model_hash,
+            order_hash=order_hash(orders),
+            frequencies=frequencies,
+            prediction=self.prediction,
+        )
+        self.subject: Subject = subject  # what a plan is made for
+        placed = place(asked, subject, home)
+        executor, self.plan, plan_notices = open_executor(
+            placed, subject, loaded.model, gathered, predictors, home
+        )
         # Per layer the neurons of the checkpoint in the order in which they are packed; None: as
         # they stand there.
         self.neuron_orders: NeuronOrders | None = orders
@@ -151,17 +172,12 @@ class Engine:
             *predictor_notices,
             *memory_notices,
             *loaded.notices,
+            *plan_notices,
             *isa_notices(),
         )
         self._process_id = os.getpid()
-        self._executor: CpuExecutor | None = CpuExecutor(
-            loaded.model,
-            config,
-            format,
-            n_threads=n_threads,
-            n_context=n_context,
-            predictors=predictors,
-        )
+        self._executor: Executor | None = executor
+        self._device_name = placed.device.name if self.plan.uses_gpu and placed.device else "cpu"
         self._stats_lock = threading.Lock()
         self._moving = loaded.moving
         self._stats = EngineStats(
@@ -170,6 +186,11 @@ class Engine:
             is_mapped=loaded.is_mapped,
             is_locked=loaded.is_locked,
         )
+
+    @property
+    def device_name(self) -> str:
+        """The GPU that is in use, or "cpu"."""
+        return self._device_name
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -321,6 +342,8 @@ class Engine:
 
     def close(self) -> None:
         """Give back weights and threads as soon as running generations have ended."""
+        if self._executor is not None:
+            self._executor.close()
         self._executor = None
         if self._moving is not None:
             self._moving.stop()
@@ -336,7 +359,7 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _open(self) -> CpuExecutor:
+    def _open(self) -> Executor:
         if self._executor is None:
             raise EngineClosed("the engine is closed; load the model again")
         if os.getpid() != self._process_id:

@@ -19,7 +19,7 @@ from hybrid.engine.gpu_weights import Lane, device_bytes, upload
 from hybrid.engine.hand_off import PATIENCE_S, Exchange, HandOffs
 from hybrid.engine.scheduler import SILENT, Scheduler
 from hybrid.errors import DeviceFailed, InvalidOption, OutOfMemory
-from hybrid.kernels import Format
+from hybrid.kernels import Format, ThreadPool
 from hybrid.kernels._native import PREFILL_CHUNK, Session, meet
 from hybrid.kernels.torch_kernels import TorchKernels
 from hybrid.model_config import ModelConfig
@@ -79,8 +79,12 @@ class HybridExecutor:
             ) from error
 
     @property
-    def pool(self) -> object:
+    def pool(self) -> ThreadPool:
         return self.cpu.pool
+
+    def close(self) -> None:
+        """Sessions that are open go on; their lanes go with them."""
+        self._free_lanes.clear()
 
     def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> HybridSession:
         native = self.cpu.open_session(is_dense=is_dense, is_timed=is_timed)

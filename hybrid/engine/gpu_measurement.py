@@ -20,6 +20,7 @@ from hybrid.kernels._native import meet
 from hybrid.kernels.reference import rope_tables
 from hybrid.kernels.torch_kernels import DeviceMatrix, TorchKernels, empty_vectors
 from hybrid.model_config import ModelConfig
+from hybrid.placement.hardware import available_memory_bytes
 from hybrid.placement.machine import GpuSpeeds
 from hybrid.weights.packed import pack_bundles, pack_matrix
 
@@ -164,24 +165,30 @@ class Turns:
         return seconds
 
 
-def context_bytes_of_cuda() -> int:
-    """What a process takes of a GPU before it has any tensor: a CUDA context, torch's kernels. A
-    second process opens one, and the first looks how much less is free.
+def free_and_context_bytes(device: Device, *, measures_context: bool = True) -> tuple[int, int]:
+    """VRAM that is free now that this process has a context, and what that context takes (0 where
+    it is not measured).
+
+    A second process opens one, and this one looks how much less is free.
     """
+    if device.torch_device.type != "cuda":
+        return available_memory_bytes(), 0
+    torch.zeros(1, device=device.torch_device)
+    before = torch.cuda.mem_get_info(device.torch_device)[0]
+    if not measures_context:
+        return before, 0
     program = (
         "import torch, sys; torch.zeros(1, device='cuda'); torch.cuda.synchronize(); "
         "print(1, flush=True); sys.stdin.read()"
     )
-    torch.zeros(1, device="cuda")
-    before = torch.cuda.mem_get_info()[0]
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        taken = before - torch.cuda.mem_get_info()[0]
+        taken = before - torch.cuda.mem_get_info(device.torch_device)[0]
         child.communicate()
-    return max(taken, 0)
+    return before, max(taken, 0)
 
 
 def random_matrix(format: Format, n_rows: int, n_cols: int, device: torch.device) -> DeviceMatrix:

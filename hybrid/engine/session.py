@@ -7,14 +7,43 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import ContextOverflow, EngineClosed
-from hybrid.kernels import Session as NativeSession
 from hybrid.model_config import ModelConfig
 from hybrid.tokenizer import ChatMessage
+
+
+class NativeSession(Protocol):
+    """What computes: `kernels.Session`, or `gpu_executor.HybridSession` over two devices."""
+
+    def prefill(
+        self,
+        tokens: NDArray[np.int64],
+        all_logits: bool = False,
+        masks: NDArray[np.uint8] | None = None,
+        inputs: NDArray[np.uint16] | None = None,
+    ) -> NDArray[np.float32] | None: ...
+    def decode(self, token: int) -> None: ...
+    def truncate(self, position: int) -> None: ...
+    @property
+    def logits(self) -> NDArray[np.float32]: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def n_context(self) -> int: ...
+    @property
+    def active_counts(self) -> list[int]: ...
+    @property
+    def predicted_counts(self) -> list[int]: ...
+    @property
+    def decode_bytes(self) -> dict[str, int]: ...
+    @property
+    def stage_seconds(self) -> dict[str, float]: ...
+    def reset_counts(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

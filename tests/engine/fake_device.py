@@ -35,6 +35,7 @@ class FakeDevice:
     """`engine.device.Device`, with a stream that is a queue and a thread."""
 
     name = "a fake GPU"
+    version = "1"
     torch_device = torch.device("cpu")
     mechanisms: Sequence[Mechanism] = MECHANISMS
 

@@ -22,7 +22,7 @@ from hybrid.placement.profile import FILE_NAME, POSITION_BUCKETS, load_profile
 from predictors.trace import TraceWriter, load_trace
 from profiler import recorder
 from profiler.corpus import TextFile, TokenLists
-from profiler.record import main, parse_bytes
+from profiler.record import main
 from profiler.recorder import RecordingOptions, record
 from profiler.statistics import ActivationSums, position_buckets
 
@@ -331,15 +331,6 @@ def test_bad_options_are_one_line(tmp_path, capsys):
     for arguments in (["--trace-budget", "2GiB"], ["--trace", "--trace-budget", "much"]):
         with pytest.raises(SystemExit):
             main([*arguments, "-o", str(tmp_path / "out")])
-
-
-def test_amounts_of_bytes():
-    assert parse_bytes("2GiB") == 2 << 30
-    assert parse_bytes("1.5 MB") == 1_500_000
-    assert parse_bytes("100") == 100
-    for text in ("", "GiB", "-1MB", "1 furlong"):
-        with pytest.raises(ValueError, match=r"amount|float"):
-            parse_bytes(text)
 
 
 def test_buckets_are_powers_of_two():

@@ -1,0 +1,254 @@
+"""Deciding what of a model goes to a GPU: which device there is, what was asked for, which plan.
+
+Torch is loaded only where a GPU is asked for, or a plan of `hybrid.setup` uses one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.engine.options import checked_count
+from hybrid.engine.prediction import Prediction
+from hybrid.errors import DeviceUnavailable, InvalidArtifact, InvalidOption
+from hybrid.kernels import Format, ThreadPool
+from hybrid.model_config import ModelConfig
+from hybrid.placement.machine import Machine, load_machine
+from hybrid.placement.measurement import machine_path, measured_machine, save_quietly
+from hybrid.placement.plan import PlacementPlan, check_plan, cpu_plan, load_plan
+from hybrid.placement.sizes import ModelSizes
+from hybrid.placement.solver import solve
+from hybrid.placement.time_model import PredictorCost, TimeModel, flat_frequencies
+
+if TYPE_CHECKING:
+    from hybrid.engine.device import Device
+    from hybrid.kernels.torch_kernels import TorchKernels
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+UNRECORDED_ACTIVE = 0.12  # of the neurons, where no profile says how many
+PLANNED_POSITIONS = 512  # of context that plans are made for
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user asks for."""
+
+    device: DeviceName = "auto"
+    vram_budget: int | None = None  # bytes of the whole process; None: all that is free
+    plan: Path | None = None
+
+    def check(self) -> None:
+        """Raises InvalidOption."""
+        if self.device not in get_args(DeviceName):
+            raise InvalidOption(
+                f"device: expected one of {', '.join(get_args(DeviceName))}, found {self.device!r}"
+            )
+        if self.vram_budget is not None:
+            checked_count("vram_budget", self.vram_budget, least=0)
+        if self.plan is not None and self.vram_budget is not None:
+            raise InvalidOption("plan and vram_budget exclude each other: a plan has its budget")
+        if self.device == "cpu" and (self.plan is not None or self.vram_budget):
+            raise InvalidOption("device cpu takes no plan and no vram_budget")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model that is to be placed."""
+
+    config: ModelConfig
+    format: Format
+    n_context: int
+    n_threads: int
+    model_hash: str
+    order_hash: str
+    frequencies: NDArray[np.float64] | None  # (n_layers, n_neurons) as packed, where recorded
+    prediction: Prediction | None = None
+
+    def cpu_plan(self) -> PlacementPlan:
+        return cpu_plan(
+            self.config, self.format.name, self.n_context, self.model_hash, self.order_hash
+        )
+
+    def time_model(self, machine: Machine) -> TimeModel:
+        config, frequencies = self.config, self.frequencies
+        if frequencies is None:
+            active = UNRECORDED_ACTIVE if config.is_sparse else 1.0
+            frequencies = flat_frequencies(config.n_layers, config.n_neurons, active)
+        return TimeModel(
+            machine,
+            ModelSizes(config, self.format, self.n_context),
+            frequencies,
+            n_positions=min(PLANNED_POSITIONS, self.n_context),
+            predictors=self._predictor_costs(),
+        )
+
+    def _predictor_costs(self) -> tuple[PredictorCost | None, ...] | None:
+        prediction = self.prediction
+        if prediction is None:
+            return None
+        n_bytes = prediction.bytes_per_token // max(prediction.n_predicted_layers, 1)
+        cost = PredictorCost(n_bytes, prediction.predicted)
+        return tuple(None if kind == "exact" else cost for kind in prediction.kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A plan, the device that it needs, and what a user should be told."""
+
+    plan: PlacementPlan
+    device: Device | None = None
+    kernels: TorchKernels | None = None  # of decode
+    notices: tuple[str, ...] = ()
+    is_solved: bool = False  # here and now: a smaller one can be
+
+
+def place(asked: Asked, subject: Subject, home: Path | None) -> Placed:
+    """Raises InvalidOption, InvalidArtifact, DeviceUnavailable."""
+    asked.check()
+    nothing = Placed(subject.cpu_plan())
+    path = asked.plan
+    if path is None and asked.device == "auto" and asked.vram_budget is None and home:
+        kept = plan_path(home, subject)
+        path = kept if kept.is_file() else None
+    wants_gpu = asked.device == "cuda" or bool(asked.vram_budget) or path is not None
+    if not wants_gpu or asked.device == "cpu" or asked.vram_budget == 0:
+        return nothing
+    plan: PlacementPlan | None = None
+    if path is not None:
+        try:
+            plan = _checked_plan(path, subject)
+        except InvalidArtifact as error:
+            if asked.plan is not None:
+                raise
+            return replace(nothing, notices=(f"plan not used: {error}",))
+        if not plan.uses_gpu:
+            return replace(nothing, plan=plan)
+    try:
+        device = open_device()
+    except DeviceUnavailable as error:
+        if asked.device == "cuda":
+            raise DeviceUnavailable(f"device cuda: {error}; use device cpu") from error
+        return replace(nothing, notices=(f"{error}: everything is on the CPU",))
+    kernels, notices = decode_kernels(device)
+    if plan is not None:
+        return Placed(plan, device, kernels, notices)
+    machine = measured_gpu(device, kernels, subject, home)
+    plan, more = solve_for(machine, subject, asked.vram_budget)
+    return Placed(
+        plan, device if plan.uses_gpu else None, kernels, (*notices, *more), is_solved=True
+    )
+
+
+def solve_for(
+    machine: Machine, subject: Subject, vram_budget: int | None
+) -> tuple[PlacementPlan, tuple[str, ...]]:
+    """The plan for a budget of the whole process, and notices."""
+    gpu = machine.gpu
+    if gpu is None:
+        return subject.cpu_plan(), ()
+    notices: list[str] = []
+    largest = gpu.vram_bytes + gpu.context_bytes
+    if vram_budget is None:
+        vram_budget = largest
+    elif vram_budget > largest:
+        notices.append(
+            f"a VRAM budget of {vram_budget / 2**20:.0f} MiB was asked for, {gpu.name} has "
+            f"{largest / 2**20:.0f} MiB free: planned for those"
+        )
+        vram_budget = largest
+    if vram_budget <= gpu.context_bytes:
+        notices.append(
+            f"CUDA and torch alone take {gpu.context_bytes / 2**20:.0f} MiB of VRAM, the budget is "
+            f"{vram_budget / 2**20:.0f} MiB: everything is on the CPU"
+        )
+        return subject.cpu_plan(), tuple(notices)
+    if subject.frequencies is None:
+        notices.append("no profile of this model: the plan counts all neurons as equally hot")
+    model = subject.time_model(machine)
+    plan = solve(model, subject.cpu_plan(), vram_budget - gpu.context_bytes)
+    plan = replace(plan, vram_budget=vram_budget, context_bytes=gpu.context_bytes)
+    return plan, tuple(notices)
+
+
+def plan_path(home: Path, subject: Subject) -> Path:
+    """Where `hybrid.setup` keeps the plan of a model."""
+    name = f"{subject.model_hash[:32]}-{subject.format.name}-{subject.n_context}.json"
+    return home / "plans" / name
+
+
+def open_device() -> Device:
+    """This machine's GPU. Raises DeviceUnavailable."""
+    try:
+        from hybrid.engine.device import CudaDevice
+    except ImportError:
+        raise DeviceUnavailable(
+            "a GPU needs PyTorch, which is not installed (pip install 'hybrid[gpu]', with a build "
+            "of PyTorch for this GPU)"
+        ) from None
+    return CudaDevice()
+
+
+def decode_kernels(device: Device) -> tuple[TorchKernels, tuple[str, ...]]:
+    """The fastest kernels for one token that this installation has."""
+    from hybrid.kernels.torch_kernels import TorchKernels
+
+    if device.torch_device.type == "cuda":
+        try:
+            from hybrid.kernels.triton_kernels import TritonKernels
+        except ImportError:
+            return TorchKernels(), (
+                "triton is not installed: the GPU computes with plain torch operations, slowly",
+            )
+        return TritonKernels(), ()
+    return TorchKernels(), ()
+
+
+def measured_gpu(
+    device: Device, kernels: TorchKernels, subject: Subject, home: Path | None
+) -> Machine:
+    """This machine with its GPU, as measured once and kept in `home`."""
+    from hybrid.engine.gpu_measurement import free_and_context_bytes, measure_gpu
+
+    config, format = subject.config, subject.format
+    pool = ThreadPool(subject.n_threads)
+    machine = measured_machine(config, format, pool, home)
+    path = None
+    if home is not None:
+        base = machine_path(home, config, format, subject.n_threads)
+        gpu = hashlib.sha256(f"{device.name} {device.version} {kernels.name}".encode()).hexdigest()
+        path = base.with_name(f"{base.stem}-{gpu[:8]}.json")
+        if path.is_file():
+            try:
+                kept = load_machine(path)
+                if kept.gpu is not None:
+                    free, _ = free_and_context_bytes(device, measures_context=False)
+                    return replace(machine, gpu=replace(kept.gpu, vram_bytes=free))
+            except InvalidArtifact:
+                pass  # measured anew, and written over
+    free, context = free_and_context_bytes(device)
+    speeds = measure_gpu(
+        device, kernels, config, format, pool, vram_bytes=free, context_bytes=context
+    )
+    machine = replace(machine, gpu=speeds)
+    if path is not None:
+        save_quietly(machine, path)
+    return machine
+
+
+def _checked_plan(path: Path, subject: Subject) -> PlacementPlan:
+    plan = load_plan(path)
+    check_plan(
+        plan,
+        path,
+        subject.config,
+        quant=subject.format.name,
+        n_context=subject.n_context,
+        model_hash=subject.model_hash,
+        order_hash=subject.order_hash,
+    )
+    return plan
