@@ -1,0 +1,75 @@
+"""Compiles every Triton kernel for some GPUs, none of which need be here; prints one line each. A
+program of its own: the interpreter, which the other tests use, replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hybrid.kernels import triton_attention, triton_kernels
+
+HIDDEN, HEADS, KV_HEADS, DIM = 1536, 24, 8, 64  # MiniCPM-S-1B
+F, H, B, I8, U8, I16, N, P = ["*fp32", "*fp16", "*i64", "*i8", "*u8", "*i16", "i32", "fp32"]
+_HEADS = {"N_HEADS": HEADS, "DIM": DIM, "WIDTH": DIM}
+
+
+def kernels() -> list[tuple[Any, list[str], dict[str, Any]]]:
+    """Kernel, types of its arguments, constants."""
+    t, a = triton_kernels, triton_attention
+    found: list[tuple[Any, list[str], dict[str, Any]]] = [
+        (t._rms_norm, [F, F, F, P, P], {"N": HIDDEN, "WIDTH": 1024}),
+        (t._merge, [F, F, F, P], {"N": HIDDEN, "N_SPLITS": 16, "HAS_COLD": True, "WIDTH": 256}),
+        (t._count, [F, B, N], {"WIDTH": 1024}),
+        (
+            a.rope_and_cache,
+            [F, F, F, B, F, H, H, P, N],
+            {"N_HEADS": HEADS, "N_KV_HEADS": KV_HEADS, "HALF": DIM // 2, "WIDTH": DIM // 2},
+        ),
+        (
+            a.attend_span,
+            [F, H, H, B, F, F, F, N],
+            {**_HEADS, "GROUP": 3, "GROUP_WIDTH": 4, "SPAN": triton_kernels.SPAN},
+        ),
+        (a.merge_spans, [F, F, F, F, N], {**_HEADS, "CHUNK": 32}),
+    ]
+    for format, values, scales, x, x_scales in (
+        (t.BF16, I16, I16, I16, I16),
+        (t.Q8, I8, H, I8, F),
+        (t.Q4, U8, H, I8, F),
+    ):
+        is_bf16 = format == t.BF16
+        found.append(
+            (t._quantize, [F, x, x_scales], {"N": HIDDEN, "N_BLOCKS": 8, "IS_BF16": is_bf16})
+        )
+        for then, skips in ((t.STORE, False), (t.ADD, False), (t.FATRELU, False), (t.UP, True)):
+            constants = {"N": HIDDEN, "N_ROWS": t.ROWS, "N_BLOCKS": t.CHUNK_BLOCKS}
+            constants |= {"FORMAT": format, "THEN": then, "SKIPS": skips}
+            found.append((t._gemv, [values, scales, x, x_scales, F, F, P, N], constants))
+        constants = {"N": HIDDEN, "N_ROWS": t.DOWN_ROWS, "N_COLS": t.DOWN_COLS}
+        constants |= {"FORMAT": format, "SKIPS": True}
+        found.append((t._down, [values, scales, F, F, N, N], constants))
+    return found
+
+
+def main(archs: list[str]) -> None:
+    for arch in archs:
+        for kernel, types, constants in kernels():
+            names = kernel.arg_names
+            signature = dict(zip(names, types, strict=False))
+            signature |= dict.fromkeys(constants, "constexpr")
+            assert list(signature) == names, (kernel.__name__, list(signature), names)
+            source = ASTSource(
+                kernel, signature, constexprs={(names.index(k),): v for k, v in constants.items()}
+            )
+            compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32))
+            assert compiled.asm["cubin"], kernel.__name__
+            print(arch, kernel.__name__, len(compiled.asm["cubin"]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
