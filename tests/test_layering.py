@@ -28,7 +28,14 @@ LAYERS = [
     ["hybrid"],  # the public names
     ["hybrid.progress_bar", "hybrid.command_line"],
     ["hybrid.conversation"],
-    ["hybrid.run", "hybrid.bench", "hybrid.eval", "hybrid.selfcheck", "hybrid.setup"],
+    [
+        "hybrid.run",
+        "hybrid.bench",
+        "hybrid.eval",
+        "hybrid.selfcheck",
+        "hybrid.setup",
+        "hybrid.plan",
+    ],
 ]
 # What predictor files are; never what trains them.
 READS_PREDICTORS = {"predictors.errors", "predictors.file", "predictors.predictors"}
@@ -50,6 +57,9 @@ FRONT_ENDS = {
     "hybrid.conversation": _USUAL,
     "hybrid.bench": _USUAL,
     "hybrid.eval": _USUAL | {"hybrid.evaluation"},
+    "hybrid.plan": _USUAL
+    | {"hybrid.engine.placing", "hybrid.placement.machine", "hybrid.placement.plan"}
+    | {"hybrid.placement.solver", "hybrid.placement.time_model"},
     "hybrid.selfcheck": _USUAL | {"hybrid.checking"},
 }
 

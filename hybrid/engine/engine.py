@@ -18,6 +18,7 @@ from hybrid.engine.generation import Generation, GenerationStats
 from hybrid.engine.options import (
     MAX_LOGPROBS,
     MAX_THREADS,
+    checked_context,
     checked_count,
     checked_ids,
     checked_stop,
@@ -45,8 +46,6 @@ from hybrid.weights.packed import NeuronOrders, decode_bytes, order_hash, packed
 from hybrid.weights.packed_file import load_packed
 
 Quant = Literal["bf16", "q8", "q4"]
-
-DEFAULT_CONTEXT = 4096  # positions, where the model allows as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +107,7 @@ class Engine:
         asked.check()
         with open_checkpoint(folder, format, progress, use_mmap=mmap is not False) as checkpoint:
             config = checkpoint.config
-            if context_size is None:
-                context_size = min(config.max_context, DEFAULT_CONTEXT)
-            n_context = checked_count("context_size", context_size, config.max_context)
+            n_context = checked_context(context_size, config)
             self.tokenizer = Tokenizer.from_folder(
                 folder, vocab_size=config.vocab_size, bos_id=config.bos_id
             )

@@ -11,8 +11,10 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from hybrid.errors import InvalidCheckpoint, InvalidOption
+from hybrid.model_config import ModelConfig
 from hybrid.sampling import SamplingParams
 
+DEFAULT_CONTEXT = 4096  # positions, where the model allows as many
 MAX_LOGPROBS = 100
 MAX_THREADS = 1024
 
@@ -96,6 +98,13 @@ def checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
         if not string.isascii() and string != string.encode(errors="ignore").decode():
             raise InvalidOption(f"stop: expected valid Unicode, found a lone surrogate: {string!a}")
     return strings
+
+
+def checked_context(context_size: int | None, config: ModelConfig) -> int:
+    """Positions of a context; None takes the default. Raises InvalidOption."""
+    if context_size is None:
+        context_size = min(config.max_context, DEFAULT_CONTEXT)
+    return checked_count("context_size", context_size, config.max_context)
 
 
 def checked_count(

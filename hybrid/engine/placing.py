@@ -13,17 +13,22 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.engine.options import checked_count
+from hybrid.checkpoint import open_checkpoint
+from hybrid.engine.choices import choose_orders
+from hybrid.engine.options import MAX_THREADS, checked_context, checked_count
 from hybrid.engine.prediction import Prediction
 from hybrid.errors import DeviceUnavailable, InvalidArtifact, InvalidOption
 from hybrid.kernels import Format, ThreadPool
 from hybrid.model_config import ModelConfig
+from hybrid.placement.hardware import default_threads
 from hybrid.placement.machine import Machine, load_machine
 from hybrid.placement.measurement import machine_path, measured_machine, save_quietly
 from hybrid.placement.plan import PlacementPlan, check_plan, cpu_plan, load_plan
 from hybrid.placement.sizes import ModelSizes
 from hybrid.placement.solver import solve
 from hybrid.placement.time_model import PredictorCost, TimeModel, flat_frequencies
+from hybrid.progress import Progress, ignore_progress
+from hybrid.weights.packed import order_hash
 
 if TYPE_CHECKING:
     from hybrid.engine.device import Device
@@ -238,6 +243,47 @@ def measured_gpu(
     if path is not None:
         save_quietly(machine, path)
     return machine
+
+
+def machine_here(subject: Subject, home: Path | None) -> tuple[Machine, tuple[str, ...]]:
+    """This machine, measured, with its GPU where it has one; and notices."""
+    try:
+        device = open_device()
+    except DeviceUnavailable as error:
+        pool = ThreadPool(subject.n_threads)
+        return measured_machine(subject.config, subject.format, pool, home), (str(error),)
+    kernels, notices = decode_kernels(device)
+    return measured_gpu(device, kernels, subject, home), notices
+
+
+def read_subject(
+    folder: Path,
+    *,
+    quant: str,
+    threads: int | None,
+    context_size: int | None,
+    home: Path | None,
+    progress: Progress = ignore_progress,
+) -> tuple[Subject, tuple[str, ...]]:
+    """A model as `Engine` would load it, without its weights; and notices. Raises what that
+    raises.
+    """
+    format = Format[quant]
+    with open_checkpoint(folder, format, progress) as checkpoint:
+        config = checkpoint.config
+        orders, frequencies, notices = choose_orders(checkpoint, "auto", home)
+        subject = Subject(
+            config=config,
+            format=format,
+            n_context=checked_context(context_size, config),
+            n_threads=checked_count(
+                "threads", default_threads() if threads is None else threads, MAX_THREADS
+            ),
+            model_hash=checkpoint.weights_hash,
+            order_hash=order_hash(orders),
+            frequencies=frequencies,
+        )
+    return subject, notices
 
 
 def _checked_plan(path: Path, subject: Subject) -> PlacementPlan:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.checkpoint import open_checkpoint
-from hybrid.engine.engine import DEFAULT_CONTEXT
+from hybrid.engine.options import DEFAULT_CONTEXT
 from hybrid.engine.reference_executor import ReferenceSession, read_weights
 from hybrid.tokenizer import Tokenizer
 

@@ -1,0 +1,263 @@
+"""Plan which part of a model goes to a GPU, and see what that is worth.
+
+    python -m hybrid.plan -m MiniCPM-S-1B --vram-budget 1GiB --explain
+    python -m hybrid.plan -m MiniCPM-S-1B --vram-budget 1GiB --hardware ddr4-rtx3050 --plot tps.png
+
+Measures this machine once (some seconds), solves for the plan of least predicted time within the
+budget, and shows every alternative. --hardware takes a JSON file with fields that replace measured
+ones (docs/formats.md), or a modelled machine's name: its figures are then predictions, not
+measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from hybrid import HybridError, InvalidOption, check_options
+from hybrid.catalog import hybrid_home, resolve
+from hybrid.command_line import ArgumentParser, add_model_options, byte_size, printable, run_command
+from hybrid.engine.placing import Subject, machine_here, read_subject, solve_for
+from hybrid.placement.machine import MODELLED, Machine, override, read_overrides
+from hybrid.placement.plan import LayerPlacement, PlacementPlan, whole_plan
+from hybrid.placement.solver import Alternative, alternatives
+from hybrid.placement.time_model import TimeModel
+from hybrid.progress_bar import progress_bar
+
+WORTH = 1.05  # hybrid over whole layers: less is said not to be worth it
+PLOT_POINTS = 13
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    made = [(name, make()) for name, make in MODELLED.items()]
+    machines = "\n".join(
+        f"  {name:14} {machine.name}, {machine.gpu.name if machine.gpu else ''}"
+        for name, machine in made
+    )
+    parser = ArgumentParser(
+        prog="hybrid.plan",
+        description=__doc__,
+        epilog=f"modelled machines:\n{machines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_options(parser)
+    add = parser.add_argument
+    add("-c", "--ctx-size", type=int, help="context in tokens (4096, or the model's maximum)")
+    add(
+        "--vram-budget",
+        type=byte_size,
+        metavar="SIZE",
+        help="VRAM that the process may take, such as 1GiB (all that is free)",
+    )
+    add("--hardware", metavar="FILE|NAME", help="another machine than this one")
+    add("--explain", action="store_true", help="what goes where, and why")
+    add("--save", type=Path, metavar="FILE", help="write the plan: hybrid.run --plan FILE")
+    add("--plot", type=Path, metavar="PNG", help="predicted speed against the budget")
+    add("--json", action="store_true", help="one JSON object")
+    return parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_options(threads=args.threads)
+    with progress_bar() as progress:
+        folder = resolve(args.model, offline=args.offline, progress=progress)
+        subject, notices = read_subject(
+            folder,
+            quant=args.quant,
+            threads=args.threads,
+            context_size=args.ctx_size,
+            home=hybrid_home(),
+            progress=progress,
+        )
+    machine, more = find_machine(args, subject)
+    plan, solved = solve_for(machine, subject, args.vram_budget)
+    model = subject.time_model(machine)
+    budget = max(0, plan.vram_budget - plan.context_bytes)
+    ways = alternatives(model, subject.cpu_plan(), budget)
+    for notice in (*notices, *more, *solved):
+        print(f"note: {printable(notice)}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(as_json(machine, plan, ways)))
+    else:
+        print_plan(machine, plan, ways)
+        if args.explain:
+            print_layers(model, plan)
+    if args.save is not None:
+        try:
+            plan.save(args.save)
+        except OSError as error:
+            raise InvalidOption(f"--save {args.save}: {error.strerror}") from error
+    if args.plot is not None:
+        plot(args.plot, machine, subject)
+    return 0
+
+
+def find_machine(args: argparse.Namespace, subject: Subject) -> tuple[Machine, tuple[str, ...]]:
+    """The machine to plan for, and notices."""
+    name = args.hardware
+    if name in MODELLED:
+        machine = MODELLED[name]()
+        return machine, (f"{machine.name} is modelled, not measured",)
+    machine, notices = machine_here(subject, hybrid_home())
+    if name is None:
+        return machine, notices
+    path = Path(name)
+    if not path.is_file():
+        names = ", ".join(MODELLED)
+        raise InvalidOption(f"--hardware {name}: expected a JSON file, or one of {names}")
+    machine = override(machine, read_overrides(path), path)
+    return machine, notices if machine.gpu is None else ()
+
+
+def print_plan(machine: Machine, plan: PlacementPlan, ways: list[Alternative]) -> None:
+    """The machine, the budget, and every way to run the model."""
+    cpu, gpu = machine.cpu, machine.gpu
+    print(
+        f"CPU     {machine.name}: {machine.n_threads} threads, streams {cpu.stream_gbs:.1f} GB/s, "
+        f"gathers {cpu.gather_gbs:.1f}, {cpu.layer_us:.0f} µs a layer besides"
+    )
+    if gpu is None:
+        print("GPU     none")
+    else:
+        print(
+            f"GPU     {gpu.name}: reads {gpu.stream_gbs:.0f} GB/s, skipping {gpu.gather_gbs:.0f}; "
+            f"{gpu.node_us:.1f} µs a kernel, {gpu.hand_off_us:.1f} µs a hand-off ({gpu.mechanism})"
+        )
+        print(
+            f"budget  {plan.vram_budget / 2**20:.0f} MiB, of which CUDA and torch take "
+            f"{plan.context_bytes / 2**20:.0f}; KV cache for {plan.n_context} tokens"
+        )
+    print(f"\n{'predicted':16}{'tok/s':>8}{'VRAM MiB':>10}")
+    fastest = min(ways, key=lambda way: way.seconds)
+    for way in ways:
+        mark = "  <" if way is fastest else ""
+        print(f"{way.name:16}{1 / way.seconds:>8.1f}{way.plan.vram_bytes / 2**20:>10.0f}{mark}")
+    print(f"\n{plan.summary()}\n{verdict(ways)}")
+
+
+def verdict(ways: list[Alternative]) -> str:
+    """In plain words: is splitting layers worth it?"""
+    by_name = {way.name: way.seconds for way in ways}
+    if len(ways) == 1:
+        return "There is no GPU, or no room on it: the CPU computes everything."
+    best_other = min(seconds for name, seconds in by_name.items() if name != "hybrid")
+    other = min((name for name in by_name if name != "hybrid"), key=lambda n: by_name[n])
+    over_cpu = by_name["CPU only"] / min(by_name.values())
+    if "hybrid" not in by_name:
+        return f"Nothing can be split within this budget: {other}, {over_cpu:.2f}x CPU only."
+    gain = best_other / by_name["hybrid"]
+    if over_cpu < WORTH:
+        return "A GPU is not worth it here: the CPU alone is as fast."
+    if gain < WORTH:
+        return (
+            f"Splitting layers is not worth it here: {gain:.2f}x {other}. Over the CPU alone "
+            f"this plan is {over_cpu:.2f}x."
+        )
+    return f"Hybrid is worth it: {gain:.2f}x {other}, {over_cpu:.2f}x CPU only."
+
+
+def print_layers(model: TimeModel, plan: PlacementPlan) -> None:
+    """What goes where, and what each layer's time consists of."""
+    print(f"\n{'layers':10}{'what is on the GPU':50}{'GPU µs':>8}{'CPU µs':>8}{'both µs':>9}")
+    for layers, placement in runs(plan):
+        times = [model.layer(layer, placement) for layer in layers]
+        n = len(times)
+        gpu = cpu = sum(t.total for t in times) / n * 1e6
+        if placement.is_on_gpu:
+            gpu = sum(t.before + t.hot + t.after for t in times) / n * 1e6
+            cpu = sum(t.cold for t in times) / n * 1e6
+        else:
+            gpu = 0.0
+        both = sum(t.total for t in times) / n * 1e6
+        name = f"{layers[0]}-{layers[-1]}" if n > 1 else str(layers[0])
+        print(
+            f"{name:10}{describe(model, plan, layers, placement):50}"
+            f"{gpu:>8.0f}{cpu:>8.0f}{both:>9.0f}"
+        )
+    head = model.head(plan.is_head_on_gpu) * 1e6
+    where = "all of it" if plan.is_head_on_gpu else "nothing"
+    print(f"{'head':10}{where:50}{'':16}{head:>9.0f}")
+    print(
+        "\nA split layer takes as long as the slower of both. The head and attention come first: "
+        "every token reads them whole.\nHot neurons come first among the rest: their rows are read "
+        "most often per byte that they take."
+    )
+
+
+def runs(plan: PlacementPlan) -> Iterator[tuple[list[int], LayerPlacement]]:
+    """Neighbouring layers that are placed alike."""
+    for placement, group in groupby(range(len(plan.layers)), key=lambda i: plan.layers[i]):
+        yield list(group), placement
+
+
+def describe(
+    model: TimeModel, plan: PlacementPlan, layers: list[int], placement: LayerPlacement
+) -> str:
+    if not placement.is_on_gpu:
+        return "nothing"
+    if plan.is_whole(placement):
+        return "all of them"
+    n = plan.n_neurons
+    text = "attention, KV"
+    if placement.n_gate:
+        text += ", all gates" if placement.n_gate == n else f", {placement.n_gate} gates"
+    if placement.n_hot:
+        hot = sum(model.active(layer, 0, placement.n_hot) for layer in layers)
+        share = hot / max(sum(model.active(layer, 0, n) for layer in layers), 1e-9)
+        text += f", {placement.n_hot} neurons ({share:.0%} of firing)"
+    return text
+
+
+def as_json(machine: Machine, plan: PlacementPlan, ways: list[Alternative]) -> dict[str, Any]:
+    return {
+        "machine": asdict(machine),
+        "plan": asdict(plan),
+        "predicted_tps": {way.name: round(1 / way.seconds, 2) for way in ways},
+        "vram_bytes": {way.name: way.plan.vram_bytes for way in ways},
+        "verdict": verdict(ways),
+    }
+
+
+def plot(path: Path, machine: Machine, subject: Subject) -> None:
+    """Predicted tok/s of each way against the budget, up to the whole model."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise HybridError("--plot needs matplotlib: pip install 'hybrid[train]'") from None
+    if machine.gpu is None:
+        raise InvalidOption("--plot: there is no GPU; name one with --hardware")
+    model = subject.time_model(machine)
+    needed = model.sizes.plan(whole_plan(subject.cpu_plan())) + (8 << 20)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for step in range(PLOT_POINTS):
+        budget = needed * step // (PLOT_POINTS - 1)
+        for way in alternatives(model, subject.cpu_plan(), budget):
+            at = (budget + machine.gpu.context_bytes) / 2**20
+            curves.setdefault(way.name, []).append((at, 1 / way.seconds))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    kind = "modelled" if machine.is_modelled else "predicted"
+    axes.set(xlabel="VRAM budget, MiB", ylabel=f"{kind} tok/s", ylim=(0, None))
+    axes.set_title(f"{subject.format.name}, {machine.name}, {machine.gpu.name}", fontsize=9)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise InvalidOption(f"--plot {path}: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_command("hybrid.plan", lambda: run(parse_arguments(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
