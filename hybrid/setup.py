@@ -3,14 +3,15 @@
     python -m hybrid.setup -m MiniCPM-S-1B --quant q4
 
 Fetches the model, checks it, records which neurons fire (on texts that it writes itself, or on
---text), packs it with hot neurons first, and trains a predictor (where torch is installed; else
-training-free kinds are tried). What is done is kept under HYBRID_HOME and not done again; an
-interrupted setup goes on where it was.
+--text), packs it with hot neurons first, trains a predictor (where torch is installed; else
+training-free kinds are tried), and plans what of it goes to the GPU, where there is one. What is
+done is kept under HYBRID_HOME and not done again; an interrupted setup goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 import time
@@ -31,6 +32,7 @@ from hybrid.command_line import (
     printable,
     run_command,
 )
+from hybrid.engine.placing import machine_here, plan_path, solve_for
 from hybrid.engine.prediction import predictor_path
 from hybrid.placement.profile import FILE_NAME, load_profile, profile_path
 from hybrid.progress_bar import progress_bar
@@ -83,7 +85,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--separator", help="what stands between two documents of a text file")
     add("--max-tokens", type=int, help="tokens of each text, at most")
     add("--trace-budget", type=byte_size, default=TRACE_BYTES, help="bytes of the trace (2GiB)")
-    add("--no-predictor", action="store_true", help="profile and pack only")
+    add("--no-predictor", action="store_true", help="no predictor")
+    add(
+        "--vram-budget",
+        type=byte_size,
+        metavar="SIZE",
+        help="VRAM that hybrid may take, such as 1GiB (all that is free); 0: the CPU alone",
+    )
     add("--redo", action="store_true", help="do again what was done before")
     args = parser.parse_args(arguments)
     if args.max_tokens is not None and args.max_tokens < 1:
@@ -95,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)
     corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
     started = time.monotonic()
-    with open_engine(args) as (engine, _):
+    with on_cpu(args) as (engine, _):
         for notice in engine.notices:
             print(f"note: {printable(notice)}")
         if not engine.config.is_sparse:
@@ -110,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             shutil.rmtree(paths.work, ignore_errors=True)
         announce(args, engine, paths, corpora)
     check(args)
-    with open_engine(args) as (engine, progress):
+    with on_cpu(args) as (engine, progress):
         has_profile = paths.profile.is_file() or (
             engine.neuron_orders is not None and not args.text
         )
@@ -118,12 +126,20 @@ def run(args: argparse.Namespace) -> int:
             make_profile(args, engine, paths, corpora, progress)
     print("profile    done")
     if not args.no_predictor:
-        with open_engine(args) as (engine, progress):  # now packed with hot neurons first
+        with on_cpu(args) as (engine, progress):  # now packed with hot neurons first
             make_predictor(args, engine, paths, corpora, progress)
+    make_plan(args)
     shutil.rmtree(paths.work, ignore_errors=True)
     report(args)
     print(f"ready in {time.monotonic() - started:.0f} s", flush=True)
     return 0
+
+
+def on_cpu(args: argparse.Namespace) -> contextlib.AbstractContextManager[tuple[Engine, Progress]]:
+    """The engine that is watched: all of it where it can be observed."""
+    asked = argparse.Namespace(**vars(args))
+    del asked.vram_budget
+    return open_engine(asked)
 
 
 def announce(
@@ -245,21 +261,54 @@ def make_predictor(
     print("predictor  done")
 
 
+def make_plan(args: argparse.Namespace) -> None:
+    """Solves for what goes to the GPU; `hybrid.run` then uses it by itself."""
+    with on_cpu(args) as (engine, _):
+        subject = engine.subject
+    path = plan_path(hybrid_home(), subject)
+    path.unlink(missing_ok=True)
+    machine, notices = machine_here(subject, hybrid_home())
+    if machine.gpu is None or args.vram_budget == 0:
+        why = "as asked" if machine.gpu is not None else "; ".join(notices)
+        print(f"plan       all on the CPU: {printable(why)}")
+        return
+    plan, notices = solve_for(machine, subject, args.vram_budget)
+    for notice in notices:
+        print(f"note: {printable(notice)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plan.save(path)
+    except OSError as error:
+        raise HybridError(f"{path}: cannot be written: {error.strerror}") from error
+    print(f"plan       {printable(plan.summary().removeprefix('plan: '))}, {machine.gpu.name}")
+
+
 def report(args: argparse.Namespace) -> None:
     """What was made, and how fast a token is now."""
     rows = []
     kinds = ["exact"] if args.no_predictor else ["exact", "auto"]
     for kind in kinds:
         args.predictor, args.recall = kind, 0.99
-        with open_engine(args) as (engine, _):
+        with on_cpu(args) as (engine, _):
             engine.wait_for_weights()
             rows.append((kind, measure_rates(engine)["decode"]))
             prediction = engine.prediction
+    if has_gpu_plan(args):
+        asked = argparse.Namespace(**vars(args))
+        asked.device, asked.vram_budget, asked.plan = "auto", None, None
+        with open_engine(asked) as (engine, _):
+            engine.wait_for_weights()
+            rows.append((f"{kinds[-1]}, the plan", measure_rates(engine)["decode"]))
     if not args.no_predictor and prediction is not None:
         print("\nheld-out tokens; cost of finding the active neurons, against all gates:")
         print(summary(load_predictor_file(prediction.path)) + "\n")
     for kind, rate in rows:
-        print(f"--predictor {kind:6} {rate:8.1f} tok/s")
+        print(f"--predictor {kind:16} {rate:8.1f} tok/s")
+
+
+def has_gpu_plan(args: argparse.Namespace) -> bool:
+    with on_cpu(args) as (engine, _):
+        return plan_path(hybrid_home(), engine.subject).is_file()
 
 
 def _existing(path: Path) -> Path:

@@ -33,6 +33,7 @@ def test_setup_makes_a_model_ready(home, capsys):
     for line in ("to do      profile, predictor", "selfcheck  done", "profile    done"):
         assert line in out
     assert "predictor  done" in out
+    assert "plan       " in out
     assert "--predictor auto" in out
     with hybrid.load(model, predictor="auto") as engine:
         assert engine.neuron_orders is not None
@@ -104,3 +105,21 @@ def test_run_says_what_setup_would_bring(home):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "python -m hybrid.setup" in done.stderr
     assert json.dumps(done.stdout)
+
+
+def test_setup_ends_with_a_plan(home, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    from hybrid.engine import gpu_measurement, placing
+    from hybrid.engine.device import HostDevice
+    from hybrid.placement.machine import GpuSpeeds
+
+    speeds = GpuSpeeds("a GPU", 64 << 20, 0, 400.0, 250.0, 0.0, 0.1, "synchronise")
+    monkeypatch.setattr(placing, "open_device", HostDevice)
+    monkeypatch.setattr(gpu_measurement, "measure_gpu", lambda *_, **__: speeds)
+    options = ("-m", "synthetic:tiny", "--no-predictor")
+    assert setup(*options, "--vram-budget", "0") == 0
+    assert "plan       all on the CPU: as asked" in capsys.readouterr().out
+    assert setup(*options) == 0
+    assert "plan       on the GPU all layers and the head" in capsys.readouterr().out
+    with hybrid.load("synthetic:tiny") as engine:
+        assert engine.plan.is_all_on_gpu
