@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid.engine.device import Device, Mechanism, Work
-from hybrid.engine.hand_off import Exchange, HandOffs
+from hybrid.engine.hand_off import PATIENCE_S, Exchange, HandOffs
 from hybrid.kernels import Activation, Format, Program, Session, ThreadPool
 from hybrid.kernels._native import meet
 from hybrid.kernels.reference import rope_tables
@@ -127,10 +127,17 @@ def hand_off_seconds(
 class Turns:
     """A token of `n` hand-offs and nothing between them: also what the checks on a GPU replay."""
 
-    def __init__(self, device: Device, pool: ThreadPool, mechanism: Mechanism, n: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        pool: ThreadPool,
+        mechanism: Mechanism,
+        n: int,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self.device, self.mechanism, self.n = device, mechanism, n
         self.session = _empty_session(pool, n)
-        self.exchange = Exchange(device, _SMALL, _SMALL, n + 1)
+        self.exchange = Exchange(device, _SMALL, _SMALL, n + 1, patience_s)
         meet(self.session, self.exchange.link)
         self.h = torch.ones(1, _SMALL, device=device.torch_device)
         self.y = torch.zeros(n, _SMALL, device=device.torch_device)

@@ -1,0 +1,119 @@
+"""hybrid.plan as a user runs it, and the checks for GPUs that are elsewhere."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import hybrid
+from hybrid.placement.plan import load_plan
+from hybrid.plan import main
+
+ROOT = Path(hybrid.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def fast_gpu(tmp_path: Path) -> str:
+    """A machine with a GPU that pays even for a small model."""
+    path = tmp_path / "my pc.json"
+    gpu = {"name": "mine", "vram_bytes": 1 << 30, "context_bytes": 1 << 20}
+    gpu |= {"stream_gbs": 900, "gather_gbs": 600, "node_us": 0, "hand_off_us": 0.1}
+    path.write_text(json.dumps({"gpu": gpu}))
+    return str(path)
+
+
+def test_plans_are_explained(tmp_path, capsys):
+    pytest.importorskip("scipy")
+    hardware = fast_gpu(tmp_path)
+    options = ["-c", "256", "--vram-budget", "7MiB", "--hardware", hardware, "--explain"]
+    assert main([*options, "--save", str(tmp_path / "plan.json")]) == 0
+    out = capsys.readouterr().out
+    for line in ("GPU     mine: reads 900 GB/s", "CPU only", "whole layers", "hybrid", "head"):
+        assert line in out
+    assert "CUDA and torch take 1" in out
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.uses_gpu
+    assert plan.vram_bytes + (1 << 20) <= 7 << 20
+
+
+def test_json_and_a_modelled_machine(capsys):
+    assert main(["--hardware", "ddr4-rtx3050", "--vram-budget", "1g", "--json"]) == 0
+    shown = capsys.readouterr()
+    summary = json.loads(shown.out)
+    assert summary["machine"]["is_modelled"]
+    assert set(summary["predicted_tps"]) >= {"CPU only"}
+    assert "modelled, not measured" in shown.err
+
+
+def test_a_plot_is_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "tps.png"
+    hardware = fast_gpu(tmp_path)
+    assert main(["--hardware", hardware, "-c", "256", "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert main(["--hardware", hardware, "--plot", str(tmp_path / "none" / "tps.png")]) == 2
+    assert "--plot" in capsys.readouterr().err
+
+
+def test_no_budget_is_the_cpu(capsys):
+    assert main(["--hardware", "ddr5-rtx4060", "--vram-budget", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "all on the CPU" in out
+    assert "\nwhole layers" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vram-budget", "much"], "expected an amount"),
+        (["--vram-budget", "-1GiB"], "expected"),
+        (["--hardware", "cray"], "expected a JSON file, or one of ddr4-gtx1650"),
+        (["-c", "0"], "context_size"),
+        (["-m", "none/such"], "none/such"),
+    ],
+)
+def test_bad_options_are_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) if "-budget" in options[0] else _returns():
+        assert main([*options, "--offline"]) in (1, 2)
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error
+
+
+class _returns:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_broken_hardware_files_are_named(tmp_path, capsys):
+    path = tmp_path / "pc.json"
+    path.write_text('{"cpu": {"stream_gbs": -3}}')
+    assert main(["--hardware", str(path)]) == 1
+    assert f"{path}: stream_gbs" in capsys.readouterr().err
+
+
+def test_the_gpu_checks_can_be_rehearsed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("scipy")
+    from hybrid.engine import placing
+
+    monkeypatch.setattr(placing, "open_device", placing.open_device)  # put back afterwards
+    path = tmp_path / "checks.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_checks.py", "--rehearse", "-o", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / "gpu_checks.py"), run_name="__main__")
+    assert ended.value.code == 0, capsys.readouterr().out
+    results = {name: entry["result"] for name, entry in json.loads(path.read_text()).items()}
+    assert all(plan["is_within"] for plan in results["every plan, stories q8"].values())
+    assert all(plan["same_argmax"] for plan in results["every plan, stories q8"].values())
+    assert results["replays"]["wrong"] == 0
+    assert results["decode, q8"]["hybrid 50%"]["vram_mib"] > 0
