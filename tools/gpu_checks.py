@@ -39,6 +39,7 @@ from hybrid.placement.solver import alternatives
 
 LIMIT_S = 480.0
 REPLAYS = 10_000
+CONTEXT = 512
 BOUND = 2e-2  # of the largest logit: see tests/engine/test_hybrid.py
 TESTS = Path(__file__).parents[1] / "tests"
 
@@ -193,7 +194,7 @@ def every_plan(model: str, quant: str, folder: Path) -> dict[str, Any]:
     """Teacher-forced logits of each kind of plan against the CPU engine's."""
 
     def logits(**options: Any) -> tuple[np.ndarray, hybrid.Engine]:
-        with hybrid.load(model, quant=quant, context_size=512, **options) as engine:
+        with hybrid.load(model, quant=quant, context_size=CONTEXT, **options) as engine:
             ids = np.random.default_rng(0).integers(3, engine.config.vocab_size, 90)
             session = engine.open_session()
             rows = [*session.prefill(ids[:64], all_logits=True)]  # type: ignore[misc]
@@ -221,7 +222,9 @@ def every_plan(model: str, quant: str, folder: Path) -> dict[str, Any]:
 
 
 def decode_ms(model: str, quant: str, threads: int, n: int = 64, **options: Any) -> dict[str, Any]:
-    with hybrid.load(model, quant=quant, threads=threads, context_size=1024, **options) as engine:
+    with hybrid.load(
+        model, quant=quant, threads=threads, context_size=CONTEXT, **options
+    ) as engine:
         engine.wait_for_weights()
         ids = np.random.default_rng(1).integers(3, engine.config.vocab_size, 3 * n + 40)
         session = engine.open_session()
@@ -251,7 +254,7 @@ def splits(
     layers: measured and predicted in one run.
     """
     with hybrid.load(
-        model, quant=quant, threads=threads, context_size=1024, device="cpu"
+        model, quant=quant, threads=threads, context_size=CONTEXT, device="cpu"
     ) as engine:
         subject = engine.subject
     backend, _ = placing.decode_kernels(device)
