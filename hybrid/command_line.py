@@ -83,6 +83,8 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         help="VRAM that the process may take, such as 1GiB; what does not fit stays on the CPU",
     )
     add("--plan", type=Path, metavar="FILE", help="a plan that hybrid.plan saved")
+    mechanisms = ("auto", "memory-operations", "host-functions", "synchronise")
+    add("--hand-offs", choices=mechanisms, default="auto", help="how GPU and CPU meet (measured)")
 
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -109,7 +111,12 @@ def byte_size(text: str) -> int:
 
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
     """What they mean to `load`."""
-    return {"device": args.device, "vram_budget": args.vram_budget, "plan": args.plan}
+    return {
+        "device": args.device,
+        "vram_budget": args.vram_budget,
+        "plan": args.plan,
+        "hand_offs": args.hand_offs,
+    }
 
 
 @contextlib.contextmanager

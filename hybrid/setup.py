@@ -295,7 +295,7 @@ def report(args: argparse.Namespace) -> None:
             prediction = engine.prediction
     if has_gpu_plan(args):
         asked = argparse.Namespace(**vars(args))
-        asked.device, asked.vram_budget, asked.plan = "auto", None, None
+        asked.device, asked.vram_budget, asked.plan, asked.hand_offs = "auto", None, None, "auto"
         with open_engine(asked) as (engine, _):
             engine.wait_for_weights()
             rows.append((f"{kinds[-1]}, the plan", measure_rates(engine)["decode"]))

@@ -116,4 +116,4 @@ def test_the_gpu_checks_can_be_rehearsed(tmp_path, monkeypatch, capsys):
     assert all(plan["is_within"] for plan in results["every plan, stories q8"].values())
     assert all(plan["same_argmax"] for plan in results["every plan, stories q8"].values())
     assert results["replays"]["wrong"] == 0
-    assert results["decode, q8"]["hybrid 50%"]["vram_mib"] > 0
+    assert results["decode, q8"]["all on the GPU 100%"]["vram_mib"] > 0

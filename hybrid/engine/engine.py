@@ -87,6 +87,7 @@ class Engine:
         device: DeviceName = "auto",
         vram_budget: int | None = None,
         plan: Path | None = None,
+        hand_offs: str = "auto",
         home: Path | None = None,
         progress: Progress = ignore_progress,
     ) -> None:
@@ -103,7 +104,7 @@ class Engine:
                 f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
             )
         format = Format[quant]
-        asked = Asked(device, vram_budget, plan)
+        asked = Asked(device, vram_budget, plan, hand_offs)
         asked.check()
         with open_checkpoint(folder, format, progress, use_mmap=mmap is not False) as checkpoint:
             config = checkpoint.config

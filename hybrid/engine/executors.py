@@ -63,6 +63,7 @@ def open_executor(
             machine = measured_gpu(placed.device, placed.kernels, subject, home)
             budget = int(SMALLER * plan.vram_budget)
             smaller, _ = solve_for(machine, subject, budget)
+            smaller = replace(smaller, hand_offs=plan.hand_offs)
             notices.append(f"planned anew for {budget / 2**20:.0f} MiB of VRAM: {error}")
             placed = replace(placed, plan=smaller)
     raise AssertionError("the last attempt returns or raises")

@@ -4,6 +4,7 @@ the recordings; each session borrows a lane, and has the CPU's share as a native
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -52,7 +53,8 @@ class HybridExecutor:
         patience_s: float = PATIENCE_S,
     ) -> None:
         """`cpu` has recorded the plan's share. `decode_kernels` take one token at a time (those of
-        prefill where None). Raises OutOfMemory, DeviceFailed.
+        prefill where None). `mechanism`: else the plan's, where the device has it. Raises
+        OutOfMemory, DeviceFailed.
         """
         self.cpu, self.model, self.plan, self.device = cpu, model, plan, device
         self.config: ModelConfig = reader.config
@@ -60,11 +62,8 @@ class HybridExecutor:
         self.n_context, self.patience_s = n_context, patience_s
         self.prefill_kernels = TorchKernels()
         self.decode_kernels = decode_kernels or self.prefill_kernels
-        self.mechanism: Mechanism = mechanism or device.mechanisms[0]
-        if self.mechanism not in device.mechanisms:
-            raise InvalidOption(
-                f"mechanism: expected one of {', '.join(device.mechanisms)}, found {mechanism!r}"
-            )
+        planned = [own for own in device.mechanisms if own == plan.hand_offs]
+        self.mechanism: Mechanism = mechanism or (*planned, *device.mechanisms)[0]
         self.failure: str | None = None
         self._free_lanes: list[_Lane] = []
         self._n_lanes = self.lane_bytes = 0
@@ -120,7 +119,7 @@ class HybridExecutor:
             self.format,
             self.plan,
             self.n_context,
-            self.decode_kernels.n_splits,
+            self.decode_kernels,
             self.device.torch_device,
         )
         self._n_lanes += 1
@@ -146,6 +145,15 @@ class _Lane:
         self.recordings: dict[tuple[int, bool], Sequence[Work]] = {}
         self.warm: set[tuple[int, bool]] = set()
         self.native: Session | None = None  # that answers now
+        self._device = device
+
+    def __del__(self) -> None:
+        # What the stream may still wait for, or call, must outlive its work.
+        exchange, device = getattr(self, "exchange", None), getattr(self, "_device", None)
+        if exchange is not None and device is not None:
+            exchange.link.abandon()
+            with contextlib.suppress(RuntimeError):
+                device.synchronize()
 
 
 class HybridSession:
@@ -230,7 +238,7 @@ class HybridSession:
 
     @property
     def active_counts(self) -> list[int]:
-        hot = self._lane.tensors.counts.cpu().tolist()
+        hot = self._lane.tensors.counts.sum(1).cpu().tolist()
         return _sums(hot, self._native.active_counts)
 
     @property

@@ -94,7 +94,8 @@ def bandwidths(
     stream = seconds_of(device, repeat(kernels.linear, matrix, x, out), n)
     active = torch.rand(1, n_rows, generator=torch.Generator().manual_seed(0)) < _ACTIVE
     gates = active.float().to(device.torch_device)
-    up = repeat(kernels.up, matrix, x, gates, Activation.relu, False, out)
+    counts = torch.zeros(kernels.n_counts(n_rows), dtype=torch.int64, device=device.torch_device)
+    up = repeat(kernels.up, matrix, x, gates, Activation.relu, False, out, counts)
     gather = seconds_of(device, up, n)
     share = float(active.float().mean())
     return matrix.n_bytes / stream / 1e9, share * matrix.n_bytes / gather / 1e9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from hybrid.engine.device import Device, copy
 from hybrid.engine.gpu_weights import GpuWeights, Lane
 from hybrid.engine.hand_off import Exchange, HandOffs
@@ -62,8 +64,7 @@ class GpuSide:
 
     def qkv(self, layer: int) -> None:
         weights, lane, launch = self.weights.layers[layer], self.lane, self.device.launch
-        self._norm(weights.attention_norm, 1.0, self.x, self.h)
-        launch(self.kernels.quantize, self.h, self.h_quant)
+        self._norm(weights.attention_norm, 1.0, self.x, self.h, self.h_quant)
         launch(self.kernels.linear, weights.qkv, self.h_quant, self.qkv_out)
         launch(
             self.kernels.rope_and_cache,
@@ -86,19 +87,20 @@ class GpuSide:
             lane.position,
             self.n_visible,
             self.attention,
+            self.attention_quant,
         )
-        launch(self.kernels.quantize, self.attention, self.attention_quant)
         launch(self.kernels.add_linear, weights.o, self.attention_quant, scale, self.x)
 
+    def norm_ffn(self, layer: int) -> None:
+        self._norm(self.weights.layers[layer].ffn_norm, 1.0, self.x, self.h, self.h_quant)
+
     def find_active(self, layer: int) -> None:
-        """The normed input, and the gates that are here."""
-        weights, placement = self.weights.layers[layer], self.plan.layers[layer]
-        self._norm(weights.ffn_norm, 1.0, self.x, self.h)
-        self.device.launch(self.kernels.quantize, self.h, self.h_quant)
+        """The gates that are here, of a layer that is split."""
+        placement = self.plan.layers[layer]
         if placement.n_gate > 0:
             self.device.launch(
                 self.kernels.gates,
-                weights.gate,
+                self.weights.layers[layer].gate,
                 self.h_quant,
                 self.activation,
                 self.config.threshold,
@@ -110,18 +112,21 @@ class GpuSide:
         gates are here.
         """
         placement = self.plan.layers[layer]
-        cold = slice(placement.n_hot, placement.n_gate)
+        # Of many tokens whole rows: one stretch of memory, as one token's cold ones are.
+        is_one = len(self.h) == 1
+        cold = slice(placement.n_hot, placement.n_gate) if is_one else slice(None)
         copies = [(self.host_h, self.h)]
         if placement.n_gate > placement.n_hot:
             copies.append((self.host_gates[:, cold], self.gates[:, cold]))
         self.hand_offs.start(*copies)
 
     def add_hot(self, layer: int) -> None:
+        """Up and down rows of hot neurons, whose gates are known."""
         weights, n_hot = self.weights.layers[layer], self.plan.layers[layer].n_hot
         if n_hot == 0:
             return
-        launch, gates, values = self.device.launch, self.gates[:, :n_hot], self.values[:, :n_hot]
-        launch(
+        gates, values = self.gates[:, :n_hot], self.values[:, :n_hot]
+        self.device.launch(
             self.kernels.up,
             weights.up,
             self.h_quant,
@@ -129,9 +134,30 @@ class GpuSide:
             self.activation,
             self.computes_all,
             values,
+            self.lane.counts[layer],
         )
-        launch(self.kernels.down, weights.down, values, self.computes_all, self.partials)
-        launch(self.kernels.count, gates, self.lane.counts[layer : layer + 1])
+        self.device.launch(
+            self.kernels.down, weights.down, values, self.computes_all, self.partials
+        )
+
+    def whole_ffn(self, layer: int) -> None:
+        """All neurons' sum."""
+        weights = self.weights.layers[layer]
+        self.device.launch(
+            self.kernels.gates_and_up,
+            weights.gate,
+            weights.up,
+            self.h_quant,
+            self.activation,
+            self.config.threshold,
+            self.computes_all,
+            self.gates,
+            self.values,
+            self.lane.counts[layer],
+        )
+        self.device.launch(
+            self.kernels.down, weights.down, self.values, self.computes_all, self.partials
+        )
 
     def finish_cold(self) -> None:
         self.hand_offs.finish((self.y, self.host_y))
@@ -153,17 +179,16 @@ class GpuSide:
         assert self.weights.norm is not None
         row = slice(token, token + 1)
         h, quant = self.h[row], _row(self.h_quant, row)
-        self._norm(self.weights.norm, scale, self.x[row], h)
-        self.device.launch(self.kernels.quantize, h, quant)
+        self._norm(self.weights.norm, scale, self.x[row], h, quant)
         self.device.launch(self.kernels.linear, self.weights.head, quant, self.lane.logits)
 
     def fetch(self, *copies: tuple[object, object]) -> None:
         for target, source in copies:
             self.device.launch(copy, target, source)
 
-    def _norm(self, weight: object, scale: float, x: object, out: object) -> None:
+    def _norm(self, weight: Tensor, scale: float, x: Tensor, out: Tensor, quant: Vectors) -> None:
         eps = self.config.rms_norm_eps
-        self.device.launch(self.kernels.rms_norm, x, weight, eps, scale, out)
+        self.device.launch(self.kernels.norm, x, weight, eps, scale, out, quant)
 
 
 def _row(vectors: Vectors, row: slice) -> Vectors:

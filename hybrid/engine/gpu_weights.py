@@ -12,7 +12,12 @@ from torch import Tensor
 from hybrid.kernels import Format
 from hybrid.kernels._native import PREFILL_CHUNK
 from hybrid.kernels.reference import rope_tables
-from hybrid.kernels.torch_kernels import DeviceMatrix, Vectors, empty_vectors
+from hybrid.kernels.torch_kernels import (
+    DeviceMatrix,
+    TorchKernels,
+    Vectors,
+    empty_vectors,
+)
 from hybrid.model_config import ModelConfig
 from hybrid.placement.plan import PlacementPlan
 from hybrid.weights.unpacked import PackedReader, PlainRows
@@ -96,11 +101,12 @@ class Lane:
         format: Format,
         plan: PlacementPlan,
         n_context: int,
-        n_splits: int,
+        kernels: TorchKernels,
         device: torch.device,
     ) -> None:
         """Raises torch.OutOfMemoryError."""
         n, hidden = PREFILL_CHUNK, config.hidden_size
+        n_splits, n_counts = kernels.n_splits, kernels.n_counts(config.n_neurons)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -117,7 +123,8 @@ class Lane:
         self.decode_partials = empty(n_splits, 1, hidden)  # one stretch
         self.logits = empty(1, config.vocab_size if plan.is_head_on_gpu else 0)
         self.position = empty(1, dtype=torch.int64)  # of the pass's first token
-        self.counts = empty(config.n_layers, dtype=torch.int64)  # hot neurons that fired
+        # Hot neurons that fired, in some parts.
+        self.counts = empty(config.n_layers, n_counts, dtype=torch.int64)
         shape = (config.n_kv_heads, n_context, config.head_dim)
         self.k, self.v = (
             {

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hybrid.kernels.torch_kernels import TorchKernels
 
 DeviceName = Literal["auto", "cpu", "cuda"]
+HAND_OFFS = ("auto", "memory-operations", "host-functions", "synchronise")
 UNRECORDED_ACTIVE = 0.12  # of the neurons, where no profile says how many
 PLANNED_POSITIONS = 512  # of context that plans are made for
 
@@ -46,12 +47,17 @@ class Asked:
     device: DeviceName = "auto"
     vram_budget: int | None = None  # bytes of the whole process; None: all that is free
     plan: Path | None = None
+    hand_offs: str = "auto"  # a mechanism of engine.device, or the plan's
 
     def check(self) -> None:
         """Raises InvalidOption."""
         if self.device not in get_args(DeviceName):
             raise InvalidOption(
                 f"device: expected one of {', '.join(get_args(DeviceName))}, found {self.device!r}"
+            )
+        if self.hand_offs not in HAND_OFFS:
+            raise InvalidOption(
+                f"hand_offs: expected one of {', '.join(HAND_OFFS)}, found {self.hand_offs!r}"
             )
         if self.vram_budget is not None:
             checked_count("vram_budget", self.vram_budget, least=0)
@@ -140,10 +146,16 @@ def place(asked: Asked, subject: Subject, home: Path | None) -> Placed:
             raise DeviceUnavailable(f"device cuda: {error}; use device cpu") from error
         return replace(nothing, notices=(f"{error}: everything is on the CPU",))
     kernels, notices = decode_kernels(device)
+    if asked.hand_offs != "auto" and asked.hand_offs not in device.mechanisms:
+        raise InvalidOption(
+            f"hand_offs: {device.name} has {', '.join(device.mechanisms)} here, found "
+            f"{asked.hand_offs!r}"
+        )
     if plan is not None:
-        return Placed(plan, device, kernels, notices)
+        return Placed(_with_hand_offs(plan, asked), device, kernels, notices)
     machine = measured_gpu(device, kernels, subject, home)
     plan, more = solve_for(machine, subject, asked.vram_budget)
+    plan = _with_hand_offs(plan, asked)
     return Placed(
         plan, device if plan.uses_gpu else None, kernels, (*notices, *more), is_solved=True
     )
@@ -176,7 +188,12 @@ def solve_for(
         notices.append("no profile of this model: the plan counts all neurons as equally hot")
     model = subject.time_model(machine)
     plan = solve(model, subject.cpu_plan(), vram_budget - gpu.context_bytes)
-    plan = replace(plan, vram_budget=vram_budget, context_bytes=gpu.context_bytes)
+    plan = replace(
+        plan,
+        vram_budget=vram_budget,
+        context_bytes=gpu.context_bytes,
+        hand_offs="" if machine.is_modelled else gpu.mechanism,
+    )
     return plan, tuple(notices)
 
 
@@ -284,6 +301,10 @@ def read_subject(
             frequencies=frequencies,
         )
     return subject, notices
+
+
+def _with_hand_offs(plan: PlacementPlan, asked: Asked) -> PlacementPlan:
+    return plan if asked.hand_offs == "auto" else replace(plan, hand_offs=asked.hand_offs)
 
 
 def _checked_plan(path: Path, subject: Subject) -> PlacementPlan:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hybrid.engine.forward import forward
 from hybrid.model_config import ModelConfig
-from hybrid.placement.plan import PlacementPlan
+from hybrid.placement.plan import LayerPlacement, PlacementPlan
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
 
 Place = Literal["cpu", "gpu"]  # where the residual stream is
@@ -52,17 +52,26 @@ class Scheduler:
         if not placement.is_on_gpu:
             self.cpu.ffn(None, weights, layer, scale)
             return "cpu"
-        self.gpu.find_active(layer)
+        self.gpu.norm_ffn(layer)
         if self.plan.is_split(placement):
-            self.gpu.start_cold(layer)
-            self.cpu.cold_ffn(weights, layer, placement)
-            self.cpu.end_segment(sends_x=False)
-            self.gpu.add_hot(layer)
-            self.gpu.finish_cold()
+            self._split_ffn(weights, layer, placement)
         else:
-            self.gpu.add_hot(layer)
+            self.gpu.whole_ffn(layer)
         self.gpu.finish_ffn(layer, scale)
         return "gpu"
+
+    def _split_ffn(self, weights: LayerWeights[Any], layer: int, placement: LayerPlacement) -> None:
+        # The CPU begins as soon as it can: where it needs no gate of the GPU's, before those.
+        needs_gates = placement.n_gate > placement.n_hot
+        if needs_gates:
+            self.gpu.find_active(layer)
+        self.gpu.start_cold(layer)
+        self.cpu.cold_ffn(weights, layer, placement)
+        self.cpu.end_segment(sends_x=False)
+        if not needs_gates:
+            self.gpu.find_active(layer)
+        self.gpu.add_hot(layer)
+        self.gpu.finish_cold()
 
     def head(self, x: Place, weights: ModelWeights[Any], scale: float) -> None:
         if self.plan.is_head_on_gpu:

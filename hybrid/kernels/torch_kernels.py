@@ -102,10 +102,17 @@ class TorchKernels:
     name = "torch"
     n_splits = 1  # partial sums that `down` leaves
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, scale: float, out: Tensor) -> None:
-        """out (T, hidden) = weight * x / rms(x) * scale."""
+    def n_counts(self, n_rows: int) -> int:
+        """Counters that `up` needs for so many rows."""
+        return 1
+
+    def norm(
+        self, x: Tensor, weight: Tensor, eps: float, scale: float, out: Tensor, quant: Vectors
+    ) -> None:
+        """out (T, hidden) = weight * x / rms(x) * scale, and what it is once quantised."""
         inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
         torch.mul(weight, x * inverse, out=out)
+        self.quantize(out, quant)
 
     def quantize(self, x: Tensor, out: Vectors) -> None:
         """x (T, n) → blocks of 32: int8 = round(x * 127 / max|x|); bf16: rounded."""
@@ -146,10 +153,6 @@ class TorchKernels:
         elif activation is Activation.fatrelu:
             out.masked_fill_(out < threshold, 0.0)
 
-    def count(self, gates: Tensor, count: Tensor) -> None:
-        """count (1,) += gates (T, n) of neurons that fire."""
-        count += torch.count_nonzero(gates)
-
     def up(
         self,
         matrix: DeviceMatrix,
@@ -158,14 +161,33 @@ class TorchKernels:
         activation: Activation,
         computes_all: bool,
         out: Tensor,
+        counts: Tensor,
     ) -> None:
         """out (T, n_rows) = act(gate) * (x @ matrix.T), 0 where `gates` are 0: unless
-        `computes_all`, rows of those are not read by kernels that can skip.
+        `computes_all`, rows of those are not read by kernels that can skip. `counts` (n_counts,)
+        grow in sum by the number of gates that are not 0.
         """
         self.linear(matrix, x, out)
         silu = activation is Activation.silu
         value = torch.nn.functional.silu(gates) if silu else gates
         torch.where(gates == 0, torch.zeros_like(out), value * out, out=out)
+        counts[0] += torch.count_nonzero(gates)
+
+    def gates_and_up(
+        self,
+        gate: DeviceMatrix,
+        up: DeviceMatrix,
+        x: Vectors,
+        activation: Activation,
+        threshold: float,
+        computes_all: bool,
+        gates: Tensor,
+        out: Tensor,
+        counts: Tensor,
+    ) -> None:
+        """`gates`, then `up`, of the same neurons."""
+        self.gates(gate, x, activation, threshold, gates)
+        self.up(up, x, gates, activation, computes_all, out, counts)
 
     def down(
         self, matrix: DeviceMatrix, values: Tensor, computes_all: bool, partials: Tensor
@@ -223,9 +245,11 @@ class TorchKernels:
         position: Tensor,
         n_visible: int,
         out: Tensor,
+        quant: Vectors,
     ) -> None:
         """out (T, n_heads * head_dim): causal attention of token t, at position[0] + t, over the
-        first `n_visible` positions of the caches, which reach beyond all tokens.
+        first `n_visible` positions of the caches, which reach beyond all tokens; and what it is
+        once quantised.
         """
         n_tokens, n_heads, _ = q.shape
         group = n_heads // k_cache.shape[0]
@@ -238,3 +262,4 @@ class TorchKernels:
         # Caches hold nothing yet beyond the last token: weights are 0 there, values may be NaN.
         v = v.masked_fill((torch.arange(n_visible, device=q.device) > positions[-1])[:, None], 0.0)
         out.view(n_tokens, n_heads, -1).copy_(torch.einsum("htc,hcd->thd", weights, v))
+        self.quantize(out, quant)

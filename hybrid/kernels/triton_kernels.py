@@ -23,10 +23,15 @@ CHUNK_BLOCKS = 16  # blocks of 32 columns at a time
 DOWN_COLS, DOWN_ROWS = 128, 32
 SPAN = 32  # positions of attention, a program
 
-# What becomes of a dot product.
-STORE, ADD, RELU, FATRELU, UP, UP_SILU = range(6)
+# What is quantised must be rounded as the CPU rounds it: a product, then a sum.
+ROUNDS_EACH = {"enable_fp_fusion": False}
+MAY_FUSE = {"enable_fp_fusion": True}
+
+STORE, ADD, GATE = range(3)  # what becomes of a dot product
 BF16, Q8, Q4 = range(3)
 _FORMATS = {Format.bf16: BF16, Format.q8: Q8, Format.q4: Q4}
+RELU, FATRELU, SILU = range(3)
+_ACTIVATIONS = {Activation.relu: RELU, Activation.fatrelu: FATRELU, Activation.silu: SILU}
 
 
 @triton.jit
@@ -36,26 +41,8 @@ def _as_float(bits):
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, scale, N: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tl.arange(0, WIDTH)
-    squares = tl.zeros((WIDTH,), tl.float32)
-    for first in range(0, N, WIDTH):
-        values = tl.load(x + first + columns, mask=first + columns < N, other=0.0)
-        squares += values * values
-    inverse = tl.rsqrt(tl.sum(squares, 0) / N + eps) * scale
-    for first in range(0, N, WIDTH):
-        mask = first + columns < N
-        values = tl.load(x + first + columns, mask=mask, other=0.0)
-        weights = tl.load(weight + first + columns, mask=mask, other=0.0)
-        tl.store(out + first + columns, weights * (values * inverse), mask=mask)
-
-
-@triton.jit
-def _quantize(x, values, scales, N: tl.constexpr, N_BLOCKS: tl.constexpr, IS_BF16: tl.constexpr):
-    block = tl.program_id(0) * N_BLOCKS + tl.arange(0, N_BLOCKS)
-    at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    mask = (block < N // 32)[:, None] & (at < N)
-    v = tl.load(x + at, mask=mask, other=0.0)
+def _store_quantized(v, at, block, mask, is_block, values, scales, IS_BF16: tl.constexpr):
+    """Blocks of 32 of fp32 `v` (blocks, 32), as `torch_kernels` quantises them, to the bit."""
     if IS_BF16:
         bits = v.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -67,37 +54,65 @@ def _quantize(x, values, scales, N: tl.constexpr, N_BLOCKS: tl.constexpr, IS_BF1
         # Adding and taking away 1.5 * 2^23 rounds to the nearest even integer.
         rounded = (v * inverse[:, None] + 12582912.0) - 12582912.0
         tl.store(values + at, rounded.to(tl.int8), mask=mask)
-        tl.store(scales + block, tl.div_rn(largest, 127.0), mask=block < N // 32)
+        tl.store(scales + block, tl.div_rn(largest, 127.0), mask=is_block)
 
 
 @triton.jit
-def _gemv(
+def _norm(
+    x,
+    weight,
+    out,
+    values,
+    scales,
+    eps,
+    scale,
+    N: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    IS_BF16: tl.constexpr,
+):
+    """One program: the root mean square over all columns, then each block."""
+    column = tl.arange(0, 32)[None, :]
+    squares = tl.zeros((N_BLOCKS, 32), tl.float32)
+    for first in range(0, N // 32, N_BLOCKS):
+        block = first + tl.arange(0, N_BLOCKS)
+        v = tl.load(x + block[:, None] * 32 + column, mask=(block < N // 32)[:, None], other=0.0)
+        squares += v * v
+    inverse = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / N + eps) * scale
+    for first in range(0, N // 32, N_BLOCKS):
+        block = first + tl.arange(0, N_BLOCKS)
+        is_block = block < N // 32
+        at = block[:, None] * 32 + column
+        mask = is_block[:, None] & (column < 32)
+        v = tl.load(x + at, mask=mask, other=0.0)
+        normed = tl.load(weight + at, mask=mask, other=0.0) * (v * inverse)
+        tl.store(out + at, normed, mask=mask)
+        _store_quantized(normed, at, block, mask, is_block, values, scales, IS_BF16)
+
+
+@triton.jit
+def _quantize(x, values, scales, N: tl.constexpr, N_BLOCKS: tl.constexpr, IS_BF16: tl.constexpr):
+    block = tl.program_id(0) * N_BLOCKS + tl.arange(0, N_BLOCKS)
+    at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    is_block = block < N // 32
+    mask = is_block[:, None] & (at < N)
+    v = tl.load(x + at, mask=mask, other=0.0)
+    _store_quantized(v, at, block, mask, is_block, values, scales, IS_BF16)
+
+
+@triton.jit
+def _dots(
     values,
     scales,
     x,
     x_scales,
-    gates,
-    out,
-    number,
-    n_rows,
+    row,
+    reads,
     N: tl.constexpr,
     N_ROWS: tl.constexpr,
     N_BLOCKS: tl.constexpr,
     FORMAT: tl.constexpr,
-    THEN: tl.constexpr,
-    SKIPS: tl.constexpr,
 ):
-    """Dot products of `x` and N_ROWS rows. `number`: the scale of ADD, the threshold of FATRELU.
-
-    With SKIPS, rows whose gate is 0 are not read.
-    """
-    row = tl.program_id(0) * N_ROWS + tl.arange(0, N_ROWS)
-    is_row = row < n_rows
-    reads = is_row
-    if THEN >= 4:
-        gate = tl.load(gates + row, mask=is_row, other=0.0)
-        if SKIPS:
-            reads = is_row & (gate != 0)
+    """(N_ROWS,) dot products of x with the rows that `reads` says; 0 of others."""
     sums = tl.zeros((N_ROWS, N_BLOCKS), tl.float32)
     if tl.sum(reads.to(tl.int32), 0) > 0:
         start = row.to(tl.int64)
@@ -108,54 +123,116 @@ def _gemv(
             if FORMAT == 0:
                 at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
                 v = _as_float(tl.load(x + at, mask=is_block[:, None], other=0))
-                w = tl.load(
-                    values + start[:, None, None] * N + at[None, :, :],
-                    mask=mask[:, :, None],
-                    other=0,
-                )
+                where = values + start[:, None, None] * N + at[None, :, :]
+                w = tl.load(where, mask=mask[:, :, None], other=0)
                 sums += tl.sum(_as_float(w) * v[None, :, :], 2)
             else:
                 if FORMAT == 1:
                     at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
                     v = tl.load(x + at, mask=is_block[:, None], other=0).to(tl.int32)
-                    w = tl.load(
-                        values + start[:, None, None] * N + at[None, :, :],
-                        mask=mask[:, :, None],
-                        other=0,
-                    ).to(tl.int32)
+                    where = values + start[:, None, None] * N + at[None, :, :]
+                    w = tl.load(where, mask=mask[:, :, None], other=0).to(tl.int32)
                     dots = tl.sum(w * v[None, :, :], 2)
                 else:
                     half = tl.arange(0, 16)[None, :]
                     at = block[:, None] * 32 + half
                     low = tl.load(x + at, mask=is_block[:, None], other=0).to(tl.int32)
                     high = tl.load(x + at + 16, mask=is_block[:, None], other=0).to(tl.int32)
-                    w = tl.load(
-                        values
-                        + start[:, None, None] * (N // 2)
-                        + (block[:, None] * 16 + half)[None, :, :],
-                        mask=mask[:, :, None],
-                        other=0,
-                    ).to(tl.int32)
-                    dots = tl.sum(
-                        ((w & 15) - 8) * low[None, :, :] + ((w >> 4) - 8) * high[None, :, :], 2
-                    )
-                scale = tl.load(
-                    scales + start[:, None] * (N // 32) + block[None, :], mask=mask, other=0.0
-                ).to(tl.float32)
+                    byte = (block[:, None] * 16 + half)[None, :, :]
+                    where = values + start[:, None, None] * (N // 2) + byte
+                    w = tl.load(where, mask=mask[:, :, None], other=0).to(tl.int32)
+                    products = ((w & 15) - 8) * low[None, :, :] + ((w >> 4) - 8) * high[None, :, :]
+                    dots = tl.sum(products, 2)
+                where = scales + start[:, None] * (N // 32) + block[None, :]
+                scale = tl.load(where, mask=mask, other=0.0).to(tl.float32)
                 x_scale = tl.load(x_scales + block, mask=is_block, other=0.0)
                 sums += dots.to(tl.float32) * (scale * x_scale[None, :])
-    dot = tl.sum(sums, 1)
+    return tl.sum(sums, 1)
+
+
+@triton.jit
+def _fired(dot, threshold, ACTIVATION: tl.constexpr):
+    """What a gate comes to: 0 where its neuron does not fire."""
+    if ACTIVATION == 0:
+        dot = tl.where(dot <= 0, 0.0, dot)
+    if ACTIVATION == 1:
+        dot = tl.where(dot < threshold, 0.0, dot)
+    return dot
+
+
+@triton.jit
+def _gemv(
+    values,
+    scales,
+    x,
+    x_scales,
+    out,
+    number,
+    n_rows,
+    N: tl.constexpr,
+    N_ROWS: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    THEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """STORE: out = dot. ADD: out += number * dot. GATE: out = dot where it fires, number being the
+    threshold.
+    """
+    row = tl.program_id(0) * N_ROWS + tl.arange(0, N_ROWS)
+    is_row = row < n_rows
+    dot = _dots(values, scales, x, x_scales, row, is_row, N, N_ROWS, N_BLOCKS, FORMAT)
     if THEN == 1:
         dot = tl.load(out + row, mask=is_row, other=0.0) + number * dot
     if THEN == 2:
-        dot = tl.where(dot <= 0, 0.0, dot)
-    if THEN == 3:
-        dot = tl.where(dot < number, 0.0, dot)
-    if THEN == 4:
-        dot = tl.where(gate == 0, 0.0, gate * dot)
-    if THEN == 5:
-        dot = tl.where(gate == 0, 0.0, gate / (1.0 + tl.exp(-gate)) * dot)
+        dot = _fired(dot, number, ACTIVATION)
     tl.store(out + row, dot, mask=is_row)
+
+
+@triton.jit
+def _up(
+    gate_values,
+    gate_scales,
+    values,
+    scales,
+    x,
+    x_scales,
+    gates,
+    out,
+    counts,
+    threshold,
+    n_rows,
+    N: tl.constexpr,
+    N_ROWS: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    SKIPS: tl.constexpr,
+):
+    """out = act(gate) * dot. Without HAS_GATES the gates are computed first. With SKIPS, rows whose
+    gate is 0 are not read.
+    """
+    program = tl.program_id(0)
+    row = program * N_ROWS + tl.arange(0, N_ROWS)
+    is_row = row < n_rows
+    if HAS_GATES:
+        gate = tl.load(gates + row, mask=is_row, other=0.0)
+    else:
+        dot = _dots(gate_values, gate_scales, x, x_scales, row, is_row, N, N_ROWS, N_BLOCKS, FORMAT)
+        gate = tl.where(is_row, _fired(dot, threshold, ACTIVATION), 0.0)
+        tl.store(gates + row, gate, mask=is_row)
+    fires = gate != 0
+    reads = is_row
+    if SKIPS:
+        reads = is_row & fires
+    dot = _dots(values, scales, x, x_scales, row, reads, N, N_ROWS, N_BLOCKS, FORMAT)
+    value = gate
+    if ACTIVATION == 2:
+        value = gate / (1.0 + tl.exp(-gate))
+    tl.store(out + row, tl.where(fires, value * dot, 0.0), mask=is_row)
+    n_fired = tl.sum((is_row & fires).to(tl.int32), 0)
+    tl.store(counts + program, tl.load(counts + program) + n_fired)
 
 
 @triton.jit
@@ -229,16 +306,6 @@ def _merge(
     tl.store(residual + column, x + scale * total, mask=mask)
 
 
-@triton.jit
-def _count(gates, count, n, WIDTH: tl.constexpr):
-    total = tl.zeros((WIDTH,), tl.int32)
-    for first in range(0, n, WIDTH):
-        at = first + tl.arange(0, WIDTH)
-        gate = tl.load(gates + at, mask=at < n, other=0.0)
-        total += (gate != 0).to(tl.int32)
-    tl.store(count, tl.load(count) + tl.sum(total, 0))
-
-
 class TritonKernels(TorchKernels):
     """For one token at a time; tensors are stretches of memory, rows of one token."""
 
@@ -248,22 +315,39 @@ class TritonKernels(TorchKernels):
     def __init__(self) -> None:
         self._spans: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, scale: float, out: Tensor) -> None:
-        n = weight.numel()
-        _rms_norm[(1,)](x, weight, out, eps, scale, N=n, WIDTH=_width(n, 1024))
+    def n_counts(self, n_rows: int) -> int:
+        return max(1, -(-n_rows // ROWS))
+
+    def norm(
+        self, x: Tensor, weight: Tensor, eps: float, scale: float, out: Tensor, quant: Vectors
+    ) -> None:
+        values, scales = _arguments(quant.values, quant.scales)
+        _norm[(1,)](
+            x,
+            weight,
+            out,
+            values,
+            scales,
+            eps,
+            scale,
+            N=weight.numel(),
+            N_BLOCKS=16,
+            IS_BF16=quant.scales is None,
+            **ROUNDS_EACH,
+        )
 
     def quantize(self, x: Tensor, out: Vectors) -> None:
         n = out.values.numel()
         values, scales = _arguments(out.values, out.scales)
-        _quantize[(triton.cdiv(n // BLOCK, 8),)](
-            x, values, scales, N=n, N_BLOCKS=8, IS_BF16=out.scales is None
-        )
+        grid = (triton.cdiv(n // BLOCK, 8),)
+        is_bf16 = out.scales is None
+        _quantize[grid](x, values, scales, N=n, N_BLOCKS=8, IS_BF16=is_bf16, **ROUNDS_EACH)
 
     def linear(self, matrix: DeviceMatrix, x: Vectors, out: Tensor) -> None:
-        self._gemv(matrix, x, out, out, STORE, 0.0, skips=False)
+        self._gemv(matrix, x, out, STORE, 0.0, SILU)
 
     def add_linear(self, matrix: DeviceMatrix, x: Vectors, scale: float, residual: Tensor) -> None:
-        self._gemv(matrix, x, residual, residual, ADD, scale, skips=False)
+        self._gemv(matrix, x, residual, ADD, scale, SILU)
 
     def gates(
         self,
@@ -273,11 +357,7 @@ class TritonKernels(TorchKernels):
         threshold: float,
         out: Tensor,
     ) -> None:
-        then = {Activation.relu: RELU, Activation.fatrelu: FATRELU}.get(activation, STORE)
-        self._gemv(matrix, x, out, out, then, threshold, skips=False)
-
-    def count(self, gates: Tensor, count: Tensor) -> None:
-        _count[(1,)](gates, count, gates.numel(), WIDTH=1024)
+        self._gemv(matrix, x, out, GATE, threshold, _ACTIVATIONS[activation])
 
     def up(
         self,
@@ -287,9 +367,23 @@ class TritonKernels(TorchKernels):
         activation: Activation,
         computes_all: bool,
         out: Tensor,
+        counts: Tensor,
     ) -> None:
-        then = UP_SILU if activation is Activation.silu else UP
-        self._gemv(matrix, x, gates, out, then, 0.0, skips=not computes_all)
+        self._up(None, matrix, x, activation, 0.0, computes_all, gates, out, counts)
+
+    def gates_and_up(
+        self,
+        gate: DeviceMatrix,
+        up: DeviceMatrix,
+        x: Vectors,
+        activation: Activation,
+        threshold: float,
+        computes_all: bool,
+        gates: Tensor,
+        out: Tensor,
+        counts: Tensor,
+    ) -> None:
+        self._up(gate, up, x, activation, threshold, computes_all, gates, out, counts)
 
     def down(
         self, matrix: DeviceMatrix, values: Tensor, computes_all: bool, partials: Tensor
@@ -308,6 +402,7 @@ class TritonKernels(TorchKernels):
             N_COLS=DOWN_COLS,
             FORMAT=_FORMATS[matrix.format],
             SKIPS=not computes_all,
+            **MAY_FUSE,
         )
 
     def merge(
@@ -323,6 +418,7 @@ class TritonKernels(TorchKernels):
             N_SPLITS=0 if partials is None else self.n_splits,
             HAS_COLD=cold is not None,
             WIDTH=256,
+            **MAY_FUSE,
         )
 
     def rope_and_cache(
@@ -351,6 +447,7 @@ class TritonKernels(TorchKernels):
             N_KV_HEADS=n_kv_heads,
             HALF=head_dim // 2,
             WIDTH=triton.next_power_of_2(head_dim // 2),
+            **MAY_FUSE,
         )
 
     def attend(
@@ -361,6 +458,7 @@ class TritonKernels(TorchKernels):
         position: Tensor,
         n_visible: int,
         out: Tensor,
+        quant: Vectors,
     ) -> None:
         n_heads, head_dim = int(q.shape[-2]), int(q.shape[-1])
         n_kv_heads, n_context = int(k_cache.shape[0]), int(k_cache.shape[1])
@@ -381,8 +479,10 @@ class TritonKernels(TorchKernels):
             GROUP_WIDTH=triton.next_power_of_2(group),
             SPAN=SPAN,
             **sizes,
+            **MAY_FUSE,
         )
-        merge_spans[(n_heads,)](largest, sums, values, out, n_spans, CHUNK=32, **sizes)
+        merge_spans[(n_heads,)](largest, sums, values, out, n_spans, CHUNK=32, **sizes, **MAY_FUSE)
+        self.quantize(out, quant)
 
     def _span_scratch(
         self, n_spans: int, n_heads: int, head_dim: int, device: torch.device
@@ -402,12 +502,10 @@ class TritonKernels(TorchKernels):
         self,
         matrix: DeviceMatrix,
         x: Vectors,
-        gates: Tensor,
         out: Tensor,
         then: int,
         number: float,
-        *,
-        skips: bool,
+        activation: int,
     ) -> None:
         values, scales = _arguments(matrix.values, matrix.scales)
         x_values, x_scales = _arguments(x.values, x.scales)
@@ -416,7 +514,6 @@ class TritonKernels(TorchKernels):
             scales,
             x_values,
             x_scales,
-            gates,
             out,
             number,
             matrix.n_rows,
@@ -425,7 +522,47 @@ class TritonKernels(TorchKernels):
             N_BLOCKS=CHUNK_BLOCKS,
             FORMAT=_FORMATS[matrix.format],
             THEN=then,
-            SKIPS=skips,
+            ACTIVATION=activation,
+            **MAY_FUSE,
+        )
+
+    def _up(
+        self,
+        gate: DeviceMatrix | None,
+        up: DeviceMatrix,
+        x: Vectors,
+        activation: Activation,
+        threshold: float,
+        computes_all: bool,
+        gates: Tensor,
+        out: Tensor,
+        counts: Tensor,
+    ) -> None:
+        values, scales = _arguments(up.values, up.scales)
+        gate_values, gate_scales = values, scales
+        if gate is not None:
+            gate_values, gate_scales = _arguments(gate.values, gate.scales)
+        x_values, x_scales = _arguments(x.values, x.scales)
+        _up[(triton.cdiv(up.n_rows, ROWS),)](
+            gate_values,
+            gate_scales,
+            values,
+            scales,
+            x_values,
+            x_scales,
+            gates,
+            out,
+            counts,
+            threshold,
+            up.n_rows,
+            N=up.n_cols,
+            N_ROWS=ROWS,
+            N_BLOCKS=CHUNK_BLOCKS,
+            FORMAT=_FORMATS[up.format],
+            ACTIVATION=_ACTIVATIONS[activation],
+            HAS_GATES=gate is None,
+            SKIPS=not computes_all,
+            **MAY_FUSE,
         )
 
 
@@ -435,7 +572,3 @@ def _arguments(values: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
         bits = values.view(torch.int16)
         return bits, bits
     return values, scales
-
-
-def _width(n: int, largest: int) -> int:
-    return min(largest, triton.next_power_of_2(n))

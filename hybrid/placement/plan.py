@@ -52,6 +52,7 @@ class PlacementPlan:
     vram_budget: int = 0  # bytes that it was made for, all of the process
     vram_bytes: int = 0  # bytes of its tensors: weights, KV cache, buffers
     context_bytes: int = 0  # what CUDA and torch take besides
+    hand_offs: str = ""  # the mechanism that was fastest when measured (engine.device)
 
     @property
     def uses_gpu(self) -> bool:
@@ -148,7 +149,7 @@ def _check_values(plan: PlacementPlan) -> None:
         value = getattr(plan, name)
         if type(value) is not int or value < 0:
             raise ValueError(f"{name}: expected a count, found {value!r}")
-    for name in ("model_hash", "order_hash", "quant"):
+    for name in ("model_hash", "order_hash", "quant", "hand_offs"):
         if not isinstance(getattr(plan, name), str):
             raise ValueError(f"{name}: expected text")
     if type(plan.is_head_on_gpu) is not bool:

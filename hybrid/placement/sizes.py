@@ -10,7 +10,7 @@ from hybrid.placement.plan import LayerPlacement, PlacementPlan
 from hybrid.weights.quant import BLOCK, row_bytes
 
 _T = _native.PREFILL_CHUNK
-MAX_SPLITS = 16  # partial sums that the GPU's kernels leave
+MAX_SPLITS = 16  # partial sums that the GPU's kernels leave (kernels.triton_kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class ModelSizes:
     format: Format
     n_context: int
     n_splits: int = MAX_SPLITS
+    rows_per_count: int = 8  # of the counters of neurons that fired; 0: one for all
 
     def cpu_row(self, n_cols: int) -> int:
         """Of a packed row."""
@@ -89,8 +90,14 @@ class ModelSizes:
             _T * (3 * hidden + c.qkv_size + 2 * attention + c.n_neurons + n_values)
             + self.n_splits * (_T + 1) * hidden
         )
+        n_counts = -(-c.n_neurons // self.rows_per_count) if self.rows_per_count else 1
         tables = 2 * self.n_context * (c.head_dim // 2)
-        return 4 * (floats + tables) + vectors(hidden) + vectors(attention) + 8 * (1 + c.n_layers)
+        return (
+            4 * (floats + tables)
+            + vectors(hidden)
+            + vectors(attention)
+            + 8 * (1 + c.n_layers * n_counts)
+        )
 
     def plan(self, plan: PlacementPlan) -> int:
         """All tensors that a plan puts on the GPU, with one sequence's cache and buffers."""

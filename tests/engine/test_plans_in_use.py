@@ -177,6 +177,7 @@ def test_the_plan_that_setup_made_is_used(gpu, home):
     "options",
     [
         {"device": "gpu"},
+        {"hand_offs": "smoke signals"},
         {"vram_budget": -1},
         {"vram_budget": 1.5},
         {"vram_budget": 1 << 30, "plan": Path("p")},
@@ -283,3 +284,12 @@ def test_triton_decodes_the_same_text(gpu, monkeypatch, tmp_path):
     own, engine = text(plan=path)
     assert engine.plan.uses_gpu
     assert own == expected
+
+
+def test_the_mechanism_can_be_forced(gpu):
+    _, engine = greedy(vram_budget=14 * MIB)
+    assert engine.plan.hand_offs == GPU.mechanism
+    _, engine = greedy(vram_budget=14 * MIB, hand_offs="synchronise")
+    assert engine.plan.hand_offs == "synchronise"
+    with pytest.raises(InvalidOption, match="torch on the CPU has synchronise here"):
+        greedy(vram_budget=14 * MIB, hand_offs="host-functions")

@@ -70,7 +70,9 @@ class Case:
         kernels.gates(self.device_matrix(self.gate, n_gate), x, relu, 0.0, gates[:, :n_gate])
         values, partials = torch.zeros(N_TOKENS, n_hot), torch.zeros(1, N_TOKENS, HIDDEN)
         hot = gates[:, :n_hot]
-        kernels.up(self.device_matrix(self.up, n_hot), x, hot, relu, False, values)
+        counts = torch.zeros(1, dtype=torch.int64)
+        kernels.up(self.device_matrix(self.up, n_hot), x, hot, relu, False, values, counts)
+        assert counts[0] == self.active[:, :n_hot].sum()
         kernels.down(self.device_matrix(self.down, n_hot), values, False, partials)
         return gates.numpy(), partials[0].numpy()
 

@@ -22,9 +22,7 @@ def kernels() -> list[tuple[Any, list[str], dict[str, Any]]]:
     """Kernel, types of its arguments, constants."""
     t, a = triton_kernels, triton_attention
     found: list[tuple[Any, list[str], dict[str, Any]]] = [
-        (t._rms_norm, [F, F, F, P, P], {"N": HIDDEN, "WIDTH": 1024}),
         (t._merge, [F, F, F, P], {"N": HIDDEN, "N_SPLITS": 16, "HAS_COLD": True, "WIDTH": 256}),
-        (t._count, [F, B, N], {"WIDTH": 1024}),
         (
             a.rope_and_cache,
             [F, F, F, B, F, H, H, P, N],
@@ -43,13 +41,17 @@ def kernels() -> list[tuple[Any, list[str], dict[str, Any]]]:
         (t.Q4, U8, H, I8, F),
     ):
         is_bf16 = format == t.BF16
-        found.append(
-            (t._quantize, [F, x, x_scales], {"N": HIDDEN, "N_BLOCKS": 8, "IS_BF16": is_bf16})
-        )
-        for then, skips in ((t.STORE, False), (t.ADD, False), (t.FATRELU, False), (t.UP, True)):
-            constants = {"N": HIDDEN, "N_ROWS": t.ROWS, "N_BLOCKS": t.CHUNK_BLOCKS}
-            constants |= {"FORMAT": format, "THEN": then, "SKIPS": skips}
-            found.append((t._gemv, [values, scales, x, x_scales, F, F, P, N], constants))
+        norm = {"N": HIDDEN, "IS_BF16": is_bf16}
+        found.append((t._quantize, [F, x, x_scales], {**norm, "N_BLOCKS": 8}))
+        found.append((t._norm, [F, F, F, x, x_scales, P, P], {**norm, "N_BLOCKS": 16}))
+        sizes = {"N": HIDDEN, "N_ROWS": t.ROWS, "N_BLOCKS": t.CHUNK_BLOCKS, "FORMAT": format}
+        sizes["ACTIVATION"] = t.FATRELU
+        for then in (t.STORE, t.ADD, t.GATE):
+            types = [values, scales, x, x_scales, F, P, N]
+            found.append((t._gemv, types, {**sizes, "THEN": then}))
+        for has_gates in (False, True):
+            types = [values, scales, values, scales, x, x_scales, F, F, B, P, N]
+            found.append((t._up, types, {**sizes, "HAS_GATES": has_gates, "SKIPS": True}))
         constants = {"N": HIDDEN, "N_ROWS": t.DOWN_ROWS, "N_COLS": t.DOWN_COLS}
         constants |= {"FORMAT": format, "SKIPS": True}
         found.append((t._down, [values, scales, F, F, N, N], constants))
@@ -60,13 +62,17 @@ def main(archs: list[str]) -> None:
     for arch in archs:
         for kernel, types, constants in kernels():
             names = kernel.arg_names
-            signature = dict(zip(names, types, strict=False))
-            signature |= dict.fromkeys(constants, "constexpr")
-            assert list(signature) == names, (kernel.__name__, list(signature), names)
+            given = iter(types)
+            signature = {n: "constexpr" if n in constants else next(given) for n in names}
+            assert next(given, None) is None, kernel.__name__
             source = ASTSource(
-                kernel, signature, constexprs={(names.index(k),): v for k, v in constants.items()}
+                kernel, signature, {(names.index(name),): v for name, v in constants.items()}
             )
-            compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32))
+            options = {
+                "enable_fp_fusion": kernel not in (triton_kernels._norm, triton_kernels._quantize)
+            }
+            target = GPUTarget("cuda", int(arch), 32)
+            compiled = triton.compile(source, target=target, options=options)
             assert compiled.asm["cubin"], kernel.__name__
             print(arch, kernel.__name__, len(compiled.asm["cubin"]), flush=True)
 

@@ -64,12 +64,17 @@ def close(actual: torch.Tensor, expected: torch.Tensor, scale: float = 1.0) -> N
 
 
 @pytest.mark.parametrize("n", [32, 96, 1536])
-def test_rms_norm(kernels, n):
+def test_norm(kernels, format, n):
     x, weight = floats(1, n), floats(n, seed=5)
     actual, expected = torch.empty_like(x), torch.empty_like(x)
-    for k, out in ((kernels, actual), (ORACLE, expected)):
-        k.rms_norm(x, weight, 1e-5, 0.7, out)
+    quants = [empty_vectors(format, 1, n, DEVICE) for _ in range(2)]
+    for k, out, quant in ((kernels, actual, quants[0]), (ORACLE, expected, quants[1])):
+        k.norm(x, weight, 1e-5, 0.7, out, quant)
     close(actual, expected)
+    again = empty_vectors(format, 1, n, DEVICE)
+    ORACLE.quantize(actual, again)  # of the same normed values: to the bit
+    assert torch.equal(quants[0].values, again.values)
+    assert format is Format.bf16 or torch.equal(quants[0].scales, again.scales)
 
 
 @pytest.mark.parametrize("n", [32, 96, 1536])
@@ -107,10 +112,6 @@ def test_gates(kernels, format, activation, n_rows, n_cols):
     for k, out in ((kernels, actual), (ORACLE, expected)):
         k.gates(m, x, activation, 0.4, out)
     close(actual, expected, n_cols**0.5)
-    counts = torch.full((2,), 3, dtype=torch.int64, device=DEVICE)
-    kernels.count(actual, counts[:1])
-    ORACLE.count(actual, counts[1:])
-    assert counts[0] == counts[1]
 
 
 def test_a_gate_that_is_not_a_number_fires(kernels, format):
@@ -129,20 +130,50 @@ def test_up_and_down_never_read_inactive_rows(kernels, format, activation, n_row
     up, down = matrix(format, n_rows, n_cols), matrix(format, n_rows, n_cols, seed=3)
     x, gates = vectors(format, n_cols), floats(1, n_rows, seed=4)
     gates[0, torch.rand(n_rows, generator=torch.Generator().manual_seed(5)) < 0.6] = 0.0
-    expected, values = (torch.empty(1, n_rows, device=DEVICE) for _ in range(2))
-    ORACLE.up(up, x, gates, activation, False, expected)
+    expected, values, everything = (torch.empty(1, n_rows, device=DEVICE) for _ in range(3))
+    counts = torch.full((kernels.n_counts(n_rows),), 3, dtype=torch.int64, device=DEVICE)
+    before, oracle_counts = counts.sum(), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    ORACLE.up(up, x, gates, activation, False, expected, oracle_counts)
     total = torch.empty(1, 1, n_cols, device=DEVICE)
     ORACLE.down(down, expected, False, total)
-    everything = torch.empty(1, n_rows, device=DEVICE)
-    kernels.up(up, x, gates, activation, True, everything)
+    kernels.up(up, x, gates, activation, True, everything, counts.clone())
     for m in (up, down):
         poison_rows(m, gates[0] == 0)
-    kernels.up(up, x, gates, activation, False, values)
+    kernels.up(up, x, gates, activation, False, values, counts)
+    assert counts.sum() - before == oracle_counts[0]
     close(values, expected, n_cols**0.5)
     assert torch.equal(everything, values)
     partials = torch.full((kernels.n_splits, 1, n_cols), float("nan"), device=DEVICE)
     kernels.down(down, values, False, partials)
     close(partials.sum(0), total[0], 10 * n_rows**0.5)
+
+
+@pytest.mark.parametrize("activation", list(Activation), ids=lambda a: a.name)
+@pytest.mark.parametrize(("n_rows", "n_cols"), SHAPES[:4])
+def test_gates_and_up_at_once(kernels, format, activation, n_rows, n_cols):
+    gate, up, x = (
+        matrix(format, n_rows, n_cols),
+        matrix(format, n_rows, n_cols, seed=3),
+        vectors(format, n_cols),
+    )
+    results = []
+    for k in (kernels, ORACLE):
+        gates, values = (torch.empty(1, n_rows, device=DEVICE) for _ in range(2))
+        counts = torch.zeros(k.n_counts(n_rows), dtype=torch.int64, device=DEVICE)
+        k.gates_and_up(gate, up, x, activation, 0.4, False, gates, values, counts)
+        results.append((gates, values, counts.sum()))
+    close(results[0][0], results[1][0], n_cols**0.5)
+    close(results[0][1], results[1][1], n_cols)
+    assert results[0][2] == results[1][2]
+    # Apart they are the same bits, and no inactive row is read here either.
+    gates, values = (torch.empty(1, n_rows, device=DEVICE) for _ in range(2))
+    counts = torch.zeros(kernels.n_counts(n_rows), dtype=torch.int64, device=DEVICE)
+    kernels.gates(gate, x, activation, 0.4, gates)
+    kernels.up(up, x, gates, activation, False, values, counts)
+    assert torch.equal(values, results[0][1])
+    poison_rows(up, gates[0] == 0)
+    kernels.gates_and_up(gate, up, x, activation, 0.4, False, gates, values, counts)
+    assert torch.equal(values, results[0][1])
 
 
 @pytest.mark.parametrize("has_cold", [False, True])
@@ -175,7 +206,8 @@ def test_with_integers_both_backends_give_the_same_bits(kernels, format, n_gate,
     values = torch.zeros(1, n_hot, device=DEVICE)
     partials = torch.zeros(kernels.n_splits, 1, HIDDEN, device=DEVICE)
     hot = gates[:, :n_hot]
-    kernels.up(on_device(case.up, n_hot), x, hot, Activation.relu, False, values)
+    counts = torch.zeros(kernels.n_counts(n_hot), dtype=torch.int64, device=DEVICE)
+    kernels.up(on_device(case.up, n_hot), x, hot, Activation.relu, False, values, counts)
     kernels.down(on_device(case.down, n_hot), values, False, partials)
     residual = torch.zeros(1, HIDDEN, device=DEVICE)
     kernels.merge(partials, None, 1.0, residual)
@@ -185,7 +217,7 @@ def test_with_integers_both_backends_give_the_same_bits(kernels, format, n_gate,
 
 
 @pytest.mark.parametrize(
-    ("n_heads", "n_kv_heads", "head_dim"), [(6, 2, 32), (4, 4, 64), (3, 1, 24)]
+    ("n_heads", "n_kv_heads", "head_dim"), [(6, 2, 32), (4, 4, 64), (4, 1, 24)]
 )
 @pytest.mark.parametrize("position", [0, 31, 70])
 def test_attention(kernels, n_heads, n_kv_heads, head_dim, position):
@@ -203,7 +235,8 @@ def test_attention(kernels, n_heads, n_kv_heads, head_dim, position):
         q = torch.zeros(1, n_heads, head_dim, device=DEVICE)
         out = torch.full((1, n_heads * head_dim), float("nan"), device=DEVICE)
         k.rope_and_cache(qkv, cos, sin, where, q, keys, values)
-        k.attend(q, keys, values, where, n_visible, out)
+        quant = empty_vectors(Format.q8, 1, out.numel(), DEVICE)
+        k.attend(q, keys, values, where, n_visible, out, quant)
         outs.append(out)
     close(outs[0], outs[1])
     seen = slice(0, position + 1)
