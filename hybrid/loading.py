@@ -59,9 +59,9 @@ def load(
     `device`: "cpu", "cuda", or "auto", which uses a GPU where one is asked for by `vram_budget` or
     `plan`, or by the plan that `hybrid.setup` made. `vram_budget` is what the whole process may
     take of the GPU's memory, in bytes; what does not fit stays on the CPU, by the plan of least
-    predicted time. `plan` is a file of `hybrid.plan`. `hand_offs` forces how GPU and CPU wait for each
-    other: "memory-operations", "host-functions" or "synchronise" instead of what measured fastest. `Engine.plan` says what is where. PyTorch is
-    loaded only where a GPU is used.
+    predicted time. `plan` is a file of `hybrid.plan`; `Engine.plan` says what is where. `hand_offs`
+    forces how GPU and CPU wait for each other: "memory-operations", "host-functions" or
+    "synchronise", instead of what measured fastest. PyTorch is loaded only where a GPU is used.
 
     `progress` is told how far downloading and packing are.
 

@@ -105,6 +105,8 @@ class FakeDevice:
         return steps
 
     def synchronize(self) -> None:
+        if not self._thread.is_alive():
+            return  # closed: everything is done
         event = self.event()
         event.record()
         event.synchronize()
