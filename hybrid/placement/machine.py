@@ -117,8 +117,8 @@ def _speeds(kind: type, before: object, values: Any) -> Any:
 
 
 def _modelled(name: str, memory: float, gpu: str, vram_gbs: float) -> Machine:
-    """Bandwidths in GB/s as data sheets give them, times the shares that kernels reach; what stands
-    for shares and latencies is said in docs/log.md.
+    """Bandwidths in GB/s as data sheets give them, times the shares that kernels reach: those of the
+    CPU as measured on ours, those of the GPU and its latencies as others report them (docs/log.md).
     """
     return Machine(
         name=name,
@@ -126,7 +126,7 @@ def _modelled(name: str, memory: float, gpu: str, vram_gbs: float) -> Machine:
         n_threads=8,
         isa="avx2",
         ram_bytes=16 << 30,
-        cpu=CpuSpeeds(0.8 * memory, 0.6 * memory, 0.8 * memory, 20.0),
+        cpu=CpuSpeeds(0.85 * memory, 0.5 * memory, 0.8 * memory, 15.0),
         gpu=GpuSpeeds(gpu, 64 << 30, 0, 0.8 * vram_gbs, 0.55 * vram_gbs, 2.0, 10.0),
         is_modelled=True,
     )
