@@ -271,7 +271,8 @@ def splits(
         for way in alternatives(time_model, subject.cpu_plan(), int(share * everything)):
             if way.name in ("whole layers", "hybrid"):
                 ways[way.name, share] = way.plan
-    for (name, share), plan in ways.items():
+    for (name, share), way in ways.items():
+        plan = replace(way, vram_bytes=time_model.sizes.plan(way))
         path = folder / "plan.json"
         plan.save(path)
         where = {"plan": path} if plan.uses_gpu else {"device": "cpu"}
