@@ -117,8 +117,8 @@ def _speeds(kind: type, before: object, values: Any) -> Any:
 
 
 def _modelled(name: str, memory: float, gpu: str, vram_gbs: float) -> Machine:
-    """Bandwidths in GB/s as data sheets give them, times the shares that kernels reach: the CPU's as
-    measured on ours; the GPU's, and its latencies, as others report them (docs/log.md).
+    """Bandwidths in GB/s as data sheets give them, times the shares that kernels reach: the CPU's
+    as measured on ours; the GPU's, and its latencies, as others report them (docs/log.md).
     """
     return Machine(
         name=name,
