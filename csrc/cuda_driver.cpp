@@ -68,9 +68,11 @@ int CudaDriver::LaunchHostFunction(uint64_t stream, HostFunction function, void*
   return reinterpret_cast<Function>(launch_)(reinterpret_cast<void*>(stream), function, argument);
 }
 
-int CudaDriver::DeviceAddress(void* host, uint64_t* device) const {
+uint64_t CudaDriver::DeviceAddress(void* host) const {
   using Function = int (*)(uint64_t*, void*, unsigned);
-  return reinterpret_cast<Function>(address_)(device, host, 0);
+  uint64_t device = 0;
+  const int error = reinterpret_cast<Function>(address_)(&device, host, 0);
+  return error == 0 ? device : reinterpret_cast<uint64_t>(host);
 }
 
 std::string CudaDriver::ErrorName(int error) const {

@@ -118,9 +118,7 @@ int DeviceLink::EnqueueRequest(const CudaDriver& driver, uint64_t stream, int32_
     };
     return driver.LaunchHostFunction(stream, request, &host_calls_[static_cast<size_t>(slot)]);
   }
-  uint64_t address = 0;
-  const int error = driver.DeviceAddress(flags_ + 2 * slot * kFlagStride, &address);
-  return error != 0 ? error : driver.Write(stream, address, 1);
+  return driver.Write(stream, driver.DeviceAddress(flags_ + 2 * slot * kFlagStride), 1);
 }
 
 int DeviceLink::EnqueueWait(const CudaDriver& driver, uint64_t stream, int32_t slot, bool by_host) {
@@ -131,9 +129,8 @@ int DeviceLink::EnqueueWait(const CudaDriver& driver, uint64_t stream, int32_t s
     };
     return driver.LaunchHostFunction(stream, wait, &host_calls_[static_cast<size_t>(slot)]);
   }
-  uint64_t address = 0;
-  const int error = driver.DeviceAddress(flags_ + (2 * slot + 1) * kFlagStride, &address);
-  return error != 0 ? error : driver.WaitThenWrite(stream, address, 1, 0);
+  const uint64_t address = driver.DeviceAddress(flags_ + (2 * slot + 1) * kFlagStride);
+  return driver.WaitThenWrite(stream, address, 1, 0);
 }
 
 }  // namespace hybrid

@@ -14,6 +14,8 @@ from hybrid.engine.prediction import Prediction
 from hybrid.engine.session import Observation, Session
 from hybrid.errors import (
     ContextOverflow,
+    DeviceFailed,
+    DeviceUnavailable,
     DownloadFailed,
     EngineClosed,
     HybridError,
@@ -34,6 +36,8 @@ from hybrid.tokenizer import ChatMessage
 __all__ = [
     "ChatMessage",
     "ContextOverflow",
+    "DeviceFailed",
+    "DeviceUnavailable",
     "DownloadFailed",
     "Engine",
     "EngineClosed",

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Torch's OpenMP threads spin for what comes next, and would take the cores from ours. Read when
+# torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Iterator
 from pathlib import Path
 

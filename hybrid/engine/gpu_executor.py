@@ -5,6 +5,7 @@ the recordings; each session borrows a lane, and has the CPU's share as a native
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -65,6 +66,7 @@ class HybridExecutor:
         planned = [own for own in device.mechanisms if own == plan.hand_offs]
         self.mechanism: Mechanism = mechanism or (*planned, *device.mechanisms)[0]
         self.failure: str | None = None
+        self.lock = threading.Lock()  # held by the session that uses the device
         self._free_lanes: list[_Lane] = []
         self._n_lanes = self.lane_bytes = 0
         try:
@@ -152,7 +154,7 @@ class _Lane:
         exchange, device = getattr(self, "exchange", None), getattr(self, "_device", None)
         if exchange is not None and device is not None:
             exchange.link.abandon()
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(Exception):  # of a device that failed, or a process that ends
                 device.synchronize()
 
 
@@ -165,7 +167,7 @@ class HybridSession:
         self._lane = executor.take_lane()
         self._lane.tensors.counts.zero_()
         meet(native, self._lane.exchange.link)
-        self._n_decoded = self._n_passed = self._n_seen = 0
+        self._n_passed = 0  # tokens since counts were reset
         self._logits = np.zeros(executor.config.vocab_size, np.float32)
 
     def __del__(self) -> None:
@@ -199,6 +201,7 @@ class HybridSession:
         """
         executor, lane = self._executor, self._lane
         executor.check()
+        self._check_tokens(np.array([token]))
         key = (self._bucket(self.position + 1), self._is_dense)
         with self._guarded(), executor.device.on_stream():
             if key not in lane.warm:
@@ -208,9 +211,7 @@ class HybridSession:
                 if key not in lane.recordings:
                     lane.recordings[key] = executor.device.record(partial(self._launch_decode, key))
                 self._replay(lane.recordings[key], token)
-        self._n_decoded += 1
         self._n_passed += 1
-        self._n_seen += self.position
 
     def prefill(
         self,
@@ -223,10 +224,9 @@ class HybridSession:
             raise InvalidOption("observing needs the whole model on the CPU: use device cpu")
         executor = self._executor
         executor.check()
-        vocab = executor.config.vocab_size
-        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocab:
-            raise ValueError("token beyond the vocabulary")
-        logits = np.empty((len(tokens), vocab), np.float32) if all_logits else None
+        self._check_tokens(tokens)
+        shape = len(tokens), executor.config.vocab_size
+        logits = np.empty(shape, np.float32) if all_logits else None
         for first in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[first : first + PREFILL_CHUNK]
             rows = None if logits is None else logits[first : first + len(chunk)]
@@ -256,9 +256,18 @@ class HybridSession:
         return self._native.stage_seconds
 
     def reset_counts(self) -> None:
-        self._n_decoded = self._n_passed = self._n_seen = 0
+        self._n_passed = 0
         self._lane.tensors.counts.zero_()
         self._native.reset_counts()
+
+    def _check_tokens(self, tokens: NDArray[np.integer]) -> None:
+        """All that could be wrong with a call, before anything runs on either side."""
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise ValueError("tokens must be (n,), n > 0")
+        if tokens.min() < 0 or tokens.max() >= self._executor.config.vocab_size:
+            raise ValueError("token beyond the vocabulary")
+        if tokens.size > self.n_context - self.position:
+            raise ValueError("the context is full")
 
     def _bucket(self, n_positions: int) -> int:
         bucket = SMALLEST_BUCKET
@@ -362,17 +371,20 @@ def _sums(on_gpu: list[int], on_cpu: list[int]) -> list[int]:
 
 
 class _Guard:
-    """Any error within it, an interruption too, fails the executor for good: a stream may wait for
-    an answer that nobody gives, and caches may be half written.
+    """The device for one session at a time. Any error within it, an interruption too, fails the
+    executor for good: a stream may wait for an answer that nobody gives, and caches may be half
+    written.
     """
 
     def __init__(self, executor: HybridExecutor, abandon: Callable[[], None]) -> None:
         self._executor, self._abandon = executor, abandon
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        self._executor.lock.acquire()
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if error is None or isinstance(error, (ValueError, InvalidOption)):
+        self._executor.lock.release()
+        if error is None:
             return
         self._abandon()
         self._executor.fail(str(error).splitlines()[0] if str(error) else type(error).__name__)

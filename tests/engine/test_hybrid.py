@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -281,3 +282,36 @@ def test_a_device_is_measured(format):
     )
     assert min(speeds.stream_gbs, speeds.gather_gbs, speeds.node_us, speeds.hand_off_us) > 0
     assert speeds.mechanism == "synchronise"
+
+
+def test_sessions_on_several_threads_take_turns(stories, fake):
+    plan = stories.plans()["everything"]
+    with stories.hybrid(plan, fake) as executor:
+        expected = [decode_all(executor, some_ids(stories.config, 30, seed)) for seed in (1, 2)]
+        with ThreadPoolExecutor(2) as threads:
+            futures = [
+                threads.submit(decode_all, executor, some_ids(stories.config, 30, seed))
+                for seed in (1, 2)
+            ]
+            for future, alone in zip(futures, expected, strict=True):
+                np.testing.assert_array_equal(future.result(), alone)
+
+
+def test_bad_tokens_are_refused_before_anything_runs(stories, fake):
+    with stories.hybrid(stories.plans()["all gates"], fake) as executor:
+        session = executor.open_session()
+        for token in (5, 6, 7):
+            session.decode(token)
+        fake.log.clear()
+        for call in (
+            lambda: session.decode(-1),
+            lambda: session.decode(stories.config.vocab_size),
+            lambda: session.prefill(np.array([3, -1])),
+            lambda: session.prefill(np.zeros(0, np.int64)),
+            lambda: session.prefill(np.zeros(N_CONTEXT, np.int64)),
+        ):
+            with pytest.raises(ValueError, match=r"token|context"):
+                call()
+        assert not fake.log
+        session.decode(8)
+        assert session.position == 4

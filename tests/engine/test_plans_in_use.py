@@ -4,6 +4,7 @@ does not fit. The GPU is torch's CPU device.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -293,3 +294,13 @@ def test_the_mechanism_can_be_forced(gpu):
     assert engine.plan.hand_offs == "synchronise"
     with pytest.raises(InvalidOption, match="torch on the CPU has synchronise here"):
         greedy(vram_budget=14 * MIB, hand_offs="host-functions")
+
+
+def test_torch_is_loaded_only_where_a_gpu_is_used(home):
+    program = (
+        "import sys, hybrid\n"
+        "with hybrid.load('stories') as engine:\n"
+        "    next(iter(engine.generate('Once', max_tokens=1)))\n"
+        "assert not {'torch', 'triton', 'scipy'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

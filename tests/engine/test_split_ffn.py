@@ -6,10 +6,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from hybrid.kernels import Activation, Format, Program, Session, ThreadPool, reference  # noqa: E402
+from hybrid.kernels import (  # noqa: E402
+    Activation,
+    Format,
+    Program,
+    Session,
+    ThreadPool,
+    _native,
+    reference,
+)
 from hybrid.kernels._native import FLAG_BYTES, PREFILL_CHUNK, DeviceLink, meet  # noqa: E402
 from hybrid.kernels.torch_kernels import (  # noqa: E402
     DeviceMatrix,
@@ -17,7 +27,7 @@ from hybrid.kernels.torch_kernels import (  # noqa: E402
     empty_vectors,
 )
 from hybrid.weights.packed import pack_bundles, pack_gathered, pack_matrix  # noqa: E402
-from hybrid.weights.quant import pack_rows  # noqa: E402
+from hybrid.weights.quant import column_order, pack_rows  # noqa: E402
 from hybrid.weights.unpacked import unpack_rows  # noqa: E402
 
 HIDDEN, N_NEURONS, N_TOKENS = 96, 200, 3
@@ -132,6 +142,30 @@ def test_hot_and_cold_add_up_to_the_oracle(isa, format, n_gate, n_hot, is_dense,
     gates, hot = case.hot(n_gate, n_hot)
     cold = case.cold(gates[:n_tokens], n_gate, n_hot, n_tokens=n_tokens, is_dense=is_dense)
     np.testing.assert_array_equal(hot[:n_tokens] + cold, case.y[:n_tokens])
+
+
+@given(seed=st.integers(0, 10_000), buckets=st.tuples(st.integers(0, 3), st.integers(0, 3)))
+def test_any_split_of_any_model(seed, buckets):
+    """Weights, hot sets and formats by chance."""
+    n_hot, n_gate = sorted(64 * bucket for bucket in buckets)
+    case = Case(list(Format)[seed % 3], seed)
+    gates, hot = case.hot(n_gate, n_hot)
+    cold = case.cold(gates, n_gate, n_hot, n_tokens=N_TOKENS, is_dense=False)
+    np.testing.assert_array_equal(hot + cold, case.y)
+
+
+def test_both_devices_quantise_to_the_same_bits(format):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((5, 256)) * np.logspace(-4, 4, 256)).astype(np.float32)
+    x[0, :32] = 0.0
+    x[1, :] = np.rint(x[1, :])
+    own = empty_vectors(format, 5, 256, torch.device("cpu"))
+    TorchKernels().quantize(torch.from_numpy(x), own)
+    np.testing.assert_array_equal(own.dequantize().numpy(), reference.round_activation(format, x))
+    if format is not Format.bf16:  # and the CPU's own kernel: int8 values, interleaved
+        for row, values in zip(x, own.values.numpy(), strict=True):
+            native = _native.quantize(format, row)[:256].view(np.int8)
+            np.testing.assert_array_equal(native[column_order(format, 256)], values)
 
 
 def test_all_on_the_gpu_is_the_oracle(format):
