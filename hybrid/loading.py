@@ -7,8 +7,8 @@ from typing import Literal
 
 from hybrid.catalog import hybrid_home, resolve
 from hybrid.engine.engine import Engine, Quant
-from hybrid.engine.placing import DeviceName
 from hybrid.engine.prediction import DEFAULT_RECALL
+from hybrid.engine.subject import DeviceName
 from hybrid.errors import InvalidOption
 from hybrid.progress import Progress, ignore_progress
 

@@ -23,7 +23,8 @@ from typing import Any
 from hybrid import HybridError, InvalidOption, check_options
 from hybrid.catalog import hybrid_home, resolve
 from hybrid.command_line import ArgumentParser, add_model_options, byte_size, printable, run_command
-from hybrid.engine.placing import Subject, machine_here, read_subject, solve_for
+from hybrid.engine.placing import machine_here, solve_for
+from hybrid.engine.subject import Subject, read_subject
 from hybrid.placement.machine import MODELLED, Machine, override, read_overrides
 from hybrid.placement.plan import LayerPlacement, PlacementPlan, whole_plan
 from hybrid.placement.solver import Alternative, alternatives

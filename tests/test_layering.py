@@ -43,6 +43,7 @@ READS_PREDICTORS = {"predictors.errors", "predictors.file", "predictors.predicto
 IMPORTS_TORCH = {
     "hybrid.kernels.torch_kernels",
     "hybrid.kernels.triton_kernels",
+    "hybrid.engine.hybrid_session",
     "hybrid.engine.device",
     "hybrid.engine.gpu_executor",
     "hybrid.engine.gpu_measurement",
@@ -58,7 +59,12 @@ FRONT_ENDS = {
     "hybrid.bench": _USUAL,
     "hybrid.eval": _USUAL | {"hybrid.evaluation"},
     "hybrid.plan": _USUAL
-    | {"hybrid.engine.placing", "hybrid.placement.machine", "hybrid.placement.plan"}
+    | {
+        "hybrid.engine.placing",
+        "hybrid.engine.subject",
+        "hybrid.placement.machine",
+        "hybrid.placement.plan",
+    }
     | {"hybrid.placement.solver", "hybrid.placement.time_model"},
     "hybrid.selfcheck": _USUAL | {"hybrid.checking"},
 }

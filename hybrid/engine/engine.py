@@ -24,9 +24,10 @@ from hybrid.engine.options import (
     checked_stop,
     read_default_sampling,
 )
-from hybrid.engine.placing import Asked, DeviceName, Subject, place
+from hybrid.engine.placing import place
 from hybrid.engine.prediction import DEFAULT_RECALL, Prediction, choose_predictors
 from hybrid.engine.session import Session
+from hybrid.engine.subject import Asked, DeviceName, Subject
 from hybrid.errors import (
     ContextOverflow,
     EngineClosed,

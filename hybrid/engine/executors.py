@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from hybrid.engine.cpu_executor import CpuExecutor
-from hybrid.engine.placing import Placed, Subject, measured_gpu, solve_for
+from hybrid.engine.placing import Placed, measured_gpu, solve_for
 from hybrid.engine.session import NativeSession
+from hybrid.engine.subject import Subject
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import Predictor, ThreadPool
 from hybrid.placement.plan import PlacementPlan

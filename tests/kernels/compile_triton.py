@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hybrid.kernels import triton_attention, triton_kernels
+from hybrid.kernels import triton_attention, triton_kernels, triton_rows
 
 HIDDEN, HEADS, KV_HEADS, DIM = 1536, 24, 8, 64  # MiniCPM-S-1B
 F, H, B, I8, U8, I16, N, P = ["*fp32", "*fp16", "*i64", "*i8", "*u8", "*i16", "i32", "fp32"]
@@ -20,9 +20,9 @@ _HEADS = {"N_HEADS": HEADS, "DIM": DIM, "WIDTH": DIM}
 
 def kernels() -> list[tuple[Any, list[str], dict[str, Any]]]:
     """Kernel, types of its arguments, constants."""
-    t, a = triton_kernels, triton_attention
+    t, r, a = triton_kernels, triton_rows, triton_attention
     found: list[tuple[Any, list[str], dict[str, Any]]] = [
-        (t._merge, [F, F, F, P], {"N": HIDDEN, "N_SPLITS": 16, "HAS_COLD": True, "WIDTH": 256}),
+        (r.merge, [F, F, F, P], {"N": HIDDEN, "N_SPLITS": 16, "HAS_COLD": True, "WIDTH": 256}),
         (
             a.rope_and_cache,
             [F, F, F, B, F, H, H, P, N],
@@ -42,19 +42,19 @@ def kernels() -> list[tuple[Any, list[str], dict[str, Any]]]:
     ):
         is_bf16 = format == t.BF16
         norm = {"N": HIDDEN, "IS_BF16": is_bf16}
-        found.append((t._quantize, [F, x, x_scales], {**norm, "N_BLOCKS": 8}))
-        found.append((t._norm, [F, F, F, x, x_scales, P, P], {**norm, "N_BLOCKS": 16}))
+        found.append((r.quantize, [F, x, x_scales], {**norm, "N_BLOCKS": 8}))
+        found.append((r.norm, [F, F, F, x, x_scales, P, P], {**norm, "N_BLOCKS": 16}))
         sizes = {"N": HIDDEN, "N_ROWS": t.ROWS, "N_BLOCKS": t.CHUNK_BLOCKS, "FORMAT": format}
         sizes["ACTIVATION"] = t.FATRELU
         for then in (t.STORE, t.ADD, t.GATE):
             types = [values, scales, x, x_scales, F, P, N]
-            found.append((t._gemv, types, {**sizes, "THEN": then}))
+            found.append((r.gemv, types, {**sizes, "THEN": then}))
         for has_gates in (False, True):
             types = [values, scales, values, scales, x, x_scales, F, F, B, P, N]
-            found.append((t._up, types, {**sizes, "HAS_GATES": has_gates, "SKIPS": True}))
+            found.append((r.up, types, {**sizes, "HAS_GATES": has_gates, "SKIPS": True}))
         constants = {"N": HIDDEN, "N_ROWS": t.DOWN_ROWS, "N_COLS": t.DOWN_COLS}
         constants |= {"FORMAT": format, "SKIPS": True}
-        found.append((t._down, [values, scales, F, F, N, N], constants))
+        found.append((r.down, [values, scales, F, F, N, N], constants))
     return found
 
 
@@ -68,9 +68,7 @@ def main(archs: list[str]) -> None:
             source = ASTSource(
                 kernel, signature, {(names.index(name),): v for name, v in constants.items()}
             )
-            options = {
-                "enable_fp_fusion": kernel not in (triton_kernels._norm, triton_kernels._quantize)
-            }
+            options = {"enable_fp_fusion": kernel not in (triton_rows.norm, triton_rows.quantize)}
             target = GPUTarget("cuda", int(arch), 32)
             compiled = triton.compile(source, target=target, options=options)
             assert compiled.asm["cubin"], kernel.__name__
