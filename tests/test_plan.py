@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import hybrid
 from hybrid.placement.plan import load_plan
 from hybrid.plan import main
 
-ROOT = Path(hybrid.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)

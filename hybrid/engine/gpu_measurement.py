@@ -82,7 +82,7 @@ def bandwidths(
     x = empty_vectors(format, 1, hidden_size, device.torch_device)
     x.values.fill_(1)
     out = torch.zeros(1, n_rows, device=device.torch_device)
-    n = 4
+    n = 16  # launching and waiting once hardly shows
 
     def repeat(kernel: Callable[..., None], *arguments: object) -> Callable[[], None]:
         def launch() -> None:

@@ -6,7 +6,9 @@ Torch is loaded only where a GPU is asked for, or a plan of `hybrid.setup` uses 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +46,7 @@ def place(asked: Asked, subject: Subject, home: Path | None) -> Placed:
         path = kept if kept.is_file() else None
     wants_gpu = asked.device == "cuda" or bool(asked.vram_budget) or path is not None
     if not wants_gpu or asked.device == "cpu" or asked.vram_budget == 0:
-        return nothing
+        return replace(nothing, notices=_other_contexts(asked, subject, home))
     plan: PlacementPlan | None = None
     if path is not None:
         try:
@@ -100,6 +102,8 @@ def solve_for(
             f"{vram_budget / 2**20:.0f} MiB: everything is on the CPU"
         )
         return subject.cpu_plan(), tuple(notices)
+    if find_spec("scipy") is None:
+        notices.append("scipy is not installed: the plan is the best of a greedy search")
     if subject.frequencies is None:
         notices.append("no profile of this model: the plan counts all neurons as equally hot")
     model = subject.time_model(machine)
@@ -117,6 +121,22 @@ def plan_path(home: Path, subject: Subject) -> Path:
     """Where `hybrid.setup` keeps the plan of a model."""
     name = f"{subject.model_hash[:32]}-{subject.format.name}-{subject.n_context}.json"
     return home / "plans" / name
+
+
+def _other_contexts(asked: Asked, subject: Subject, home: Path | None) -> tuple[str, ...]:
+    """A notice where a plan of setup's is for other lengths of context than the one asked for."""
+    if asked != Asked() or home is None:
+        return ()
+    path = plan_path(home, subject)
+    stem = path.stem.removesuffix(f"-{subject.n_context}")
+    found = [re.fullmatch(r".*-(\d+)", p.stem) for p in path.parent.glob(f"{stem}-*.json")]
+    sizes = ", ".join(str(n) for n in sorted(int(match[1]) for match in found if match))
+    if not sizes:
+        return ()
+    return (
+        f"the plan that setup made is for a context of {sizes}, asked for are {subject.n_context}: "
+        "everything is on the CPU; --vram-budget plans anew",
+    )
 
 
 def open_device() -> Device:

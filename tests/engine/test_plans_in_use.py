@@ -168,6 +168,9 @@ def test_the_plan_that_setup_made_is_used(gpu, home):
     assert engine.plan.uses_gpu
     _, engine = greedy(device="cpu")
     assert not engine.plan.uses_gpu
+    with hybrid.load("stories", threads=2, context_size=128) as engine:
+        assert not engine.plan.uses_gpu
+        assert any("is for a context of 256, asked for are 128" in n for n in engine.notices)
     path.write_text("{}")
     _, engine = greedy()
     assert not engine.plan.uses_gpu
