@@ -132,8 +132,9 @@ def print_plan(machine: Machine, plan: PlacementPlan, ways: list[Alternative]) -
             f"{gpu.node_us:.1f} µs a kernel, {gpu.hand_off_us:.1f} µs a hand-off ({gpu.mechanism})"
         )
         print(
-            f"budget  {plan.vram_budget / 2**20:.0f} MiB, of which CUDA and torch take "
-            f"{plan.context_bytes / 2**20:.0f}; KV cache for {plan.n_context} tokens"
+            f"budget  {plan.vram_budget / 2**20:.0f} MiB, of which CUDA takes "
+            f"{(plan.context_bytes - plan.torch_bytes) / 2**20:.0f} and torch "
+            f"{plan.torch_bytes / 2**20:.0f}; KV cache for {plan.n_context} tokens"
         )
     print(f"\n{'predicted':16}{'tok/s':>8}{'VRAM MiB':>10}")
     fastest = min(ways, key=lambda way: way.seconds)

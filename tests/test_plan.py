@@ -38,7 +38,7 @@ def test_plans_are_explained(tmp_path, capsys):
     out = capsys.readouterr().out
     for line in ("GPU     mine: reads 900 GB/s", "CPU only", "whole layers", "hybrid", "head"):
         assert line in out
-    assert "CUDA and torch take 1" in out
+    assert "CUDA takes 1 and torch 0" in out
     plan = load_plan(tmp_path / "plan.json")
     assert plan.uses_gpu
     assert plan.vram_bytes + (1 << 20) <= 7 << 20

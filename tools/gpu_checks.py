@@ -75,8 +75,8 @@ def environment(device: Device) -> dict[str, Any]:
         "isa": active_isa(),
         "mechanisms": list(device.mechanisms),
     }
-    free, context = gpu_measurement.free_and_context_bytes(device)
-    facts |= {"free_bytes": free, "context_bytes": context}
+    free, context, own = gpu_measurement.free_and_context_bytes(device)
+    facts |= {"free_bytes": free, "context_bytes": context, "torch_bytes": own}
     if device.torch_device.type == "cuda":
         properties = torch.cuda.get_device_properties(device.torch_device)
         facts |= {

@@ -72,6 +72,10 @@ class Device(Protocol):
         """What `work` launches and calls, to be replayed; nothing of it happens now."""
         ...
 
+    def limit(self, n_bytes: int) -> None:
+        """Refuse tensors, and torch's room for them, beyond so many bytes of the device."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until all that was launched is done. Raises RuntimeError where it failed."""
         ...
@@ -132,6 +136,7 @@ class HostDevice:
             self._recording = None
         return steps
 
+    def limit(self, n_bytes: int) -> None: ...
     def synchronize(self) -> None: ...
 
 
@@ -207,6 +212,11 @@ class CudaDevice:
             self._end_graph()
             self._recording = None
         return steps
+
+    def limit(self, n_bytes: int) -> None:
+        total = torch.cuda.get_device_properties(self.torch_device).total_memory
+        fraction = min(1.0, max(n_bytes, 0) / total)
+        torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
 
     def synchronize(self) -> None:
         self.stream.synchronize()

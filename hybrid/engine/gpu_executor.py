@@ -57,6 +57,9 @@ class HybridExecutor:
         self.lock = threading.Lock()  # held by the session that uses the device
         self._free_lanes: list[_Lane] = []
         self._n_lanes = self.lane_bytes = 0
+        if plan.vram_budget:
+            # Torch must not take more than was planned, for rounding or its own needs either.
+            device.limit(plan.vram_budget - plan.context_bytes + plan.torch_bytes)
         try:
             self.weights = upload(reader, plan, n_context, device.torch_device)
             self.weight_bytes = device_bytes(self.weights)

@@ -18,7 +18,12 @@ from hybrid.engine.hand_off import PATIENCE_S, Exchange, HandOffs
 from hybrid.kernels import Activation, Format, Program, Session, ThreadPool
 from hybrid.kernels._native import meet
 from hybrid.kernels.reference import rope_tables
-from hybrid.kernels.torch_kernels import DeviceMatrix, TorchKernels, empty_vectors
+from hybrid.kernels.torch_kernels import (
+    CHUNK_VALUES,
+    DeviceMatrix,
+    TorchKernels,
+    empty_vectors,
+)
 from hybrid.model_config import ModelConfig
 from hybrid.placement.hardware import available_memory_bytes
 from hybrid.placement.machine import GpuSpeeds
@@ -40,6 +45,7 @@ def measure_gpu(
     *,
     vram_bytes: int,
     context_bytes: int,
+    torch_bytes: int = 0,
     n_rows: int = 1 << 16,
 ) -> GpuSpeeds:
     """Takes some seconds. `n_rows`: of the matrices that are read."""
@@ -55,6 +61,7 @@ def measure_gpu(
         node_us=node_seconds(device) * 1e6,
         hand_off_us=hand_offs[mechanism] * 1e6,
         mechanism=mechanism,
+        torch_bytes=torch_bytes,
     )
 
 
@@ -173,30 +180,34 @@ class Turns:
         return seconds
 
 
-def free_and_context_bytes(device: Device, *, measures_context: bool = True) -> tuple[int, int]:
-    """VRAM that is free now that this process has a context, and what that context takes (0 where
-    it is not measured).
+def free_and_context_bytes(
+    device: Device, *, measures_context: bool = True
+) -> tuple[int, int, int]:
+    """VRAM that is free now that this process has a context; what a process takes besides its
+    tensors; and how much of that is torch's own (both 0 where they are not measured).
 
-    A second process opens one, and this one looks how much less is free.
+    A second process does what prefill does, rows dequantised and multiplied, and this one looks how
+    much less is free.
     """
     if device.torch_device.type != "cuda":
-        return available_memory_bytes(), 0
+        return available_memory_bytes(), 0, 0
     torch.zeros(1, device=device.torch_device)
     before = torch.cuda.mem_get_info(device.torch_device)[0]
     if not measures_context:
-        return before, 0
+        return before, 0, 0
     program = (
-        "import torch, sys; torch.zeros(1, device='cuda'); torch.cuda.synchronize(); "
-        "print(1, flush=True); sys.stdin.read()"
+        f"import torch, sys; w = torch.zeros({CHUNK_VALUES} // 1024, 1024, device='cuda'); "
+        "a = w + 1; b = a * 2; y = a[:64] @ b.T; torch.cuda.synchronize(); "
+        "print(torch.cuda.memory_reserved(), flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None
-        child.stdout.readline()
+        reserved = int(child.stdout.readline())
         taken = before - torch.cuda.mem_get_info(device.torch_device)[0]
         child.communicate()
-    return before, max(taken, 0)
+    return before, max(taken, reserved), reserved
 
 
 def random_matrix(format: Format, n_rows: int, n_cols: int, device: torch.device) -> DeviceMatrix:

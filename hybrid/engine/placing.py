@@ -112,6 +112,7 @@ def solve_for(
         plan,
         vram_budget=vram_budget,
         context_bytes=gpu.context_bytes,
+        torch_bytes=gpu.torch_bytes,
         hand_offs="" if machine.is_modelled else gpu.mechanism,
     )
     return plan, tuple(notices)
@@ -184,13 +185,20 @@ def measured_gpu(
             try:
                 kept = load_machine(path)
                 if kept.gpu is not None:
-                    free, _ = free_and_context_bytes(device, measures_context=False)
+                    free, _, _ = free_and_context_bytes(device, measures_context=False)
                     return replace(machine, gpu=replace(kept.gpu, vram_bytes=free))
             except InvalidArtifact:
                 pass  # measured anew, and written over
-    free, context = free_and_context_bytes(device)
+    free, context, own = free_and_context_bytes(device)
     speeds = measure_gpu(
-        device, kernels, config, format, pool, vram_bytes=free, context_bytes=context
+        device,
+        kernels,
+        config,
+        format,
+        pool,
+        vram_bytes=free,
+        context_bytes=context,
+        torch_bytes=own,
     )
     machine = replace(machine, gpu=speeds)
     if path is not None:

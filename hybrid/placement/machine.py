@@ -37,6 +37,7 @@ class GpuSpeeds:
     node_us: float  # a kernel more in a graph
     hand_off_us: float  # the CPU's turn, if it had nothing to do
     mechanism: str = "modelled"  # of hand-offs (engine.device)
+    torch_bytes: int = 0  # of context_bytes, torch's share
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class PlacementPlan:
     vram_budget: int = 0  # bytes that it was made for, all of the process
     vram_bytes: int = 0  # bytes of its tensors: weights, KV cache, buffers
     context_bytes: int = 0  # what CUDA and torch take besides
+    torch_bytes: int = 0  # of those, torch's share
     hand_offs: str = ""  # the mechanism that was fastest when measured (engine.device)
 
     @property
@@ -145,7 +146,14 @@ def load_plan(path: Path) -> PlacementPlan:
 
 def _check_values(plan: PlacementPlan) -> None:
     """Raises ValueError, TypeError."""
-    for name in ("n_context", "n_neurons", "vram_budget", "vram_bytes", "context_bytes"):
+    for name in (
+        "n_context",
+        "n_neurons",
+        "vram_budget",
+        "vram_bytes",
+        "context_bytes",
+        "torch_bytes",
+    ):
         value = getattr(plan, name)
         if type(value) is not int or value < 0:
             raise ValueError(f"{name}: expected a count, found {value!r}")

@@ -104,6 +104,9 @@ class FakeDevice:
             self._recording = None
         return steps
 
+    def limit(self, n_bytes: int) -> None:
+        pass
+
     def synchronize(self) -> None:
         if not self._thread.is_alive():
             return  # closed: everything is done

@@ -30,7 +30,7 @@ from hybrid.plan import main as plan_main  # noqa: E402
 from hybrid.run import main as run_main  # noqa: E402
 
 MIB = 1 << 20
-GPU = GpuSpeeds("a GPU", 64 * MIB, 8 * MIB, 400.0, 250.0, 0.0, 0.1, "synchronise")
+GPU = GpuSpeeds("a GPU", 64 * MIB, 8 * MIB, 400.0, 250.0, 0.0, 0.1, "synchronise", 3 * MIB)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     device = HostDevice()
     monkeypatch.setattr(placing, "open_device", lambda: device)
     monkeypatch.setattr(gpu_measurement, "measure_gpu", lambda *_, **__: GPU)
-    free = GPU.vram_bytes, GPU.context_bytes
+    free = GPU.vram_bytes, GPU.context_bytes, GPU.torch_bytes
     monkeypatch.setattr(gpu_measurement, "free_and_context_bytes", lambda *_, **__: free)
     return device
 
@@ -90,6 +90,13 @@ def test_sessions_conversations_and_sampling_are_the_same_on_every_plan(gpu):
     with hybrid.load("stories", threads=2, vram_budget=14 * MIB, context_size=256) as engine:
         assert engine.plan.uses_gpu
         assert use(engine) == expected
+
+
+def test_torch_is_held_to_the_budget(gpu, monkeypatch):
+    limits = []
+    monkeypatch.setattr(gpu, "limit", limits.append)
+    greedy(vram_budget=16 * MIB)
+    assert limits == [11 * MIB]  # all but what CUDA itself takes
 
 
 def test_measurements_are_kept(gpu, home, monkeypatch):
@@ -220,7 +227,7 @@ def test_a_saved_plan_runs(gpu, capsys, tmp_path):
     options = ["--vram-budget", "14MiB", "-c", "256"]
     assert plan_main([*options, "--save", str(path), "--explain"]) == 0
     shown = capsys.readouterr().out
-    assert "CUDA and torch take 8" in shown
+    assert "CUDA takes 5 and torch 3" in shown
     for name in ("CPU only", "hybrid"):
         assert f"\n{name}" in shown
     assert run_main(["-p", "Once", "-n", "5", "-c", "256", "--plan", str(path)]) == 0
