@@ -32,7 +32,8 @@ class CudaDriver {
   int WaitThenWrite(uint64_t stream, uint64_t address, uint32_t value, uint32_t then) const;
   int LaunchHostFunction(uint64_t stream, HostFunction function, void* argument) const;
   // The address at which the device sees pinned host memory: with unified addressing, which every
-  // 64-bit system has, its own, also where the driver does not know an address within an allocation.
+  // 64-bit system has, its own, also where the driver does not know an address within an
+  // allocation.
   uint64_t DeviceAddress(void* host) const;
   std::string ErrorName(int error) const;
 

@@ -13,15 +13,17 @@ namespace {
 constexpr int64_t kSpinNs = 2'000'000;  // then a wait sleeps between its looks
 constexpr auto kNap = std::chrono::microseconds(50);
 
-// Waits for `is_done`, at most so long. Looks at the clock now and then only.
-template <typename Done>
-bool SpinUntil(const Done& is_done, int64_t patience_ns) {
+// Waits for `is_done`, at most so long. Looks at the clock now and then only, and tells what it
+// says.
+template <typename Done, typename Tell>
+bool SpinUntil(const Done& is_done, int64_t patience_ns, const Tell& tell) {
   const int64_t started = platform::Nanoseconds();
   for (int32_t spins = 1;; ++spins) {
     if (is_done()) return true;
     platform::Pause();
     if (spins % 64 != 0) continue;
-    const int64_t waited = platform::Nanoseconds() - started;
+    const int64_t now = platform::Nanoseconds(), waited = now - started;
+    tell(now);
     if (waited > patience_ns) return false;
     if (waited > kSpinNs) std::this_thread::sleep_for(kNap);
   }
@@ -74,7 +76,9 @@ bool DeviceLink::AwaitRequest(int32_t slot) {
   std::atomic<uint32_t>& request = Flag(2 * slot);
   const bool is_there = SpinUntil(
       [&] { return request.load(std::memory_order_acquire) != 0 || error() != Error::kNone; },
-      patience_ns_);
+      patience_ns_,
+      // Who waits is alive: it is the device that does not answer.
+      [&](int64_t now) { alive_ns_.store(now, std::memory_order_relaxed); });
   if (!is_there) Abandon(Error::kNoRequest);
   request.store(0, std::memory_order_relaxed);
   alive_ns_.store(platform::Nanoseconds());
@@ -84,7 +88,8 @@ bool DeviceLink::AwaitRequest(int32_t slot) {
 void DeviceLink::AwaitAnswer(int32_t slot) {
   std::atomic<uint32_t>& ack = Flag(2 * slot + 1);
   // The watchdog ends this wait where nobody answers; twice its patience, should it be lost too.
-  SpinUntil([&] { return ack.load(std::memory_order_acquire) != 0; }, 2 * patience_ns_);
+  SpinUntil([&] { return ack.load(std::memory_order_acquire) != 0; }, 2 * patience_ns_,
+            [](int64_t) {});
   if (error() == Error::kNone) ack.store(0, std::memory_order_relaxed);
 }
 
