@@ -305,7 +305,7 @@ void BindKernels(py::module_& m) {
                               computes_all,
                               active.data()};
         std::vector<uint8_t> inputs;
-        std::vector<int32_t> predicted(static_cast<size_t>(last - first));
+        std::vector<int32_t> predicted(static_cast<size_t>(last - first + 1));
         if (predictor != nullptr) {
           Check(!computes_all && predictor->n_neurons == gate.rows.n_rows, "predictor");
           Check(!gate.rows.is_interleaved, "gate rows that a predictor names must stand apart");

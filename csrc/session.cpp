@@ -51,8 +51,8 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
   const int64_t n_pairs = n_neurons * kPrefillChunk;
   const int64_t predictor_bytes = std::max<int64_t>(program.predictor_input_bytes(), 4);
   for (int32_t thread = 0; thread < pool.n_threads(); ++thread)
-    threads_.push_back(std::make_unique<ThreadScratch>(n_floats, vector_bytes, n_pairs + 1,
-                                                       n_neurons, kPrefillChunk * predictor_bytes));
+    threads_.push_back(std::make_unique<ThreadScratch>(
+        n_floats, vector_bytes, n_pairs + 1, n_neurons + 1, kPrefillChunk * predictor_bytes));
 }
 
 Session::~Session() = default;

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from predictors.errors import PredictorError
-from predictors.predictors import LayerPredictor, LowRank, Sign
+from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, Sign
 
-VERSION = 1
+VERSION = 2
 _METADATA = "hybrid_predictor"
 
 
@@ -68,7 +68,7 @@ class PredictorFile:
         tensors: dict[str, NDArray[Any]] = {}
         for (layer, name), predictor in self.predictors.items():
             for part in predictor.__slots__:
-                array = getattr(predictor, part)
+                array = np.ascontiguousarray(getattr(predictor, part))
                 tensors[f"{layer}.{name}.{part}"] = array
         about = {
             **self.about,
@@ -129,7 +129,7 @@ def _read(
         parts = {
             "a": (np.float32, (choice.rank, hidden)),
             "b": (np.int8, (n_neurons, choice.rank)),
-            "b_scale": (np.float32, (n_neurons,)),
+            "b_scale": (np.float32, (n_neurons, 2)),
             "bias": (np.float32, (n_neurons,)),
         }
     elif choice.kind == "sign":
@@ -148,4 +148,8 @@ def _read(
         if array.dtype == np.float32 and not np.isfinite(array).all():
             raise ValueError(f"{layer}.{choice.name}.{part} is not finite")
         arrays[part] = array
+    if choice.kind == "lowrank":
+        narrow = arrays["b"][:, WIDE_RANK:]
+        if ((narrow < -8) | (narrow > 7)).any():
+            raise ValueError(f"{layer}.{choice.name}.b has more than 4 bits")
     return kind(**arrays)

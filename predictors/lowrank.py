@@ -1,5 +1,6 @@
 """Training of low-rank predictors: initialised by a truncated SVD of the gate in the metric of its
-inputs, then trained with a loss that punishes misses more than false alarms.
+inputs, then trained with a loss that punishes misses more than false alarms, on the values that
+rounding will leave of b.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from predictors.predictors import Array, LowRank, quantize_lowrank
+from predictors.predictors import WIDE_RANK, Array, LowRank, narrow_scale, quantize_lowrank
 from predictors.trace import LayerTrace
 
 MISS_WEIGHT = 40.0  # a miss costs as much as so many false alarms
@@ -80,8 +81,8 @@ def train_lowrank(
         z = some @ a.T
         size = z.square().mean(0).sqrt() + 1e-12
         a, b = a / size[:, None], b * size
-        unit = 3.0 / (some @ a.T @ b.T + bias).std()
-        b, bias = b * unit, bias * unit
+        spread = 3.0 / (some @ a.T @ b.T + bias).std()
+        b, bias = b * spread, bias * spread
     parameters = [a, b, bias]
     groups = []
     for parameter in parameters:
@@ -92,9 +93,15 @@ def train_lowrank(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / (steps + 1))
     weight = torch.tensor(MISS_WEIGHT)
 
+    def rounded(unit: torch.Tensor) -> torch.Tensor:
+        """b as integers keep it; its gradient passes as if they did not (straight-through)."""
+        whole = (b / unit).round()
+        whole[:, WIDE_RANK:].clamp_(-8, 7)
+        return b + (whole * unit - b).detach()
+
     def predicted_share() -> float:
         with torch.no_grad():
-            scores = x[held_out_tokens] @ a.T @ b.T + bias
+            scores = x[held_out_tokens] @ a.T @ rounded(_units(b)).T + bias
             hits = scores[active[held_out_tokens]]
             if not len(hits):
                 return 0.0
@@ -108,9 +115,10 @@ def train_lowrank(
     best, best_share, waited = snapshot(), predicted_share(), 0
     for _ in range(options.epochs):
         shuffled = train_tokens[torch.randperm(len(train), generator=generator)]
+        unit = _units(b)
         for tokens in torch.split(shuffled, BATCH):
             optimizer.zero_grad(set_to_none=True)
-            scores = torch.addmm(bias, x[tokens] @ a.T, b.T)
+            scores = torch.addmm(bias, x[tokens] @ a.T, rounded(unit).T)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
                 scores, active[tokens].float(), pos_weight=weight
             )
@@ -125,6 +133,15 @@ def train_lowrank(
             if waited >= options.patience:
                 break
     return quantize_lowrank(*best, trace.inputs[train[:2048]])
+
+
+def _units(b: torch.Tensor) -> torch.Tensor:
+    """(n_neurons, rank): what one step of each element's integer is worth."""
+    array = b.detach().numpy()
+    wide = np.abs(array[:, :WIDE_RANK]).max(1, keepdims=True) / np.float32(127)
+    units = np.repeat(narrow_scale(array)[:, None], array.shape[1], 1)
+    units[:, :WIDE_RANK] = wide
+    return torch.from_numpy(np.where(units > 0, units, 1).astype(np.float32))
 
 
 def _size(parameter: torch.Tensor) -> float:

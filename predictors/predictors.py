@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 BLOCK = 32  # weights of `a` that share a scale
-RANK_STEP = 16
+WIDE_RANK = 4  # columns of `b` that are int8
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """Neuron j is predicted where b_scale[j] * (b[j] · z) + bias[j] + margin >= 0, z = a x rounded
-    to int8 with one scale.
+    """Neuron j is predicted where b[j] z + bias[j] + margin >= 0, z = a x rounded to int8 with one
+    scale, and row j of b, in integers, is worth b_scale[j, 0] in its first WIDE_RANK columns and
+    b_scale[j, 1] in the others, which have 4 bits.
     """
 
     a: Array  # (rank, hidden), of values that `round_blocks` keeps
-    b: NDArray[np.int8]  # (n_neurons, rank), -127 to 127
-    b_scale: Array  # (n_neurons,)
+    b: NDArray[np.int8]  # (n_neurons, rank): -127 to 127, beyond WIDE_RANK -8 to 7
+    b_scale: Array  # (n_neurons, 2)
     bias: Array  # (n_neurons,)
 
     kind = "lowrank"
@@ -41,7 +42,9 @@ class LowRank:
         largest = np.abs(z).max(1, keepdims=True)
         scale = largest / np.float32(127)
         rounded = np.rint(z / np.where(scale > 0, scale, 1))
-        return (rounded @ self.b.T.astype(np.float32)) * (scale * self.b_scale) + self.bias
+        wide = rounded[:, :WIDE_RANK] @ self.b[:, :WIDE_RANK].T.astype(np.float32)
+        narrow = rounded[:, WIDE_RANK:] @ self.b[:, WIDE_RANK:].T.astype(np.float32)
+        return scale * (wide * self.b_scale[:, 0] + narrow * self.b_scale[:, 1]) + self.bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +82,35 @@ def round_blocks(a: Array) -> Array:
 
 
 def quantize_lowrank(a: Array, b: Array, bias: Array, x: NDArray[np.floating]) -> LowRank:
-    """Round trained matrices. z is rounded with one scale, so its elements are first brought to the
-    same size on `x` (n, hidden), some inputs.
+    """Round trained matrices, the columns of `b` in falling order of size. z is rounded with one
+    scale, so its elements are first brought to the same size on `x` (n, hidden), some inputs.
     """
     size = np.sqrt(np.mean((x.astype(np.float32) @ a.T) ** 2, 0)) + np.float32(1e-12)
     a, b = round_blocks(a / size[:, None]), b * size
-    b_scale = np.abs(b).max(1) / np.float32(127)
-    integers = np.rint(b / np.where(b_scale > 0, b_scale, 1)[:, None]).astype(np.int8)
-    return LowRank(a, integers, b_scale.astype(np.float32), bias.astype(np.float32))
+    scale = np.stack([np.abs(b[:, :WIDE_RANK]).max(1) / np.float32(127), narrow_scale(b)], 1)
+    scale = scale.astype(np.float32)
+    of_column = scale[:, np.where(np.arange(b.shape[1]) < WIDE_RANK, 0, 1)]
+    integers = np.rint(b / np.where(of_column > 0, of_column, 1))
+    integers[:, WIDE_RANK:] = np.clip(integers[:, WIDE_RANK:], -8, 7)
+    return LowRank(a, integers.astype(np.int8), scale, bias.astype(np.float32))
+
+
+def narrow_scale(b: Array) -> Array:
+    """(n_neurons, rank) → (n_neurons,) scales with which 4 bits keep the columns beyond WIDE_RANK
+    best, in the mean square.
+    """
+    narrow = b[:, WIDE_RANK:]
+    if not narrow.size:
+        return np.zeros(len(b), np.float32)
+    whole = np.abs(narrow).max(1) / np.float32(7.5)
+    best, least = whole, np.full(len(b), np.inf, np.float32)
+    for share in np.linspace(0.4, 1.0, 13, dtype=np.float32):
+        scale = whole * share
+        unit = np.where(scale > 0, scale, 1)[:, None]
+        error = np.square(np.clip(np.rint(narrow / unit), -8, 7) * unit - narrow).sum(1)
+        best = np.where(error < least, scale, best)
+        least = np.minimum(error, least)
+    return best
 
 
 def make_sign(gate: NDArray[np.floating]) -> Sign:

@@ -150,7 +150,7 @@ def _ranks(options: Options, hidden_size: int, costs: CostTable) -> list[int]:
     if options.ranks:
         return [rank for rank in options.ranks if rank <= largest]
     measured = sorted(costs.lowrank_ns)
-    between = [(a + b) // 2 // 16 * 16 for a, b in itertools.pairwise(measured)]
+    between = [(a + b) // 16 * 8 + 4 for a, b in itertools.pairwise(measured)]
     return sorted({rank for rank in measured + between if 0 < rank <= largest})
 
 

@@ -95,7 +95,8 @@ struct Nothing {
   void operator()() const {}
 };
 
-// `between` is called after each group: for what should be done evenly meanwhile.
+// With one token, `between` is called after each row's share of a group: for what should be done
+// evenly meanwhile.
 template <int kRows, int kTokens, typename Source, typename Between>
 inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
                         Between& between) {
@@ -118,9 +119,9 @@ inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float
                       LoadBf16s(reinterpret_cast<const uint16_t*>(x[t]) + group * kBlock + col));
         if constexpr (kTokens == 1) InOrder();
       }
+      if constexpr (kTokens == 1) between();
     }
     w.Next();
-    between();
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -180,13 +181,15 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
       // of order, and q8 then comes at two thirds of the speed.
       InOrder();
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
         for (int line = 0; line < kLines; ++line) {
           const auto w_line = LoadWeights<kFormat>(w.values(r) + line * kLine);
           dot[r][0] = DotLine<kFormat>(dot[r][0], w_line, x[0] + group * kBlock + line * kLine);
           InOrder();
         }
+        between();
+      }
     } else {
 #pragma GCC unroll 8
       for (int line = 0; line < kLines; ++line) {
@@ -204,7 +207,6 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
       }
     }
     w.Next();
-    between();
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const Blocks x_scale = LoadXScales(reinterpret_cast<const float*>(x[t] + padded) + group);

@@ -108,34 +108,43 @@ struct GemmArgs {
 // A predictor names the neurons that may fire, for less than their gate rows cost; the gate of
 // those it names is computed as ever, so that the only error is a neuron that it misses.
 //
-// Tiles of kPredictTile neurons, `size` (in units of four bytes a neuron) lines of kPredictLine
-// bytes, four of each neuron, then what a neuron's score is compared with. Neurons beyond the last
-// are never predicted.
+// Tiles of kPredictTile neurons: lines of kPredictLine bytes, four of each neuron, then what a
+// neuron's score is compared with. Neurons beyond the last are never predicted.
 //
 // kLowRank: two small matrices, a (rank, hidden) and b (n_neurons, rank). z = a x is rounded to
-// int8 with one scale; line k holds elements 4 k to 4 k + 3 of b's rows as int8 + 128; then 16 fp32
-// scales, 16 fp32 biases: predicted where scale * b z + bias >= 0.
+// int8 with one scale. Of b's columns the first kWideRank are int8, since a gate's largest
+// directions (what all tokens share, above all) need more than 16 levels, the others 4 bits, each
+// kind with a scale of its own. The first line holds the wide ones + 128; each further line eight
+// columns, nibbles + 8: byte c of a neuron's four holds columns c (low) and 4 + c (high). Then 16
+// fp32 scales of the wide, 16 of the narrow ones, 16 biases: predicted where
+// wide_scale * (b z over the wide) + narrow_scale * (b z over the others) + bias >= 0.
 //
 // kSign: line k holds 32 sign bits of each gate row, in the order of a quantised vector; then 16
 // int32 limits: predicted where no more of them than that differ from x's.
 enum class PredictorKind : int32_t { kLowRank = 0, kSign = 1 };
 constexpr int32_t kPredictTile = 16;
 constexpr int32_t kPredictLine = 4 * kPredictTile;
+constexpr int32_t kWideRank = 4;
 struct Predictor {
   PredictorKind kind;
-  int32_t size;  // kLowRank: rank, a multiple of 4. kSign: words of 32 bits
+  int32_t size;  // kLowRank: rank, a multiple of 4; kSign: words of 32 bits
   const uint8_t* tiles;
 };
 static inline int32_t PredictLines(const Predictor& p) {
-  return p.kind == PredictorKind::kLowRank ? p.size / 4 : p.size;
+  return p.kind == PredictorKind::kLowRank ? 1 + (p.size - kWideRank + 7) / 8 : p.size;
 }
 static inline int64_t PredictTileBytes(const Predictor& p) {
-  return int64_t{kPredictLine} * (PredictLines(p) + (p.kind == PredictorKind::kLowRank ? 2 : 1));
+  return int64_t{kPredictLine} * (PredictLines(p) + (p.kind == PredictorKind::kLowRank ? 3 : 1));
 }
-// Bytes of what a predictor is asked with: z as int8, its fp32 scale, -128 times its sum as int32;
-// or sign bits. A multiple of 4.
+// Elements of z with those that make the last line whole.
+static inline int32_t PaddedRank(const Predictor& p) {
+  return kWideRank + 8 * (PredictLines(p) - 1);
+}
+// Bytes of what a predictor is asked with: z as int8 (PaddedRank), its fp32 scale, then as int32
+// -128 times the sum of its wide elements, -8 times that of the others; or sign bits. A multiple
+// of 4.
 static inline int64_t PredictorInputBytes(const Predictor& p) {
-  return p.kind == PredictorKind::kLowRank ? p.size + 8 : 4 * int64_t{p.size};
+  return p.kind == PredictorKind::kLowRank ? PaddedRank(p) + 12 : 4 * int64_t{p.size};
 }
 
 // One active (neuron, token) pair and what its gate came to.
@@ -168,7 +177,7 @@ struct SparseFfnArgs {
   const Predictor* predictor = nullptr;
   const uint8_t* predictor_inputs = nullptr;  // one a token
   int64_t predictor_input_stride = 0;
-  int32_t* predicted = nullptr;  // scratch: room for last - first neurons
+  int32_t* predicted = nullptr;  // scratch: room for last - first neurons, and one more
   // What another device computed: gates of neurons [0, n_given), a row a token, 0 where a neuron
   // does not fire. Those are listed as they stand; the others' gates are computed here.
   const float* given_gates = nullptr;

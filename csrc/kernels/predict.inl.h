@@ -6,6 +6,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "dot.inl.h"
 #include "kernels.h"
 #include HYBRID_SIMD
 
@@ -15,38 +16,49 @@ namespace {
 // Bits of a tile's neurons that are predicted to fire for one token.
 inline uint32_t PredictLowRank(const Predictor& p, const uint8_t* tile, const uint8_t* input) {
   constexpr int kRegisters = kPredictTile / kLanes;
+  const int32_t n_lines = PredictLines(p) - 1;
+  const uint8_t* tail = input + PaddedRank(p);
   float scale;
-  int32_t correction;
-  memcpy(&scale, input + p.size, sizeof(scale));
-  memcpy(&correction, input + p.size + sizeof(scale), sizeof(correction));
+  int32_t wide_correction;
+  memcpy(&scale, tail, sizeof(scale));
+  memcpy(&wide_correction, tail + sizeof(scale), sizeof(wide_correction));
   // Four sums a register: one would wait for itself.
-  I32 dots[4][kRegisters];
-  for (int i = 0; i < 4; ++i)
-    for (int r = 0; r < kRegisters; ++r) dots[i][r] = i == 0 ? StartWords(correction) : ZeroWords();
-  int32_t at = 0;
-  for (; at + 16 <= p.size; at += 16) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i, tile += kPredictLine) {
-      const XBytes x = BroadcastX(input + at + 4 * i);
-#pragma GCC unroll 2
-      for (int r = 0; r < kRegisters; ++r)
-        dots[i][r] = DotQ8(dots[i][r], LoadQ8Weights(tile + r * 4 * kLanes), x);
-    }
-  }
-  for (; at < p.size; at += 4, tile += kPredictLine) {
-    const XBytes x = BroadcastX(input + at);
-    for (int r = 0; r < kRegisters; ++r)
-      dots[0][r] = DotQ8(dots[0][r], LoadQ8Weights(tile + r * 4 * kLanes), x);
-  }
-  I32 dot[kRegisters];
-  for (int r = 0; r < kRegisters; ++r)
-    dot[r] = AddWords(AddWords(dots[0][r], dots[1][r]), AddWords(dots[2][r], dots[3][r]));
-  const float* scales = reinterpret_cast<const float*>(tile);
-  const float* biases = scales + kPredictTile;
-  uint32_t bits = 0;
+  I32 wide[kRegisters], dots[4][kRegisters];
   for (int r = 0; r < kRegisters; ++r) {
-    const F32 unit = Mul(Set(scale), Load(scales + r * kLanes));
-    bits |= NotNegative(Fma(ToFloat(dot[r]), unit, Load(biases + r * kLanes))) << r * kLanes;
+    wide[r] =
+        DotQ8(StartWords(wide_correction), LoadQ8Weights(tile + r * 4 * kLanes), BroadcastX(input));
+    dots[0][r] = BroadcastWord(tail + sizeof(scale) + sizeof(wide_correction));
+    for (int i = 1; i < 4; ++i) dots[i][r] = ZeroWords();
+    InOrder();
+  }
+  tile += kPredictLine;
+  input += kWideRank;
+  const auto add_line = [&](I32* low, I32* high) {
+    const XBytes x_low = BroadcastX(input), x_high = BroadcastX(input + 4);
+#pragma GCC unroll 2
+    for (int r = 0; r < kRegisters; ++r) {
+      const Nibbles w = LoadQ4Weights(tile + r * 4 * kLanes);
+      low[r] = DotQ4(low[r], w.low, x_low);
+      high[r] = DotQ4(high[r], w.high, x_high);
+      InOrder();
+    }
+    tile += kPredictLine;
+    input += 8;
+  };
+  for (int32_t line = 0; line + 2 <= n_lines; line += 2) {
+    add_line(dots[0], dots[1]);
+    add_line(dots[2], dots[3]);
+  }
+  if (n_lines % 2 != 0) add_line(dots[0], dots[1]);
+  const float* scales = reinterpret_cast<const float*>(tile);
+  uint32_t bits = 0;
+  for (int r = 0; r < kRegisters; ++r, scales += kLanes) {
+    const F32 wide_unit = Mul(Set(scale), Load(scales)),
+              narrow_unit = Mul(Set(scale), Load(scales + kPredictTile)),
+              bias = Load(scales + 2 * kPredictTile);
+    const I32 narrow = AddWords(AddWords(dots[0][r], dots[1][r]), AddWords(dots[2][r], dots[3][r]));
+    const F32 score = Fma(ToFloat(narrow), narrow_unit, Fma(ToFloat(wide[r]), wide_unit, bias));
+    bits |= NotNegative(score) << r * kLanes;
   }
   return bits;
 }
@@ -106,18 +118,19 @@ void MakePredictorInput(const Predictor& p, Format format, const uint8_t* x, int
   }
   const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
   float scale = largest / 127.0f;
-  int32_t sum = 0;
+  int32_t wide_sum = 0, narrow_sum = 0;
   for (int32_t i = 0; i < p.size; ++i) {
     if (z[i] != z[i]) scale = z[i];  // every score becomes a NaN, every neuron predicted
     const float scaled = rintf(z[i] * inverse);
     const int32_t integer =
         static_cast<int32_t>(scaled >= -127.0f && scaled <= 127.0f ? scaled : 0.0f);
-    sum += integer;
+    (i < kWideRank ? wide_sum : narrow_sum) += integer;
     out[i] = static_cast<uint8_t>(integer);
   }
-  const int32_t correction = -128 * sum;
-  memcpy(out + p.size, &scale, sizeof(scale));
-  memcpy(out + p.size + sizeof(scale), &correction, sizeof(correction));
+  const int32_t padded = PaddedRank(p), corrections[2] = {-128 * wide_sum, -8 * narrow_sum};
+  memset(out + p.size, 0, static_cast<size_t>(padded - p.size));
+  memcpy(out + padded, &scale, sizeof(scale));
+  memcpy(out + padded + sizeof(scale), corrections, sizeof(corrections));
 }
 
 }  // namespace

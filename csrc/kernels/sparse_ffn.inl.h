@@ -121,23 +121,36 @@ struct ActiveList {
 };
 
 // What a predicting token prefetches, a few lines at a time between computations: gate rows, some
-// ahead of the one that is computed, then bundles of neurons that turned out active.
+// ahead of the one that is computed, then bundles of neurons that turned out active. The pace
+// matters: prefetches beyond what the core can have outstanding are dropped, and a line that is
+// then missing costs more than a hundred that are there.
 class PredictedPrefetcher {
  public:
   explicit PredictedPrefetcher(const SparseFfnArgs& a)
       : a_(a),
         row_bytes_(RowBytes(a.gate, a.format)),
         bundle_bytes_(2 * RowBytes(a.up, a.format)),
-        lines_between_(LinesBetween(a)),
         n_bundles_(BundlePrefetcher::Ahead(a)) {}
   // Rows before `end` may be prefetched now, and bundles of so many listed neurons.
   void Allow(int32_t end, int32_t n_listed) {
     row_end_ = end;
     bundle_end_ = n_listed < n_bundles_ ? n_listed : n_bundles_;
   }
-  // After each group of a tile of rows: the lines of as many rows, and a third more for bundles.
-  void operator()() { Issue(lines_between_); }
-  int64_t lines_between() const { return lines_between_; }
+  // After a row's share of a group: as many lines as that has, and a quarter more for bundles.
+  void operator()() {
+    credit_ += GroupValueBytes(a_.format) * 5 / 4;
+    Issue(credit_ / kCacheLine);
+    credit_ %= kCacheLine;
+  }
+  // A share of the first rows: all of them in so many calls.
+  void Begin(int32_t n_calls) { Issue((kRowsAhead * row_bytes_ / kCacheLine + n_calls) / n_calls); }
+  void Finish() { Issue(INT32_MAX); }
+
+ private:
+  struct Cursor {
+    int32_t next = 0;
+    int64_t at = 0;
+  };
   void Issue(int64_t n_lines) {
     n_lines = Go(n_lines, row_end_, row_bytes_, &row_, [&](int32_t i) {
       return a_.gate.values + a_.predicted[i] * a_.gate.values_stride;
@@ -145,16 +158,6 @@ class PredictedPrefetcher {
     Go(n_lines, bundle_end_, bundle_bytes_, &bundle_,
        [&](int32_t i) { return a_.up.values + a_.active[i].neuron * a_.up.values_stride; });
   }
-
- private:
-  static int64_t LinesBetween(const SparseFfnArgs& a) {
-    const int64_t n_groups = ValueBytes(a.format, a.gate.n_cols) / GroupValueBytes(a.format);
-    return kRowTile * RowBytes(a.gate, a.format) * 4 / 3 / (n_groups * kCacheLine) + 1;
-  }
-  struct Cursor {
-    int32_t next = 0;
-    int64_t at = 0;
-  };
   template <typename AddressOf>
   int64_t Go(int64_t n_lines, int32_t end, int64_t n_bytes, Cursor* cursor, AddressOf address_of) {
     while (n_lines > 0 && cursor->next < end) {
@@ -168,24 +171,45 @@ class PredictedPrefetcher {
   }
 
   const SparseFfnArgs& a_;
-  const int64_t row_bytes_, bundle_bytes_, lines_between_;
+  const int64_t row_bytes_, bundle_bytes_;
   const int32_t n_bundles_;
+  int64_t credit_ = 0;  // bytes
   int32_t row_end_ = 0, bundle_end_ = 0;
   Cursor row_, bundle_;
 };
+
+// Lists the predicted neurons of a piece: one pass over the predictor's tiles, without a branch on
+// what they say; while the last of them are read, the first gate rows are prefetched.
+int32_t NamePredicted(const SparseFfnArgs& a, PredictedPrefetcher& prefetcher) {
+  constexpr int64_t kAhead = 4096;  // bytes of tiles
+  constexpr int32_t kLastTiles = 4;
+  const int64_t tile_bytes = PredictTileBytes(*a.predictor);
+  const int32_t end = (a.last + kPredictTile - 1) / kPredictTile;
+  const uint8_t* end_of_tiles = a.predictor->tiles + end * tile_bytes;
+  int32_t* predicted = a.predicted;
+  int32_t n = 0;
+  for (int32_t tile = a.first / kPredictTile; tile < end; ++tile) {
+    const uint8_t* ahead = a.predictor->tiles + tile * tile_bytes + kAhead;
+    for (int64_t at = 0; at < tile_bytes && ahead + at < end_of_tiles; at += kCacheLine)
+      PrefetchL2(ahead + at);
+    const uint32_t bits = PredictTile(a, tile, 0);
+    for (int32_t i = 0; i < kPredictTile; ++i) {
+      predicted[n] = tile * kPredictTile + i;
+      n += static_cast<int32_t>(bits >> i & 1);
+    }
+    if (tile + kLastTiles < end) continue;
+    prefetcher.Allow(n < kRowsAhead ? n : kRowsAhead, 0);
+    prefetcher.Begin(kLastTiles);
+  }
+  return n;
+}
 
 // Of one token, gate rows of the predicted neurons alone. All are named first: then rows are
 // prefetched at the pace at which they are computed, since a burst of prefetches stalls everything
 // behind it (docs/log.md).
 ActiveCounts FindPredicted(const SparseFfnArgs& a) {
-  int32_t n = 0;
   PredictedPrefetcher prefetcher(a);
-  for (int32_t tile = a.first / kPredictTile; tile * kPredictTile < a.last; ++tile) {
-    for (uint32_t bits = PredictTile(a, tile, 0); bits != 0; bits &= bits - 1)
-      a.predicted[n++] = tile * kPredictTile + CountTrailingZeros(bits);
-    prefetcher.Allow(n < kRowsAhead ? n : kRowsAhead, 0);
-    prefetcher.Issue(prefetcher.lines_between());
-  }
+  const int32_t n = NamePredicted(a, prefetcher);
   ActiveList list{a};
   const uint8_t* x[1] = {a.x};
   for (int32_t i = 0; i < n;) {
@@ -200,7 +224,7 @@ ActiveCounts FindPredicted(const SparseFfnArgs& a) {
     for (int32_t r = 0; i < end; ++i, ++r) list.Take(a.predicted[i], 0, gates[r][0]);
   }
   prefetcher.Allow(n, list.n_listed);
-  prefetcher.Issue(INT32_MAX);
+  prefetcher.Finish();
   return {list.n_listed, list.n_active, n};
 }
 

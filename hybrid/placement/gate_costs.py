@@ -18,7 +18,7 @@ from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
 from hybrid.weights.quant import row_bytes
 from predictors.predictors import LayerPredictor, LowRank, make_sign
 
-RANKS = (16, 32, 64, 128, 256, 512)
+RANKS = (20, 36, 68, 132, 260, 516)  # whole lines of the kernels' layout
 _PREDICTED = 0.25  # share of rows while gathering is measured
 _ROUNDS = 5
 
@@ -69,8 +69,8 @@ def measure_gate_costs(
         bias = np.where(rng.random(n_neurons) < predicted, 1e30, -1e30).astype(np.float32)
         return LowRank(
             np.ones((rank, hidden_size), np.float32),
-            rng.integers(-127, 128, (n_neurons, rank)).astype(np.int8),
-            np.ones(n_neurons, np.float32),
+            rng.integers(-8, 8, (n_neurons, rank)).astype(np.int8),
+            np.ones((n_neurons, 2), np.float32),
             bias,
         )
 

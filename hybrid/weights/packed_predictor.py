@@ -9,7 +9,7 @@ from hybrid.kernels import Format, PredictorKind, _native
 from hybrid.kernels._native import Predictor
 from hybrid.weights.packed import pack_matrix
 from hybrid.weights.quant import column_order
-from predictors.predictors import LayerPredictor, LowRank, Sign
+from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, Sign
 
 TILE = _native.PREDICT_TILE  # neurons
 
@@ -23,14 +23,23 @@ def pack_predictor(format: Format, predictor: LayerPredictor, margin: float) -> 
 
 def _pack_lowrank(format: Format, predictor: LowRank, margin: float) -> Predictor:
     n_neurons, rank = predictor.b.shape
-    b = _tiles(predictor.b, 0).reshape(-1, TILE, rank // 4, 4)
-    lines = (b.swapaxes(1, 2).astype(np.int16) + 128).astype(np.uint8)
+    wide = _tiles(predictor.b[:, :WIDE_RANK].astype(np.int16) + 128, 128).astype(np.uint8)
+    n_lines = -(-(rank - WIDE_RANK) // 8)
+    narrow = np.full((n_neurons, 8 * n_lines), 8, np.uint8)
+    narrow[:, : rank - WIDE_RANK] = predictor.b[:, WIDE_RANK:] + 8
+    columns = _tiles(narrow, 8).reshape(-1, TILE, n_lines, 2, 4)
+    lines = (columns[:, :, :, 0] | columns[:, :, :, 1] << 4).swapaxes(1, 2)
     limits = [
-        _tiles(predictor.b_scale, 0.0),
+        _tiles(np.ascontiguousarray(predictor.b_scale[:, 0]), 0.0),
+        _tiles(np.ascontiguousarray(predictor.b_scale[:, 1]), 0.0),
         # Scores of neurons beyond the last stay below zero.
         _tiles(predictor.bias + np.float32(margin), -np.inf),
     ]
-    parts = [lines.reshape(len(b), -1), *(limit.view(np.uint8) for limit in limits)]
+    parts = [
+        wide,
+        lines.reshape(len(wide), -1),
+        *(limit.view(np.uint8) for limit in limits),
+    ]
     return Predictor(
         format=format,
         kind=PredictorKind.lowrank,
@@ -87,4 +96,4 @@ def predictor_bytes(format: Format, predictor: LayerPredictor, hidden_size: int)
     if format is not Format.bf16:
         padded = _native.padded_cols(Format.q8, hidden_size)
         width = padded + padded // 16
-    return rank * width + n_tiles * TILE * (rank + 8)
+    return rank * width + n_tiles * TILE * (WIDE_RANK + 4 * -(-(rank - WIDE_RANK) // 8) + 12)
