@@ -92,7 +92,7 @@ void PackInterleaved(Format format, const float* w, int32_t n_rows, int32_t n_co
 }  // namespace
 
 PyRows::PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int64_t offset,
-               std::optional<int64_t> row_stride, int64_t scales_offset)
+               std::optional<int64_t> row_stride, int64_t scales_offset, bool is_gathered)
     : format(format), memory(memory) {
   Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols, "rows or columns out of range");
   const auto check = [&](int64_t first, int64_t n, int64_t stride, int64_t n_bytes) {
@@ -106,13 +106,20 @@ PyRows::PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int6
   if (row_stride) {
     const uint8_t* values = check(offset, n_rows, *row_stride, value_bytes);
     const uint8_t* scales = check(scales_offset, n_rows, *row_stride, scale_bytes);
-    rows = {values, scales, *row_stride, *row_stride, n_rows, n_cols, false};
+    rows = {values,
+            scales,
+            *row_stride,
+            *row_stride,
+            n_rows,
+            n_cols,
+            is_gathered ? RowLayout::kGathered : RowLayout::kApart};
   } else {
     const int64_t tile_bytes = kRowTile * (value_bytes + scale_bytes);
     const uint8_t* tiles =
         check(offset, RoundUp(n_rows, kRowTile) / kRowTile, tile_bytes, tile_bytes);
     const int64_t scales_of_group = kRowTile * GroupScaleBytes(format);
-    rows = {tiles + scales_of_group, tiles, tile_bytes, tile_bytes, n_rows, n_cols, true};
+    rows = {tiles + scales_of_group, tiles, tile_bytes, tile_bytes, n_rows, n_cols,
+            RowLayout::kInterleaved};
   }
 }
 
@@ -130,7 +137,7 @@ PyPredictor::PyPredictor(Format format, PredictorKind kind, int32_t size, int32_
   if (first_matrix == nullptr) return;
   Check(size % kRowTile == 0 && first_matrix->rows.n_rows == size &&
             first_matrix->format == PredictorFormat(format),
-        "first matrix must be (rank, hidden), in q8, or bf16 for bf16");
+        "first matrix must be (rank, hidden), in q4, or bf16 for bf16");
   rows = first_matrix->rows;
   rows_memory = first_matrix->memory;
 }
@@ -183,6 +190,17 @@ void BindKernels(py::module_& m) {
       },
       py::arg("format"), py::arg("n_cols"));
 
+  // Places of a gathered row's groups, the first one's first.
+  m.def(
+      "group_places",
+      [](Format format, int32_t n_cols) {
+        Check(n_cols > 0 && n_cols <= kMaxCols, "n_cols out of range");
+        std::vector<int32_t> places(static_cast<size_t>(CountGroups(format, n_cols)));
+        for (size_t i = 1; i < places.size(); ++i)
+          places[i] = NextPlace(places[i - 1], static_cast<int32_t>(places.size()));
+        return places;
+      },
+      py::arg("format"), py::arg("n_cols"));
   m.def(
       "head_stride", [](int32_t head_dim) { return RoundUp(head_dim, kHeadAlign); },
       py::arg("head_dim"));
@@ -245,6 +263,7 @@ void BindKernels(py::module_& m) {
       "dequantize",
       [](const PyRows& rows, int32_t row, float scale) {
         Check(row >= 0 && row < rows.rows.n_rows, "row out of range");
+        Check(rows.rows.layout != RowLayout::kGathered, "gathered rows");
         Floats out(rows.rows.n_cols);
         ActiveKernels().dequantize(rows.format, rows.rows, row, scale, out.mutable_data());
         return out;
@@ -282,6 +301,8 @@ void BindKernels(py::module_& m) {
         Check(up.rows.n_rows == gate.rows.n_rows && down.rows.n_rows == gate.rows.n_rows,
               "neurons differ");
         Check(up.rows.n_cols == gate.rows.n_cols, "gate and up widths differ");
+        Check(up.rows.layout == RowLayout::kApart && down.rows.layout == RowLayout::kApart,
+              "up and down rows must stand apart");
         Check(x.ndim() == 2 && x.shape(0) <= kTokenTile, "at most kTokenTile tokens");
         Check(x.shape(1) == VectorBytes(format, gate.rows.n_cols) && IsAligned(x.data(), 4),
               "x must be quantised vectors");
@@ -308,7 +329,8 @@ void BindKernels(py::module_& m) {
         std::vector<int32_t> predicted(static_cast<size_t>(last - first + 1));
         if (predictor != nullptr) {
           Check(!computes_all && predictor->n_neurons == gate.rows.n_rows, "predictor");
-          Check(!gate.rows.is_interleaved, "gate rows that a predictor names must stand apart");
+          Check(gate.rows.layout == RowLayout::kGathered,
+                "gate rows that a predictor names must be gathered");
           inputs = predictor->MakeInputs(format, x, gate.rows.n_cols);
           args.predictor = &predictor->predictor;
           args.predictor_inputs = inputs.data();

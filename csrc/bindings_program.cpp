@@ -40,6 +40,7 @@ double ReadMemory(ThreadPool& pool, const Floats& memory) {
   job.n_pieces = [](void* c, int32_t) {
     return static_cast<int32_t>(static_cast<Context*>(c)->sums.size());
   };
+  job.is_dealt = [](void*, int32_t) { return false; };
   job.run_piece = [](void* c, int32_t, int32_t piece, int32_t) {
     Context& all = *static_cast<Context*>(c);
     const int64_t first = piece * kReadPiece, n = std::min(kReadPiece, all.n - first);
@@ -53,10 +54,11 @@ double ReadMemory(ThreadPool& pool, const Floats& memory) {
 
 void BindProgram(py::module_& m) {
   py::class_<PyRows>(m, "Rows")
-      .def(py::init<Format, Bytes, int32_t, int32_t, int64_t, std::optional<int64_t>, int64_t>(),
+      .def(py::init<Format, Bytes, int32_t, int32_t, int64_t, std::optional<int64_t>, int64_t,
+                    bool>(),
            py::kw_only(), py::arg("format"), py::arg("memory"), py::arg("n_rows"),
            py::arg("n_cols"), py::arg("offset") = 0, py::arg("row_stride") = py::none(),
-           py::arg("scales_offset") = 0)
+           py::arg("scales_offset") = 0, py::arg("is_gathered") = false)
       .def_property_readonly("n_rows", [](const PyRows& r) { return r.rows.n_rows; })
       .def_property_readonly("n_cols", [](const PyRows& r) { return r.rows.n_cols; })
       .def_property_readonly("memory", [](const PyRows& r) { return r.memory; });

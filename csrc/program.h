@@ -58,9 +58,9 @@ struct Op {
   bool has_low_rank() const { return has_predictor && predictor.kind == PredictorKind::kLowRank; }
 };
 
-// The format of a predictor's first matrix: it meets the same vectors as the gate, in full 8 bits.
+// The format of a predictor's first matrix, which meets the same vectors as the gate.
 inline Format PredictorFormat(Format format) {
-  return format == Format::kBf16 ? Format::kBf16 : Format::kQ8;
+  return format == Format::kBf16 ? Format::kBf16 : Format::kQ4;
 }
 
 enum class PhaseKind : int32_t {

@@ -142,6 +142,11 @@ void Session::RunPhases(int32_t first, int32_t last) {
     return session.CountPieces(
         (*session.phases_)[static_cast<size_t>(session.first_phase_ + phase)]);
   };
+  job.is_dealt = [](void* context, int32_t phase) {  // neurons may stand by falling frequency
+    const Session& session = *static_cast<Session*>(context);
+    return (*session.phases_)[static_cast<size_t>(session.first_phase_ + phase)].kind ==
+           PhaseKind::kFfn;
+  };
   job.run_piece = [](void* context, int32_t phase, int32_t piece, int32_t thread) {
     Session& session = *static_cast<Session*>(context);
     session.RunPiece((*session.phases_)[static_cast<size_t>(session.first_phase_ + phase)], piece,

@@ -92,10 +92,13 @@ bool ThreadPool::RunOnePiece(int32_t thread) {
   // helps others from their far end only when its own share is done.
   // Not n_threads(): workers run while the others are still being started.
   const int32_t n = static_cast<int32_t>(shares_.size());
-  int32_t piece = -1;
-  for (int32_t i = 0; i < n && piece < 0; ++i)
-    piece = shares_[static_cast<size_t>((thread + i) % n)].Take(i > 0);
+  int32_t piece = -1, share = thread;
+  for (int32_t i = 0; i < n && piece < 0; ++i) {
+    share = (thread + i) % n;
+    piece = shares_[static_cast<size_t>(share)].Take(i > 0);
+  }
   if (piece < 0) return false;
+  if (is_dealt_) piece = share + piece * n;
   const int32_t n_pieces = n_pieces_, phase = phase_;
   job_->run_piece(job_->context, phase, piece, thread);
   if (n_done_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_pieces) OpenPhase(phase + 1);
@@ -112,12 +115,14 @@ void ThreadPool::OpenPhase(int32_t phase) {
   }
   phase_ = phase;
   n_pieces_ = n_pieces;
+  is_dealt_ = job_->is_dealt(job_->context, phase);
   n_done_.store(0, std::memory_order_relaxed);
   const int64_t n = static_cast<int64_t>(shares_.size());
   for (int64_t thread = 0; thread < n; ++thread) {
-    const uint64_t first = static_cast<uint64_t>(n_pieces * thread / n),
-                   end = static_cast<uint64_t>(n_pieces * (thread + 1) / n);
-    shares_[static_cast<size_t>(thread)].range.store(first | end << 32);
+    const int64_t first = is_dealt_ ? 0 : n_pieces * thread / n,
+                  end = is_dealt_ ? (n_pieces - thread + n - 1) / n : n_pieces * (thread + 1) / n;
+    shares_[static_cast<size_t>(thread)].range.store(static_cast<uint64_t>(first) |
+                                                     static_cast<uint64_t>(end) << 32);
   }
 }
 

@@ -7,9 +7,10 @@
 //
 // Protocol. Every thread has a share of a phase's pieces, a range in one word. A thread claims a
 // piece from its own share's beginning, or, where that is empty, from another's end, with
-// compare-and-swap. Only a thread that holds a piece touches the job: neither phase nor job can end
-// before the piece is done. The thread that finishes a phase's last piece opens the next phase. No
-// thread waits for another to arrive.
+// compare-and-swap. Shares are neighbouring pieces, or dealt out in turn where pieces become
+// lighter: then all threads come to the lightest last, and none waits long. Only a thread that
+// holds a piece touches the job: neither phase nor job can end before the piece is done. The thread
+// that finishes a phase's last piece opens the next phase. No thread waits for another to arrive.
 #pragma once
 
 #include <atomic>
@@ -25,6 +26,7 @@ struct Job {
   void* context;
   int32_t n_phases;
   int32_t (*n_pieces)(void* context, int32_t phase);  // 0: the phase is skipped
+  bool (*is_dealt)(void* context, int32_t phase);
   void (*run_piece)(void* context, int32_t phase, int32_t piece, int32_t thread);  // must not throw
 };
 
@@ -56,9 +58,9 @@ class ThreadPool {
   void OpenPhase(int32_t phase);
   void Stop();
 
-  // A thread's share of a phase: pieces [first, end), packed so that one exchange takes one. A
-  // claim that succeeds is one of the phase that is open, since the phase cannot end without that
-  // piece.
+  // A thread's share of a phase: pieces [first, end), packed so that one exchange takes one; where
+  // pieces are dealt, index i of thread t's share is piece t + i * n_threads. A claim that succeeds
+  // is one of the phase that is open, since the phase cannot end without that piece.
   struct alignas(64) Share {
     std::atomic<uint64_t> range{0};  // first | end << 32
     // Takes the first piece, or for another thread the last. Returns -1 where there is none.
@@ -73,6 +75,7 @@ class ThreadPool {
   const Job* job_ = nullptr;
   int32_t phase_ = 0;
   int32_t n_pieces_ = 0;
+  bool is_dealt_ = false;
 
   std::mutex park_mutex_;
   std::condition_variable park_;

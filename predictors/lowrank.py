@@ -1,6 +1,6 @@
 """Training of low-rank predictors: initialised by a truncated SVD of the gate in the metric of its
 inputs, then trained with a loss that punishes misses more than false alarms, on the values that
-rounding will leave of b.
+rounding leaves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from predictors.predictors import WIDE_RANK, Array, LowRank, narrow_scale, quantize_lowrank
+from predictors.predictors import (
+    WIDE_RANK,
+    Array,
+    LowRank,
+    narrow_scale,
+    quantize_lowrank,
+    round_blocks,
+)
 from predictors.trace import LayerTrace
 
 MISS_WEIGHT = 40.0  # a miss costs as much as so many false alarms
@@ -93,15 +100,18 @@ def train_lowrank(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / (steps + 1))
     weight = torch.tensor(MISS_WEIGHT)
 
-    def rounded(unit: torch.Tensor) -> torch.Tensor:
-        """b as integers keep it; its gradient passes as if they did not (straight-through)."""
-        whole = (b / unit).round()
-        whole[:, WIDE_RANK:].clamp_(-8, 7)
-        return b + (whole * unit - b).detach()
+    def scores_of(tokens: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+        """Of what rounding leaves; gradients pass as if it left all (straight-through)."""
+        with torch.no_grad():
+            integers = (b / units).round()
+            integers[:, WIDE_RANK:].clamp_(-8, 7)
+            lost_b = integers * units - b
+            lost_a = torch.from_numpy(round_blocks(a.detach().numpy())) - a
+        return torch.addmm(bias, x[tokens] @ (a + lost_a).T, (b + lost_b).T)
 
     def predicted_share() -> float:
         with torch.no_grad():
-            scores = x[held_out_tokens] @ a.T @ rounded(_units(b)).T + bias
+            scores = scores_of(held_out_tokens, _units(b))
             hits = scores[active[held_out_tokens]]
             if not len(hits):
                 return 0.0
@@ -115,10 +125,10 @@ def train_lowrank(
     best, best_share, waited = snapshot(), predicted_share(), 0
     for _ in range(options.epochs):
         shuffled = train_tokens[torch.randperm(len(train), generator=generator)]
-        unit = _units(b)
+        units = _units(b)
         for tokens in torch.split(shuffled, BATCH):
             optimizer.zero_grad(set_to_none=True)
-            scores = torch.addmm(bias, x[tokens] @ a.T, rounded(unit).T)
+            scores = scores_of(tokens, units)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
                 scores, active[tokens].float(), pos_weight=weight
             )

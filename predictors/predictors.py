@@ -72,12 +72,15 @@ LayerPredictor = LowRank | Sign
 
 
 def round_blocks(a: Array) -> Array:
-    """The values that (rank, hidden) weights keep in int8 blocks of 32 with an fp16 scale."""
+    """The values that (rank, hidden) weights keep as 4-bit blocks of 32 with an fp16 scale, the
+    value of largest magnitude at -8. Rounding them again, as q4 packs weights, changes nothing.
+    """
     n_rows, n_cols = a.shape
     blocks = np.pad(a, ((0, 0), (0, -n_cols % BLOCK))).reshape(n_rows, -1, BLOCK)
-    largest = np.abs(blocks).max(-1, keepdims=True)
-    scale = (largest / np.float32(127)).astype(np.float16).astype(np.float32)
-    integers = np.clip(np.rint(blocks / np.where(scale > 0, scale, 1)), -127, 127)
+    at = np.abs(blocks).argmax(-1, keepdims=True)
+    scale = (np.take_along_axis(blocks, at, -1) / np.float32(-8)).astype(np.float16)
+    scale = scale.astype(np.float32)
+    integers = np.clip(np.rint(blocks / np.where(scale != 0, scale, 1)), -8, 7)
     return (integers * scale).reshape(n_rows, -1)[:, :n_cols].astype(np.float32)
 
 

@@ -39,7 +39,7 @@ struct SelectType<false, Yes, No> {
 template <bool kCondition, typename Yes, typename No>
 using Select = typename SelectType<kCondition, Yes, No>::Type;
 
-// Where one row's groups lie.
+// Where one row's groups lie, those of gathered rows aside.
 struct RowAt {
   const uint8_t *values, *scales;    // of the first group
   int64_t values_step, scales_step;  // bytes to the next
@@ -48,7 +48,7 @@ struct RowAt {
 template <Format kFormat>
 inline RowAt At(const Rows& rows, int32_t row) {
   constexpr int32_t kValues = GroupValueBytes(kFormat), kScales = GroupScaleBytes(kFormat);
-  if (!rows.is_interleaved)
+  if (rows.layout != RowLayout::kInterleaved)
     return {rows.values + row * rows.values_stride, rows.scales + row * rows.scales_stride, kValues,
             kScales};
   constexpr int64_t kStep = TileGroupBytes(kFormat);
@@ -61,20 +61,28 @@ inline RowAt At(const Rows& rows, int32_t row) {
 template <Format kFormat, int kRows>
 class AnyRows {
  public:
-  AnyRows(const Rows& rows, const int32_t* row) {
+  AnyRows(const Rows& rows, const int32_t* row)
+      : n_groups_(rows.layout == RowLayout::kGathered ? CountGroups(kFormat, rows.n_cols) : 0) {
     for (int r = 0; r < kRows; ++r) at_[r] = At<kFormat>(rows, row[r]);
   }
-  const uint8_t* values(int r) const { return at_[r].values; }
-  const uint8_t* scales(int r) const { return at_[r].scales; }
+  const uint8_t* values(int r) const { return at_[r].values + values_offset_; }
+  const uint8_t* scales(int r) const { return at_[r].scales + scales_offset_; }
   void Next() {
-    for (int r = 0; r < kRows; ++r) {
-      at_[r].values += at_[r].values_step;
-      at_[r].scales += at_[r].scales_step;
+    if (n_groups_ == 0) {
+      values_offset_ += at_[0].values_step;
+      scales_offset_ += at_[0].scales_step;
+    } else {
+      place_ = NextPlace(place_, n_groups_);
+      values_offset_ = place_ * at_[0].values_step;
+      scales_offset_ = place_ * at_[0].scales_step;
     }
   }
 
  private:
   RowAt at_[kRows];
+  int64_t values_offset_ = 0, scales_offset_ = 0;
+  const int32_t n_groups_;  // of gathered rows
+  int32_t place_ = 0;
 };
 
 // or one tile, with a single pointer: with four, the same loads come at half the speed.
@@ -258,9 +266,10 @@ inline void DotTokens(const GemmArgs& a, int32_t first, int32_t token) {
 
 template <int kTokens>
 inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token) {
+  const bool is_interleaved = a.rows.layout == RowLayout::kInterleaved;
   while (row < last) {
-    const bool is_whole = row + kRowTile <= last && (!a.rows.is_interleaved || row % kRowTile == 0);
-    if (is_whole && a.rows.is_interleaved)
+    const bool is_whole = row + kRowTile <= last && (!is_interleaved || row % kRowTile == 0);
+    if (is_whole && is_interleaved)
       DotTokens<kRowTile, kTokens, true>(a, row, token);
     else if (is_whole)
       DotTokens<kRowTile, kTokens, false>(a, row, token);
@@ -275,7 +284,7 @@ class RowPrefetcher {
  public:
   RowPrefetcher(const GemmArgs& a, int32_t first, int32_t last, int32_t n_shares) {
     if (n_shares < 2) return;
-    const bool is_interleaved = a.rows.is_interleaved;
+    const bool is_interleaved = a.rows.layout == RowLayout::kInterleaved;
     const int32_t step = is_interleaved ? kRowTile : 1;
     const uint8_t* rows =
         a.rows.values - (is_interleaved ? kRowTile * GroupScaleBytes(a.format) : 0);

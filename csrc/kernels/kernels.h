@@ -7,7 +7,9 @@
 // Matrices of which all rows are read are interleaved, so that reading them is one pass over rising
 // addresses: tiles of kRowTile rows, and of a tile group by group, first the rows' scales, then
 // their values. Others (the up and down rows of neurons; gate rows that a predictor names) keep
-// each row's values in one stretch, its scales in another.
+// each row's values in one stretch, its scales in another. Gate rows that a predictor names have
+// their groups out of order (NextPlace): read in the order of its sums a row is then no stream,
+// which hardware would go on prefetching beyond its end (docs/log.md).
 //
 // bf16: values in order, groups of 32; padded with zeros to a multiple of 32.
 //
@@ -48,6 +50,12 @@ constexpr int32_t kKeyTile = 64;    // keys that are interleaved: element d of a
 constexpr int32_t kHeadTile = 4;    // query heads that attention takes at once
 constexpr int32_t kTokenTile = 64;  // tokens that an FFN piece takes at most
 
+enum class RowLayout : int32_t {
+  kInterleaved,  // in tiles
+  kApart,
+  kGathered,  // apart, groups out of order
+};
+
 struct Rows {
   const uint8_t* values;  // of the first row; 2-byte aligned at least
   const uint8_t* scales;  // q8, q4: fp16
@@ -55,7 +63,7 @@ struct Rows {
   int64_t scales_stride;
   int32_t n_rows;
   int32_t n_cols;  // before padding
-  bool is_interleaved;
+  RowLayout layout;
 };
 
 static inline int32_t RoundUp(int32_t n, int32_t multiple) {
@@ -86,6 +94,21 @@ static constexpr int64_t TileGroupBytes(Format format) {
 // Bytes that reading one packed row takes.
 static inline int64_t RowBytes(const Rows& rows, Format format) {
   return ValueBytes(format, rows.n_cols) + ScaleBytes(format, rows.n_cols);
+}
+static inline int32_t CountGroups(Format format, int32_t n_cols) {
+  return static_cast<int32_t>(ValueBytes(format, n_cols) / GroupValueBytes(format));
+}
+// Where the group after that at `place` lies in a gathered row: bits count up from the highest.
+// After the last comes place 0 again, that of the first.
+static inline int32_t NextPlace(int32_t place, int32_t n_groups) {
+  int32_t highest = 1;
+  while (2 * highest < n_groups) highest *= 2;
+  do {
+    int32_t bit = highest;
+    for (; (place & bit) != 0; bit /= 2) place ^= bit;
+    place |= bit;
+  } while (place >= n_groups);
+  return place;
 }
 // Bytes of a quantised vector of n_cols elements, a multiple of 64.
 static inline int64_t VectorBytes(Format format, int32_t n_cols) {

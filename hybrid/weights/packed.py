@@ -335,15 +335,25 @@ def _gathered_rows(format: Format, memory: Buffer, first: int, n_rows: int, n_co
         offset=first,
         row_stride=value_bytes + scale_bytes,
         scales_offset=first + value_bytes,
+        is_gathered=True,
     )
 
 
 def _pack_gathered_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
     """`rows` (n_rows, bytes of one)."""
     value_bytes, scale_bytes = row_bytes(format, w.shape[1])
+    places = _native.group_places(format, w.shape[1])
+    in_order = np.empty((min(CHUNK_ROWS, len(w)), value_bytes + scale_bytes), np.uint8)
     for part in (slice(first, first + CHUNK_ROWS) for first in range(0, len(w), CHUNK_ROWS)):
-        scales = rows[part, value_bytes:] if scale_bytes else None
-        _native.pack_rows(format, w[part], rows[part, :value_bytes], scales)
+        packed = in_order[: len(w[part])]
+        scales = packed[:, value_bytes:] if scale_bytes else None
+        _native.pack_rows(format, w[part], packed[:, :value_bytes], scales)
+        for kind in (slice(value_bytes), slice(value_bytes, None)):
+            groups, placed = (
+                bytes_.reshape(len(packed), len(places), -1)
+                for bytes_ in (packed[:, kind], rows[part, kind])
+            )
+            placed[:, places] = groups
 
 
 def _bundle_rows(

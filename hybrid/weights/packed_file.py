@@ -50,7 +50,7 @@ from hybrid.weights.weight_memory import (
     read_file,
 )
 
-VERSION = "3"  # of rounding and byte layout: another one makes every file stale
+VERSION = "4"  # of rounding and byte layout: another one makes every file stale
 KEEP_FROM_BYTES = 64 << 20  # smaller models are packed faster than a file is worth
 _ABANDONED_S = 3600  # no packing takes as long
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from hybrid.kernels import Format, PredictorKind, _native
 from hybrid.kernels._native import Predictor
 from hybrid.weights.packed import pack_matrix
-from hybrid.weights.quant import column_order
+from hybrid.weights.quant import column_order, row_bytes
 from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, Sign
 
 TILE = _native.PREDICT_TILE  # neurons
@@ -46,7 +46,7 @@ def _pack_lowrank(format: Format, predictor: LowRank, margin: float) -> Predicto
         size=rank,
         n_neurons=n_neurons,
         tiles=_huge(np.concatenate(parts, axis=1)),
-        first_matrix=pack_matrix(Format.bf16 if format is Format.bf16 else Format.q8, predictor.a),
+        first_matrix=pack_matrix(Format.bf16 if format is Format.bf16 else Format.q4, predictor.a),
     )
 
 
@@ -94,6 +94,5 @@ def predictor_bytes(format: Format, predictor: LayerPredictor, hidden_size: int)
     rank = predictor.rank
     width = 2 * hidden_size
     if format is not Format.bf16:
-        padded = _native.padded_cols(Format.q8, hidden_size)
-        width = padded + padded // 16
+        width = sum(row_bytes(Format.q4, hidden_size))
     return rank * width + n_tiles * TILE * (WIDE_RANK + 4 * -(-(rank - WIDE_RANK) // 8) + 12)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.kernels import Format
+from hybrid.kernels import Format, _native
 from hybrid.model_config import ModelConfig
 from hybrid.weights.packed import Buffer, Layers, bundle_bytes, packed_layout
 from hybrid.weights.quant import BLOCK, GROUP, GROUP_BLOCKS, TILE_ROWS, row_bytes
@@ -85,7 +85,12 @@ class PackedReader:
         value_bytes, scale_bytes = row_bytes(self.format, hidden)
         row = value_bytes + scale_bytes
         rows = self.buffer[first : first + n * row].reshape(n, row)
-        return unpack_rows(self.format, rows[:, :value_bytes], rows[:, value_bytes:], hidden)
+        places = _native.group_places(self.format, hidden)
+        values, scales = (
+            part.reshape(n, len(places), -1)[:, places].reshape(n, -1)
+            for part in (rows[:, :value_bytes], rows[:, value_bytes:])
+        )
+        return unpack_rows(self.format, values, scales, hidden)
 
     def up_and_down(self, layer: int, n: int) -> tuple[PlainRows, PlainRows]:
         """Up and down rows of the first n neurons."""
