@@ -341,7 +341,7 @@ void BindKernels(py::module_& m) {
         WithoutGil([&] {
           const KernelTable& kernels = ActiveKernels();
           counts = kernels.find_active(args);
-          kernels.add_active(args, counts.n_listed);
+          kernels.add_active(args, counts);
         });
         return py::make_tuple(out, counts.n_active, counts.n_predicted);
       },

@@ -311,7 +311,7 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t piece, co
   const ActiveCounts counts = kernels_->find_active(args);
   Tick(kStageGate, scratch);
   if (observation_ != nullptr) ObserveActive(op, args.active, counts.n_listed);
-  kernels_->add_active(args, counts.n_listed);
+  kernels_->add_active(args, counts);
   const size_t layer = static_cast<size_t>(op.layer);
   active_[layer].fetch_add(counts.n_active, std::memory_order_relaxed);
   predicted_[layer].fetch_add(counts.n_predicted, std::memory_order_relaxed);

@@ -36,8 +36,8 @@ def random_lowrank(engine: Engine, rank: int, seed: int = 0) -> LowRank:
     config, rng = engine.config, np.random.default_rng(seed)
     return LowRank(
         round_blocks(rng.standard_normal((rank, config.hidden_size)).astype(np.float32)),
-        rng.integers(-127, 128, (config.n_neurons, rank)).astype(np.int8),
-        np.ones(config.n_neurons, np.float32),
+        rng.integers(-8, 8, (config.n_neurons, rank)).astype(np.int8),
+        np.ones((config.n_neurons, 2), np.float32),
         np.zeros(config.n_neurons, np.float32),
     )
 

@@ -10,13 +10,14 @@ namespace {
 
 // Adds several rows at once: y[col] = (... (y[col] + a0 w0[col]) + a1 w1[col]) ... Every row is one
 // fused multiply-add in turn, so how rows are grouped changes no bit, only how often y is loaded.
-// Takes `n_groups` groups of each row, and calls `between` before each.
+// Takes `n_groups` groups of each row, and calls `between` before each, with as many rows as its
+// neurons have, up rows included.
 template <int kRows, typename Between>
 inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y, Between& between) {
   F32 factor[kRows];
   for (int r = 0; r < kRows; ++r) factor[r] = Set(a[r]);
   for (int32_t group = 0; group < n_groups; ++group, y += kBlock) {
-    between();
+    between(2 * kRows);
 #pragma GCC unroll 4
     for (int32_t col = 0; col < kBlock; col += kLanes) {
       F32 sum = Load(y + col);
@@ -36,7 +37,7 @@ inline void AxpyBlocks(RowAt* w, int32_t n_groups, const float* a, float* y, Bet
   constexpr int kFields = WordFields(kFormat), kBits = 32 / kFields;
   constexpr float kZero = kFormat == Format::kQ8 ? 128.0f : 8.0f;
   for (int32_t group = 0; group < n_groups; ++group, y += kGroup) {
-    between();
+    between(2 * kRows);
     F32 factor[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)  // word i of a line belongs to block i % 8

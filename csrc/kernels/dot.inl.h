@@ -100,11 +100,11 @@ class OneTile {
 };
 
 struct Nothing {
-  void operator()() const {}
+  void operator()(int32_t) const {}
 };
 
-// With one token, `between` is called after each row's share of a group: for what should be done
-// evenly meanwhile.
+// With one token, `between` is called after each row's share of a group, with the number of rows:
+// for what should be done evenly meanwhile.
 template <int kRows, int kTokens, typename Source, typename Between>
 inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
                         Between& between) {
@@ -127,7 +127,7 @@ inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float
                       LoadBf16s(reinterpret_cast<const uint16_t*>(x[t]) + group * kBlock + col));
         if constexpr (kTokens == 1) InOrder();
       }
-      if constexpr (kTokens == 1) between();
+      if constexpr (kTokens == 1) between(1);
     }
     w.Next();
   }
@@ -196,7 +196,7 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
           dot[r][0] = DotLine<kFormat>(dot[r][0], w_line, x[0] + group * kBlock + line * kLine);
           InOrder();
         }
-        between();
+        between(1);
       }
     } else {
 #pragma GCC unroll 8

@@ -210,9 +210,10 @@ struct SparseFfnArgs {
 
 // Numbers of (neuron, token) pairs of a piece.
 struct ActiveCounts {
-  int32_t n_listed;     // in the list
-  int64_t n_active;     // that fire
-  int64_t n_predicted;  // whose gate was computed
+  int32_t n_listed;      // in the list
+  int64_t n_active;      // that fire
+  int64_t n_predicted;   // whose gate was computed
+  int32_t n_prefetched;  // bundles of the list that come into L2 already
 };
 
 // Partial sums over q8 and q4 rows stand as the rows' fields come out of registers. A row's values
@@ -265,7 +266,7 @@ struct KernelTable {
   void (*dequantize)(Format format, const Rows& rows, int32_t row, float scale, float* out);
   void (*gemm)(const GemmArgs& args);
   ActiveCounts (*find_active)(const SparseFfnArgs& args);
-  void (*add_active)(const SparseFfnArgs& args, int32_t n_listed);
+  void (*add_active)(const SparseFfnArgs& args, const ActiveCounts& found);
   // Columns [first, last) of x: x[c] += scale * sum over pieces, in index order, of partials[piece
   // * stride + c]. `first` is a multiple of kGroup. Partials are in their own order, x in natural
   // order.

@@ -12,7 +12,14 @@ from hybrid.kernels import Activation, Format, Rows, _native, reference
 from hybrid.weights.packed import pack_bundles, pack_gathered, pack_matrix
 from hybrid.weights.packed_predictor import pack_predictor
 from hybrid.weights.quant import partial_order
-from predictors.predictors import LayerPredictor, LowRank, Sign, make_sign, round_blocks
+from predictors.predictors import (
+    WIDE_RANK,
+    LayerPredictor,
+    LowRank,
+    Sign,
+    make_sign,
+    round_blocks,
+)
 
 EVERYTHING_FIRES = (Activation.fatrelu, -1e30)
 
@@ -64,15 +71,23 @@ def whole_lowrank(rng: np.random.Generator, rank: int, n_neurons: int, hidden: i
     a[np.arange(rank), rng.integers(0, hidden, rank)] = 1.0
     return LowRank(
         a,
-        rng.integers(-127, 128, (n_neurons, rank)).astype(np.int8),
-        np.ones(n_neurons, np.float32),
+        random_columns(rng, n_neurons, rank),
+        np.array([[1.0, 16.0]], np.float32).repeat(n_neurons, 0),
         rng.integers(-9, 10, n_neurons).astype(np.float32) + np.float32(0.5),
     )
 
 
+def random_columns(rng: np.random.Generator, n_neurons: int, rank: int) -> np.ndarray:
+    """Integers of all sizes that `LowRank.b` may hold."""
+    columns = rng.integers(-8, 8, (n_neurons, rank)).astype(np.int8)
+    columns[:, :WIDE_RANK] = rng.integers(-127, 128, (n_neurons, WIDE_RANK))
+    return columns
+
+
 @pytest.mark.parametrize("n_tokens", [1, 5])
 @pytest.mark.parametrize(
-    ("rank", "n_neurons", "hidden"), [(4, 7, 32), (16, 16, 64), (20, 61, 288), (64, 250, 512)]
+    ("rank", "n_neurons", "hidden"),
+    [(4, 7, 32), (16, 16, 64), (20, 61, 288), (28, 61, 288), (64, 250, 512)],
 )
 def test_lowrank_of_whole_numbers_is_exact(isa, format, rank, n_neurons, hidden, n_tokens):
     rng = np.random.default_rng(rank)
@@ -86,7 +101,9 @@ def test_lowrank_of_whole_numbers_is_exact(isa, format, rank, n_neurons, hidden,
     seen = x.copy()
     seen[:, 0] += 1
     z = seen @ predictor.a.T
-    expected = z @ predictor.b.T.astype(np.float32) + predictor.bias >= 0
+    columns = predictor.b.astype(np.float32)
+    columns[:, WIDE_RANK:] *= 16
+    expected = z @ columns.T + predictor.bias >= 0
     np.testing.assert_array_equal(actual, expected)
     assert 0 < expected.mean() < 1
 
@@ -99,8 +116,8 @@ def test_lowrank_matches_the_oracle(isa, format, rank, n_neurons, hidden):
     x[:, 0] = np.abs(x[:, 0]) + 1
     predictor = LowRank(
         round_blocks(rng.standard_normal((rank, hidden)).astype(np.float32)),
-        rng.integers(-127, 128, (n_neurons, rank)).astype(np.int8),
-        rng.uniform(0.5, 2, n_neurons).astype(np.float32),
+        random_columns(rng, n_neurons, rank),
+        rng.uniform(0.5, 2, (n_neurons, 2)).astype(np.float32) * np.array([1, 16], np.float32),
         rng.standard_normal(n_neurons).astype(np.float32) * 100,
     )
     shown = x.copy()
@@ -153,7 +170,7 @@ def test_gate_rows_of_the_others_are_not_read(isa, format):
     x = rng.standard_normal((1, 256)).astype(np.float32)
     bias = np.where(np.arange(96) % 3 == 0, 1e9, -1e9).astype(np.float32)
     predictor = LowRank(
-        np.ones((4, 256), np.float32), np.ones((96, 4), np.int8), np.ones(96, np.float32), bias
+        np.ones((4, 256), np.float32), np.ones((96, 4), np.int8), np.ones((96, 2), np.float32), bias
     )
     gate = rng.standard_normal((96, 256)).astype(np.float32)
     gate[bias < 0] = np.nan
@@ -179,7 +196,7 @@ def test_an_input_that_is_not_a_number_is_seen(isa, format):
     predictor = LowRank(
         np.ones((4, 64), np.float32),
         np.ones((20, 4), np.int8),
-        np.ones(20, np.float32),
+        np.ones((20, 2), np.float32),
         np.full(20, -1.0, np.float32),
     )
     rows = telltale_rows(format, 20, 64)
@@ -193,9 +210,9 @@ def test_an_input_that_is_not_a_number_is_seen(isa, format):
 
 @pytest.mark.parametrize("what", ["tiles", "rank", "format", "neurons"])
 def test_predictors_that_do_not_fit_are_refused(what):
-    tiles = np.zeros(2 * (4 * 16 + 128), np.uint8)
+    tiles = np.zeros(2 * (64 + 192), np.uint8)
     rank, format, n_neurons = 4, Format.q8, 20
-    first = pack_matrix(format, np.zeros((4, 64), np.float32))
+    first = pack_matrix(Format.q4, np.zeros((4, 64), np.float32))
     if what == "tiles":
         tiles = tiles[:-4]
     elif what == "rank":
