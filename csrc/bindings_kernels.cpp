@@ -355,10 +355,12 @@ void BindKernels(py::module_& m) {
         const int32_t n = static_cast<int32_t>(x.shape(0));
         Check(partials.shape(0) > 0 && partials.shape(1) == PaddedCols(format, n),
               "partials must be padded");
+        const auto n_pieces = static_cast<int32_t>(partials.shape(0));
+        Check(n_pieces <= kMaxPieces && (n_pieces & (n_pieces - 1)) == 0,
+              "partials must be of 1, 2, 4, 8 or 16 pieces");
         Floats out(n);
         std::copy(x.data(), x.data() + n, out.mutable_data());
-        ActiveKernels().add_partials(format, partials.data(), partials.shape(1),
-                                     static_cast<int32_t>(partials.shape(0)), 0, n, scale,
+        ActiveKernels().add_partials(format, partials.data(), partials.shape(1), n_pieces, n, scale,
                                      out.mutable_data());
         return out;
       },

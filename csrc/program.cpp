@@ -65,7 +65,7 @@ void Program::Add(const Op& op) {
       Check(op.n_given % kPredictTile == 0 || op.n_given == op.a.n_rows, "given gates");
       if (op.has_predictor) AddPredictor(op);
       if (op.has_low_rank()) decode_.push_back({PhaseKind::kPredict, index});
-      for (PhaseKind kind : {PhaseKind::kFfn, PhaseKind::kFfnSum}) decode_.push_back({kind, index});
+      decode_.push_back({PhaseKind::kFfn, index});
       prefill_.push_back({PhaseKind::kNormTokens, index});
       if (op.has_low_rank()) prefill_.push_back({PhaseKind::kPredictTokens, index});
       for (PhaseKind kind : {PhaseKind::kFfnTokens, PhaseKind::kFfnSumTokens})

@@ -71,7 +71,6 @@ enum class PhaseKind : int32_t {
   kOutput,
   kPredict,
   kFfn,
-  kFfnSum,
   kHead,
   // prefill
   kEmbedTokens,

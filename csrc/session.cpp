@@ -28,14 +28,13 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
       span_out_(int64_t{CeilDiv(n_context, kSpan)} * program.shape().n_heads *
                 program.head_stride()),
       z_(int64_t{kPrefillChunk} * std::max(program.largest_rank(), 1)),
-      partials_(int64_t{kFfnPieces} * kPrefillChunk *
-                PaddedCols(program.shape().format, program.shape().hidden_size)),
+      partials_(kFfnPieces * (int64_t{kPrefillChunk} *
+                                  PaddedCols(program.shape().format, program.shape().hidden_size) +
+                              kPartialGap)),
       logits_(program.vocab_size()),
       kv_(int64_t{CeilDiv(n_context, kSpan)} * program.n_layers() * program.shape().n_kv_heads * 2 *
               kSpan * program.head_stride(),
-          true),
-      active_(static_cast<size_t>(program.n_layers())),
-      predicted_(static_cast<size_t>(program.n_layers())) {
+          true) {
   const ProgramShape& shape = program.shape();
   const int32_t group = shape.n_heads / shape.n_kv_heads, n_spans = CeilDiv(n_context, kSpan);
   const int64_t rows = std::max({shape.head_dim, kOutputRows, kHeadRows});
@@ -51,11 +50,24 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
   const int64_t n_pairs = n_neurons * kPrefillChunk;
   const int64_t predictor_bytes = std::max<int64_t>(program.predictor_input_bytes(), 4);
   for (int32_t thread = 0; thread < pool.n_threads(); ++thread)
-    threads_.push_back(std::make_unique<ThreadScratch>(
-        n_floats, vector_bytes, n_pairs + 1, n_neurons + 1, kPrefillChunk * predictor_bytes));
+    threads_.push_back(
+        std::make_unique<ThreadScratch>(n_floats, vector_bytes, n_pairs + 1, n_neurons + 1,
+                                        kPrefillChunk * predictor_bytes, program.n_layers()));
 }
 
 Session::~Session() = default;
+
+int64_t Session::active_count(int32_t layer) const {
+  int64_t n = 0;
+  for (const auto& thread : threads_) n += thread->n_active[static_cast<size_t>(layer)];
+  return n;
+}
+
+int64_t Session::predicted_count(int32_t layer) const {
+  int64_t n = 0;
+  for (const auto& thread : threads_) n += thread->n_predicted[static_cast<size_t>(layer)];
+  return n;
+}
 
 int64_t Session::decode_bytes(Stage stage) const {
   int64_t bytes = 0;
@@ -77,9 +89,9 @@ int64_t Session::waiting_nanoseconds() const {
 }
 
 void Session::ResetCounts() {
-  for (std::atomic<int64_t>& count : active_) count.store(0);
-  for (std::atomic<int64_t>& count : predicted_) count.store(0);
   for (const auto& thread : threads_) {
+    std::fill(thread->n_active.begin(), thread->n_active.end(), 0);
+    std::fill(thread->n_predicted.begin(), thread->n_predicted.end(), 0);
     std::fill_n(thread->bytes, kStages, 0);
     std::fill_n(thread->nanoseconds, kStages, 0);
   }
@@ -179,8 +191,6 @@ int32_t Session::CountPieces(const Phase& phase) const {
     case PhaseKind::kFfn:
     case PhaseKind::kFfnTokens:
       return kFfnPieces;
-    case PhaseKind::kFfnSum:
-      return CeilDiv(shape.hidden_size, kGroup);
     case PhaseKind::kHead:
       return CeilDiv(op.a.n_rows, kHeadRows);
     case PhaseKind::kHeadTokens:

@@ -47,11 +47,12 @@ inline int32_t CeilDiv(int32_t n, int32_t d) { return (n + d - 1) / d; }
 
 // Sizes of pieces: constants, independent of the number of threads, since they fix the order of
 // every sum.
-constexpr int32_t kFfnPieces = 16;
+constexpr int32_t kFfnPieces = kMaxPieces;
 constexpr int32_t kOutputRows = 64;   // rows per piece of the output projection
 constexpr int32_t kHeadRows = 256;    // rows per piece of the head
 constexpr int32_t kPredictRows = 16;  // rows per piece of a low-rank predictor's first matrix
 constexpr int32_t kTokensPerPiece = 8;
+constexpr int32_t kPartialGap = 16;  // floats: a cache line
 
 // The parts of a token that bytes and times are counted by.
 enum Stage : int32_t {
@@ -120,11 +121,10 @@ class Session {
 
   const float* logits() const { return logits_.get(); }
   // Active (neuron, token) pairs per layer since the last reset, over decode and prefill alike.
-  int64_t active_count(int32_t layer) const { return active_[static_cast<size_t>(layer)].load(); }
+  // Not to be asked during a call.
+  int64_t active_count(int32_t layer) const;
   // Those whose gates a predictor asked for, or all.
-  int64_t predicted_count(int32_t layer) const {
-    return predicted_[static_cast<size_t>(layer)].load();
-  }
+  int64_t predicted_count(int32_t layer) const;
   // Bytes of packed rows and of the KV cache that decode has read since the last reset; the head's
   // include the token's embedding row. Not to be asked during a call.
   int64_t decode_bytes(Stage stage) const;
@@ -137,20 +137,23 @@ class Session {
  private:
   // What one thread needs for itself.
   struct ThreadScratch {
-    ThreadScratch(int64_t n_floats, int64_t vector_bytes, int64_t n_pairs, int64_t n_predicted,
-                  int64_t predictor_bytes)
+    ThreadScratch(int64_t n_floats, int64_t vector_bytes, int64_t n_pairs, int64_t n_neurons,
+                  int64_t predictor_bytes, int32_t n_layers)
         : floats(n_floats),
           x(vector_bytes),
           active(n_pairs),
-          predicted(n_predicted),
-          predictor_inputs(predictor_bytes) {}
+          predicted(n_neurons),
+          predictor_inputs(predictor_bytes),
+          n_active(static_cast<size_t>(n_layers)),
+          n_predicted(static_cast<size_t>(n_layers)) {}
     Pages<float> floats;
-    Pages<uint8_t> x;                 // a private quantised vector
-    Pages<Active> active;             // of an FFN piece
-    Pages<int32_t> predicted;         // neurons of an FFN piece
-    Pages<uint8_t> predictor_inputs;  // of all tokens of a call
-    uint64_t x_serial = 0;            // the operation and call that `x` was made for
-    uint64_t predictor_serial = 0;    // the same of `predictor_inputs`
+    Pages<uint8_t> x;                            // a private quantised vector
+    Pages<Active> active;                        // of an FFN piece
+    Pages<int32_t> predicted;                    // neurons of an FFN piece
+    Pages<uint8_t> predictor_inputs;             // of all tokens of a call
+    uint64_t x_serial = 0;                       // the operation and call that `x` was made for
+    uint64_t predictor_serial = 0;               // the same of `predictor_inputs`
+    std::vector<int64_t> n_active, n_predicted;  // pairs of each layer
     int64_t bytes[kStages] = {};
     int64_t nanoseconds[kStages] = {};
     int64_t last_tick = 0;
@@ -176,6 +179,13 @@ class Session {
                   const float* out, int64_t stride, float* merged) const;
   ActiveCounts RunFfn(const Phase& phase, const Op& op, int32_t piece, const uint8_t* x,
                       ThreadScratch& scratch);
+  void AddPartial(const Op& op, int32_t piece);
+  // Floats from one piece's partial sums to the next one's: no multiple of what caches are divided
+  // into, or pieces would drive each other out.
+  int64_t PartialStride() const {
+    return n_tokens_ * int64_t{PaddedCols(program_.shape().format, program_.shape().hidden_size)} +
+           kPartialGap;
+  }
   void ObserveActive(const Op& op, const Active* active, int32_t n_listed);
   void AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
                ThreadScratch& scratch);
@@ -211,12 +221,17 @@ class Session {
   Pages<float> span_sum_;   // (n_heads, n_spans)
   Pages<float> span_out_;   // (n_spans, n_heads, head_stride)
   Pages<float> z_;          // (T, rank) what low-rank predictors make of x
-  Pages<float> partials_;   // (kFfnPieces, T, padded hidden)
+  Pages<float> partials_;   // (kFfnPieces, PartialStride())
   Pages<float> logits_;     // (vocab_size,)
+  // How often the two halves of a node of the tree of partial sums were there, each in a cache line
+  // of its own; an even number between operations.
+  struct alignas(64) PartialNode {
+    std::atomic<uint32_t> n_arrived{0};
+  };
+  PartialNode partial_nodes_[kFfnPieces];
   // fp16 (n_spans, n_layers, n_kv_heads, keys and values of a span): what one piece of attention
   // reads is one stretch, and huge pages fill up as the context grows.
   Pages<uint16_t> kv_;
-  std::vector<std::atomic<int64_t>> active_, predicted_;
   std::vector<std::unique_ptr<ThreadScratch>> threads_;
 };
 

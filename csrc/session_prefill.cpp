@@ -84,9 +84,8 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
       if (op.is_split)
         std::fill(out + int64_t{first_token} * hidden, out + int64_t{last_token} * hidden, 0.0f);
       for (int32_t t = first_token; t < last_token; ++t)
-        kernels_->add_partials(shape.format, partials_ + t * padded, kPrefillChunk * padded,
-                               kFfnPieces, 0, hidden, op.is_split ? 1.0f : op.scale,
-                               out + int64_t{t} * hidden);
+        kernels_->add_partials(shape.format, partials_ + t * padded, PartialStride(), kFfnPieces,
+                               hidden, op.is_split ? 1.0f : op.scale, out + int64_t{t} * hidden);
       break;
     }
     default: {  // kHeadTokens: all tokens where asked for, else the last one

@@ -37,7 +37,6 @@ Stage StageOf(PhaseKind kind, OpKind op) {
     case PhaseKind::kPredictTokens:
       return kStagePredict;
     case PhaseKind::kFfn:
-    case PhaseKind::kFfnSum:
     case PhaseKind::kFfnTokens:
     case PhaseKind::kFfnSumTokens:
       return kStageUpDown;
@@ -70,8 +69,7 @@ void Session::Tick(Stage stage, ThreadScratch& scratch) const {
 void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
                              ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
-  const int32_t hidden = shape.hidden_size, head_dim = shape.head_dim,
-                head_stride = program_.head_stride();
+  const int32_t head_dim = shape.head_dim, head_stride = program_.head_stride();
   const int32_t group = shape.n_heads / shape.n_kv_heads;
   float* floats = scratch.floats.get();
   switch (phase.kind) {
@@ -127,14 +125,7 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       scratch.bytes[kStageGate] += counts.n_predicted * RowBytes(op.a, shape.format);
       scratch.bytes[kStageUpDown] +=
           counts.n_listed * (RowBytes(op.b, shape.format) + RowBytes(op.c, shape.format));
-      break;
-    }
-    case PhaseKind::kFfnSum: {
-      const int32_t first = piece * kGroup, last = std::min(first + kGroup, hidden);
-      const int64_t stride = int64_t{kPrefillChunk} * PaddedCols(shape.format, hidden);
-      if (op.is_split) std::fill(exchange_.y + first, exchange_.y + last, 0.0f);
-      kernels_->add_partials(shape.format, partials_.get(), stride, kFfnPieces, first, last,
-                             op.is_split ? 1.0f : op.scale, op.is_split ? exchange_.y : x_.get());
+      AddPartial(op, piece);
       break;
     }
     default: {  // kHead
@@ -298,7 +289,7 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t piece, co
   args.x = x;
   args.x_stride = VectorBytes(shape.format, shape.hidden_size);
   args.n_tokens = n_tokens_;
-  args.out = partials_ + int64_t{piece} * kPrefillChunk * padded;
+  args.out = partials_ + piece * PartialStride();
   args.out_stride = padded;
   args.computes_all = is_dense_;
   args.active = scratch.active.get();
@@ -313,9 +304,29 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t piece, co
   if (observation_ != nullptr) ObserveActive(op, args.active, counts.n_listed);
   kernels_->add_active(args, counts);
   const size_t layer = static_cast<size_t>(op.layer);
-  active_[layer].fetch_add(counts.n_active, std::memory_order_relaxed);
-  predicted_[layer].fetch_add(counts.n_predicted, std::memory_order_relaxed);
+  scratch.n_active[layer] += counts.n_active;
+  scratch.n_predicted[layer] += counts.n_predicted;
   return counts;
+}
+
+// A piece's partial sum is there. Sums of pieces are added in a tree of fixed shape, the one of
+// add_partials, so that every number of threads gives the same bits: of two halves whoever comes
+// second adds them. Pieces far from each other come together first, since a thread's pieces are
+// dealt: then partial sums hardly travel between caches.
+void Session::AddPartial(const Op& op, int32_t piece) {
+  const ProgramShape& shape = program_.shape();
+  const int64_t padded = PaddedCols(shape.format, shape.hidden_size);
+  for (int32_t n = kFfnPieces / 2; n > 0; n /= 2) {
+    piece %= n;
+    std::atomic<uint32_t>& n_arrived = partial_nodes_[n + piece].n_arrived;
+    if (n_arrived.fetch_add(1, std::memory_order_acq_rel) % 2 == 0) return;
+    float* sum = partials_ + piece * PartialStride();
+    const float* other = sum + n * PartialStride();
+    for (int64_t col = 0; col < padded; ++col) sum[col] += other[col];
+  }
+  if (op.is_split) std::fill_n(exchange_.y, shape.hidden_size, 0.0f);
+  kernels_->add_partials(shape.format, partials_.get(), 0, 1, shape.hidden_size,
+                         op.is_split ? 1.0f : op.scale, op.is_split ? exchange_.y : x_.get());
 }
 
 // Pieces begin at multiples of 8 neurons: no two write to the same byte.

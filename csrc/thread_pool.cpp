@@ -14,7 +14,9 @@ constexpr int kAwakeYields = 20000;  // some milliseconds
 }  // namespace
 
 ThreadPool::ThreadPool(int32_t n_threads)
-    : shares_(static_cast<size_t>(n_threads)), process_id_(platform::ProcessId()) {
+    : shares_(static_cast<size_t>(n_threads)),
+      done_(static_cast<size_t>(n_threads)),
+      process_id_(platform::ProcessId()) {
   try {
     for (int32_t thread = 1; thread < n_threads; ++thread)
       workers_.emplace_back(&ThreadPool::Work, this, thread);
@@ -97,11 +99,18 @@ bool ThreadPool::RunOnePiece(int32_t thread) {
     share = (thread + i) % n;
     piece = shares_[static_cast<size_t>(share)].Take(i > 0);
   }
-  if (piece < 0) return false;
+  int32_t& done = done_[static_cast<size_t>(thread)].n;
+  if (piece < 0) {
+    if (done == 0) return false;
+    const int32_t n_pieces = n_pieces_, phase = phase_, published = done;
+    done = 0;
+    if (n_done_.fetch_add(published, std::memory_order_acq_rel) + published == n_pieces)
+      OpenPhase(phase + 1);
+    return true;
+  }
   if (is_dealt_) piece = share + piece * n;
-  const int32_t n_pieces = n_pieces_, phase = phase_;
-  job_->run_piece(job_->context, phase, piece, thread);
-  if (n_done_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_pieces) OpenPhase(phase + 1);
+  job_->run_piece(job_->context, phase_, piece, thread);
+  ++done;
   return true;
 }
 

@@ -9,8 +9,10 @@
 // piece from its own share's beginning, or, where that is empty, from another's end, with
 // compare-and-swap. Shares are neighbouring pieces, or dealt out in turn where pieces become
 // lighter: then all threads come to the lightest last, and none waits long. Only a thread that
-// holds a piece touches the job: neither phase nor job can end before the piece is done. The thread
-// that finishes a phase's last piece opens the next phase. No thread waits for another to arrive.
+// holds a piece, or has not published one, touches the job: neither phase nor job can end before.
+// A thread counts its pieces by itself and publishes the count once it finds no more: a counter
+// that all threads write for every piece would travel between their caches each time. The thread
+// whose count completes a phase opens the next phase. No thread waits for another to arrive.
 #pragma once
 
 #include <atomic>
@@ -54,6 +56,7 @@ class ThreadPool {
 
  private:
   void Work(int32_t thread);
+  // Runs a piece, or publishes those that were run. Returns false where there is neither.
   bool RunOnePiece(int32_t thread);
   void OpenPhase(int32_t phase);
   void Stop();
@@ -68,7 +71,13 @@ class ThreadPool {
   };
 
   std::mutex run_mutex_;  // one job at a time
+  // Pieces of the open phase that a thread has done and not published; its own.
+  struct alignas(64) Done {
+    int32_t n = 0;
+  };
+
   std::vector<Share> shares_;
+  std::vector<Done> done_;
   alignas(64) std::atomic<int32_t> n_done_{0};
   alignas(64) std::atomic<bool> finished_{true};
   // Written before the shares that open a phase, read after a successful claim from one.

@@ -48,6 +48,7 @@ constexpr int32_t kHeadAlign = 16;  // heads are padded to a multiple of this, w
 constexpr int32_t kSpan = 256;      // context positions per piece of attention
 constexpr int32_t kKeyTile = 64;    // keys that are interleaved: element d of all, then d + 1
 constexpr int32_t kHeadTile = 4;    // query heads that attention takes at once
+constexpr int32_t kMaxPieces = 16;  // of an FFN's neurons
 constexpr int32_t kTokenTile = 64;  // tokens that an FFN piece takes at most
 
 enum class RowLayout : int32_t {
@@ -229,7 +230,7 @@ struct PartialColumn {
   float unit;     // 2^-shift
 };
 // Of a natural column of a group: element 4 k + c of block b.
-static inline PartialColumn PartialColumnOf(Format format, int32_t col) {
+static constexpr PartialColumn PartialColumnOf(Format format, int32_t col) {
   if (format == Format::kBf16) return {col, 1.0f};
   const int32_t fields = WordFields(format), bits = 32 / fields;
   const int32_t b = col / kBlock, k = col % kBlock / 4, c = col % 4;
@@ -267,11 +268,11 @@ struct KernelTable {
   void (*gemm)(const GemmArgs& args);
   ActiveCounts (*find_active)(const SparseFfnArgs& args);
   void (*add_active)(const SparseFfnArgs& args, const ActiveCounts& found);
-  // Columns [first, last) of x: x[c] += scale * sum over pieces, in index order, of partials[piece
-  // * stride + c]. `first` is a multiple of kGroup. Partials are in their own order, x in natural
-  // order.
+  // x[c] += scale * sum over pieces of partials[piece * stride + c], n columns. Of a power of two
+  // of pieces, kMaxPieces at most, the second half is added to the first, until one is left.
+  // Partials are in their own order, x in natural order.
   void (*add_partials)(Format format, const float* partials, int64_t stride, int32_t n_pieces,
-                       int32_t first, int32_t last, float scale, float* x);
+                       int32_t n, float scale, float* x);
   void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float scale,
                    float* out);
   void (*attend_span)(const AttendSpanArgs& args);

@@ -19,11 +19,22 @@ inline int32_t ColumnOrder(Format format, int32_t col) {
   return col - in_group + element / 4 * kBlock + block * 4 + element % 4;
 }
 
-// Natural column `col` of a group of partial sums.
-inline float Natural(Format format, const float* sums, int32_t col) {
-  const PartialColumn column = PartialColumnOf(format, col);
-  return sums[column.index] * column.unit;
+// Where the natural columns of a group of partial sums stand.
+struct PartialColumns {
+  int32_t index[kGroup];
+  float unit[kGroup];
+};
+constexpr PartialColumns MakePartialColumns(Format format) {
+  PartialColumns columns = {};
+  for (int32_t col = 0; col < kGroup; ++col) {
+    const PartialColumn column = PartialColumnOf(format, col);
+    columns.index[col] = column.index;
+    columns.unit[col] = column.unit;
+  }
+  return columns;
 }
+template <Format kFormat>
+constexpr PartialColumns kPartialColumns = MakePartialColumns(kFormat);
 
 // Of 32 floats; compared as integers, so that a NaN is the largest of all.
 inline float LargestMagnitude(const float* x) {
@@ -82,11 +93,12 @@ inline void DequantizeBlocks(const Rows& rows, int32_t row, float scale, float* 
   const float one = 1.0f;
   RowAt w = At<kFormat>(rows, row);
   const Nothing nothing;
+  const PartialColumns& columns = kPartialColumns<kFormat>;
   for (int32_t first = 0; first < rows.n_cols; first += kGroup) {
     for (int32_t col = 0; col < kGroup; col += kLanes) Store(packed + col, Zero());
     AxpyBlocks<kFormat, 1>(&w, 1, &one, packed, nothing);
     for (int32_t i = 0; i < kGroup && first + i < rows.n_cols; ++i)
-      out[first + i] = Natural(kFormat, packed, i) * scale;
+      out[first + i] = packed[columns.index[i]] * columns.unit[i] * scale;
   }
 }
 
@@ -100,19 +112,33 @@ void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float
   }
 }
 
-void AddPartials(Format format, const float* partials, int64_t stride, int32_t n_pieces,
-                 int32_t first, int32_t last, float scale, float* x) {
-  for (int32_t group = first; group < last; group += kGroup) {
-    const int32_t n = last - group < kGroup ? last - group : kGroup;
-    const int32_t n_packed = format == Format::kBf16 ? RoundUp(n, kBlock) : kGroup;
+template <Format kFormat>
+inline void AddNatural(const float* sums, int32_t n, float scale, float* x) {
+  const PartialColumns& columns = kPartialColumns<kFormat>;
+  for (int32_t i = 0; i < n; ++i) x[i] += scale * (sums[columns.index[i]] * columns.unit[i]);
+}
+
+void AddPartials(Format format, const float* partials, int64_t stride, int32_t n_pieces, int32_t n,
+                 float scale, float* x) {
+  for (int32_t group = 0; group < n; group += kGroup) {
+    const int32_t n_cols = n - group < kGroup ? n - group : kGroup;
+    const int32_t n_packed = format == Format::kBf16 ? RoundUp(n_cols, kBlock) : kGroup;
     float sums[kGroup];
     for (int32_t col = 0; col < n_packed; col += kLanes) {
-      F32 sum = Load(partials + group + col);
-      for (int32_t piece = 1; piece < n_pieces; ++piece)
-        sum = Add(sum, Load(partials + piece * stride + group + col));
-      Store(sums + col, sum);
+      F32 parts[kMaxPieces];
+      for (int32_t piece = 0; piece < n_pieces; ++piece)
+        parts[piece] = Load(partials + piece * stride + group + col);
+      for (int32_t half = n_pieces / 2; half > 0; half /= 2)
+        for (int32_t piece = 0; piece < half; ++piece)
+          parts[piece] = Add(parts[piece], parts[piece + half]);
+      Store(sums + col, parts[0]);
     }
-    for (int32_t i = 0; i < n; ++i) x[group + i] += scale * Natural(format, sums, i);
+    if (format == Format::kQ4)
+      AddNatural<Format::kQ4>(sums, n_cols, scale, x + group);
+    else if (format == Format::kQ8)
+      AddNatural<Format::kQ8>(sums, n_cols, scale, x + group);
+    else
+      AddNatural<Format::kBf16>(sums, n_cols, scale, x + group);
   }
 }
 
