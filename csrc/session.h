@@ -48,9 +48,9 @@ inline int32_t CeilDiv(int32_t n, int32_t d) { return (n + d - 1) / d; }
 // Sizes of pieces: constants, independent of the number of threads, since they fix the order of
 // every sum.
 constexpr int32_t kFfnPieces = kMaxPieces;
-constexpr int32_t kOutputRows = 64;   // rows per piece of the output projection
-constexpr int32_t kHeadRows = 256;    // rows per piece of the head
-constexpr int32_t kPredictRows = 16;  // rows per piece of a low-rank predictor's first matrix
+constexpr int32_t kOutputRows = 32;  // rows per piece of the output projection
+constexpr int32_t kHeadRows = 256;   // rows per piece of the head
+constexpr int32_t kPredictRows = 8;  // rows per piece of a low-rank predictor's first matrix
 constexpr int32_t kTokensPerPiece = 8;
 constexpr int32_t kPartialGap = 16;  // floats: a cache line
 

@@ -42,8 +42,8 @@ void ThreadPool::Run(const Job& job) {
   job_ = &job;
   finished_.store(false);
   OpenPhase(0);
-  if (n_parked_.load() >
-      0) {  // sequentially consistent: a worker sees the job, or we see it parked
+  // Sequentially consistent, as finished_ is: a worker sees the job, or we see it parked.
+  if (n_parked_.load() > 0) {
     std::lock_guard<std::mutex> lock(park_mutex_);
     park_.notify_all();
   }
@@ -99,18 +99,19 @@ bool ThreadPool::RunOnePiece(int32_t thread) {
     share = (thread + i) % n;
     piece = shares_[static_cast<size_t>(share)].Take(i > 0);
   }
-  int32_t& done = done_[static_cast<size_t>(thread)].n;
+  Done& done = done_[static_cast<size_t>(thread)];
   if (piece < 0) {
-    if (done == 0) return false;
-    const int32_t n_pieces = n_pieces_, phase = phase_, published = done;
-    done = 0;
-    if (n_done_.fetch_add(published, std::memory_order_acq_rel) + published == n_pieces)
-      OpenPhase(phase + 1);
+    if (done.n == 0) return false;
+    const int32_t published = done.n;
+    done.n = 0;
+    if (n_done_.fetch_add(published, std::memory_order_acq_rel) + published == done.n_pieces)
+      OpenPhase(done.phase + 1);
     return true;
   }
-  if (is_dealt_) piece = share + piece * n;
-  job_->run_piece(job_->context, phase_, piece, thread);
-  ++done;
+  const Share& from = shares_[static_cast<size_t>(share)];
+  done = {done.n + 1, from.phase, from.n_pieces};
+  if (from.is_dealt) piece = share + piece * n;
+  job_->run_piece(job_->context, done.phase, piece, thread);
   return true;
 }
 
@@ -122,16 +123,18 @@ void ThreadPool::OpenPhase(int32_t phase) {
     finished_.store(true, std::memory_order_release);
     return;
   }
-  phase_ = phase;
-  n_pieces_ = n_pieces;
-  is_dealt_ = job_->is_dealt(job_->context, phase);
+  const bool is_dealt = job_->is_dealt(job_->context, phase);
   n_done_.store(0, std::memory_order_relaxed);
   const int64_t n = static_cast<int64_t>(shares_.size());
   for (int64_t thread = 0; thread < n; ++thread) {
-    const int64_t first = is_dealt_ ? 0 : n_pieces * thread / n,
-                  end = is_dealt_ ? (n_pieces - thread + n - 1) / n : n_pieces * (thread + 1) / n;
-    shares_[static_cast<size_t>(thread)].range.store(static_cast<uint64_t>(first) |
-                                                     static_cast<uint64_t>(end) << 32);
+    const int64_t first = is_dealt ? 0 : n_pieces * thread / n,
+                  end = is_dealt ? (n_pieces - thread + n - 1) / n : n_pieces * (thread + 1) / n;
+    Share& share = shares_[static_cast<size_t>(thread)];
+    share.phase = phase;
+    share.n_pieces = n_pieces;
+    share.is_dealt = is_dealt;
+    share.range.store(static_cast<uint64_t>(first) | static_cast<uint64_t>(end) << 32,
+                      std::memory_order_release);
   }
 }
 

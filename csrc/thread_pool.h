@@ -64,8 +64,13 @@ class ThreadPool {
   // A thread's share of a phase: pieces [first, end), packed so that one exchange takes one; where
   // pieces are dealt, index i of thread t's share is piece t + i * n_threads. A claim that succeeds
   // is one of the phase that is open, since the phase cannot end without that piece.
+  // With the phase beside them, which is written before the range and read after a claim: a thread
+  // then begins a phase with one cache line from the thread that opened it.
   struct alignas(64) Share {
     std::atomic<uint64_t> range{0};  // first | end << 32
+    int32_t phase = 0;
+    int32_t n_pieces = 0;  // of the phase
+    bool is_dealt = false;
     // Takes the first piece, or for another thread the last. Returns -1 where there is none.
     int32_t Take(bool from_end);
   };
@@ -74,17 +79,14 @@ class ThreadPool {
   // Pieces of the open phase that a thread has done and not published; its own.
   struct alignas(64) Done {
     int32_t n = 0;
+    int32_t phase = 0, n_pieces = 0;  // of the phase
   };
 
   std::vector<Share> shares_;
   std::vector<Done> done_;
   alignas(64) std::atomic<int32_t> n_done_{0};
   alignas(64) std::atomic<bool> finished_{true};
-  // Written before the shares that open a phase, read after a successful claim from one.
-  const Job* job_ = nullptr;
-  int32_t phase_ = 0;
-  int32_t n_pieces_ = 0;
-  bool is_dealt_ = false;
+  const Job* job_ = nullptr;  // written before the first phase is opened
 
   std::mutex park_mutex_;
   std::condition_variable park_;
