@@ -223,12 +223,12 @@ class Session {
   Pages<float> z_;          // (T, rank) what low-rank predictors make of x
   Pages<float> partials_;   // (kFfnPieces, PartialStride())
   Pages<float> logits_;     // (vocab_size,)
-  // How often the two halves of a node of the tree of partial sums were there, each in a cache line
-  // of its own; an even number between operations.
-  struct alignas(64) PartialNode {
-    std::atomic<uint32_t> n_arrived{0};
+  // Partial sums of even and of odd pieces that are there, and halves that are added up, each
+  // number in a cache line of its own; 0 between operations.
+  struct alignas(64) Arrived {
+    std::atomic<int32_t> n{0};
   };
-  PartialNode partial_nodes_[kFfnPieces];
+  Arrived n_arrived_[3];
   // fp16 (n_spans, n_layers, n_kv_heads, keys and values of a span): what one piece of attention
   // reads is one stretch, and huge pages fill up as the context grows.
   Pages<uint16_t> kv_;

@@ -309,23 +309,21 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t piece, co
   return counts;
 }
 
-// A piece's partial sum is there. Sums of pieces are added in a tree of fixed shape, the one of
-// add_partials, so that every number of threads gives the same bits: of two halves whoever comes
-// second adds them. Pieces far from each other come together first, since a thread's pieces are
-// dealt: then partial sums hardly travel between caches.
+// A piece's partial sum is there. Whoever brings the last one of every second piece adds those up,
+// and whoever then comes second with such a half adds it to x: in the order of sum_partials and
+// add_partials over all pieces, so that every number of threads gives the same bits. Since pieces
+// are dealt to threads, a half's partial sums mostly lie in the cache of the thread that adds them.
 void Session::AddPartial(const Op& op, int32_t piece) {
   const ProgramShape& shape = program_.shape();
-  const int64_t padded = PaddedCols(shape.format, shape.hidden_size);
-  for (int32_t n = kFfnPieces / 2; n > 0; n /= 2) {
-    piece %= n;
-    std::atomic<uint32_t>& n_arrived = partial_nodes_[n + piece].n_arrived;
-    if (n_arrived.fetch_add(1, std::memory_order_acq_rel) % 2 == 0) return;
-    float* sum = partials_ + piece * PartialStride();
-    const float* other = sum + n * PartialStride();
-    for (int64_t col = 0; col < padded; ++col) sum[col] += other[col];
-  }
+  const int32_t padded = PaddedCols(shape.format, shape.hidden_size), half = piece % 2;
+  if (n_arrived_[half].n.fetch_add(1, std::memory_order_acq_rel) + 1 < kFfnPieces / 2) return;
+  n_arrived_[half].n.store(0, std::memory_order_relaxed);
+  float* sum = partials_ + half * PartialStride();
+  kernels_->sum_partials(sum, 2 * PartialStride(), kFfnPieces / 2, padded, sum);
+  if (n_arrived_[2].n.fetch_add(1, std::memory_order_acq_rel) == 0) return;
+  n_arrived_[2].n.store(0, std::memory_order_relaxed);
   if (op.is_split) std::fill_n(exchange_.y, shape.hidden_size, 0.0f);
-  kernels_->add_partials(shape.format, partials_.get(), 0, 1, shape.hidden_size,
+  kernels_->add_partials(shape.format, partials_.get(), PartialStride(), 2, shape.hidden_size,
                          op.is_split ? 1.0f : op.scale, op.is_split ? exchange_.y : x_.get());
 }
 

@@ -268,6 +268,10 @@ struct KernelTable {
   void (*gemm)(const GemmArgs& args);
   ActiveCounts (*find_active)(const SparseFfnArgs& args);
   void (*add_active)(const SparseFfnArgs& args, const ActiveCounts& found);
+  // out[c] = sum over pieces of partials[piece * stride + c], n columns, a multiple of kBlock, all
+  // in the order of partial sums; out may be the first piece. See add_partials.
+  void (*sum_partials)(const float* partials, int64_t stride, int32_t n_pieces, int32_t n,
+                       float* out);
   // x[c] += scale * sum over pieces of partials[piece * stride + c], n columns. Of a power of two
   // of pieces, kMaxPieces at most, the second half is added to the first, until one is left.
   // Partials are in their own order, x in natural order.

@@ -14,9 +14,8 @@ namespace hybrid {
 namespace {
 
 constexpr KernelTable MakeTable(const char* name) {
-  return {name,      PackRow,     Quantize, Dequantize, Gemm,   FindActive,
-          AddActive, AddPartials, RmsNorm,  AttendSpan, ToFp16, MakePredictorInput,
-          Read};
+  return {name,        PackRow,     Quantize, Dequantize, Gemm,   FindActive,         AddActive,
+          SumPartials, AddPartials, RmsNorm,  AttendSpan, ToFp16, MakePredictorInput, Read};
 }
 
 }  // namespace

@@ -118,21 +118,25 @@ inline void AddNatural(const float* sums, int32_t n, float scale, float* x) {
   for (int32_t i = 0; i < n; ++i) x[i] += scale * (sums[columns.index[i]] * columns.unit[i]);
 }
 
+void SumPartials(const float* partials, int64_t stride, int32_t n_pieces, int32_t n, float* out) {
+  for (int32_t col = 0; col < n; col += kLanes) {
+    F32 parts[kMaxPieces];
+    for (int32_t piece = 0; piece < n_pieces; ++piece)
+      parts[piece] = Load(partials + piece * stride + col);
+    for (int32_t half = n_pieces / 2; half > 0; half /= 2)
+      for (int32_t piece = 0; piece < half; ++piece)
+        parts[piece] = Add(parts[piece], parts[piece + half]);
+    Store(out + col, parts[0]);
+  }
+}
+
 void AddPartials(Format format, const float* partials, int64_t stride, int32_t n_pieces, int32_t n,
                  float scale, float* x) {
   for (int32_t group = 0; group < n; group += kGroup) {
     const int32_t n_cols = n - group < kGroup ? n - group : kGroup;
     const int32_t n_packed = format == Format::kBf16 ? RoundUp(n_cols, kBlock) : kGroup;
     float sums[kGroup];
-    for (int32_t col = 0; col < n_packed; col += kLanes) {
-      F32 parts[kMaxPieces];
-      for (int32_t piece = 0; piece < n_pieces; ++piece)
-        parts[piece] = Load(partials + piece * stride + group + col);
-      for (int32_t half = n_pieces / 2; half > 0; half /= 2)
-        for (int32_t piece = 0; piece < half; ++piece)
-          parts[piece] = Add(parts[piece], parts[piece + half]);
-      Store(sums + col, parts[0]);
-    }
+    SumPartials(partials + group, stride, n_pieces, n_packed, sums);
     if (format == Format::kQ4)
       AddNatural<Format::kQ4>(sums, n_cols, scale, x + group);
     else if (format == Format::kQ8)
