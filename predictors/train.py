@@ -23,7 +23,7 @@ import numpy as np
 
 from predictors.errors import PredictorError
 from predictors.file import Choice, PredictorFile
-from predictors.predictors import LayerPredictor, make_sign
+from predictors.predictors import WIDE_RANK, LayerPredictor, make_sign
 from predictors.selection import CostTable, HeldOut, candidates_for, cheapest
 from predictors.trace import LayerTrace, Trace, load_trace
 
@@ -146,7 +146,7 @@ def _train_layer(
 
 def _ranks(options: Options, hidden_size: int, costs: CostTable) -> list[int]:
     """Ranks to try: those asked for, or the measured ones and those between."""
-    largest = hidden_size // 2
+    largest = hidden_size // 2 + WIDE_RANK
     if options.ranks:
         return [rank for rank in options.ranks if rank <= largest]
     measured = sorted(costs.lowrank_ns)

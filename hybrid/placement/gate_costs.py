@@ -16,7 +16,7 @@ from hybrid.placement.hardware import last_level_cache_bytes
 from hybrid.weights.packed import matrix_bytes, pack_bundles, pack_gathered, pack_matrix
 from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
 from hybrid.weights.quant import row_bytes
-from predictors.predictors import LayerPredictor, LowRank, make_sign
+from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, make_sign
 
 RANKS = (20, 36, 68, 132, 260, 516)  # whole lines of the kernels' layout
 _PREDICTED = 0.25  # share of rows while gathering is measured
@@ -74,7 +74,7 @@ def measure_gate_costs(
             bias,
         )
 
-    ranks = [rank for rank in RANKS if rank <= hidden_size // 2]
+    ranks = [rank for rank in RANKS if rank <= hidden_size // 2 + WIDE_RANK]
     none = {rank: predicting(lowrank(rank, 0.0)) for rank in ranks}
     some = predicting(lowrank(ranks[0], _PREDICTED), predicted=_PREDICTED)
     n_exact = n_copies(matrix_bytes(format, n_neurons, hidden_size))
