@@ -41,6 +41,7 @@ double ReadMemory(ThreadPool& pool, const Floats& memory) {
     return static_cast<int32_t>(static_cast<Context*>(c)->sums.size());
   };
   job.is_dealt = [](void*, int32_t) { return false; };
+  job.ahead = [](void*, int32_t, int32_t, int32_t) { return Ahead{}; };
   job.run_piece = [](void* c, int32_t, int32_t piece, int32_t) {
     Context& all = *static_cast<Context*>(c);
     const int64_t first = piece * kReadPiece, n = std::min(kReadPiece, all.n - first);

@@ -63,12 +63,14 @@ bool HasAvx2Vnni() { return ThisCpu().avx2_vnni; }
 bool HasAvx512() { return ThisCpu().avx512; }
 bool HasAvx512VnniBf16() { return ThisCpu().avx512_vnni_bf16; }
 void Pause() { _mm_pause(); }
+void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 #else
 bool HasAvx2() { return false; }
 bool HasAvx2Vnni() { return false; }
 bool HasAvx512() { return false; }
 bool HasAvx512VnniBf16() { return false; }
 void Pause() {}
+void Prefetch(const void*) {}
 #endif
 
 int64_t Nanoseconds() {

@@ -38,6 +38,8 @@ int64_t Nanoseconds();
 
 // One polite iteration of a spinning wait.
 void Pause();
+// Asks for the cache line of an address, which need not be valid, into L2.
+void Prefetch(const void* p);
 
 // Shared libraries, by name or path. Null where there is none, or no such symbol.
 void* OpenLibrary(const char* name);

@@ -159,6 +159,10 @@ void Session::RunPhases(int32_t first, int32_t last) {
     return (*session.phases_)[static_cast<size_t>(session.first_phase_ + phase)].kind ==
            PhaseKind::kFfn;
   };
+  job.ahead = [](void* context, int32_t phase, int32_t thread, int32_t n_threads) {
+    const Session& session = *static_cast<Session*>(context);
+    return session.ReadNext(session.first_phase_ + phase, thread, n_threads);
+  };
   job.run_piece = [](void* context, int32_t phase, int32_t piece, int32_t thread) {
     Session& session = *static_cast<Session*>(context);
     session.RunPiece((*session.phases_)[static_cast<size_t>(session.first_phase_ + phase)], piece,
@@ -167,6 +171,51 @@ void Session::RunPhases(int32_t first, int32_t last) {
   const int64_t started = is_timed_ ? platform::Nanoseconds() : 0;
   pool_.Run(job);
   if (is_timed_) timed_wall_ += platform::Nanoseconds() - started;
+}
+
+// Of decode, since prefill computes more than it reads: the first weights of the thread's share of
+// the next phase that streams any.
+Ahead Session::ReadNext(int32_t phase, int32_t thread, int32_t n_threads) const {
+  constexpr int64_t kMostBytes = 64 << 10;
+  const auto of_rows = [&](const Rows& rows, int32_t row) {
+    if (rows.layout != RowLayout::kInterleaved) return Ahead{};
+    const uint8_t* tiles = rows.scales + row / kRowTile * rows.values_stride;
+    return Ahead{tiles,
+                 tiles + std::min((rows.n_rows - row) / kRowTile * rows.values_stride, kMostBytes)};
+  };
+  const auto rows_of = [&](const Rows& rows, int32_t piece_rows) {
+    const int64_t n_pieces = CeilDiv(rows.n_rows, piece_rows);
+    return of_rows(rows, static_cast<int32_t>(n_pieces * thread / n_threads) * piece_rows);
+  };
+  if (phases_ != &program_.decode_phases()) return {};
+  for (size_t i = static_cast<size_t>(phase) + 1; i < phases_->size(); ++i) {
+    const Phase& next = (*phases_)[i];
+    const Op& op = program_.op(next.op);
+    switch (next.kind) {
+      case PhaseKind::kQkv:
+        return rows_of(op.a, program_.shape().head_dim);
+      case PhaseKind::kOutput:
+        return rows_of(op.a, kOutputRows);
+      case PhaseKind::kHead:
+        return rows_of(op.a, kHeadRows);
+      case PhaseKind::kPredict:
+        if (is_dense_) break;
+        return rows_of(op.d, kPredictRows);
+      case PhaseKind::kFfn: {
+        const int32_t piece = std::min(thread, kFfnPieces - 1);
+        const int32_t first = std::max(FirstNeuron(op, piece), op.n_given),
+                      last = FirstNeuron(op, piece + 1);
+        if (first >= last) return {};
+        if (!op.has_predictor || is_dense_) return of_rows(op.a, first);
+        const int64_t tile_bytes = PredictTileBytes(op.predictor);
+        return {op.predictor.tiles + first / kPredictTile * tile_bytes,
+                op.predictor.tiles + last / kPredictTile * tile_bytes};
+      }
+      default:
+        break;
+    }
+  }
+  return {};
 }
 
 int32_t Session::CountPieces(const Phase& phase) const {

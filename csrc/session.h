@@ -54,6 +54,15 @@ constexpr int32_t kPredictRows = 8;  // rows per piece of a low-rank predictor's
 constexpr int32_t kTokensPerPiece = 8;
 constexpr int32_t kPartialGap = 16;  // floats: a cache line
 
+// First neuron of a piece of an FFN layer; pieces begin at multiples of 8 rows.
+inline int32_t FirstNeuron(const Op& op, int32_t piece) {
+  const int32_t n_neurons = op.a.n_rows - op.first_neuron;
+  return piece == kFfnPieces
+             ? op.a.n_rows
+             : op.first_neuron +
+                   static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
+}
+
 // The parts of a token that bytes and times are counted by.
 enum Stage : int32_t {
   kStageQkv,
@@ -161,6 +170,7 @@ class Session {
   };
 
   void RunPhases(int32_t first, int32_t last);
+  Ahead ReadNext(int32_t phase, int32_t thread, int32_t n_threads) const;
   int32_t CountPieces(const Phase& phase) const;
   void RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch);
 

@@ -11,15 +11,6 @@ namespace hybrid {
 
 namespace {
 
-// First neuron of a piece of an FFN layer; pieces begin at multiples of 8 rows.
-int32_t FirstNeuron(const Op& op, int32_t piece) {
-  const int32_t n_neurons = op.a.n_rows - op.first_neuron;
-  return piece == kFfnPieces
-             ? op.a.n_rows
-             : op.first_neuron +
-                   static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
-}
-
 // Where the time of a phase counts, or what of it the phase does not count itself.
 Stage StageOf(PhaseKind kind, OpKind op) {
   switch (kind) {

@@ -51,7 +51,7 @@ void ThreadPool::Run(const Job& job) {
     if (RunOnePiece(0)) {
       idle = 0;
     } else if (idle < kSpins) {
-      platform::Pause();
+      WaitAMoment(0);
     } else {
       std::this_thread::yield();
     }
@@ -63,7 +63,7 @@ void ThreadPool::Work(int32_t thread) {
     if (RunOnePiece(thread)) {
       idle = 0;
     } else if (idle < kSpins) {
-      platform::Pause();
+      WaitAMoment(thread);
     } else if (idle <
                kSpins + (n_awake_.load(std::memory_order_relaxed) > 0 ? kAwakeYields : kYields)) {
       std::this_thread::yield();
@@ -109,10 +109,24 @@ bool ThreadPool::RunOnePiece(int32_t thread) {
     return true;
   }
   const Share& from = shares_[static_cast<size_t>(share)];
-  done = {done.n + 1, from.phase, from.n_pieces};
+  if (done.n++ == 0) {
+    done.phase = from.phase;
+    done.n_pieces = from.n_pieces;
+    done.ahead = job_->ahead(job_->context, done.phase, thread, n);
+  }
   if (from.is_dealt) piece = share + piece * n;
   job_->run_piece(job_->context, done.phase, piece, thread);
   return true;
+}
+
+// A few lines, not all at once: the next phase may open any moment, and what is prefetched faster
+// than memory delivers is dropped.
+void ThreadPool::WaitAMoment(int32_t thread) {
+  constexpr int kLines = 4, kLine = 64;
+  Ahead& ahead = done_[static_cast<size_t>(thread)].ahead;
+  if (ahead.begin >= ahead.end) return platform::Pause();
+  for (int i = 0; i < kLines; ++i) platform::Prefetch(ahead.begin + i * kLine);
+  ahead.begin += kLines * kLine;
 }
 
 // Called by the one thread that owns the moment between two phases.

@@ -24,11 +24,19 @@
 
 namespace hybrid {
 
+// Memory that a thread will read before long.
+struct Ahead {
+  const uint8_t* begin = nullptr;
+  const uint8_t* end = nullptr;
+};
+
 struct Job {
   void* context;
   int32_t n_phases;
   int32_t (*n_pieces)(void* context, int32_t phase);  // 0: the phase is skipped
   bool (*is_dealt)(void* context, int32_t phase);
+  // What a thread will read first after `phase`: it prefetches that while it waits for the others.
+  Ahead (*ahead)(void* context, int32_t phase, int32_t thread, int32_t n_threads);
   void (*run_piece)(void* context, int32_t phase, int32_t piece, int32_t thread);  // must not throw
 };
 
@@ -58,6 +66,7 @@ class ThreadPool {
   void Work(int32_t thread);
   // Runs a piece, or publishes those that were run. Returns false where there is neither.
   bool RunOnePiece(int32_t thread);
+  void WaitAMoment(int32_t thread);
   void OpenPhase(int32_t phase);
   void Stop();
 
@@ -80,6 +89,7 @@ class ThreadPool {
   struct alignas(64) Done {
     int32_t n = 0;
     int32_t phase = 0, n_pieces = 0;  // of the phase
+    Ahead ahead;
   };
 
   std::vector<Share> shares_;
