@@ -27,7 +27,7 @@ def _pack_lowrank(format: Format, predictor: LowRank, margin: float) -> Predicto
     n_lines = -(-(rank - WIDE_RANK) // 8)
     narrow = np.full((n_neurons, 8 * n_lines), 8, np.uint8)
     narrow[:, : rank - WIDE_RANK] = predictor.b[:, WIDE_RANK:] + 8
-    columns = _tiles(narrow, 8).reshape(len(wide), TILE, n_lines, 2, 4)
+    columns = _tiles(narrow, 8).astype(np.uint8).reshape(len(wide), TILE, n_lines, 2, 4)
     lines = (columns[:, :, :, 0] | columns[:, :, :, 1] << 4).swapaxes(1, 2)
     limits = [
         _tiles(np.ascontiguousarray(predictor.b_scale[:, 0]), 0.0),
