@@ -48,6 +48,7 @@ inline int32_t CeilDiv(int32_t n, int32_t d) { return (n + d - 1) / d; }
 // Sizes of pieces: constants, independent of the number of threads, since they fix the order of
 // every sum.
 constexpr int32_t kFfnPieces = kMaxPieces;
+static_assert((kFfnPieces & (kFfnPieces - 1)) == 0, "partial sums are added half to half");
 constexpr int32_t kOutputRows = 32;  // rows per piece of the output projection
 constexpr int32_t kHeadRows = 256;   // rows per piece of the head
 constexpr int32_t kPredictRows = 8;  // rows per piece of a low-rank predictor's first matrix
