@@ -183,24 +183,22 @@ Ahead Session::ReadNext(int32_t phase, int32_t thread, int32_t n_threads) const 
     return Ahead{tiles,
                  tiles + std::min((rows.n_rows - row) / kRowTile * rows.values_stride, kMostBytes)};
   };
-  const auto rows_of = [&](const Rows& rows, int32_t piece_rows) {
-    const int64_t n_pieces = CeilDiv(rows.n_rows, piece_rows);
-    return of_rows(rows, static_cast<int32_t>(n_pieces * thread / n_threads) * piece_rows);
-  };
   if (phases_ != &program_.decode_phases()) return {};
   for (size_t i = static_cast<size_t>(phase) + 1; i < phases_->size(); ++i) {
     const Phase& next = (*phases_)[i];
     const Op& op = program_.op(next.op);
+    const int32_t first_piece =
+        static_cast<int32_t>(int64_t{CountPieces(next)} * thread / n_threads);
     switch (next.kind) {
       case PhaseKind::kQkv:
-        return rows_of(op.a, program_.shape().head_dim);
+        return of_rows(op.a, first_piece * program_.shape().head_dim);
       case PhaseKind::kOutput:
-        return rows_of(op.a, kOutputRows);
+        return of_rows(op.a, first_piece * kOutputRows);
       case PhaseKind::kHead:
-        return rows_of(op.a, kHeadRows);
+        return of_rows(op.a, first_piece * kHeadRows);
       case PhaseKind::kPredict:
         if (is_dense_) break;
-        return rows_of(op.d, kPredictRows);
+        return of_rows(op.d, first_piece * kPredictRows);
       case PhaseKind::kFfn: {
         const int32_t piece = std::min(thread, kFfnPieces - 1);
         const int32_t first = std::max(FirstNeuron(op, piece), op.n_given),

@@ -15,7 +15,8 @@ from predictors.predictors import (
     WIDE_RANK,
     Array,
     LowRank,
-    narrow_scale,
+    column_scales,
+    column_units,
     quantize_lowrank,
     round_blocks,
 )
@@ -148,10 +149,7 @@ def train_lowrank(
 def _units(b: torch.Tensor) -> torch.Tensor:
     """(n_neurons, rank): what one step of each element's integer is worth."""
     array = b.detach().numpy()
-    wide = np.abs(array[:, :WIDE_RANK]).max(1, keepdims=True) / np.float32(127)
-    units = np.repeat(narrow_scale(array)[:, None], array.shape[1], 1)
-    units[:, :WIDE_RANK] = wide
-    return torch.from_numpy(np.where(units > 0, units, 1).astype(np.float32))
+    return torch.from_numpy(column_units(column_scales(array), array.shape[1]))
 
 
 def _size(parameter: torch.Tensor) -> float:

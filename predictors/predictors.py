@@ -90,15 +90,25 @@ def quantize_lowrank(a: Array, b: Array, bias: Array, x: NDArray[np.floating]) -
     """
     size = np.sqrt(np.mean((x.astype(np.float32) @ a.T) ** 2, 0)) + np.float32(1e-12)
     a, b = round_blocks(a / size[:, None]), b * size
-    scale = np.stack([np.abs(b[:, :WIDE_RANK]).max(1) / np.float32(127), narrow_scale(b)], 1)
-    scale = scale.astype(np.float32)
-    of_column = scale[:, np.where(np.arange(b.shape[1]) < WIDE_RANK, 0, 1)]
-    integers = np.rint(b / np.where(of_column > 0, of_column, 1))
+    scale = column_scales(b)
+    integers = np.rint(b / column_units(scale, b.shape[1]))
     integers[:, WIDE_RANK:] = np.clip(integers[:, WIDE_RANK:], -8, 7)
     return LowRank(a, integers.astype(np.int8), scale, bias.astype(np.float32))
 
 
-def narrow_scale(b: Array) -> Array:
+def column_scales(b: Array) -> Array:
+    """(n_neurons, rank) → what an integer is worth, as `LowRank.b_scale`."""
+    wide = np.abs(b[:, :WIDE_RANK]).max(1) / np.float32(127)
+    return np.stack([wide, _narrow_scale(b)], 1).astype(np.float32)
+
+
+def column_units(scales: Array, rank: int) -> Array:
+    """The scales, element by element of b, 1 for rows of zeros: a divisor."""
+    units = scales[:, np.where(np.arange(rank) < WIDE_RANK, 0, 1)]
+    return np.where(units > 0, units, np.float32(1))
+
+
+def _narrow_scale(b: Array) -> Array:
     """(n_neurons, rank) → (n_neurons,) scales with which 4 bits keep the columns beyond WIDE_RANK
     best, in the mean square.
     """

@@ -74,7 +74,7 @@ inline void AxpyRows(const Rows& rows, const int32_t* row, const float* a, float
                      Between& between) {
   RowAt w[kRows];
   for (int r = 0; r < kRows; ++r) w[r] = At<kFormat>(rows, row[r]);
-  const int32_t n_groups = ValueBytes(kFormat, rows.n_cols) / GroupValueBytes(kFormat);
+  const int32_t n_groups = CountGroups(kFormat, rows.n_cols);
   if constexpr (kFormat == Format::kBf16)
     AxpyBf16<kRows>(w, n_groups, a, y, between);
   else

@@ -167,7 +167,6 @@ inline uint32_t AtMost(I32 a, I32 limit) {
              _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, limit)))) &
          0xffu;
 }
-inline int32_t CountTrailingZeros(uint32_t bits) { return __builtin_ctz(bits); }
 
 inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

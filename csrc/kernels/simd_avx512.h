@@ -173,7 +173,6 @@ inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {
 }
 #endif
 inline uint32_t AtMost(I32 a, I32 limit) { return _mm512_cmple_epi32_mask(a, limit); }
-inline int32_t CountTrailingZeros(uint32_t bits) { return __builtin_ctz(bits); }
 
 inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

@@ -208,11 +208,6 @@ inline uint32_t AtMost(I32 a, I32 limit) {
   for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a.v[i] <= limit.v[i]) << i;
   return bits;
 }
-inline int32_t CountTrailingZeros(uint32_t bits) {
-  int32_t n = 0;
-  while ((bits >> n & 1) == 0) ++n;
-  return n;
-}
 
 inline void PrefetchL2(const void*) {}
 
