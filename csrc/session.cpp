@@ -9,6 +9,13 @@
 
 namespace hybrid {
 
+std::vector<int32_t> FfnRuns(int32_t n_threads) {
+  std::vector<int32_t> runs = {0};
+  while (runs.back() < kFfnPieces)
+    runs.push_back(runs.back() + (n_threads < 4 && runs.back() < kFfnPieces * 3 / 4 ? 2 : 1));
+  return runs;
+}
+
 Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense,
                  bool is_timed)
     : program_(program),
@@ -16,6 +23,7 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
       n_context_(n_context),
       is_dense_(is_dense),
       is_timed_(is_timed),
+      ffn_runs_(FfnRuns(pool.n_threads())),
       x_(int64_t{kPrefillChunk} * program.shape().hidden_size),
       x_quant_(kPrefillChunk *
                VectorBytes(program.shape().format,
@@ -45,9 +53,10 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
                                      int64_t{n_spans} * group * (program.head_stride() + 2)});
   const int64_t vector_bytes =
       VectorBytes(shape.format, std::max(shape.hidden_size, shape.n_heads * shape.head_dim));
-  // Pieces begin at multiples of 8 neurons.
-  const int64_t n_neurons = CeilDiv(program.n_neurons(), kFfnPieces) + 8;
-  const int64_t n_pairs = n_neurons * kPrefillChunk;
+  // Pieces begin at multiples of 8 neurons. Prefill takes them one by one, decode several at once.
+  const int64_t n_neurons = program.n_neurons();
+  const int64_t n_pairs =
+      std::max(int64_t{CeilDiv(program.n_neurons(), kFfnPieces) + 8} * kPrefillChunk, n_neurons);
   const int64_t predictor_bytes = std::max<int64_t>(program.predictor_input_bytes(), 4);
   for (int32_t thread = 0; thread < pool.n_threads(); ++thread)
     threads_.push_back(
@@ -200,9 +209,9 @@ Ahead Session::ReadNext(int32_t phase, int32_t thread, int32_t n_threads) const 
         if (is_dense_) break;
         return of_rows(op.d, first_piece * kPredictRows);
       case PhaseKind::kFfn: {
-        const int32_t piece = std::min(thread, kFfnPieces - 1);
-        const int32_t first = std::max(FirstNeuron(op, piece), op.n_given),
-                      last = FirstNeuron(op, piece + 1);
+        const size_t run = static_cast<size_t>(std::min(thread, CountPieces(next) - 1));
+        const int32_t first = std::max(FirstNeuron(op, ffn_runs_[run]), op.n_given),
+                      last = FirstNeuron(op, ffn_runs_[run + 1]);
         if (first >= last) return {};
         if (!op.has_predictor || is_dense_) return of_rows(op.a, first);
         const int64_t tile_bytes = PredictTileBytes(op.predictor);
@@ -236,6 +245,7 @@ int32_t Session::CountPieces(const Phase& phase) const {
     case PhaseKind::kPredictTokens:
       return is_dense_ ? 0 : CeilDiv(op.d.n_rows, kPredictRows);
     case PhaseKind::kFfn:
+      return static_cast<int32_t>(ffn_runs_.size()) - 1;
     case PhaseKind::kFfnTokens:
       return kFfnPieces;
     case PhaseKind::kHead:

@@ -64,6 +64,11 @@ inline int32_t FirstNeuron(const Op& op, int32_t piece) {
                    static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
 }
 
+// Where decode deals an FFN's pieces out: in runs of neighbours, since each run begins and ends
+// with a wait for memory; in single pieces towards the end, so that all threads end together. Which
+// runs there are changes no sum. A run is [runs[i], runs[i + 1]).
+std::vector<int32_t> FfnRuns(int32_t n_threads);
+
 // The parts of a token that bytes and times are counted by.
 enum Stage : int32_t {
   kStageQkv,
@@ -158,8 +163,8 @@ class Session {
           n_predicted(static_cast<size_t>(n_layers)) {}
     Pages<float> floats;
     Pages<uint8_t> x;                            // a private quantised vector
-    Pages<Active> active;                        // of an FFN piece
-    Pages<int32_t> predicted;                    // neurons of an FFN piece
+    Pages<Active> active;                        // of an FFN's pieces
+    Pages<int32_t> predicted;                    // neurons of an FFN's pieces
     Pages<uint8_t> predictor_inputs;             // of all tokens of a call
     uint64_t x_serial = 0;                       // the operation and call that `x` was made for
     uint64_t predictor_serial = 0;               // the same of `predictor_inputs`
@@ -188,8 +193,8 @@ class Session {
                   const void* next, ThreadScratch& scratch, float* max, float* sum, float* out);
   void MergeSpans(int32_t head, int32_t n_spans, const float* max, const float* sum,
                   const float* out, int64_t stride, float* merged) const;
-  ActiveCounts RunFfn(const Phase& phase, const Op& op, int32_t piece, const uint8_t* x,
-                      ThreadScratch& scratch);
+  ActiveCounts RunFfn(const Phase& phase, const Op& op, int32_t first_piece, int32_t end_piece,
+                      const uint8_t* x, ThreadScratch& scratch);
   void AddPartial(const Op& op, int32_t piece);
   // Floats from one piece's partial sums to the next one's: no multiple of what caches are divided
   // into, or pieces would drive each other out.
@@ -207,6 +212,7 @@ class Session {
   const KernelTable* kernels_ = nullptr;  // the table in use during one call
   const int32_t n_context_;
   const bool is_dense_, is_timed_;
+  const std::vector<int32_t> ffn_runs_;
   int32_t position_ = 0;
   int64_t timed_wall_ = 0;  // nanoseconds
 

@@ -76,7 +76,7 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
       break;
     }
     case PhaseKind::kFfnTokens:
-      RunFfn(phase, op, piece, x_quant_.get(), scratch);
+      RunFfn(phase, op, piece, piece + 1, x_quant_.get(), scratch);
       break;
     case PhaseKind::kFfnSumTokens: {
       const int64_t padded = PaddedCols(shape.format, hidden);

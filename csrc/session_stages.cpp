@@ -107,16 +107,19 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       break;
     }
     case PhaseKind::kFfn: {
-      const int32_t first = std::max(FirstNeuron(op, piece), op.n_given),
-                    last = FirstNeuron(op, piece + 1);
-      const ActiveCounts counts = RunFfn(phase, op, piece, NormOnce(phase, op, scratch), scratch);
+      const size_t run = static_cast<size_t>(piece);
+      const int32_t first_piece = ffn_runs_[run], end_piece = ffn_runs_[run + 1];
+      const int32_t first = std::max(FirstNeuron(op, first_piece), op.n_given),
+                    last = FirstNeuron(op, end_piece);
+      const ActiveCounts counts =
+          RunFfn(phase, op, first_piece, end_piece, NormOnce(phase, op, scratch), scratch);
       if (op.has_predictor && !is_dense_ && last > first)
         scratch.bytes[kStageGate] += (CeilDiv(last, kPredictTile) - CeilDiv(first, kPredictTile)) *
                                      PredictTileBytes(op.predictor);
       scratch.bytes[kStageGate] += counts.n_predicted * RowBytes(op.a, shape.format);
       scratch.bytes[kStageUpDown] +=
           counts.n_listed * (RowBytes(op.b, shape.format) + RowBytes(op.c, shape.format));
-      AddPartial(op, piece);
+      for (int32_t i = first_piece; i < end_piece; ++i) AddPartial(op, i);
       break;
     }
     default: {  // kHead
@@ -261,8 +264,8 @@ void Session::MergeSpans(int32_t head, int32_t n_spans, const float* max, const 
   for (int32_t i = 0; i < head_dim; ++i) merged[i] /= total;
 }
 
-ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t piece, const uint8_t* x,
-                             ThreadScratch& scratch) {
+ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_piece,
+                             int32_t end_piece, const uint8_t* x, ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
   const int64_t padded = PaddedCols(shape.format, shape.hidden_size);
   SparseFfnArgs args;
@@ -270,8 +273,13 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t piece, co
   args.gate = op.a;
   args.up = op.b;
   args.down = op.c;
-  args.first = FirstNeuron(op, piece);
-  args.last = FirstNeuron(op, piece + 1);
+  int32_t piece_ends[kFfnPieces];
+  for (int32_t i = first_piece; i < end_piece; ++i)
+    piece_ends[i - first_piece] = FirstNeuron(op, i + 1);
+  args.first = FirstNeuron(op, first_piece);
+  args.last = FirstNeuron(op, end_piece);
+  args.n_pieces = end_piece - first_piece;
+  args.piece_ends = piece_ends;
   args.given_gates = exchange_.gates;
   args.given_stride = exchange_.n_neurons;
   args.n_given = op.n_given;
@@ -280,7 +288,8 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t piece, co
   args.x = x;
   args.x_stride = VectorBytes(shape.format, shape.hidden_size);
   args.n_tokens = n_tokens_;
-  args.out = partials_ + piece * PartialStride();
+  args.out = partials_ + first_piece * PartialStride();
+  args.piece_stride = PartialStride();
   args.out_stride = padded;
   args.computes_all = is_dense_;
   args.active = scratch.active.get();

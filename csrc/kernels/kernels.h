@@ -177,10 +177,10 @@ struct Active {
   float gate;
 };
 
-// One fixed piece [first, last) of the neurons of a gated FFN, for up to kTokenTile tokens, in two
-// steps: `find_active` lists the pairs that fire, `add_active` overwrites `out`, the piece's own
-// partial sum, with the sum over them of act(gate x) * (up x) * down. Columns of `out` are in the
-// order of partial sums (see PartialColumn).
+// Neighbouring fixed pieces of the neurons of a gated FFN, together [first, last), for up to
+// kTokenTile tokens, in two steps: `find_active` lists the pairs that fire, `add_active` overwrites
+// `out`, every piece's own partial sum, with the sum over its pairs of act(gate x) * (up x) * down.
+// Columns of `out` are in the order of partial sums (see PartialColumn).
 struct SparseFfnArgs {
   Format format;
   // Neuron-major: row j of each belongs to neuron j. Its up and down rows make a bundle: the values
@@ -207,9 +207,12 @@ struct SparseFfnArgs {
   const float* given_gates = nullptr;
   int64_t given_stride = 0;  // floats from a token's row to the next
   int32_t n_given = 0;
+  int32_t n_pieces = 1;
+  const int32_t* piece_ends = nullptr;  // of all pieces but the last: one behind their neurons
+  int64_t piece_stride = 0;             // floats from one piece's partial sums to the next one's
 };
 
-// Numbers of (neuron, token) pairs of a piece.
+// Numbers of (neuron, token) pairs.
 struct ActiveCounts {
   int32_t n_listed;      // in the list
   int64_t n_active;      // that fire

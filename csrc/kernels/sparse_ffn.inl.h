@@ -1,7 +1,7 @@
-// Gate first: all gate rows of a piece are read, and a neuron that turns out inactive stops after
-// that one dot product; its up and down rows are never touched. Those that fire are listed, and
-// their bundles come into L2 meanwhile. Then `down` of each is added to the token's partial sum in
-// fp32.
+// Gate first: all gate rows are read, and a neuron that turns out inactive stops after that one dot
+// product; its up and down rows are never touched. Those that fire are listed, and their bundles
+// come into L2 meanwhile. Then `down` of each is added to the partial sum of its token and piece,
+// in fp32.
 #pragma once
 
 #include <math.h>
@@ -115,7 +115,7 @@ struct ActiveList {
   }
 };
 
-// Lists the predicted neurons of a piece: one pass over the predictor's tiles, without a branch on
+// Lists the predicted neurons: one pass over the predictor's tiles, without a branch on
 // what they say; while the last of them are read, the first gate rows are prefetched.
 int32_t NamePredicted(const SparseFfnArgs& a, Prefetcher& prefetcher) {
   constexpr int64_t kAhead = 4096;  // bytes of tiles
@@ -228,9 +228,13 @@ ActiveCounts FindActive(const SparseFfnArgs& a) {
   return {list.n_listed, list.n_active, n_predicted, prefetcher.next_bundle()};
 }
 
-// kNeurons different neurons that are active for one token.
+inline int32_t PieceEnd(const SparseFfnArgs& a, int32_t piece) {
+  return piece + 1 < a.n_pieces ? a.piece_ends[piece] : a.last;
+}
+
+// kNeurons different neurons that are active for one token, to its partial sum.
 template <int kNeurons, typename Between>
-inline void AddNeurons(const SparseFfnArgs& a, const Active* active, Between& between) {
+inline void AddNeurons(const SparseFfnArgs& a, const Active* active, float* out, Between& between) {
   int32_t rows[kNeurons];
   const uint8_t* x[1] = {a.x + active[0].token * a.x_stride};
   float up[kNeurons][1], values[kNeurons];
@@ -238,42 +242,50 @@ inline void AddNeurons(const SparseFfnArgs& a, const Active* active, Between& be
   Nothing nothing;
   DotTile<kNeurons, 1, false>(a.format, a.up, rows, x, up, nothing);
   for (int r = 0; r < kNeurons; ++r) values[r] = Activate(a.activation, active[r].gate) * up[r][0];
-  Axpy<kNeurons>(a.format, a.down, rows, values, a.out + active[0].token * a.out_stride, between);
+  Axpy<kNeurons>(a.format, a.down, rows, values, out, between);
 }
 
-// A tile of the list from `active` on. Returns how many of its pairs, which are of one token.
+// A tile of the list from `active` on. Returns how many of its pairs, which are of one token and
+// piece.
 template <typename Between>
-inline int32_t AddTile(const SparseFfnArgs& a, const Active* active, int32_t n_left,
+inline int32_t AddTile(const SparseFfnArgs& a, const Active* active, int32_t n_left, int32_t piece,
                        Between& between) {
+  const int32_t token = active[0].token, end = PieceEnd(a, piece);
+  float* out = a.out + piece * a.piece_stride + token * a.out_stride;
   const auto has = [&](int32_t count) {
-    return count <= n_left && active[count - 1].token == active[0].token;
+    return count <= n_left && active[count - 1].token == token && active[count - 1].neuron < end;
   };
   if (has(kNeuronTile)) {
-    AddNeurons<kNeuronTile>(a, active, between);
+    AddNeurons<kNeuronTile>(a, active, out, between);
     return kNeuronTile;
   }
   if (has(2)) {
-    AddNeurons<2>(a, active, between);
+    AddNeurons<2>(a, active, out, between);
     return 2;
   }
-  AddNeurons<1>(a, active, between);
+  AddNeurons<1>(a, active, out, between);
   return 1;
 }
 
 void AddActive(const SparseFfnArgs& a, const ActiveCounts& found) {
   const int32_t padded = PaddedCols(a.format, a.down.n_cols), n = found.n_listed;
-  for (int32_t token = 0; token < a.n_tokens; ++token)
-    for (int32_t col = 0; col < padded; col += kLanes)
-      Store(a.out + token * a.out_stride + col, Zero());
-  if (a.n_tokens > 1) {  // bundles come again and again: prefetching costs more than it brings
-    Nothing nothing;
-    for (int32_t i = 0; i < n;) i += AddTile(a, a.active + i, n - i, nothing);
-    return;
-  }
+  for (int32_t piece = 0; piece < a.n_pieces; ++piece)
+    for (int32_t token = 0; token < a.n_tokens; ++token)
+      for (int32_t col = 0; col < padded; col += kLanes)
+        Store(a.out + piece * a.piece_stride + token * a.out_stride + col, Zero());
   Prefetcher prefetcher(a, found.n_prefetched);
+  Nothing nothing;
+  int32_t piece = 0;
   for (int32_t i = 0; i < n;) {
-    prefetcher.Allow(0, Least(i + kNeuronTile + prefetcher.n_ahead(), n));
-    i += AddTile(a, a.active + i, n - i, prefetcher);
+    const Active* active = a.active + i;
+    if (i > 0 && active[0].token != active[-1].token) piece = 0;  // a token's neurons rise
+    while (active[0].neuron >= PieceEnd(a, piece)) ++piece;
+    if (a.n_tokens > 1) {  // bundles come again and again: prefetching costs more than it brings
+      i += AddTile(a, active, n - i, piece, nothing);
+    } else {
+      prefetcher.Allow(0, Least(i + kNeuronTile + prefetcher.n_ahead(), n));
+      i += AddTile(a, active, n - i, piece, prefetcher);
+    }
   }
 }
 
