@@ -64,9 +64,9 @@ inline int32_t FirstNeuron(const Op& op, int32_t piece) {
                    static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
 }
 
-// Where decode deals an FFN's pieces out: in runs of neighbours, since each run begins and ends
-// with a wait for memory; in single pieces towards the end, so that all threads end together. Which
-// runs there are changes no sum. A run is [runs[i], runs[i + 1]).
+// How decode deals an FFN's pieces out: run i is [runs[i], runs[i + 1]). Every run begins and ends
+// with a wait for memory, so few threads take two pieces at once; towards the end single ones, so
+// that all end together. Which runs there are changes no sum.
 std::vector<int32_t> FfnRuns(int32_t n_threads);
 
 // The parts of a token that bytes and times are counted by.
