@@ -24,10 +24,27 @@ inline void InOrder() {
 #endif
 }
 
+template <bool kCondition, typename Yes, typename No>
+struct SelectType {
+  using Type = Yes;
+};
+template <typename Yes, typename No>
+struct SelectType<false, Yes, No> {
+  using Type = No;
+};
+template <bool kCondition, typename Yes, typename No>
+using Select = typename SelectType<kCondition, Yes, No>::Type;
+
 template <Format kFormat>
 struct FormatConstant {
   static constexpr Format kValue = kFormat;
 };
+
+// Where a row begins in memory, or the tile that it is in.
+inline const uint8_t* StartOf(Format format, const Rows& rows, int32_t row) {
+  if (rows.layout != RowLayout::kInterleaved) return rows.values + row * rows.values_stride;
+  return rows.values - kRowTile * GroupScaleBytes(format) + row / kRowTile * rows.values_stride;
+}
 
 // Where one row's groups lie, those of gathered rows aside.
 struct RowAt {
@@ -84,7 +101,6 @@ class OneTile {
   const uint8_t* values(int r) const { return at_ + r * GroupValueBytes(kFormat); }
   const uint8_t* scales(int r) const { return at_ + (r - kRowTile) * GroupScaleBytes(kFormat); }
   void Next() { at_ += TileGroupBytes(kFormat); }
-  const uint8_t* start() const { return at_ - kRowTile * GroupScaleBytes(kFormat); }
 
  private:
   const uint8_t* at_;
@@ -94,13 +110,13 @@ struct Nothing {
   void operator()(int32_t) const {}
 };
 
-// Brings what lies some KB behind the tile that one token meets into L2, as fast as it is computed:
-// beside computation, hardware alone does not read far enough ahead (docs/log.md). That is the
-// thread's next tile, nearly always; where a matrix ends it is not, and no fault either.
+// Brings what lies some KB behind the rows that one token meets into L2, as fast as they are
+// computed: beside computation, hardware alone does not read far enough ahead (docs/log.md). It is
+// what the thread meets next, nearly always; where a matrix ends it is not, and no fault either.
 template <Format kFormat>
 class StreamPrefetcher {
  public:
-  explicit StreamPrefetcher(const uint8_t* tile) : at_(tile + kBytesAhead) {}
+  explicit StreamPrefetcher(const uint8_t* rows) : at_(rows + kBytesAhead) {}
   void operator()(int32_t n_rows) {
     credit_ += n_rows * static_cast<int32_t>(TileGroupBytes(kFormat) / kRowTile);
     for (; credit_ > 0; credit_ -= kCacheLine, at_ += kCacheLine) PrefetchL2(at_);
@@ -238,27 +254,28 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
     for (int t = 0; t < kTokens; ++t) out[r][t] = AddBlocks(sum[r][t]);
 }
 
-// kRows rows with kTokens tokens: row[0] to row[0] + 3 where kIsTile; what comes behind such a tile
-// is then prefetched, where there is one token.
-template <int kRows, int kTokens, bool kIsTile, typename Between>
+// Which rows a computation takes: any; neighbours, row[0] and those behind it, with what comes
+// after them prefetched where there is one token; or such neighbours that are a tile.
+enum class Take { kAny, kNeighbours, kTile };
+
+// kRows rows with kTokens tokens.
+template <int kRows, int kTokens, Take kTake, typename Between>
 inline void DotTile(Format format, const Rows& rows, const int32_t* row, const uint8_t* const* x,
                     float (*out)[kTokens], Between& between) {
   const auto dot = [&](auto constant) {
     constexpr Format kFormat = decltype(constant)::kValue;
-    const auto sum = [&](auto source, auto& meanwhile) {
+    using Source = Select<kTake == Take::kTile, OneTile<kFormat>, AnyRows<kFormat, kRows>>;
+    const auto sum = [&](auto& meanwhile) {
       if constexpr (kFormat == Format::kBf16)
-        DotTileBf16<kRows, kTokens>(source, rows.n_cols, x, out, meanwhile);
+        DotTileBf16<kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, meanwhile);
       else
-        DotTileBlocks<kFormat, kRows, kTokens>(source, rows.n_cols, x, out, meanwhile);
+        DotTileBlocks<kFormat, kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, meanwhile);
     };
-    if constexpr (kIsTile && kTokens == 1) {
-      const OneTile<kFormat> tile(rows, row);
-      StreamPrefetcher<kFormat> ahead(tile.start());
-      sum(tile, ahead);
-    } else if constexpr (kIsTile) {
-      sum(OneTile<kFormat>(rows, row), between);
+    if constexpr (kTake != Take::kAny && kTokens == 1) {
+      StreamPrefetcher<kFormat> ahead(StartOf(kFormat, rows, row[0]));
+      sum(ahead);
     } else {
-      sum(AnyRows<kFormat, kRows>(rows, row), between);
+      sum(between);
     }
   };
   if (format == Format::kBf16)
@@ -270,7 +287,7 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
 }
 
 // kRows rows with kTokens tokens from `token` on, to a.out.
-template <int kRows, int kTokens, bool kIsTile>
+template <int kRows, int kTokens, Take kTake>
 inline void DotTokens(const GemmArgs& a, int32_t first, int32_t token) {
   const uint8_t* x[kTokens];
   float dots[kRows][kTokens];
@@ -278,7 +295,7 @@ inline void DotTokens(const GemmArgs& a, int32_t first, int32_t token) {
   Nothing nothing;
   for (int r = 0; r < kRows; ++r) row[r] = first + r;
   for (int t = 0; t < kTokens; ++t) x[t] = a.x + (token + t) * a.x_stride;
-  DotTile<kRows, kTokens, kIsTile>(a.format, a.rows, row, x, dots, nothing);
+  DotTile<kRows, kTokens, kTake>(a.format, a.rows, row, x, dots, nothing);
   for (int t = 0; t < kTokens; ++t)
     for (int r = 0; r < kRows; ++r)
       a.out[(token + t) * a.out_stride + first - a.first + r] = dots[r][t];
@@ -290,11 +307,11 @@ inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token
   while (row < last) {
     const bool is_whole = row + kRowTile <= last && (!is_interleaved || row % kRowTile == 0);
     if (is_whole && is_interleaved)
-      DotTokens<kRowTile, kTokens, true>(a, row, token);
+      DotTokens<kRowTile, kTokens, Take::kTile>(a, row, token);
     else if (is_whole)
-      DotTokens<kRowTile, kTokens, false>(a, row, token);
+      DotTokens<kRowTile, kTokens, Take::kNeighbours>(a, row, token);
     else
-      DotTokens<1, kTokens, false>(a, row, token);
+      DotTokens<1, kTokens, Take::kAny>(a, row, token);
     row += is_whole ? kRowTile : 1;
   }
 }
@@ -304,12 +321,8 @@ class RowPrefetcher {
  public:
   RowPrefetcher(const GemmArgs& a, int32_t first, int32_t last, int32_t n_shares) {
     if (n_shares < 2) return;
-    const bool is_interleaved = a.rows.layout == RowLayout::kInterleaved;
-    const int32_t step = is_interleaved ? kRowTile : 1;
-    const uint8_t* rows =
-        a.rows.values - (is_interleaved ? kRowTile * GroupScaleBytes(a.format) : 0);
-    at_ = rows + first / step * a.rows.values_stride;
-    end_ = rows + (last < a.rows.n_rows ? last : a.rows.n_rows) / step * a.rows.values_stride;
+    at_ = StartOf(a.format, a.rows, first);
+    end_ = StartOf(a.format, a.rows, last < a.rows.n_rows ? last : a.rows.n_rows);
     share_ = (end_ - at_ + n_shares - 1) / n_shares;
   }
   void operator()() {

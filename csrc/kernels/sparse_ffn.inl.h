@@ -155,9 +155,9 @@ ActiveCounts FindPredicted(const SparseFfnArgs& a) {
     const int32_t end = is_tile ? i + kRowTile : i + 1;
     prefetcher.Allow(Least(end + kRowsAhead, n), Least(list.n_listed, prefetcher.n_ahead()));
     if (is_tile)
-      DotTile<kRowTile, 1, false>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
+      DotTile<kRowTile, 1, Take::kAny>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
     else
-      DotTile<1, 1, false>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
+      DotTile<1, 1, Take::kAny>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
     for (int32_t r = 0; i < end; ++i, ++r) list.Take(a.predicted[i], 0, gates[r][0]);
   }
   prefetcher.Allow(n, Least(list.n_listed, prefetcher.n_ahead()));
@@ -240,7 +240,7 @@ inline void AddNeurons(const SparseFfnArgs& a, const Active* active, float* out,
   float up[kNeurons][1], values[kNeurons];
   for (int r = 0; r < kNeurons; ++r) rows[r] = active[r].neuron;
   Nothing nothing;
-  DotTile<kNeurons, 1, false>(a.format, a.up, rows, x, up, nothing);
+  DotTile<kNeurons, 1, Take::kAny>(a.format, a.up, rows, x, up, nothing);
   for (int r = 0; r < kNeurons; ++r) values[r] = Activate(a.activation, active[r].gate) * up[r][0];
   Axpy<kNeurons>(a.format, a.down, rows, values, out, between);
 }
