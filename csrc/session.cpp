@@ -9,12 +9,16 @@
 
 namespace hybrid {
 
+namespace {
+// Every run of pieces begins and ends with a wait for memory, so few threads take two at once;
+// towards the end single ones, so that all end together (docs/log.md).
 std::vector<int32_t> FfnRuns(int32_t n_threads) {
   std::vector<int32_t> runs = {0};
   while (runs.back() < kFfnPieces)
     runs.push_back(runs.back() + (n_threads < 4 && runs.back() < kFfnPieces * 3 / 4 ? 2 : 1));
   return runs;
 }
+}  // namespace
 
 Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense,
                  bool is_timed)

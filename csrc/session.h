@@ -64,11 +64,6 @@ inline int32_t FirstNeuron(const Op& op, int32_t piece) {
                    static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
 }
 
-// How decode deals an FFN's pieces out: run i is [runs[i], runs[i + 1]). Every run begins and ends
-// with a wait for memory, so few threads take two pieces at once; towards the end single ones, so
-// that all end together. Which runs there are changes no sum.
-std::vector<int32_t> FfnRuns(int32_t n_threads);
-
 // The parts of a token that bytes and times are counted by.
 enum Stage : int32_t {
   kStageQkv,
@@ -212,6 +207,8 @@ class Session {
   const KernelTable* kernels_ = nullptr;  // the table in use during one call
   const int32_t n_context_;
   const bool is_dense_, is_timed_;
+  // How decode deals an FFN's pieces out: run i is [ffn_runs_[i], ffn_runs_[i + 1]). Which runs
+  // there are changes no sum.
   const std::vector<int32_t> ffn_runs_;
   int32_t position_ = 0;
   int64_t timed_wall_ = 0;  // nanoseconds
