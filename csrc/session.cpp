@@ -192,7 +192,7 @@ Ahead Session::ReadNext(int32_t phase, int32_t thread, int32_t n_threads) const 
   constexpr int64_t kMostBytes = 64 << 10;
   const auto of_rows = [&](const Rows& rows, int32_t row) {
     if (rows.layout != RowLayout::kInterleaved) return Ahead{};
-    const uint8_t* tiles = rows.scales + row / kRowTile * rows.values_stride;
+    const uint8_t* tiles = StartOf(rows, row);
     return Ahead{tiles,
                  tiles + std::min((rows.n_rows - row) / kRowTile * rows.values_stride, kMostBytes)};
   };

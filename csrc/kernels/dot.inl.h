@@ -24,6 +24,10 @@ inline void InOrder() {
 #endif
 }
 
+template <Format kFormat>
+struct FormatConstant {
+  static constexpr Format kValue = kFormat;
+};
 template <bool kCondition, typename Yes, typename No>
 struct SelectType {
   using Type = Yes;
@@ -34,17 +38,6 @@ struct SelectType<false, Yes, No> {
 };
 template <bool kCondition, typename Yes, typename No>
 using Select = typename SelectType<kCondition, Yes, No>::Type;
-
-template <Format kFormat>
-struct FormatConstant {
-  static constexpr Format kValue = kFormat;
-};
-
-// Where a row begins in memory, or the tile that it is in.
-inline const uint8_t* StartOf(Format format, const Rows& rows, int32_t row) {
-  if (rows.layout != RowLayout::kInterleaved) return rows.values + row * rows.values_stride;
-  return rows.values - kRowTile * GroupScaleBytes(format) + row / kRowTile * rows.values_stride;
-}
 
 // Where one row's groups lie, those of gathered rows aside.
 struct RowAt {
@@ -272,7 +265,7 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
         DotTileBlocks<kFormat, kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, meanwhile);
     };
     if constexpr (kTake != Take::kAny && kTokens == 1) {
-      StreamPrefetcher<kFormat> ahead(StartOf(kFormat, rows, row[0]));
+      StreamPrefetcher<kFormat> ahead(StartOf(rows, row[0]));
       sum(ahead);
     } else {
       sum(between);
@@ -321,8 +314,8 @@ class RowPrefetcher {
  public:
   RowPrefetcher(const GemmArgs& a, int32_t first, int32_t last, int32_t n_shares) {
     if (n_shares < 2) return;
-    at_ = StartOf(a.format, a.rows, first);
-    end_ = StartOf(a.format, a.rows, last < a.rows.n_rows ? last : a.rows.n_rows);
+    at_ = StartOf(a.rows, first);
+    end_ = StartOf(a.rows, last < a.rows.n_rows ? last : a.rows.n_rows);
     share_ = (end_ - at_ + n_shares - 1) / n_shares;
   }
   void operator()() {

@@ -96,6 +96,11 @@ static constexpr int64_t TileGroupBytes(Format format) {
 static inline int64_t RowBytes(const Rows& rows, Format format) {
   return ValueBytes(format, rows.n_cols) + ScaleBytes(format, rows.n_cols);
 }
+// Where a row begins in memory, or the tile that it is in, which begins with its rows' scales.
+static inline const uint8_t* StartOf(const Rows& rows, int32_t row) {
+  return rows.layout == RowLayout::kInterleaved ? rows.scales + row / kRowTile * rows.values_stride
+                                                : rows.values + row * rows.values_stride;
+}
 static inline int32_t CountGroups(Format format, int32_t n_cols) {
   return static_cast<int32_t>(ValueBytes(format, n_cols) / GroupValueBytes(format));
 }
