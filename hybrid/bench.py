@@ -333,6 +333,7 @@ def sampling_ms(engine: Engine, session: Session, n_runs: int = 50) -> float:
 
 
 def spread(rates: list[float]) -> str:
+    """Median [least - largest]."""
     return f"{statistics.median(rates):.1f} [{min(rates):.1f} - {max(rates):.1f}]"
 
 

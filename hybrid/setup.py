@@ -11,19 +11,17 @@ done is kept under HYBRID_HOME and not done again; an interrupted setup goes on 
 from __future__ import annotations
 
 import argparse
-import functools
 import shutil
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hybrid import Engine, HybridError, InvalidOption, Progress, check_options
+from hybrid.bench import spread
 from hybrid.catalog import hybrid_home
 from hybrid.checking import check_model
 from hybrid.command_line import (
@@ -91,6 +89,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--no-predictor", action="store_true", help="no predictor")
     add(
         "--vram-budget",
+        dest="plan_budget",  # for the plan alone: what is watched is all where it can be observed
         type=byte_size,
         metavar="SIZE",
         help="VRAM that hybrid may take, such as 1GiB (all that is free); 0: the CPU alone",
@@ -106,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)
     corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
     started = time.monotonic()
-    with on_cpu(args) as (engine, _):
+    with open_engine(args) as (engine, _):
         for notice in engine.notices:
             print(f"note: {printable(notice)}")
         if not engine.config.is_sparse:
@@ -121,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             shutil.rmtree(paths.work, ignore_errors=True)
         announce(args, engine, paths, corpora)
     check(args)
-    with on_cpu(args) as (engine, progress):
+    with open_engine(args) as (engine, progress):
         has_profile = paths.profile.is_file() or (
             engine.neuron_orders is not None and not args.text
         )
@@ -129,20 +128,13 @@ def run(args: argparse.Namespace) -> int:
             make_profile(args, engine, paths, corpora, progress)
     print("profile    done")
     if not args.no_predictor:
-        with on_cpu(args) as (engine, progress):  # now packed with hot neurons first
+        with open_engine(args) as (engine, progress):  # now packed with hot neurons first
             make_predictor(args, engine, paths, corpora, progress)
-    make_plan(args)
+    has_plan = make_plan(args)
     shutil.rmtree(paths.work, ignore_errors=True)
-    report(args)
+    report(args, has_plan=has_plan)
     print(f"ready in {time.monotonic() - started:.0f} s", flush=True)
     return 0
-
-
-def on_cpu(args: argparse.Namespace) -> AbstractContextManager[tuple[Engine, Progress]]:
-    """The engine that is watched: all of it where it can be observed."""
-    asked = argparse.Namespace(**vars(args))
-    del asked.vram_budget
-    return open_engine(asked)
 
 
 def announce(
@@ -264,18 +256,20 @@ def make_predictor(
     print("predictor  done")
 
 
-def make_plan(args: argparse.Namespace) -> None:
-    """Solves for what goes to the GPU; `hybrid.run` then uses it by itself."""
-    with on_cpu(args) as (engine, _):
+def make_plan(args: argparse.Namespace) -> bool:
+    """Solves for what goes to the GPU; `hybrid.run` then uses it by itself. Returns whether there
+    is such a plan.
+    """
+    with open_engine(args) as (engine, _):
         subject = engine.subject
     path = plan_path(hybrid_home(), subject)
     path.unlink(missing_ok=True)
     machine, notices = machine_here(subject, hybrid_home())
-    if machine.gpu is None or args.vram_budget == 0:
+    if machine.gpu is None or args.plan_budget == 0:
         why = "as asked" if machine.gpu is not None else "; ".join(notices)
         print(f"plan       all on the CPU: {printable(why)}")
-        return
-    plan, notices = solve_for(machine, subject, args.vram_budget)
+        return False
+    plan, notices = solve_for(machine, subject, args.plan_budget)
     for notice in notices:
         print(f"note: {printable(notice)}")
     try:
@@ -284,44 +278,32 @@ def make_plan(args: argparse.Namespace) -> None:
     except OSError as error:
         raise HybridError(f"{path}: cannot be written: {error.strerror}") from error
     print(f"plan       {printable(plan.summary().removeprefix('plan: '))}, {machine.gpu.name}")
+    return True
 
 
-def report(args: argparse.Namespace) -> None:
+def report(args: argparse.Namespace, *, has_plan: bool) -> None:
     """What was made, and how fast a token is now: memory's speed changes by the second, and what
     was just packed is still being written, so the ways take turns, and their medians count.
     """
     kinds = ["exact"] if args.no_predictor else ["exact", "auto"]
-    ways: list[tuple[str, Callable[[], AbstractContextManager[tuple[Engine, Progress]]]]] = []
-    for kind in kinds:
-        asked = argparse.Namespace(**vars(args))
-        asked.predictor, asked.recall = kind, 0.99
-        ways.append((kind, functools.partial(on_cpu, asked)))
-    args.predictor, args.recall = kinds[-1], 0.99
-    if has_gpu_plan(args):
-        asked = argparse.Namespace(**vars(args))
-        asked.device, asked.vram_budget, asked.plan, asked.hand_offs = "auto", None, None, "auto"
-        ways.append((f"{kinds[-1]}, the plan", functools.partial(open_engine, asked)))
-    rates: dict[str, list[float]] = {name: [] for name, _ in ways}
-    prediction = None
+    ways = {kind: (args, kind) for kind in kinds}
+    if has_plan:
+        on_gpu = argparse.Namespace(
+            **vars(args), device="auto", vram_budget=None, plan=None, hand_offs="auto"
+        )
+        ways[f"{kinds[-1]}, the plan"] = on_gpu, kinds[-1]
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPORT_TURNS):
-        for name, open_way in ways:
-            with open_way() as (engine, _):
+        for name, (asked, kind) in ways.items():
+            with open_engine(asked, predictor=kind) as (engine, _):
                 engine.wait_for_weights()
                 rates[name].append(measure_rates(engine)["decode"])
-                prediction = engine.prediction or prediction
+                prediction = engine.prediction
     if prediction is not None:
         print("\nheld-out tokens; cost of finding the active neurons, against all gates:")
         print(summary(load_predictor_file(prediction.path)) + "\n")
     for name, found in rates.items():
-        print(
-            f"--predictor {name:16} {statistics.median(found):8.1f} tok/s "
-            f"[{min(found):.1f}-{max(found):.1f}]"
-        )
-
-
-def has_gpu_plan(args: argparse.Namespace) -> bool:
-    with on_cpu(args) as (engine, _):
-        return plan_path(hybrid_home(), engine.subject).is_file()
+        print(f"--predictor {name:16} {spread(found):>24} tok/s")
 
 
 def _existing(path: Path) -> Path:

@@ -118,8 +118,12 @@ def test_setup_ends_with_a_plan(home, capsys, monkeypatch):
     monkeypatch.setattr(gpu_measurement, "measure_gpu", lambda *_, **__: speeds)
     options = ("-m", "synthetic:tiny", "--no-predictor")
     assert setup(*options, "--vram-budget", "0") == 0
-    assert "plan       all on the CPU: as asked" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "plan       all on the CPU: as asked" in out
+    assert "exact, the plan" not in out
     assert setup(*options) == 0
-    assert "plan       on the GPU all layers and the head" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "plan       on the GPU all layers and the head" in out
+    assert "--predictor exact, the plan" in out
     with hybrid.load("synthetic:tiny") as engine:
         assert engine.plan.is_all_on_gpu

@@ -32,7 +32,7 @@ import numpy as np
 from dense_gguf import bytes_per_token, write_dense_gguf
 
 from hybrid import active_isa, load
-from hybrid.bench import PREFILL_LENGTHS, SHORT_CONTEXT
+from hybrid.bench import PREFILL_LENGTHS, SHORT_CONTEXT, spread
 from hybrid.catalog import resolve
 from hybrid.checkpoint import open_checkpoint
 from hybrid.kernels import Format
@@ -334,10 +334,6 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
     """Of runs that stood side by side: median, least, largest."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
-
-
-def spread(rates: list[float]) -> str:
-    return f"{statistics.median(rates):.1f} [{min(rates):.1f} - {max(rates):.1f}]"
 
 
 def main() -> int:
