@@ -62,6 +62,13 @@ struct PyPredictor {
   Bytes tiles, rows_memory;
 };
 
+// A preview of the head within a NumPy array, which it keeps alive.
+struct PyPreview {
+  PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles);
+  Preview preview;
+  Bytes tiles;
+};
+
 void BindDevice(py::module_& m);
 void BindKernels(py::module_& m);
 void BindProgram(py::module_& m);

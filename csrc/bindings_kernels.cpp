@@ -142,6 +142,16 @@ PyPredictor::PyPredictor(Format format, PredictorKind kind, int32_t size, int32_
   rows_memory = first_matrix->memory;
 }
 
+PyPreview::PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles)
+    : preview{tiles.data(), n_rows, n_cols}, tiles(tiles) {
+  Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols && n_cols % kPreviewCols == 0,
+        "preview sizes");
+  Check(
+      tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
+          tiles.shape(0) == (n_rows + kPredictTile - 1) / kPredictTile * PreviewTileBytes(preview),
+      "tiles must be (bytes of all tiles,)");
+}
+
 std::vector<uint8_t> PyPredictor::MakeInputs(Format x_format, const Bytes& x,
                                              int32_t n_cols) const {
   Check(x_format == format, "predictor of another format");

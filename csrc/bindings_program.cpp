@@ -69,6 +69,11 @@ void BindProgram(py::module_& m) {
            py::arg("format"), py::arg("kind"), py::arg("size"), py::arg("n_neurons"),
            py::arg("tiles"), py::arg("first_matrix") = py::none());
 
+  py::class_<PyPreview>(m, "Preview")
+      .def(py::init<int32_t, int32_t, Bytes>(), py::kw_only(), py::arg("n_rows"), py::arg("n_cols"),
+           py::arg("tiles"))
+      .def_property_readonly("n_bytes", [](const PyPreview& p) { return p.tiles.nbytes(); });
+
   py::class_<ThreadPool, std::unique_ptr<ThreadPool, FreeInOwnProcess>>(m, "ThreadPool")
       .def(py::init([](int32_t n_threads) {
              Check(n_threads >= 1, "n_threads must be positive");
@@ -151,12 +156,17 @@ void BindProgram(py::module_& m) {
                              [](const PyProgram& p) { return p.program.segments().size(); })
       .def(
           "head",
-          [](PyProgram& p, Floats norm, py::object head, float scale) {
+          [](PyProgram& p, Floats norm, py::object head, float scale, py::object preview) {
             Op op{OpKind::kHead};
             op.scale = scale;
+            if (!preview.is_none()) {
+              op.has_preview = true;
+              op.preview = preview.cast<const PyPreview&>().preview;
+              p.keep_alive.append(preview);
+            }
             p.Add(op, {head}, norm);
           },
-          py::arg("norm"), py::arg("head"), py::arg("scale"))
+          py::arg("norm"), py::arg("head"), py::arg("scale"), py::arg("preview") = py::none())
       .def_property_readonly("max_context",
                              [](const PyProgram& p) { return p.program.shape().max_context; });
 
@@ -276,6 +286,8 @@ void BindProgram(py::module_& m) {
                                  counts.push_back(s.session.predicted_count(layer));
                                return counts;
                              })
+      .def_property_readonly("shortlisted_count",
+                             [](const PySession& s) { return s.session.shortlisted_count(); })
       .def_property_readonly("decode_bytes",
                              [](PySession& s) {
                                Turn turn(s);

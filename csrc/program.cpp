@@ -76,6 +76,12 @@ void Program::Add(const Op& op) {
       decode_.push_back({PhaseKind::kHead, index});
       for (PhaseKind kind : {PhaseKind::kNormTokens, PhaseKind::kHeadTokens})
         prefill_.push_back({kind, index});
+      if (!op.has_preview) break;
+      Check(op.preview.n_cols == hidden && op.preview.n_rows == op.a.n_rows, "preview shape");
+      Check(op.a.layout == RowLayout::kInterleaved, "a previewed head must be interleaved");
+      decode_.push_back({PhaseKind::kShortlist, index});
+      prefill_.push_back({PhaseKind::kShortlistTokens, index});
+      has_preview_ = true;
       break;
   }
   has_head_ |= op.kind == OpKind::kHead;

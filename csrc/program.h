@@ -38,7 +38,7 @@ enum class OpKind : int32_t {
   kAttend,  // a: o. Attention over the cache; x += scale * o(attention)
   kFfn,     // a: gate, b: up, c: down; d: a low-rank predictor's first matrix. Norm, gated FFN;
             // x += scale * y
-  kHead,    // a: head. logits = head(norm(x) * scale)
+  kHead,    // a: head. logits = head(norm(x) * scale); of a preview first, where there is one
 };
 struct Op {
   OpKind kind;
@@ -50,6 +50,8 @@ struct Op {
   int32_t layer = 0;
   bool has_predictor = false;
   Predictor predictor{};
+  bool has_preview = false;  // kHead
+  Preview preview{};
   // kFfn whose neurons [0, first_neuron) belong to another device: it computed the norm (null here)
   // and the gates of neurons [0, n_given), and takes the sum of the others' outputs.
   bool is_split = false;
@@ -72,6 +74,7 @@ enum class PhaseKind : int32_t {
   kPredict,
   kFfn,
   kHead,
+  kShortlist,  // of a previewed head: the likeliest rows in full
   // prefill
   kEmbedTokens,
   kNormTokens,
@@ -83,6 +86,7 @@ enum class PhaseKind : int32_t {
   kFfnTokens,
   kFfnSumTokens,
   kHeadTokens,
+  kShortlistTokens,
 };
 struct Phase {
   PhaseKind kind;
@@ -121,6 +125,7 @@ class Program {
   int32_t vocab_size() const { return vocab_size_; }
   int32_t largest_rank() const { return largest_rank_; }  // of low-rank predictors
   int64_t predictor_input_bytes() const { return predictor_input_bytes_; }  // the most of any
+  bool has_preview() const { return has_preview_; }
   const Op& op(int32_t index) const { return ops_[static_cast<size_t>(index)]; }
   const std::vector<Phase>& decode_phases() const { return decode_; }
   const std::vector<Phase>& prefill_phases() const { return prefill_; }
@@ -137,7 +142,7 @@ class Program {
   bool receives_x_ = false;  // the segment that is being recorded
   int32_t n_layers_ = 0, n_neurons_ = 0, vocab_size_ = 0, largest_rank_ = 0;
   int64_t predictor_input_bytes_ = 0;
-  bool has_head_ = false, is_sealed_ = false;
+  bool has_head_ = false, has_preview_ = false, is_sealed_ = false;
 };
 
 }  // namespace hybrid

@@ -44,6 +44,12 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
                                   PaddedCols(program.shape().format, program.shape().hidden_size) +
                               kPartialGap)),
       logits_(program.vocab_size()),
+      preview_inputs_(program.has_preview()
+                          ? kPrefillChunk * PreviewInputBytes(program.shape().hidden_size)
+                          : 0),
+      tile_maxima_(program.has_preview()
+                       ? int64_t{kPrefillChunk} * CeilDiv(program.vocab_size(), kPredictTile)
+                       : 0),
       kv_(int64_t{CeilDiv(n_context, kSpan)} * program.n_layers() * program.shape().n_kv_heads * 2 *
               kSpan * program.head_stride(),
           true) {
@@ -51,8 +57,9 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
   const int32_t group = shape.n_heads / shape.n_kv_heads, n_spans = CeilDiv(n_context, kSpan);
   const int64_t rows = std::max({shape.head_dim, kOutputRows, kHeadRows});
   // A piece's dot products for all tokens; or a norm; or one KV head's spans with their maxima and
-  // sums.
+  // sums; or the maxima of a preview's tiles.
   const int64_t n_floats = std::max({rows * kPrefillChunk, int64_t{shape.hidden_size},
+                                     int64_t{CeilDiv(program.vocab_size(), kPredictTile)},
                                      int64_t{shape.n_heads} * shape.head_dim,
                                      int64_t{n_spans} * group * (program.head_stride() + 2)});
   const int64_t vector_bytes =
@@ -62,10 +69,11 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
   const int64_t n_pairs =
       std::max(int64_t{CeilDiv(program.n_neurons(), kFfnPieces) + 8} * kPrefillChunk, n_neurons);
   const int64_t predictor_bytes = std::max<int64_t>(program.predictor_input_bytes(), 4);
+  const int64_t preview_bytes = program.has_preview() ? PreviewInputBytes(shape.hidden_size) : 0;
   for (int32_t thread = 0; thread < pool.n_threads(); ++thread)
-    threads_.push_back(
-        std::make_unique<ThreadScratch>(n_floats, vector_bytes, n_pairs + 1, n_neurons + 1,
-                                        kPrefillChunk * predictor_bytes, program.n_layers()));
+    threads_.push_back(std::make_unique<ThreadScratch>(
+        n_floats, vector_bytes, n_pairs + 1, n_neurons + 1, kPrefillChunk * predictor_bytes,
+        preview_bytes, program.n_layers()));
 }
 
 Session::~Session() = default;
@@ -79,6 +87,12 @@ int64_t Session::active_count(int32_t layer) const {
 int64_t Session::predicted_count(int32_t layer) const {
   int64_t n = 0;
   for (const auto& thread : threads_) n += thread->n_predicted[static_cast<size_t>(layer)];
+  return n;
+}
+
+int64_t Session::shortlisted_count() const {
+  int64_t n = 0;
+  for (const auto& thread : threads_) n += thread->n_shortlisted;
   return n;
 }
 
@@ -105,6 +119,7 @@ void Session::ResetCounts() {
   for (const auto& thread : threads_) {
     std::fill(thread->n_active.begin(), thread->n_active.end(), 0);
     std::fill(thread->n_predicted.begin(), thread->n_predicted.end(), 0);
+    thread->n_shortlisted = 0;
     std::fill_n(thread->bytes, kStages, 0);
     std::fill_n(thread->nanoseconds, kStages, 0);
   }
@@ -208,6 +223,11 @@ Ahead Session::ReadNext(int32_t phase, int32_t thread, int32_t n_threads) const 
       case PhaseKind::kOutput:
         return of_rows(op.a, first_piece * kOutputRows);
       case PhaseKind::kHead:
+        if (Previews(op)) {
+          const uint8_t* tiles = op.preview.tiles + int64_t{first_piece} * kHeadRows /
+                                                        kPredictTile * PreviewTileBytes(op.preview);
+          return {tiles, tiles + kMostBytes};
+        }
         return of_rows(op.a, first_piece * kHeadRows);
       case PhaseKind::kPredict:
         if (is_dense_) break;
@@ -254,6 +274,11 @@ int32_t Session::CountPieces(const Phase& phase) const {
       return kFfnPieces;
     case PhaseKind::kHead:
       return CeilDiv(op.a.n_rows, kHeadRows);
+    case PhaseKind::kShortlist:
+      return Previews(op) ? CeilDiv(op.a.n_rows, kShortlistRows) : 0;
+    case PhaseKind::kShortlistTokens:
+      if (!wants_head || !Previews(op)) return 0;
+      return all_logits_ == nullptr ? CeilDiv(op.a.n_rows, kShortlistRows) : n_tokens_;
     case PhaseKind::kHeadTokens:
       return wants_head ? CeilDiv(op.a.n_rows, kHeadRows) : 0;
     case PhaseKind::kAttendTokens:

@@ -51,6 +51,11 @@ constexpr int32_t kFfnPieces = kMaxPieces;
 static_assert((kFfnPieces & (kFfnPieces - 1)) == 0, "partial sums are added half to half");
 constexpr int32_t kOutputRows = 32;  // rows per piece of the output projection
 constexpr int32_t kHeadRows = 256;   // rows per piece of the head
+static_assert(kHeadRows % kPredictTile == 0, "pieces of a preview are whole tiles");
+// Of a preview's tiles the share whose largest logits set how likely a row must be to be computed
+// in full. Of logits that are scattered like a normal distribution's, 1.8 % of the rows are.
+constexpr int32_t kShortlistShare = 4;
+constexpr int32_t kShortlistRows = 16 * kHeadRows;  // rows per piece that shortlists
 constexpr int32_t kPredictRows = 8;  // rows per piece of a low-rank predictor's first matrix
 constexpr int32_t kTokensPerPiece = 8;
 constexpr int32_t kPartialGap = 16;  // floats: a cache line
@@ -135,6 +140,9 @@ class Session {
   int64_t active_count(int32_t layer) const;
   // Those whose gates a predictor asked for, or all.
   int64_t predicted_count(int32_t layer) const;
+  // Rows of the head that a preview let be computed in full, since the last reset. Not to be asked
+  // during a call.
+  int64_t shortlisted_count() const;
   // Bytes of packed rows and of the KV cache that decode has read since the last reset; the head's
   // include the token's embedding row. Not to be asked during a call.
   int64_t decode_bytes(Stage stage) const;
@@ -148,19 +156,26 @@ class Session {
   // What one thread needs for itself.
   struct ThreadScratch {
     ThreadScratch(int64_t n_floats, int64_t vector_bytes, int64_t n_pairs, int64_t n_neurons,
-                  int64_t predictor_bytes, int32_t n_layers)
+                  int64_t predictor_bytes, int64_t preview_bytes, int32_t n_layers)
         : floats(n_floats),
           x(vector_bytes),
           active(n_pairs),
           predicted(n_neurons),
           predictor_inputs(predictor_bytes),
+          preview_input(preview_bytes),
+          shortlist(preview_bytes > 0 ? kShortlistRows + 1 : 0),
           n_active(static_cast<size_t>(n_layers)),
           n_predicted(static_cast<size_t>(n_layers)) {}
     Pages<float> floats;
-    Pages<uint8_t> x;                            // a private quantised vector
-    Pages<Active> active;                        // of an FFN's pieces
-    Pages<int32_t> predicted;                    // neurons of an FFN's pieces
-    Pages<uint8_t> predictor_inputs;             // of all tokens of a call
+    Pages<uint8_t> x;                 // a private quantised vector
+    Pages<Active> active;             // of an FFN's pieces
+    Pages<int32_t> predicted;         // neurons of an FFN's pieces
+    Pages<uint8_t> predictor_inputs;  // of all tokens of a call
+    Pages<uint8_t> preview_input;     // of decode's token
+    Pages<int32_t> shortlist;         // rows of one piece
+    float likely = 0.0f;              // the least logit that is on the list
+    uint64_t likely_serial = 0;       // the operation and call that it was found for
+    int64_t n_shortlisted = 0;
     uint64_t x_serial = 0;                       // the operation and call that `x` was made for
     uint64_t predictor_serial = 0;               // the same of `predictor_inputs`
     std::vector<int64_t> n_active, n_predicted;  // pairs of each layer
@@ -191,6 +206,18 @@ class Session {
   ActiveCounts RunFfn(const Phase& phase, const Op& op, int32_t first_piece, int32_t end_piece,
                       const uint8_t* x, ThreadScratch& scratch);
   void AddPartial(const Op& op, int32_t piece);
+  bool Previews(const Op& op) const;
+  static int32_t CountTiles(const Op& op) { return CeilDiv(op.a.n_rows, kPredictTile); }
+  void RunHead(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
+  void RunShortlist(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
+  void RunHeadTokens(const Op& op, int32_t piece);
+  void RunShortlistTokens(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
+  void PreviewRows(const Op& op, int32_t piece, const uint8_t* input, float* logits,
+                   float* maxima) const;
+  float LikelyOnce(const Phase& phase, const Op& op, ThreadScratch& scratch) const;
+  float LikelyLogit(const Op& op, const float* maxima, ThreadScratch& scratch) const;
+  int64_t Shortlist(const Op& op, int32_t piece, float likely, const uint8_t* x,
+                    const float* maxima, float* logits, ThreadScratch& scratch) const;
   // Floats from one piece's partial sums to the next one's: no multiple of what caches are divided
   // into, or pieces would drive each other out.
   int64_t PartialStride() const {
@@ -227,16 +254,18 @@ class Session {
   uint64_t next_serial_ = 1;
 
   // Shared scratch; T = kPrefillChunk tokens.
-  Pages<float> x_;          // (T, hidden) residual stream
-  Pages<uint8_t> x_quant_;  // (T) quantised vectors of the operation's input
-  Pages<float> q_;          // (T, n_heads, head_stride)
-  Pages<float> attention_;  // (T, n_heads * head_dim)
-  Pages<float> span_max_;   // (n_heads, n_spans)
-  Pages<float> span_sum_;   // (n_heads, n_spans)
-  Pages<float> span_out_;   // (n_spans, n_heads, head_stride)
-  Pages<float> z_;          // (T, rank) what low-rank predictors make of x
-  Pages<float> partials_;   // (kFfnPieces, PartialStride())
-  Pages<float> logits_;     // (vocab_size,)
+  Pages<float> x_;                 // (T, hidden) residual stream
+  Pages<uint8_t> x_quant_;         // (T) quantised vectors of the operation's input
+  Pages<float> q_;                 // (T, n_heads, head_stride)
+  Pages<float> attention_;         // (T, n_heads * head_dim)
+  Pages<float> span_max_;          // (n_heads, n_spans)
+  Pages<float> span_sum_;          // (n_heads, n_spans)
+  Pages<float> span_out_;          // (n_spans, n_heads, head_stride)
+  Pages<float> z_;                 // (T, rank) what low-rank predictors make of x
+  Pages<float> partials_;          // (kFfnPieces, PartialStride())
+  Pages<float> logits_;            // (vocab_size,)
+  Pages<uint8_t> preview_inputs_;  // (T, PreviewInputBytes) of prefill
+  Pages<float> tile_maxima_;       // (T, tiles of the preview); decode's are the first row
   // Partial sums of even and of odd pieces that are there, and halves that are added up, each
   // number in a cache line of its own; 0 between operations.
   struct alignas(64) Arrived {

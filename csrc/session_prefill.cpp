@@ -30,6 +30,9 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
           kernels_->rms_norm(x_ + int64_t{t} * hidden, op.norm, hidden, shape.rms_norm_eps, scale,
                              floats);
         kernels_->quantize(shape.format, floats, hidden, x_quant_ + t * x_bytes);
+        if (Previews(op))
+          kernels_->make_preview_input(floats, hidden,
+                                       preview_inputs_ + t * PreviewInputBytes(hidden));
         if (observation_ != nullptr && observation_->inputs != nullptr && op.kind == OpKind::kFfn) {
           const int64_t token = op.layer * observation_->n_tokens + first_observed_ + t;
           kernels_->to_fp16(floats, hidden, observation_->inputs + token * hidden);
@@ -88,19 +91,11 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
                                hidden, op.is_split ? 1.0f : op.scale, out + int64_t{t} * hidden);
       break;
     }
-    default: {  // kHeadTokens: all tokens where asked for, else the last one
-      const int32_t first = piece * kHeadRows, last = std::min(first + kHeadRows, op.a.n_rows);
-      const int32_t final_token = n_tokens_ - 1;
-      if (all_logits_ == nullptr) {
-        const uint8_t* x = x_quant_ + final_token * x_bytes;
-        kernels_->gemm({shape.format, op.a, first, last, x, 0, 1, logits_ + first, 0});
-        break;
-      }
-      kernels_->gemm({shape.format, op.a, first, last, x_quant_.get(), x_bytes, n_tokens_,
-                      all_logits_ + first, op.a.n_rows});
-      const float* row = all_logits_ + int64_t{final_token} * op.a.n_rows;
-      if (wants_logits_) std::copy(row + first, row + last, logits_ + first);
-    }
+    case PhaseKind::kShortlistTokens:
+      RunShortlistTokens(phase, op, piece, scratch);
+      break;
+    default:  // kHeadTokens
+      RunHeadTokens(op, piece);
   }
 }
 

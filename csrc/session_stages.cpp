@@ -122,12 +122,11 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       for (int32_t i = first_piece; i < end_piece; ++i) AddPartial(op, i);
       break;
     }
-    default: {  // kHead
-      const uint8_t* x = NormOnce(phase, op, scratch);
-      const int32_t first = piece * kHeadRows, last = std::min(first + kHeadRows, op.a.n_rows);
-      kernels_->gemm({shape.format, op.a, first, last, x, 0, 1, logits_ + first, 0});
-      scratch.bytes[kStageHead] += (last - first) * RowBytes(op.a, shape.format);
-    }
+    case PhaseKind::kShortlist:
+      RunShortlist(phase, op, piece, scratch);
+      break;
+    default:  // kHead
+      RunHead(phase, op, piece, scratch);
   }
 }
 
@@ -145,6 +144,8 @@ const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch
       h = scratch.floats.get();
     }
     kernels_->quantize(shape.format, h, shape.hidden_size, scratch.x.get());
+    if (Previews(op))
+      kernels_->make_preview_input(h, shape.hidden_size, scratch.preview_input.get());
     scratch.x_serial = serial;
   }
   return scratch.x.get();

@@ -125,7 +125,7 @@ class DecodeBench:
         self.session: Session = engine.open_session(dense=dense, timed=timed)
         self.session.prefill(context)
         self.tps: list[float] = []
-        self.n_bytes = self.n_active = self.n_gates = 0
+        self.n_bytes = self.n_active = self.n_gates = self.n_shortlisted = 0
         self.dense = dense
         for token in ids[:8].tolist():  # the first tokens find cold caches and pages
             self.session.decode(token)
@@ -142,6 +142,7 @@ class DecodeBench:
         self.n_bytes = sum(session.decode_bytes.values())
         self.n_active = sum(session.active_counts)
         self.n_gates = sum(session.predicted_counts)
+        self.n_shortlisted = session.shortlisted_count
 
     def result(self) -> DecodeResult:
         n, config = self.ids.size, self.engine.config
@@ -151,6 +152,7 @@ class DecodeBench:
             first_position=self.context,
             n_active=n_neurons if self.dense else self.n_active,
             n_gates=None if self.dense else self.n_gates,
+            n_shortlisted=self.n_shortlisted,
         )
         if not self.engine.plan.uses_gpu:  # what a GPU reads is not counted
             assert self.n_bytes == expected, f"{self.n_bytes} bytes counted, {expected} expected"

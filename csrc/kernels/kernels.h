@@ -176,6 +176,24 @@ static inline int64_t PredictorInputBytes(const Predictor& p) {
   return p.kind == PredictorKind::kLowRank ? PaddedRank(p) + 12 : 4 * int64_t{p.size};
 }
 
+// A preview of the head: all rows in 2 bits. Logits from it say which rows are worth reading in
+// full (SVD-softmax, Shim et al., NIPS 2017; theirs has fewer columns, ours fewer bits).
+//
+// Tiles of kPredictTile rows: lines of kPredictLine bytes, four of each row: byte c holds columns
+// c, 4 + c, 8 + c and 12 + c of the line's 16, from the lowest bits on; a weight is (bits - 1.5)
+// times its row's scale. Then the 16 rows' fp32 scales.
+constexpr int32_t kPreviewCols = 16;  // of a line
+struct Preview {
+  const uint8_t* tiles;
+  int32_t n_rows;
+  int32_t n_cols;  // a multiple of kPreviewCols
+};
+static inline int64_t PreviewTileBytes(const Preview& p) {
+  return int64_t{kPredictLine} * (p.n_cols / kPreviewCols + 1);
+}
+// Bytes of what it is asked with: int8 values, their fp32 scale, -1.5 times their sum in fp32.
+static inline int64_t PreviewInputBytes(int32_t n_cols) { return n_cols + 8; }
+
 // One active (neuron, token) pair and what its gate came to.
 struct Active {
   int32_t neuron, token;
@@ -293,6 +311,15 @@ struct KernelTable {
   // What a predictor is asked with: of z, `size` floats, or of x, a quantised vector.
   void (*make_predictor_input)(const Predictor& predictor, Format format, const uint8_t* x,
                                int32_t n_cols, const float* z, uint8_t* out);
+  // x (n,) fp32 -> what a preview is asked with.
+  void (*make_preview_input)(const float* x, int32_t n, uint8_t* out);
+  // Logits of the rows of tiles [first, last), and of each of these tiles the largest, +inf where
+  // one is NaN; both begin with those of tile `first`.
+  void (*preview)(const Preview& preview, int32_t first, int32_t last, const uint8_t* input,
+                  float* logits, float* tile_maxima);
+  // out[rows[i]] = dot(row rows[i], x), bit for bit as gemm: n interleaved rows, anywhere.
+  void (*gather_dots)(Format format, const Rows& matrix, const int32_t* rows, int32_t n,
+                      const uint8_t* x, float* out);
   // The sum of (n,) floats, n a multiple of 128: reads memory as fast as this ISA can.
   float (*read)(const float* x, int64_t n);
 };

@@ -7,6 +7,7 @@
 #include "dot.inl.h"
 #include "pack.inl.h"
 #include "predict.inl.h"
+#include "preview.inl.h"
 #include "sparse_ffn.inl.h"
 #include "vectors.inl.h"
 
@@ -14,8 +15,10 @@ namespace hybrid {
 namespace {
 
 constexpr KernelTable MakeTable(const char* name) {
-  return {name,        PackRow,     Quantize, Dequantize, Gemm,   FindActive,         AddActive,
-          SumPartials, AddPartials, RmsNorm,  AttendSpan, ToFp16, MakePredictorInput, Read};
+  return {name,       PackRow,   Quantize,           Dequantize,       Gemm,
+          FindActive, AddActive, SumPartials,        AddPartials,      RmsNorm,
+          AttendSpan, ToFp16,    MakePredictorInput, MakePreviewInput, PreviewTiles,
+          GatherDots, Read};
 }
 
 }  // namespace

@@ -19,6 +19,9 @@ using XBytes = __m256i;
 struct Nibbles {
   __m256i low, high;
 };
+struct Crumbs {
+  __m256i fields[4];
+};
 
 inline F32 Zero() { return _mm256_setzero_ps(); }
 inline F32 Set(float x) { return _mm256_set1_ps(x); }
@@ -110,6 +113,13 @@ inline Nibbles LoadQ4Weights(const uint8_t* p) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
+}
+inline Crumbs LoadCrumbs(const uint8_t* p) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i mask = _mm256_set1_epi8(3);
+  return {{_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 2), mask),
+           _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask),
+           _mm256_and_si256(_mm256_srli_epi16(bytes, 6), mask)}};
 }
 inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }
 

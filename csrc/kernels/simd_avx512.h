@@ -20,6 +20,9 @@ using XBytes = __m512i;
 struct Nibbles {
   __m512i low, high;
 };
+struct Crumbs {
+  __m512i fields[4];
+};
 
 inline F32 Zero() { return _mm512_setzero_ps(); }
 inline F32 Set(float x) { return _mm512_set1_ps(x); }
@@ -100,6 +103,12 @@ inline I32 StartQ4(const int32_t* corrections) {
 inline Nibbles LoadQ4Weights(const uint8_t* p) {
   const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
   return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
+}
+inline Crumbs LoadCrumbs(const uint8_t* p) {
+  const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(3);
+  return {{_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 2), mask),
+           _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask),
+           _mm512_and_si512(_mm512_srli_epi16(bytes, 6), mask)}};
 }
 inline __m512i LoadX(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline F32 LoadWeightScales(const uint16_t* p) {

@@ -27,6 +27,9 @@ using Q8Weights = XBytes;
 struct Nibbles {
   XBytes low, high;
 };
+struct Crumbs {
+  XBytes fields[4];
+};
 struct Bf16s {
   uint16_t v[2 * kLanes];
 };
@@ -128,6 +131,13 @@ inline I32 DotQ8(I32 sum, Q8Weights w, XBytes x) {
   for (int i = 0; i < kLine; ++i)
     sum.v[i / 4] += (static_cast<int32_t>(w.v[i]) - 128) * static_cast<int8_t>(x.v[i]);
   return sum;
+}
+// Four fields of two bits, from the lowest.
+inline Crumbs LoadCrumbs(const uint8_t* p) {
+  Crumbs y;
+  for (int field = 0; field < 4; ++field)
+    for (int i = 0; i < kLine; ++i) y.fields[field].v[i] = p[i] >> 2 * field & 3;
+  return y;
 }
 inline Nibbles LoadQ4Weights(const uint8_t* p) {
   Nibbles y;

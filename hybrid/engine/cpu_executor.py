@@ -74,7 +74,7 @@ class ProgramRecorder:
         self.program.receive_x()
 
     def head(self, x: None, weights: ModelWeights[Rows], scale: float) -> None:
-        self.program.head(weights.norm, weights.head, scale)
+        self.program.head(weights.norm, weights.head, scale, weights.preview)
 
 
 class CpuExecutor:

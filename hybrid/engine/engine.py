@@ -229,11 +229,18 @@ class Engine:
             raise OutOfMemory("measuring the memory's bandwidth needs 1 GiB of memory") from None
 
     def expected_decode_bytes(
-        self, *, n_tokens: int, first_position: int, n_active: int, n_gates: int | None = None
+        self,
+        *,
+        n_tokens: int,
+        first_position: int,
+        n_active: int,
+        n_gates: int | None = None,
+        n_shortlisted: int = 0,
     ) -> int:
         """Bytes of weights and KV cache that decoding tokens from a position on reads, by the
         model's sizes: what `Session.decode_bytes` must have counted. `n_active` pairs of neuron and
-        token fire; the predictor asks for the gates of `n_gates` of them, where there is one.
+        token fire; the predictor asks for the gates of `n_gates` of them, where there is one; `n_shortlisted` rows of a previewed
+        head are computed in full.
         """
         predictor_bytes = 0
         if n_gates is not None and self.prediction is not None:
@@ -246,6 +253,7 @@ class Engine:
             n_active,
             n_gates,
             predictor_bytes,
+            n_shortlisted,
         )
 
     def generate(

@@ -119,6 +119,10 @@ class HybridSession:
         return _sums(on_gpu, self._native.predicted_counts)
 
     @property
+    def shortlisted_count(self) -> int:
+        return self._native.shortlisted_count
+
+    @property
     def decode_bytes(self) -> dict[str, int]:
         """The CPU's, by part, as counted."""
         return self._native.decode_bytes

@@ -40,6 +40,8 @@ class NativeSession(Protocol):
     @property
     def predicted_counts(self) -> list[int]: ...
     @property
+    def shortlisted_count(self) -> int: ...
+    @property
     def decode_bytes(self) -> dict[str, int]: ...
     @property
     def stage_seconds(self) -> dict[str, float]: ...
@@ -184,6 +186,11 @@ class Session:
         those that the predictor named, or all.
         """
         return self._open().predicted_counts
+
+    @property
+    def shortlisted_count(self) -> int:
+        """Rows of a previewed head that were computed in full since the last `reset_counts`."""
+        return self._open().shortlisted_count
 
     @property
     def decode_bytes(self) -> dict[str, int]:

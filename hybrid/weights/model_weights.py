@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.kernels import Preview
+
 Matrix = TypeVar("Matrix")
 
 
@@ -31,3 +33,4 @@ class ModelWeights(Generic[Matrix]):
     layers: Sequence[LayerWeights[Matrix]]
     norm: NDArray[np.float32]  # (hidden,)
     head: Matrix  # vocab rows of hidden; the embedding itself where they are tied
+    preview: Preview | None = None  # of the head, where one is used

@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import InvalidCheckpoint
-from hybrid.kernels import Format, Rows, _native
+from hybrid.kernels import Format, Preview, Rows, _native
 from hybrid.model_config import ModelConfig
 from hybrid.progress import Progress, ignore_progress
+from hybrid.weights import preview
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
+from hybrid.weights.preview import pack_preview_into, preview_bytes
 from hybrid.weights.quant import TILE_ROWS, row_bytes
 
 PackedModel = ModelWeights[Rows]
@@ -89,6 +91,13 @@ def _array_sizes(
     yield "norm", 4 * hidden
     if not config.has_tied_head:
         yield matrix("head", config.vocab_size, hidden)
+    if has_preview(config, gathered):
+        yield "preview", preview_bytes(config.vocab_size, hidden)
+
+
+def has_preview(config: ModelConfig, gathered: Layers) -> bool:
+    """Whether the head is previewed: where there are predictors and the vocabulary is large."""
+    return len(gathered) > 0 and config.vocab_size >= preview.LEAST_ROWS
 
 
 def matrix_bytes(format: Format, n_rows: int, n_cols: int) -> int:
@@ -109,11 +118,13 @@ def decode_bytes(
     n_active: int,
     n_gates: int | None = None,
     predictor_bytes: int = 0,
+    n_shortlisted: int = 0,
 ) -> int:
     """Bytes that decoding `n_tokens` from `first_position` on reads, where `n_active` pairs of
-    neuron and token fire: all rows of attention and head, one row of the embedding, `n_gates` gate
-    rows (all), up and down rows of the active neurons, `predictor_bytes` a token, and fp16 keys and
-    values of all positions so far.
+    neuron and token fire: all rows of attention, one row of the embedding, `n_gates` gate rows (all),
+    up and down rows of the active neurons, `predictor_bytes` a token, fp16 keys and values of all
+    positions so far, and all rows of the head, or where `n_shortlisted` is not 0 its preview
+    and so many rows.
     """
     hidden, attention = config.hidden_size, config.attention_size
     row, attention_row = sum(row_bytes(format, hidden)), sum(row_bytes(format, attention))
@@ -121,9 +132,13 @@ def decode_bytes(
         n_gates = n_tokens * config.n_layers * config.n_neurons
     layer = config.qkv_size * row + hidden * attention_row
     n_seen = sum(range(first_position + 1, first_position + n_tokens + 1))
+    head = n_tokens * config.vocab_size * row
+    if n_shortlisted > 0:
+        head = n_tokens * preview_bytes(config.vocab_size, hidden) + n_shortlisted * row
     kv_row = 2 * 2 * config.n_kv_heads * _native.head_stride(config.head_dim)
     return (
-        n_tokens * (config.n_layers * layer + (config.vocab_size + 1) * row + predictor_bytes)
+        head
+        + n_tokens * (config.n_layers * layer + row + predictor_bytes)
         + (n_gates + n_active * 2) * row
         + n_seen * config.n_layers * kv_row
     )
@@ -205,6 +220,8 @@ class _Packer:
         yield partial(self._copy_norm, "norm", None)
         if not config.has_tied_head:
             yield partial(self._pack_matrix, "head", None, ["head"])
+        if has_preview(config, self.gathered):
+            yield partial(self._pack_preview, "embedding" if config.has_tied_head else "head")
 
     def _read(self, role: str, layer: int | None) -> NDArray[np.float32]:
         w = self.source.read(role, layer)
@@ -237,6 +254,15 @@ class _Packer:
         array = self._array(f"{layer}.gate")
         gate = self._read("gate", layer)
         _pack_gathered_into(self.format, gate, array.reshape(len(gate), -1))
+        return array.size
+
+    def _pack_preview(self, role: str) -> int:
+        array, head = self._array("preview"), self._read(role, None)
+        tiles = array.reshape(-(-len(head) // preview.TILE), -1)
+        chunk_tiles = CHUNK_ROWS // preview.TILE
+        for tile in range(0, len(tiles), chunk_tiles):
+            rows = head[tile * preview.TILE :][:CHUNK_ROWS]
+            pack_preview_into(rows, tiles[tile : tile + chunk_tiles])
         return array.size
 
     def _pack_bundles(self, layer: int) -> int:
@@ -284,7 +310,12 @@ def view_packed(
         )
     embedding = matrix("embedding", config.vocab_size, hidden)
     head = embedding if config.has_tied_head else matrix("head", config.vocab_size, hidden)
-    return ModelWeights(embedding, tuple(layers), norm("norm"), head)
+    previewed: Preview | None = None
+    if has_preview(config, gathered):
+        first, n_bytes = layout.arrays["preview"]
+        tiles = buffer[first : first + n_bytes]
+        previewed = Preview(n_rows=config.vocab_size, n_cols=hidden, tiles=tiles)
+    return ModelWeights(embedding, tuple(layers), norm("norm"), head, previewed)
 
 
 def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
