@@ -300,6 +300,39 @@ void BindKernels(py::module_& m) {
         return out;
       },
       py::arg("rows"), py::arg("x"), py::arg("first"), py::arg("last"));
+  // (logits, largest logit of each tile).
+  m.def(
+      "preview_logits",
+      [](const PyPreview& p, const Floats& x) {
+        const Preview& preview = p.preview;
+        Check(x.ndim() == 1 && x.shape(0) == preview.n_cols, "x must be (n_cols,)");
+        std::vector<uint8_t> input(static_cast<size_t>(PreviewInputBytes(preview.n_cols)));
+        const int32_t n_tiles = (preview.n_rows + kPredictTile - 1) / kPredictTile;
+        Floats logits(preview.n_rows), maxima(n_tiles);
+        const KernelTable& kernels = ActiveKernels();
+        kernels.make_preview_input(x.data(), preview.n_cols, input.data());
+        kernels.preview(preview, 0, n_tiles, input.data(), logits.mutable_data(),
+                        maxima.mutable_data());
+        return py::make_tuple(logits, maxima);
+      },
+      py::arg("preview"), py::arg("x"));
+  // (n_rows,) dot products of some rows; zeros for the others.
+  m.def(
+      "gather_dots",
+      [](const PyRows& rows, const std::vector<int32_t>& indices, const Bytes& x) {
+        Check(rows.rows.layout == RowLayout::kApart, "rows must stand apart");
+        for (const int32_t row : indices) Check(row >= 0 && row < rows.rows.n_rows, "row range");
+        Check(x.ndim() == 1 && x.shape(0) == VectorBytes(rows.format, rows.rows.n_cols) &&
+                  IsAligned(x.data(), 4),
+              "x must be a quantised vector");
+        Floats out(rows.rows.n_rows);
+        std::fill_n(out.mutable_data(), out.size(), 0.0f);
+        ActiveKernels().gather_dots(rows.format, rows.rows, indices.data(),
+                                    static_cast<int32_t>(indices.size()), x.data(),
+                                    out.mutable_data());
+        return out;
+      },
+      py::arg("rows"), py::arg("indices"), py::arg("x"));
   m.def(
       "sparse_ffn",
       [](const PyRows& gate, const PyRows& up, const PyRows& down, const Bytes& x, int32_t first,

@@ -78,7 +78,7 @@ void Program::Add(const Op& op) {
         prefill_.push_back({kind, index});
       if (!op.has_preview) break;
       Check(op.preview.n_cols == hidden && op.preview.n_rows == op.a.n_rows, "preview shape");
-      Check(op.a.layout == RowLayout::kInterleaved, "a previewed head must be interleaved");
+      Check(op.a.layout == RowLayout::kApart, "rows of a previewed head must stand apart");
       decode_.push_back({PhaseKind::kShortlist, index});
       prefill_.push_back({PhaseKind::kShortlistTokens, index});
       has_preview_ = true;

@@ -95,14 +95,16 @@ float Session::LikelyOnce(const Phase& phase, const Op& op, ThreadScratch& scrat
   return scratch.likely;
 }
 
-// The logit that so many tiles hold or exceed: a count of tiles, not of rows, since that is found
+// The logit that a share of the tiles holds or exceeds, as every fourth of them says: that is found
 // in a few microseconds.
 float Session::LikelyLogit(const Op& op, const float* maxima, ThreadScratch& scratch) const {
-  const int32_t n_tiles = CountTiles(op), n = std::max(n_tiles / kShortlistShare, 1);
-  float* sorted = scratch.floats.get();
-  std::copy_n(maxima, n_tiles, sorted);
-  std::nth_element(sorted, sorted + n - 1, sorted + n_tiles, std::greater<float>());
-  return sorted[n - 1];
+  constexpr int32_t kStep = 4;
+  const int32_t n_tiles = CountTiles(op);
+  float *sample = scratch.floats.get(), *end = sample;
+  for (int32_t tile = 0; tile < n_tiles; tile += kStep) *end++ = maxima[tile];
+  float* nth = sample + (end - sample) / kShortlistShare;
+  std::nth_element(sample, nth, end, std::greater<float>());
+  return *nth;
 }
 
 // Computes in full what of a piece's rows is likely by its preview. Returns how many rows.

@@ -49,6 +49,7 @@ class DecodeResult:
     bytes_per_token: float
     active_fraction: float
     predicted_fraction: float  # of the gates: what is computed of them
+    shortlisted: float  # rows of a previewed head that a token has computed in full
 
     @property
     def median_tps(self) -> float:
@@ -163,6 +164,7 @@ class DecodeBench:
             self.n_bytes / n,
             self.n_active / n_neurons,
             self.n_gates / n_neurons,
+            self.n_shortlisted / n,
         )
 
 
@@ -255,6 +257,11 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
             f"{prediction.bytes_per_token / 1e6:.1f} MB/token of its own; it may miss neurons: "
             "hybrid.eval perplexity --predictor shows what that costs"
         )
+        if engine.previews_head:
+            in_full = short.shortlisted / engine.config.vocab_size
+            print(
+                f"head       previewed in 2 bits; the likeliest {in_full:.1%} of its rows in full"
+            )
     print(
         f"active     {short.active_fraction:.2%} of FFN neurons; sparse over dense "
         f"{short.median_tps / dense.median_tps:.2f}x\n"
@@ -289,6 +296,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         "predictor": None if prediction is None else str(prediction.path),
         "recall": None if prediction is None else prediction.recall,
         "predicted_fraction": round(short.predicted_fraction, 5),
+        "shortlisted_rows": round(short.shortlisted, 1),
         "dense_decode_tps": round(dense.median_tps, 2),
         "rss_bytes": rss,
     }

@@ -32,6 +32,7 @@ KEYS = [
     "predictor",
     "recall",
     "predicted_fraction",
+    "shortlisted_rows",
     "dense_decode_tps",
     "rss_bytes",
 ]

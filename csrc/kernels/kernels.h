@@ -191,8 +191,14 @@ struct Preview {
 static inline int64_t PreviewTileBytes(const Preview& p) {
   return int64_t{kPredictLine} * (p.n_cols / kPreviewCols + 1);
 }
-// Bytes of what it is asked with: int8 values, their fp32 scale, -1.5 times their sum in fp32.
-static inline int64_t PreviewInputBytes(int32_t n_cols) { return n_cols + 8; }
+// What 2 bits leave out of a weight: its variance, in scales squared (normally distributed
+// weights). A logit that is `e` too small, e random of variance v, stands for a probability exp(v /
+// 2) larger on average: so much is added to it, and the probabilities of all rows sum up to what
+// they should.
+constexpr float kPreviewVariance = 0.107f;
+// Bytes of what it is asked with: int8 values; then in fp32 their scale, -1.5 times their sum, and
+// half of kPreviewVariance times the sum of their squares.
+static inline int64_t PreviewInputBytes(int32_t n_cols) { return n_cols + 12; }
 
 // One active (neuron, token) pair and what its gate came to.
 struct Active {
@@ -317,7 +323,7 @@ struct KernelTable {
   // one is NaN; both begin with those of tile `first`.
   void (*preview)(const Preview& preview, int32_t first, int32_t last, const uint8_t* input,
                   float* logits, float* tile_maxima);
-  // out[rows[i]] = dot(row rows[i], x), bit for bit as gemm: n interleaved rows, anywhere.
+  // out[rows[i]] = dot(row rows[i], x), bit for bit as gemm: n rows, which stand apart.
   void (*gather_dots)(Format format, const Rows& matrix, const int32_t* rows, int32_t n,
                       const uint8_t* x, float* out);
   // The sum of (n,) floats, n a multiple of 128: reads memory as fast as this ISA can.

@@ -23,92 +23,124 @@ void MakePreviewInput(const float* x, int32_t n, uint8_t* out) {
   }
   const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
   int32_t sum = 0;
+  int64_t squares = 0;
   for (int32_t i = 0; i < n; ++i) {
     const float scaled = rintf(x[i] * inverse);
     const int32_t integer =
         static_cast<int32_t>(scaled >= -127.0f && scaled <= 127.0f ? scaled : 0.0f);
     sum += integer;
+    squares += int64_t{integer} * integer;
     out[i] = static_cast<uint8_t>(integer);
   }
   // Every logit becomes a NaN.
-  const float tail[2] = {has_nan ? NAN : largest / 127.0f, -1.5f * static_cast<float>(sum)};
+  const float tail[3] = {has_nan ? NAN : largest / 127.0f, -1.5f * static_cast<float>(sum),
+                         -0.5f * kPreviewVariance * static_cast<float>(squares)};
   memcpy(out + n, tail, sizeof(tail));
 }
 
-// One tile's logits to `logits` (kPredictTile,).
-inline void PreviewTile(const Preview& p, const uint8_t* tile, const uint8_t* input, float scale,
-                        float correction, float* logits) {
+// One tile's logits to `logits` (kPredictTile,). Returns the largest: a NaN where all are, as they
+// are where the input is; none alone can be.
+inline float PreviewTile(const Preview& p, const uint8_t* tile, const uint8_t* input,
+                         const float (&tail)[3], float* logits) {
   constexpr int kRegisters = kPredictTile / kLanes;
   constexpr int64_t kBytesAhead = 6 << 10;
   I32 dots[4][kRegisters];  // four sums a register: one would wait for itself
-  for (auto& sums : dots)
-    for (I32& sum : sums) sum = ZeroWords();
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 2
+    for (int r = 0; r < kRegisters; ++r) dots[i][r] = ZeroWords();
   for (int32_t col = 0; col < p.n_cols; col += kPreviewCols, tile += kPredictLine) {
     PrefetchL2(tile + kBytesAhead);
-    XBytes x[4];
-    for (int i = 0; i < 4; ++i) x[i] = BroadcastX(input + col + 4 * i);
 #pragma GCC unroll 2
     for (int r = 0; r < kRegisters; ++r) {
       const Crumbs w = LoadCrumbs(tile + r * 4 * kLanes);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) dots[i][r] = DotQ4(dots[i][r], w.fields[i], x[i]);
+      for (int i = 0; i < 4; ++i)
+        dots[i][r] = DotQ4(dots[i][r], w.fields[i], BroadcastX(input + col + 4 * i));
       InOrder();
     }
   }
   const float* scales = reinterpret_cast<const float*>(tile);
+  F32 largest = Set(-INFINITY);
   for (int r = 0; r < kRegisters; ++r) {
     const I32 dot = AddWords(AddWords(dots[0][r], dots[1][r]), AddWords(dots[2][r], dots[3][r]));
-    Store(logits + r * kLanes,
-          Mul(Add(ToFloat(dot), Set(correction)), Mul(Load(scales + r * kLanes), Set(scale))));
+    const F32 unit = Mul(Load(scales + r * kLanes), Set(tail[0])),
+              logit = Mul(Fma(unit, Set(tail[2]), Add(ToFloat(dot), Set(tail[1]))), unit);
+    Store(logits + r * kLanes, logit);
+    largest = Max(largest, logit);
   }
+  return ReduceMax(largest);
 }
 
 // See KernelTable::preview.
 void PreviewTiles(const Preview& p, int32_t first, int32_t last, const uint8_t* input,
                   float* logits, float* tile_maxima) {
-  float tail[2];
+  float tail[3];
   memcpy(tail, input + p.n_cols, sizeof(tail));
   const int64_t tile_bytes = PreviewTileBytes(p);
   for (int32_t index = first; index < last; ++index, logits += kPredictTile) {
-    float tile[kPredictTile];
-    PreviewTile(p, p.tiles + index * tile_bytes, input, tail[0], tail[1], tile);
-    const int32_t left = p.n_rows - index * kPredictTile,
-                  n = left < kPredictTile ? left : kPredictTile;
-    float largest = -INFINITY;
-    for (int32_t i = 0; i < n; ++i) {
-      largest = tile[i] > largest ? tile[i] : largest;
-      if (tile[i] != tile[i]) largest = INFINITY;
+    const uint8_t* tile = p.tiles + index * tile_bytes;
+    const int32_t n = p.n_rows - index * kPredictTile;
+    float largest;
+    if (n >= kPredictTile) {
+      largest = PreviewTile(p, tile, input, tail, logits);
+    } else {
+      float last_logits[kPredictTile];
+      PreviewTile(p, tile, input, tail, last_logits);
+      largest = last_logits[0];
+      for (int32_t i = 1; i < n; ++i) largest = largest < last_logits[i] ? last_logits[i] : largest;
+      memcpy(logits, last_logits, static_cast<size_t>(n) * sizeof(float));
     }
-    tile_maxima[index - first] = largest;
-    memcpy(logits, tile, static_cast<size_t>(n) * sizeof(float));
+    tile_maxima[index - first] = largest == largest ? largest : INFINITY;
   }
 }
 
-// See KernelTable::gather_dots. Whole rows are brought into L2 a few rows ahead: one after the
-// other each would wait for memory.
+// Brings rows that stand apart into L2 at the pace at which others are computed, and a quarter
+// faster: more prefetches at once than a core can have outstanding would be lost (docs/log.md).
+class RowsAhead {
+ public:
+  RowsAhead(Format format, const Rows& matrix, const int32_t* rows, int32_t n)
+      : matrix_(matrix),
+        rows_(rows),
+        n_(n),
+        row_bytes_(RowBytes(matrix, format)),
+        share_(GroupValueBytes(format) * 5 / 4) {}
+  void operator()(int32_t n_groups) { Issue(n_groups * share_); }
+  void Issue(int64_t n_bytes) {
+    for (credit_ += n_bytes; credit_ > 0 && next_ < n_; credit_ -= kCacheLine) {
+      PrefetchL2(StartOf(matrix_, rows_[next_]) + at_);
+      at_ += kCacheLine;
+      if (at_ < row_bytes_) continue;
+      at_ = 0;
+      ++next_;
+    }
+  }
+
+ private:
+  const Rows& matrix_;
+  const int32_t* rows_;
+  const int32_t n_;
+  const int64_t row_bytes_, share_;
+  int64_t credit_ = 0;  // bytes
+  int32_t next_ = 0;
+  int64_t at_ = 0;
+};
+
+// See KernelTable::gather_dots.
 void GatherDots(Format format, const Rows& matrix, const int32_t* rows, int32_t n, const uint8_t* x,
                 float* out) {
-  constexpr int32_t kAhead = 8;
-  const int64_t group_bytes = GroupValueBytes(format), scale_bytes = GroupScaleBytes(format);
-  const auto bring = [&](int32_t i) {
-    if (i >= n) return;
-    const uint8_t* tile = StartOf(matrix, rows[i]);
-    const int64_t in_tile = rows[i] % kRowTile;
-    for (int64_t at = 0; at < matrix.values_stride; at += TileGroupBytes(format)) {
-      const uint8_t* values = tile + at + kRowTile * scale_bytes + in_tile * group_bytes;
-      if (scale_bytes > 0) PrefetchL2(tile + at + in_tile * scale_bytes);
-      for (int64_t byte = 0; byte < group_bytes; byte += kCacheLine) PrefetchL2(values + byte);
-      PrefetchL2(values + group_bytes - 1);
-    }
-  };
-  for (int32_t i = 0; i < kAhead; ++i) bring(i);
-  Nothing nothing;
+  constexpr int64_t kFirstRows = 8;
+  RowsAhead ahead(format, matrix, rows, n);
+  ahead.Issue(kFirstRows * RowBytes(matrix, format));
   const uint8_t* one_x[1] = {x};
-  for (int32_t i = 0; i < n; ++i) {
-    bring(i + kAhead);
-    float dot[1][1];
-    DotTile<1, 1, Take::kAny>(format, matrix, rows + i, one_x, dot, nothing);
-    out[rows[i]] = dot[0][0];
+  for (int32_t i = 0; i < n;) {
+    float dots[kRowTile][1];
+    const bool is_tile = i + kRowTile <= n;
+    if (is_tile)
+      DotTile<kRowTile, 1, Take::kAny>(format, matrix, rows + i, one_x, dots, ahead);
+    else
+      DotTile<1, 1, Take::kAny>(format, matrix, rows + i, one_x, dots, ahead);
+    for (int32_t r = 0; r < (is_tile ? kRowTile : 1); ++r, ++i) out[rows[i]] = dots[r][0];
   }
 }
 

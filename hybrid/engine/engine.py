@@ -159,6 +159,10 @@ class Engine:
         executor, self.plan, plan_notices = open_executor(
             placed, subject, loaded.model, gathered, predictors, home
         )
+        # Whether decode computes only the likeliest logits in full, the others from a preview.
+        self.previews_head: bool = loaded.model.preview is not None and not (
+            self.plan.is_head_on_gpu
+        )
         # Per layer the neurons of the checkpoint in the order in which they are packed; None: as
         # they stand there.
         self.neuron_orders: NeuronOrders | None = orders
@@ -239,8 +243,8 @@ class Engine:
     ) -> int:
         """Bytes of weights and KV cache that decoding tokens from a position on reads, by the
         model's sizes: what `Session.decode_bytes` must have counted. `n_active` pairs of neuron and
-        token fire; the predictor asks for the gates of `n_gates` of them, where there is one; `n_shortlisted` rows of a previewed
-        head are computed in full.
+        token fire; the predictor asks for the gates of `n_gates` of them, where there is one, and
+        `n_shortlisted` rows of a previewed head are computed in full.
         """
         predictor_bytes = 0
         if n_gates is not None and self.prediction is not None:

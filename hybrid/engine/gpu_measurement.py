@@ -27,7 +27,7 @@ from hybrid.kernels.torch_kernels import (
 from hybrid.model_config import ModelConfig
 from hybrid.placement.hardware import available_memory_bytes
 from hybrid.placement.machine import GpuSpeeds
-from hybrid.weights.packed import pack_bundles, pack_matrix
+from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 
 _ROUNDS = 5
 _ACTIVE = 0.3  # of the rows while gathering is measured: as hot rows are

@@ -78,8 +78,7 @@ def upload(
         )
     head = None
     if plan.is_head_on_gpu:
-        name = "embedding" if config.has_tied_head else "head"
-        head = matrix(reader.matrix(name, config.vocab_size, hidden))
+        head = matrix(reader.head())
     cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
     return GpuWeights(
         layers,

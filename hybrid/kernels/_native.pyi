@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from enum import Enum
 
 import numpy as np
@@ -59,6 +60,12 @@ def sparse_ffn(
     computes_all: bool = False,
     predictor: Predictor | None = None,
 ) -> tuple[NDArray[np.float32], int, int]: ...
+def preview_logits(
+    preview: Preview, x: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def gather_dots(
+    rows: Rows, indices: Sequence[int], x: NDArray[np.uint8]
+) -> NDArray[np.float32]: ...
 def add_partials(
     format: Format, partials: NDArray[np.float32], scale: float, x: NDArray[np.float32]
 ) -> NDArray[np.float32]: ...

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from hybrid.kernels._native import BLOCK, Activation, Format
 
+# Of what 2 bits leave out of a normally distributed weight, in scales squared (csrc's constant).
+PREVIEW_VARIANCE = 0.107
+
 Array = NDArray[np.float32]
 
 
@@ -117,3 +120,16 @@ def sparse_ffn(
     """
     values, active = neuron_values(gate, up, x, activation, threshold)
     return values @ down, active
+
+
+def preview_logits(codes: NDArray[np.uint8], scales: Array, x: Array) -> Array:
+    """Logits (rows,) of a head's rows in 2 bits for x (n_cols,), which is rounded to int8. As of
+    all rows together their probabilities are right on average: noise of variance v in a logit makes
+    of its probability exp(v / 2) times as much.
+    """
+    largest = np.float32(np.abs(x).max())
+    integers = np.rint(x * (np.float32(127) / largest if largest > 0 else np.float32(0)))
+    dots = codes.astype(np.float64) @ integers - 1.5 * integers.sum()
+    unit = scales * (largest / np.float32(127))
+    noise = unit * PREVIEW_VARIANCE * np.square(integers).sum()
+    return ((dots - 0.5 * noise) * unit).astype(np.float32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hybrid.kernels import Format, _native
 from hybrid.model_config import ModelConfig
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
+from hybrid.weights import preview
 from hybrid.weights.quant import BLOCK, row_bytes
 
 _T = _native.PREFILL_CHUNK
@@ -53,6 +54,15 @@ class ModelSizes:
         return c.qkv_size * self.cpu_row(c.hidden_size) + c.hidden_size * self.cpu_row(
             c.attention_size
         )
+
+    def cpu_head(self, *, is_previewed: bool) -> int:
+        """What a token reads of the head on the CPU."""
+        c = self.config
+        n_bytes = c.vocab_size * self.cpu_row(c.hidden_size)
+        if not is_previewed or c.vocab_size < preview.LEAST_ROWS:
+            return n_bytes
+        in_full = preview.SHORTLISTED * n_bytes
+        return preview.preview_bytes(c.vocab_size, c.hidden_size) + round(in_full)
 
     @property
     def head(self) -> int:

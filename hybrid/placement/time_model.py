@@ -85,7 +85,7 @@ class TimeModel:
             assert gpu is not None
             n_bytes = c.vocab_size * self.sizes.neuron
             return n_bytes / gpu.stream_gbs * 1e-9 + HEAD_NODES * gpu.node_us * 1e-6
-        n_bytes = c.vocab_size * self.sizes.cpu_row(c.hidden_size)
+        n_bytes = self.sizes.cpu_head(is_previewed=any(self.predictors))
         return n_bytes / self.machine.cpu.stream_gbs * 1e-9
 
     def layer(self, layer: int, placement: LayerPlacement) -> LayerTime:

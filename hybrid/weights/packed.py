@@ -25,20 +25,29 @@ from hybrid.model_config import ModelConfig
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights import preview
 from hybrid.weights.model_weights import LayerWeights, ModelWeights
+from hybrid.weights.packed_rows import (
+    ALIGNMENT,
+    Buffer,
+    apart_rows,
+    bundle_bytes,
+    bundle_rows,
+    matrix_bytes,
+    pack_apart_into,
+    pack_bundles_into,
+    pack_gathered_into,
+    pack_interleaved,
+)
 from hybrid.weights.preview import pack_preview_into, preview_bytes
-from hybrid.weights.quant import TILE_ROWS, row_bytes
+from hybrid.weights.quant import row_bytes
 
 PackedModel = ModelWeights[Rows]
-Buffer = NDArray[np.uint8]
 # Per layer: the neuron of the checkpoint that stands at each place.
 NeuronOrders = Sequence[NDArray[np.intp]]
 Layers = Collection[int]
 SOURCE_ORDER = "as in the source"
 
-ALIGNMENT = 64  # bytes: a cache line
 # The largest fp16 scale times the largest integer.
 LARGEST = {Format.q8: 65504.0 * 127, Format.q4: 65504.0 * 8}
-CHUNK_ROWS = 256  # packed at a time: what NumPy makes on the way stays in the cache
 
 
 class Source(Protocol):
@@ -77,7 +86,16 @@ def _array_sizes(
     def matrix(name: str, n_rows: int, n_cols: int) -> tuple[str, int]:
         return name, matrix_bytes(format, n_rows, n_cols)
 
-    yield matrix("embedding", config.vocab_size, hidden)
+    def head(name: str) -> tuple[str, int]:
+        if not has_preview(config, gathered):
+            return matrix(name, config.vocab_size, hidden)
+        return name, config.vocab_size * sum(row_bytes(format, hidden))
+
+    yield (
+        head("embedding")
+        if config.has_tied_head
+        else matrix("embedding", config.vocab_size, hidden)
+    )
     for layer in range(config.n_layers):
         yield f"{layer}.attention_norm", 4 * hidden
         yield matrix(f"{layer}.qkv", config.qkv_size, hidden)
@@ -90,7 +108,7 @@ def _array_sizes(
         yield f"{layer}.bundles", config.n_neurons * bundle_bytes(format, hidden)
     yield "norm", 4 * hidden
     if not config.has_tied_head:
-        yield matrix("head", config.vocab_size, hidden)
+        yield head("head")
     if has_preview(config, gathered):
         yield "preview", preview_bytes(config.vocab_size, hidden)
 
@@ -98,16 +116,6 @@ def _array_sizes(
 def has_preview(config: ModelConfig, gathered: Layers) -> bool:
     """Whether the head is previewed: where there are predictors and the vocabulary is large."""
     return len(gathered) > 0 and config.vocab_size >= preview.LEAST_ROWS
-
-
-def matrix_bytes(format: Format, n_rows: int, n_cols: int) -> int:
-    """Bytes of interleaved rows, whole tiles of four."""
-    return -(-n_rows // TILE_ROWS) * TILE_ROWS * sum(row_bytes(format, n_cols))
-
-
-def bundle_bytes(format: Format, n_cols: int) -> int:
-    """Bytes of one neuron's bundle: up values, down values, up scales, down scales, padded."""
-    return -(-2 * sum(row_bytes(format, n_cols)) // ALIGNMENT) * ALIGNMENT
 
 
 def decode_bytes(
@@ -121,9 +129,9 @@ def decode_bytes(
     n_shortlisted: int = 0,
 ) -> int:
     """Bytes that decoding `n_tokens` from `first_position` on reads, where `n_active` pairs of
-    neuron and token fire: all rows of attention, one row of the embedding, `n_gates` gate rows (all),
-    up and down rows of the active neurons, `predictor_bytes` a token, fp16 keys and values of all
-    positions so far, and all rows of the head, or where `n_shortlisted` is not 0 its preview
+    neuron and token fire: all rows of attention, one row of the embedding, `n_gates` gate rows
+    (all), up and down rows of the active neurons, `predictor_bytes` a token, fp16 keys and values
+    of all positions so far, and all rows of the head, or where `n_shortlisted` is not 0 its preview
     and so many rows.
     """
     hidden, attention = config.hidden_size, config.attention_size
@@ -206,7 +214,15 @@ class _Packer:
     def parts(self) -> Iterator[Callable[[], int]]:
         """Functions that each pack one part and return its bytes."""
         config = self.source.config
-        yield partial(self._pack_matrix, "embedding", None, ["embedding"])
+        head = "embedding" if config.has_tied_head else "head"
+        if has_preview(config, self.gathered):
+            pack_head = partial(self._pack_head, head)
+        else:
+            pack_head = partial(self._pack_matrix, head, None, [head])
+        if config.has_tied_head:
+            yield pack_head
+        else:
+            yield partial(self._pack_matrix, "embedding", None, ["embedding"])
         for layer in range(config.n_layers):
             for role in ("attention_norm", "ffn_norm"):
                 yield partial(self._copy_norm, role, layer)
@@ -219,9 +235,7 @@ class _Packer:
             yield partial(self._pack_bundles, layer)
         yield partial(self._copy_norm, "norm", None)
         if not config.has_tied_head:
-            yield partial(self._pack_matrix, "head", None, ["head"])
-        if has_preview(config, self.gathered):
-            yield partial(self._pack_preview, "embedding" if config.has_tied_head else "head")
+            yield pack_head
 
     def _read(self, role: str, layer: int | None) -> NDArray[np.float32]:
         w = self.source.read(role, layer)
@@ -247,28 +261,26 @@ class _Packer:
         parts = [self._read(role, layer) for role in roles]
         w = parts[0] if len(parts) == 1 else np.concatenate(parts)
         array = self._array(name)
-        _pack_interleaved(self.format, w, array)
+        pack_interleaved(self.format, w, array)
         return array.size
 
     def _pack_gathered(self, layer: int) -> int:
         array = self._array(f"{layer}.gate")
         gate = self._read("gate", layer)
-        _pack_gathered_into(self.format, gate, array.reshape(len(gate), -1))
+        pack_gathered_into(self.format, gate, array.reshape(len(gate), -1))
         return array.size
 
-    def _pack_preview(self, role: str) -> int:
-        array, head = self._array("preview"), self._read(role, None)
-        tiles = array.reshape(-(-len(head) // preview.TILE), -1)
-        chunk_tiles = CHUNK_ROWS // preview.TILE
-        for tile in range(0, len(tiles), chunk_tiles):
-            rows = head[tile * preview.TILE :][:CHUNK_ROWS]
-            pack_preview_into(rows, tiles[tile : tile + chunk_tiles])
-        return array.size
+    def _pack_head(self, name: str) -> int:
+        """Rows apart, since few of them are read, and their preview."""
+        head, rows, tiles = self._read(name, None), self._array(name), self._array("preview")
+        pack_apart_into(self.format, head, rows.reshape(len(head), -1))
+        pack_preview_into(head, tiles)
+        return rows.size + tiles.size
 
     def _pack_bundles(self, layer: int) -> int:
         array = self._array(f"{layer}.bundles")
         up, down = self._read("up", layer), self._read("down", layer)
-        _pack_bundles_into(self.format, up, down, array.reshape(len(up), -1))
+        pack_bundles_into(self.format, up, down, array.reshape(len(up), -1))
         return array.size
 
 
@@ -287,7 +299,7 @@ def view_packed(
         if layer not in gathered:
             return matrix(f"{layer}.gate", config.n_neurons, hidden)
         first = layout.arrays[f"{layer}.gate"][0]
-        return _gathered_rows(format, buffer, first, config.n_neurons, hidden)
+        return apart_rows(format, buffer, first, config.n_neurons, hidden, is_gathered=True)
 
     def norm(name: str) -> NDArray[np.float32]:
         first, n_bytes = layout.arrays[name]
@@ -296,7 +308,7 @@ def view_packed(
     layers = []
     for layer in range(config.n_layers):
         first = layout.arrays[f"{layer}.bundles"][0]
-        up, down = _bundle_rows(format, buffer, first, config.n_neurons, hidden)
+        up, down = bundle_rows(format, buffer, first, config.n_neurons, hidden)
         layers.append(
             LayerWeights(
                 attention_norm=norm(f"{layer}.attention_norm"),
@@ -308,13 +320,17 @@ def view_packed(
                 down=down,
             )
         )
-    embedding = matrix("embedding", config.vocab_size, hidden)
-    head = embedding if config.has_tied_head else matrix("head", config.vocab_size, hidden)
     previewed: Preview | None = None
+    head_name = "embedding" if config.has_tied_head else "head"
     if has_preview(config, gathered):
         first, n_bytes = layout.arrays["preview"]
         tiles = buffer[first : first + n_bytes]
         previewed = Preview(n_rows=config.vocab_size, n_cols=hidden, tiles=tiles)
+        first = layout.arrays[head_name][0]
+        head = apart_rows(format, buffer, first, config.vocab_size, hidden)
+    else:
+        head = matrix(head_name, config.vocab_size, hidden)
+    embedding = head if config.has_tied_head else matrix("embedding", config.vocab_size, hidden)
     return ModelWeights(embedding, tuple(layers), norm("norm"), head, previewed)
 
 
@@ -328,105 +344,3 @@ def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
             f"{name} holds {largest:g}; {format.name} reaches {LARGEST[format]:g}: "
             "load it with quant bf16"
         )
-
-
-def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
-    """One matrix in memory of its own: for tests and benchmarks of kernels."""
-    n_rows, n_cols = w.shape
-    memory = _native.allocate_bytes(matrix_bytes(format, n_rows, n_cols))
-    _pack_interleaved(format, w, memory)
-    return Rows(format=format, memory=memory, n_rows=n_rows, n_cols=n_cols)
-
-
-def pack_gathered(format: Format, w: NDArray[np.float32]) -> Rows:
-    """Rows apart in memory of their own: for tests and benchmarks of kernels."""
-    n_rows, n_cols = w.shape
-    memory = _native.allocate_bytes(n_rows * sum(row_bytes(format, n_cols)))
-    _pack_gathered_into(format, w, memory.reshape(n_rows, -1))
-    return _gathered_rows(format, memory, 0, n_rows, n_cols)
-
-
-def pack_bundles(
-    format: Format, up: NDArray[np.float32], down: NDArray[np.float32]
-) -> tuple[Rows, Rows]:
-    """Up and down rows bundled in memory of their own: for tests and benchmarks of kernels."""
-    n_neurons, n_cols = up.shape
-    memory = _native.allocate_bytes(n_neurons * bundle_bytes(format, n_cols))
-    _pack_bundles_into(format, up, down, memory.reshape(n_neurons, -1))
-    return _bundle_rows(format, memory, 0, n_neurons, n_cols)
-
-
-def _gathered_rows(format: Format, memory: Buffer, first: int, n_rows: int, n_cols: int) -> Rows:
-    value_bytes, scale_bytes = row_bytes(format, n_cols)
-    return Rows(
-        format=format,
-        memory=memory,
-        n_rows=n_rows,
-        n_cols=n_cols,
-        offset=first,
-        row_stride=value_bytes + scale_bytes,
-        scales_offset=first + value_bytes,
-        is_gathered=True,
-    )
-
-
-def _pack_gathered_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
-    """`rows` (n_rows, bytes of one)."""
-    value_bytes, scale_bytes = row_bytes(format, w.shape[1])
-    places = _native.group_places(format, w.shape[1])
-    in_order = np.empty((min(CHUNK_ROWS, len(w)), value_bytes + scale_bytes), np.uint8)
-    for part in (slice(first, first + CHUNK_ROWS) for first in range(0, len(w), CHUNK_ROWS)):
-        packed = in_order[: len(w[part])]
-        scales = packed[:, value_bytes:] if scale_bytes else None
-        _native.pack_rows(format, w[part], packed[:, :value_bytes], scales)
-        for kind in (slice(value_bytes), slice(value_bytes, None)):
-            groups, placed = (
-                bytes_.reshape(len(packed), len(places), -1)
-                for bytes_ in (packed[:, kind], rows[part, kind])
-            )
-            placed[:, places] = groups
-
-
-def _bundle_rows(
-    format: Format, memory: Buffer, first: int, n_neurons: int, n_cols: int
-) -> tuple[Rows, Rows]:
-    value_bytes, scale_bytes = row_bytes(format, n_cols)
-    up, down = (
-        Rows(
-            format=format,
-            memory=memory,
-            n_rows=n_neurons,
-            n_cols=n_cols,
-            offset=first + index * value_bytes,
-            row_stride=bundle_bytes(format, n_cols),
-            scales_offset=first + 2 * value_bytes + index * scale_bytes,
-        )
-        for index in range(2)
-    )
-    return up, down
-
-
-def _pack_bundles_into(
-    format: Format, up: NDArray[np.float32], down: NDArray[np.float32], bundles: Buffer
-) -> None:
-    """`bundles` (n_neurons, bundle bytes)."""
-    value_bytes, scale_bytes = row_bytes(format, up.shape[1])
-    for index, w in enumerate((up, down)):
-        values = bundles[:, index * value_bytes : (index + 1) * value_bytes]
-        first = 2 * value_bytes + index * scale_bytes
-        scales = bundles[:, first : first + scale_bytes] if scale_bytes else None
-        for rows in _chunks(len(w)):
-            part = None if scales is None else scales[rows]
-            _native.pack_rows(format, w[rows], values[rows], part)
-
-
-def _pack_interleaved(format: Format, w: NDArray[np.float32], tiles: Buffer) -> None:
-    row = sum(row_bytes(format, w.shape[1]))
-    for rows in _chunks(len(w)):
-        _native.pack_interleaved(format, w[rows], tiles[rows.start * row : rows.stop * row])
-
-
-def _chunks(n_rows: int) -> Iterator[slice]:
-    """Whole tiles of rows; the last one may reach beyond the end."""
-    for first in range(0, n_rows, CHUNK_ROWS):
-        yield slice(first, min(first + CHUNK_ROWS, -(-n_rows // TILE_ROWS) * TILE_ROWS))

@@ -29,8 +29,6 @@ from hybrid.errors import OutOfMemory
 from hybrid.kernels import Format
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.packed import (
-    ALIGNMENT,
-    Buffer,
     Layers,
     NeuronOrders,
     PackedModel,
@@ -40,6 +38,7 @@ from hybrid.weights.packed import (
     packed_layout,
     view_packed,
 )
+from hybrid.weights.packed_rows import ALIGNMENT, Buffer
 from hybrid.weights.weight_memory import (
     FileChanged,
     MovingFile,

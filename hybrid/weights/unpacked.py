@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
 from hybrid.model_config import ModelConfig
-from hybrid.weights.packed import Buffer, Layers, bundle_bytes, packed_layout
+from hybrid.weights.packed import Layers, has_preview, packed_layout
+from hybrid.weights.packed_rows import Buffer, bundle_bytes
 from hybrid.weights.quant import BLOCK, GROUP, GROUP_BLOCKS, TILE_ROWS, row_bytes
 
 
@@ -76,21 +77,32 @@ class PackedReader:
         )
         return unpack_rows(self.format, values, scales, n_cols)
 
+    def head(self) -> PlainRows:
+        name = "embedding" if self.config.has_tied_head else "head"
+        n_rows, hidden = self.config.vocab_size, self.config.hidden_size
+        if not has_preview(self.config, self.gathered):
+            return self.matrix(name, n_rows, hidden)
+        return unpack_rows(self.format, *self._apart(name, n_rows), hidden)
+
     def gate(self, layer: int, n: int) -> PlainRows:
         """Gate rows of the first n neurons."""
         name, hidden = f"{layer}.gate", self.config.hidden_size
         if layer not in self.gathered:
             return self.matrix(name, n, hidden)
-        first, _ = self.layout.arrays[name]
-        value_bytes, scale_bytes = row_bytes(self.format, hidden)
-        row = value_bytes + scale_bytes
-        rows = self.buffer[first : first + n * row].reshape(n, row)
         places = _native.group_places(self.format, hidden)
         values, scales = (
             part.reshape(n, len(places), -1)[:, places].reshape(n, -1)
-            for part in (rows[:, :value_bytes], rows[:, value_bytes:])
+            for part in self._apart(name, n)
         )
         return unpack_rows(self.format, values, scales, hidden)
+
+    def _apart(self, name: str, n: int) -> tuple[Buffer, Buffer]:
+        """Values and scales of the first n rows that stand apart, of the hidden size."""
+        first, _ = self.layout.arrays[name]
+        value_bytes, scale_bytes = row_bytes(self.format, self.config.hidden_size)
+        row = value_bytes + scale_bytes
+        rows = self.buffer[first : first + n * row].reshape(n, row)
+        return rows[:, :value_bytes], rows[:, value_bytes:]
 
     def up_and_down(self, layer: int, n: int) -> tuple[PlainRows, PlainRows]:
         """Up and down rows of the first n neurons."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import _native
-from hybrid.weights.packed import Buffer
+from hybrid.weights.packed_rows import Buffer
 
 READ_BYTES = 32 << 20  # of one read
 MOVE_BYTES = 16 << 20  # at a time; whole huge pages

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hybrid.kernels import Activation, Format, _native
-from hybrid.weights.packed import pack_bundles, pack_matrix
+from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 from hybrid.weights.quant import row_bytes
 
 HIDDEN, N_NEURONS = 1536, 3840

@@ -16,7 +16,7 @@ import pytest
 from hybrid.kernels import Activation, Format, Program, Session, ThreadPool
 from hybrid.kernels._native import FLAG_BYTES, PREFILL_CHUNK, CudaDriver, DeviceLink, meet
 from hybrid.kernels.reference import rope_tables, sparse_ffn
-from hybrid.weights.packed import pack_bundles, pack_matrix
+from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 
 SOURCE = Path(__file__).parents[1] / "stub_cuda" / "stub_cuda.cpp"
 HIDDEN, N_NEURONS, N_HOT, N_GATE = 64, 192, 64, 128

@@ -13,7 +13,8 @@ from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.cpu_executor import CpuExecutor
 from hybrid.engine.reference_executor import ReferenceSession, read_weights
 from hybrid.kernels import Format, Program, Session, ThreadPool, _native
-from hybrid.weights.packed import pack_matrix, pack_model
+from hybrid.weights.packed import pack_model
+from hybrid.weights.packed_rows import pack_matrix
 
 IDS = np.random.default_rng(1).integers(0, 320, 150).astype(np.int32)
 CHUNK = _native.PREFILL_CHUNK

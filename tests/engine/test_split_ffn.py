@@ -26,7 +26,7 @@ from hybrid.kernels.torch_kernels import (  # noqa: E402
     TorchKernels,
     empty_vectors,
 )
-from hybrid.weights.packed import pack_bundles, pack_gathered, pack_matrix  # noqa: E402
+from hybrid.weights.packed_rows import pack_bundles, pack_gathered, pack_matrix  # noqa: E402
 from hybrid.weights.quant import column_order, pack_rows  # noqa: E402
 from hybrid.weights.unpacked import unpack_rows  # noqa: E402
 

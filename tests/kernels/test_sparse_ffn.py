@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numerics import assert_close, quantize_tokens
 
 from hybrid.kernels import Activation, Format, Rows, _native, reference
-from hybrid.weights.packed import pack_bundles, pack_matrix
+from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 from hybrid.weights.quant import partial_order, round_weights
 
 

@@ -7,7 +7,7 @@ import pytest
 from numerics import assert_close
 
 from hybrid.kernels import Format, ThreadPool, _native, reference
-from hybrid.weights.packed import pack_matrix
+from hybrid.weights.packed_rows import pack_matrix
 from hybrid.weights.quant import column_order, interleave, pack_rows, partial_order, round_weights
 
 

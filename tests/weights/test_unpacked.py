@@ -8,6 +8,7 @@ from tiny_models import write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
+from hybrid.weights import preview
 from hybrid.weights.packed import pack_model
 from hybrid.weights.quant import pack_rows, quantize_q4, quantize_q8, round_weights
 from hybrid.weights.unpacked import PackedReader, PlainRows, unpack_rows
@@ -36,9 +37,12 @@ def test_unpack_rows_undoes_pack_rows(format, n_cols):
         np.testing.assert_array_equal(rows.scales, quantize_q4(w)[1])
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("least_rows", [0, 10**9])
 @pytest.mark.parametrize("gathered", [frozenset(), frozenset({1})])
-def test_reader_finds_every_matrix(format, tmp_path, gathered):
-    with open_checkpoint(write_model(tmp_path)) as checkpoint:
+def test_reader_finds_every_matrix(format, tmp_path, gathered, least_rows, is_tied, monkeypatch):
+    monkeypatch.setattr(preview, "LEAST_ROWS", least_rows)  # of a head that is previewed
+    with open_checkpoint(write_model(tmp_path, tie_word_embeddings=is_tied)) as checkpoint:
         check_reader(checkpoint, format, gathered)
 
 
@@ -63,4 +67,6 @@ def check_reader(checkpoint, format, gathered):
         expect(up, read("up", layer)[order[:n]])
         expect(down, np.ascontiguousarray(read("down", layer).T[order[:n]]))
         np.testing.assert_array_equal(reader.norm(f"{layer}.ffn_norm"), read("ffn_norm", layer))
-    expect(reader.matrix("embedding", config.vocab_size, hidden), read("embedding"))
+    expect(reader.head(), read("embedding" if config.has_tied_head else "head"))
+    if not config.has_tied_head:
+        expect(reader.matrix("embedding", config.vocab_size, hidden), read("embedding"))

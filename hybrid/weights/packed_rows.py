@@ -1,0 +1,155 @@
+"""Packed rows: matrices in the layouts of csrc/kernels/kernels.h, in memory that is there or new.
+
+Interleaved in tiles of four where all rows are read; apart where some are; gathered, apart with
+groups out of order, where a predictor names them; bundles of a neuron's up and down rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.kernels import Format, Rows, _native
+from hybrid.weights.quant import TILE_ROWS, row_bytes
+
+Buffer = NDArray[np.uint8]
+ALIGNMENT = 64  # bytes: a cache line
+CHUNK_ROWS = 256  # packed at a time: what NumPy makes on the way stays in the cache
+
+
+def matrix_bytes(format: Format, n_rows: int, n_cols: int) -> int:
+    """Bytes of interleaved rows, whole tiles of four."""
+    return -(-n_rows // TILE_ROWS) * TILE_ROWS * sum(row_bytes(format, n_cols))
+
+
+def bundle_bytes(format: Format, n_cols: int) -> int:
+    """Bytes of one neuron's bundle: up values, down values, up scales, down scales, padded."""
+    return -(-2 * sum(row_bytes(format, n_cols)) // ALIGNMENT) * ALIGNMENT
+
+
+def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
+    """One matrix in memory of its own: for tests and benchmarks of kernels."""
+    n_rows, n_cols = w.shape
+    memory = _native.allocate_bytes(matrix_bytes(format, n_rows, n_cols))
+    pack_interleaved(format, w, memory)
+    return Rows(format=format, memory=memory, n_rows=n_rows, n_cols=n_cols)
+
+
+def pack_apart(format: Format, w: NDArray[np.float32]) -> Rows:
+    """Rows apart in memory of their own: for tests of kernels."""
+    n_rows, n_cols = w.shape
+    memory = _native.allocate_bytes(n_rows * sum(row_bytes(format, n_cols)))
+    pack_apart_into(format, w, memory.reshape(n_rows, -1))
+    return apart_rows(format, memory, 0, n_rows, n_cols)
+
+
+def pack_gathered(format: Format, w: NDArray[np.float32]) -> Rows:
+    """Rows gathered in memory of their own: for tests and benchmarks of kernels."""
+    n_rows, n_cols = w.shape
+    memory = _native.allocate_bytes(n_rows * sum(row_bytes(format, n_cols)))
+    pack_gathered_into(format, w, memory.reshape(n_rows, -1))
+    return apart_rows(format, memory, 0, n_rows, n_cols, is_gathered=True)
+
+
+def pack_bundles(
+    format: Format, up: NDArray[np.float32], down: NDArray[np.float32]
+) -> tuple[Rows, Rows]:
+    """Up and down rows bundled in memory of their own: for tests and benchmarks of kernels."""
+    n_neurons, n_cols = up.shape
+    memory = _native.allocate_bytes(n_neurons * bundle_bytes(format, n_cols))
+    pack_bundles_into(format, up, down, memory.reshape(n_neurons, -1))
+    return bundle_rows(format, memory, 0, n_neurons, n_cols)
+
+
+def apart_rows(
+    format: Format,
+    memory: Buffer,
+    first: int,
+    n_rows: int,
+    n_cols: int,
+    *,
+    is_gathered: bool = False,
+) -> Rows:
+    value_bytes, scale_bytes = row_bytes(format, n_cols)
+    return Rows(
+        format=format,
+        memory=memory,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        offset=first,
+        row_stride=value_bytes + scale_bytes,
+        scales_offset=first + value_bytes,
+        is_gathered=is_gathered,
+    )
+
+
+def pack_apart_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
+    """`rows` (n_rows, bytes of one)."""
+    value_bytes, scale_bytes = row_bytes(format, w.shape[1])
+    for part in (slice(first, first + CHUNK_ROWS) for first in range(0, len(w), CHUNK_ROWS)):
+        scales = rows[part, value_bytes:] if scale_bytes else None
+        _native.pack_rows(format, w[part], rows[part, :value_bytes], scales)
+
+
+def pack_gathered_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
+    """`rows` (n_rows, bytes of one)."""
+    value_bytes, scale_bytes = row_bytes(format, w.shape[1])
+    places = _native.group_places(format, w.shape[1])
+    in_order = np.empty((min(CHUNK_ROWS, len(w)), value_bytes + scale_bytes), np.uint8)
+    for part in (slice(first, first + CHUNK_ROWS) for first in range(0, len(w), CHUNK_ROWS)):
+        packed = in_order[: len(w[part])]
+        pack_apart_into(format, w[part], packed)
+        for kind in (slice(value_bytes), slice(value_bytes, None)):
+            groups, placed = (
+                bytes_.reshape(len(packed), len(places), -1)
+                for bytes_ in (packed[:, kind], rows[part, kind])
+            )
+            placed[:, places] = groups
+
+
+def bundle_rows(
+    format: Format, memory: Buffer, first: int, n_neurons: int, n_cols: int
+) -> tuple[Rows, Rows]:
+    value_bytes, scale_bytes = row_bytes(format, n_cols)
+    up, down = (
+        Rows(
+            format=format,
+            memory=memory,
+            n_rows=n_neurons,
+            n_cols=n_cols,
+            offset=first + index * value_bytes,
+            row_stride=bundle_bytes(format, n_cols),
+            scales_offset=first + 2 * value_bytes + index * scale_bytes,
+        )
+        for index in range(2)
+    )
+    return up, down
+
+
+def pack_bundles_into(
+    format: Format, up: NDArray[np.float32], down: NDArray[np.float32], bundles: Buffer
+) -> None:
+    """`bundles` (n_neurons, bundle bytes)."""
+    value_bytes, scale_bytes = row_bytes(format, up.shape[1])
+    for index, w in enumerate((up, down)):
+        values = bundles[:, index * value_bytes : (index + 1) * value_bytes]
+        first = 2 * value_bytes + index * scale_bytes
+        scales = bundles[:, first : first + scale_bytes] if scale_bytes else None
+        for rows in _chunks(len(w)):
+            part = None if scales is None else scales[rows]
+            _native.pack_rows(format, w[rows], values[rows], part)
+
+
+def pack_interleaved(format: Format, w: NDArray[np.float32], tiles: Buffer) -> None:
+    """`tiles` (bytes of all,)."""
+    row = sum(row_bytes(format, w.shape[1]))
+    for rows in _chunks(len(w)):
+        _native.pack_interleaved(format, w[rows], tiles[rows.start * row : rows.stop * row])
+
+
+def _chunks(n_rows: int) -> Iterator[slice]:
+    """Whole tiles of rows; the last one may reach beyond the end."""
+    for first in range(0, n_rows, CHUNK_ROWS):
+        yield slice(first, min(first + CHUNK_ROWS, -(-n_rows // TILE_ROWS) * TILE_ROWS))
