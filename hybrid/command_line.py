@@ -67,7 +67,8 @@ def add_predictor_options(parser: argparse.ArgumentParser) -> None:
         "--predictor",
         default="exact",
         metavar="{exact,auto,FILE}",
-        help="which gates are computed: all, or those that a predictor names (exact)",
+        help="which gates are computed: all, or those that a predictor names; with one, logits of "
+        "unlikely tokens of a large vocabulary are estimates (exact)",
     )
     add("--recall", type=float, default=0.99, help="of the predictor (0.99)")
 

@@ -54,7 +54,9 @@ def load(
     misses at most about 1 - `recall` of those that fire, so the text is no longer exactly the
     model's. "exact" computes every gate; "auto" takes the predictor that `hybrid.setup` made for
     this model, and exact where there is none; a path names a file of `predictors.train`, of this
-    very model and neuron order. `Engine.prediction` says what is in use.
+    very model and neuron order. `Engine.prediction` says what is in use. With a predictor and a
+    large vocabulary (`Engine.previews_head`) only the likeliest tokens' logits are the model's, the
+    others are estimates from a copy of the head in 2 bits.
 
     `device`: "cpu", "cuda", or "auto", which uses a GPU where one is asked for by `vram_budget` or
     `plan`, or by the plan that `hybrid.setup` made. `vram_budget` is what the whole process may
