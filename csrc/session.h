@@ -52,9 +52,9 @@ static_assert((kFfnPieces & (kFfnPieces - 1)) == 0, "partial sums are added half
 constexpr int32_t kOutputRows = 32;  // rows per piece of the output projection
 constexpr int32_t kHeadRows = 256;   // rows per piece of the head
 static_assert(kHeadRows % kPredictTile == 0, "pieces of a preview are whole tiles");
-// Of a preview's tiles the share whose largest logits set how likely a row must be to be computed
-// in full. Of logits that are scattered like a normal distribution's, 1.8 % of the rows are.
-constexpr int32_t kShortlistShare = 4;
+// One of so many of a preview's tiles holds a logit that is on the shortlist. Of logits that are
+// scattered like a normal distribution's, that are 4 % of the rows.
+constexpr int32_t kShortlistShare = 2;
 constexpr int32_t kShortlistRows = 16 * kHeadRows;  // rows per piece that shortlists
 constexpr int32_t kPredictRows = 8;  // rows per piece of a low-rank predictor's first matrix
 constexpr int32_t kTokensPerPiece = 8;

@@ -46,7 +46,7 @@ def test_likely_rows_are_exact_the_others_near(tmp_path, model, quant, monkeypat
         previewed = all_logits(engine)
         np.testing.assert_array_equal(all_logits(engine, dense=True), exact)
     is_exact = previewed == exact
-    assert 0.005 < is_exact.mean() < 0.04
+    assert 0.02 < is_exact.mean() < 0.08
     np.testing.assert_array_equal(previewed.argmax(1), exact.argmax(1))
     top = np.argsort(-exact, 1)[:, :10]
     assert np.take_along_axis(is_exact, top, 1).mean() > 0.95
@@ -84,7 +84,7 @@ def test_bytes_counted_are_those_of_the_formula(tmp_path, model, quant, previewi
         session.reset_counts()
         for token in (5, 6, 7):
             session.decode(token)
-        assert 0 < session.shortlisted_count < 3 * VOCAB // 16
+        assert 0 < session.shortlisted_count < 3 * VOCAB // 8
         assert sum(session.decode_bytes.values()) == engine.expected_decode_bytes(
             n_tokens=3,
             first_position=IDS.size,
