@@ -19,6 +19,7 @@ from hybrid.placement.plan import ON_CPU, LayerPlacement, PlacementPlan, cpu_pla
 from hybrid.placement.sizes import ModelSizes
 from hybrid.placement.solver import alternatives, best, solve, solve_greedy, solve_milp
 from hybrid.placement.time_model import PredictorCost, TimeModel, buckets, flat_frequencies
+from hybrid.weights.preview import LEAST_ROWS, preview_bytes
 
 pytest.importorskip("scipy")
 
@@ -238,3 +239,15 @@ def test_plan_says_what_is_where():
     assert "on the GPU" in plan.summary()
     assert CPU_ONLY.summary() == "plan: all on the CPU"
     assert "all layers and the head" in whole_plan(CPU_ONLY).summary()
+
+
+@pytest.mark.parametrize("format", list(Format))
+def test_a_large_head_reads_less_where_it_is_previewed(format):
+    large = replace(CONFIG, vocab_size=LEAST_ROWS)
+    small = replace(CONFIG, vocab_size=LEAST_ROWS - 1)
+    row = ModelSizes(large, format, 256).cpu_row(large.hidden_size)
+    whole = LEAST_ROWS * row
+    assert ModelSizes(large, format, 256).cpu_head(is_previewed=False) == whole
+    assert ModelSizes(small, format, 256).cpu_head(is_previewed=True) == whole - row
+    previewed = ModelSizes(large, format, 256).cpu_head(is_previewed=True)
+    assert preview_bytes(LEAST_ROWS, large.hidden_size) < previewed < 0.6 * whole
