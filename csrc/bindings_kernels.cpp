@@ -146,10 +146,9 @@ PyPreview::PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles)
     : preview{tiles.data(), n_rows, n_cols}, tiles(tiles) {
   Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols && n_cols % kPreviewCols == 0,
         "preview sizes");
-  Check(
-      tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
-          tiles.shape(0) == (n_rows + kPredictTile - 1) / kPredictTile * PreviewTileBytes(preview),
-      "tiles must be (bytes of all tiles,)");
+  Check(tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
+            tiles.shape(0) == CountTiles(preview) * PreviewTileBytes(preview),
+        "tiles must be (bytes of all tiles,)");
 }
 
 std::vector<uint8_t> PyPredictor::MakeInputs(Format x_format, const Bytes& x,
@@ -307,7 +306,7 @@ void BindKernels(py::module_& m) {
         const Preview& preview = p.preview;
         Check(x.ndim() == 1 && x.shape(0) == preview.n_cols, "x must be (n_cols,)");
         std::vector<uint8_t> input(static_cast<size_t>(PreviewInputBytes(preview.n_cols)));
-        const int32_t n_tiles = (preview.n_rows + kPredictTile - 1) / kPredictTile;
+        const int32_t n_tiles = CountTiles(preview);
         Floats logits(preview.n_rows), maxima(n_tiles);
         const KernelTable& kernels = ActiveKernels();
         kernels.make_preview_input(x.data(), preview.n_cols, input.data());

@@ -207,7 +207,6 @@ class Session {
                       const uint8_t* x, ThreadScratch& scratch);
   void AddPartial(const Op& op, int32_t piece);
   bool Previews(const Op& op) const;
-  static int32_t CountTiles(const Op& op) { return CeilDiv(op.a.n_rows, kPredictTile); }
   void RunHead(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
   void RunShortlist(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
   void RunHeadTokens(const Op& op, int32_t piece);

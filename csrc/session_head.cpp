@@ -46,7 +46,7 @@ void Session::RunHeadTokens(const Op& op, int32_t piece) {
       return;
     }
     for (int32_t t = 0; t < n_tokens_; ++t)
-      preview(t, all_logits_ + int64_t{t} * op.a.n_rows, tile_maxima_ + t * CountTiles(op));
+      preview(t, all_logits_ + int64_t{t} * op.a.n_rows, tile_maxima_ + t * CountTiles(op.preview));
     return;
   }
   if (all_logits_ == nullptr) {
@@ -71,7 +71,7 @@ void Session::RunShortlistTokens(const Phase& phase, const Op& op, int32_t piece
               tile_maxima_.get(), logits_.get(), scratch);
     return;
   }
-  const float* maxima = tile_maxima_ + piece * CountTiles(op);
+  const float* maxima = tile_maxima_ + piece * CountTiles(op.preview);
   float* logits = all_logits_ + int64_t{piece} * op.a.n_rows;
   const float likely = LikelyLogit(op, maxima, scratch);
   for (int32_t rows = 0; rows < CeilDiv(op.a.n_rows, kShortlistRows); ++rows)
@@ -82,7 +82,7 @@ void Session::RunShortlistTokens(const Phase& phase, const Op& op, int32_t piece
 void Session::PreviewRows(const Op& op, int32_t piece, const uint8_t* input, float* logits,
                           float* maxima) const {
   constexpr int32_t kTiles = kHeadRows / kPredictTile;
-  const int32_t first = piece * kTiles, last = std::min(first + kTiles, CountTiles(op));
+  const int32_t first = piece * kTiles, last = std::min(first + kTiles, CountTiles(op.preview));
   kernels_->preview(op.preview, first, last, input, logits + first * kPredictTile, maxima + first);
 }
 
@@ -99,7 +99,7 @@ float Session::LikelyOnce(const Phase& phase, const Op& op, ThreadScratch& scrat
 // in a few microseconds.
 float Session::LikelyLogit(const Op& op, const float* maxima, ThreadScratch& scratch) const {
   constexpr int32_t kStep = 4;
-  const int32_t n_tiles = CountTiles(op);
+  const int32_t n_tiles = CountTiles(op.preview);
   float *sample = scratch.floats.get(), *end = sample;
   for (int32_t tile = 0; tile < n_tiles; tile += kStep) *end++ = maxima[tile];
   float* nth = sample + (end - sample) / kShortlistShare;

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid import Engine
+from hybrid import Engine, Session
 from hybrid.weights.packed import order_hash
 from predictors.file import Choice, PredictorFile
 from predictors.predictors import LayerPredictor, LowRank, make_sign, round_blocks
@@ -66,3 +66,20 @@ def write_predictor(
             predictors[layer, "sign"] = random_sign(engine)
     PredictorFile({0.99: choices}, predictors, about(engine, **changes)).save(path)
     return path
+
+
+def decode_counted(engine: Engine, ids: np.ndarray) -> Session:
+    """A session that decoded three tokens behind `ids`; the bytes it counted are the formula's."""
+    session = engine.open_session()
+    session.prefill(ids)
+    session.reset_counts()
+    for token in (5, 6, 7):
+        session.decode(token)
+    assert sum(session.decode_bytes.values()) == engine.expected_decode_bytes(
+        n_tokens=3,
+        first_position=ids.size,
+        n_active=sum(session.active_counts),
+        n_gates=sum(session.predicted_counts),
+        n_shortlisted=session.shortlisted_count,
+    )
+    return session

@@ -17,6 +17,7 @@ namespace hybrid {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kStreamAhead = 6 << 10;  // bytes between a stream's prefetch and its use
 
 inline void InOrder() {
 #if defined(__GNUC__)
@@ -109,14 +110,13 @@ struct Nothing {
 template <Format kFormat>
 class StreamPrefetcher {
  public:
-  explicit StreamPrefetcher(const uint8_t* rows) : at_(rows + kBytesAhead) {}
+  explicit StreamPrefetcher(const uint8_t* rows) : at_(rows + kStreamAhead) {}
   void operator()(int32_t n_rows) {
     credit_ += n_rows * static_cast<int32_t>(TileGroupBytes(kFormat) / kRowTile);
     for (; credit_ > 0; credit_ -= kCacheLine, at_ += kCacheLine) PrefetchL2(at_);
   }
 
  private:
-  static constexpr int64_t kBytesAhead = 6 << 10;
   const uint8_t* at_;
   int32_t credit_ = 0;  // bytes
 };

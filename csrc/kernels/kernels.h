@@ -188,6 +188,9 @@ struct Preview {
   int32_t n_rows;
   int32_t n_cols;  // a multiple of kPreviewCols
 };
+static inline int32_t CountTiles(const Preview& p) {
+  return (p.n_rows + kPredictTile - 1) / kPredictTile;
+}
 static inline int64_t PreviewTileBytes(const Preview& p) {
   return int64_t{kPredictLine} * (p.n_cols / kPreviewCols + 1);
 }

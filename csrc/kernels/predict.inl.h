@@ -104,6 +104,25 @@ inline void SignBits(Format format, const uint8_t* x, int32_t n_cols, uint8_t* w
   }
 }
 
+// (n,) floats -> int8 with one scale, which is returned: a NaN where any is, so that all that is
+// computed with it becomes one.
+inline float RoundToInt8(const float* x, int32_t n, uint8_t* out) {
+  float largest = 0.0f;
+  bool has_nan = false;
+  for (int32_t i = 0; i < n; ++i) {
+    const float magnitude = fabsf(x[i]);
+    largest = magnitude > largest ? magnitude : largest;
+    has_nan |= x[i] != x[i];
+  }
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  for (int32_t i = 0; i < n; ++i) {
+    const float scaled = rintf(x[i] * inverse);
+    out[i] = static_cast<uint8_t>(
+        static_cast<int32_t>(scaled >= -127.0f && scaled <= 127.0f ? scaled : 0.0f));
+  }
+  return has_nan ? NAN : largest / 127.0f;
+}
+
 // See KernelTable::make_predictor_input.
 void MakePredictorInput(const Predictor& p, Format format, const uint8_t* x, int32_t n_cols,
                         const float* z, uint8_t* out) {
@@ -111,22 +130,10 @@ void MakePredictorInput(const Predictor& p, Format format, const uint8_t* x, int
     SignBits(format, x, n_cols, out);
     return;
   }
-  float largest = 0.0f;
-  for (int32_t i = 0; i < p.size; ++i) {
-    const float magnitude = fabsf(z[i]);
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-  float scale = largest / 127.0f;
+  const float scale = RoundToInt8(z, p.size, out);
   int32_t wide_sum = 0, narrow_sum = 0;
-  for (int32_t i = 0; i < p.size; ++i) {
-    if (z[i] != z[i]) scale = z[i];  // every score becomes a NaN, every neuron predicted
-    const float scaled = rintf(z[i] * inverse);
-    const int32_t integer =
-        static_cast<int32_t>(scaled >= -127.0f && scaled <= 127.0f ? scaled : 0.0f);
-    (i < kWideRank ? wide_sum : narrow_sum) += integer;
-    out[i] = static_cast<uint8_t>(integer);
-  }
+  for (int32_t i = 0; i < p.size; ++i)
+    (i < kWideRank ? wide_sum : narrow_sum) += static_cast<int8_t>(out[i]);
   const int32_t padded = PaddedRank(p), corrections[2] = {-128 * wide_sum, -8 * narrow_sum};
   memset(out + p.size, 0, static_cast<size_t>(padded - p.size));
   memcpy(out + padded, &scale, sizeof(scale));

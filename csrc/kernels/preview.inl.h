@@ -7,6 +7,7 @@
 
 #include "dot.inl.h"
 #include "kernels.h"
+#include "predict.inl.h"
 #include HYBRID_SIMD
 
 namespace hybrid {
@@ -14,26 +15,15 @@ namespace {
 
 // See KernelTable::make_preview_input.
 void MakePreviewInput(const float* x, int32_t n, uint8_t* out) {
-  float largest = 0.0f;
-  bool has_nan = false;
-  for (int32_t i = 0; i < n; ++i) {
-    const float magnitude = fabsf(x[i]);
-    largest = magnitude > largest ? magnitude : largest;
-    has_nan |= x[i] != x[i];
-  }
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  const float scale = RoundToInt8(x, n, out);
   int32_t sum = 0;
   int64_t squares = 0;
   for (int32_t i = 0; i < n; ++i) {
-    const float scaled = rintf(x[i] * inverse);
-    const int32_t integer =
-        static_cast<int32_t>(scaled >= -127.0f && scaled <= 127.0f ? scaled : 0.0f);
+    const int32_t integer = static_cast<int8_t>(out[i]);
     sum += integer;
     squares += int64_t{integer} * integer;
-    out[i] = static_cast<uint8_t>(integer);
   }
-  // Every logit becomes a NaN.
-  const float tail[3] = {has_nan ? NAN : largest / 127.0f, -1.5f * static_cast<float>(sum),
+  const float tail[3] = {scale, -1.5f * static_cast<float>(sum),
                          -0.5f * kPreviewVariance * static_cast<float>(squares)};
   memcpy(out + n, tail, sizeof(tail));
 }
@@ -43,14 +33,13 @@ void MakePreviewInput(const float* x, int32_t n, uint8_t* out) {
 inline float PreviewTile(const Preview& p, const uint8_t* tile, const uint8_t* input,
                          const float (&tail)[3], float* logits) {
   constexpr int kRegisters = kPredictTile / kLanes;
-  constexpr int64_t kBytesAhead = 6 << 10;
   I32 dots[4][kRegisters];  // four sums a register: one would wait for itself
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 2
     for (int r = 0; r < kRegisters; ++r) dots[i][r] = ZeroWords();
   for (int32_t col = 0; col < p.n_cols; col += kPreviewCols, tile += kPredictLine) {
-    PrefetchL2(tile + kBytesAhead);
+    PrefetchL2(tile + kStreamAhead);
 #pragma GCC unroll 2
     for (int r = 0; r < kRegisters; ++r) {
       const Crumbs w = LoadCrumbs(tile + r * 4 * kLanes);

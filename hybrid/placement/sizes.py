@@ -59,7 +59,7 @@ class ModelSizes:
         """What a token reads of the head on the CPU."""
         c = self.config
         n_bytes = c.vocab_size * self.cpu_row(c.hidden_size)
-        if not is_previewed or c.vocab_size < preview.LEAST_ROWS:
+        if not (is_previewed and preview.pays(c.vocab_size)):
             return n_bytes
         in_full = preview.SHORTLISTED * n_bytes
         return preview.preview_bytes(c.vocab_size, c.hidden_size) + round(in_full)

@@ -113,9 +113,14 @@ def _array_sizes(
         yield "preview", preview_bytes(config.vocab_size, hidden)
 
 
+def head_name(config: ModelConfig) -> str:
+    """The array, or the tensor of the source, that the head is."""
+    return "embedding" if config.has_tied_head else "head"
+
+
 def has_preview(config: ModelConfig, gathered: Layers) -> bool:
     """Whether the head is previewed: where there are predictors and the vocabulary is large."""
-    return len(gathered) > 0 and config.vocab_size >= preview.LEAST_ROWS
+    return len(gathered) > 0 and preview.pays(config.vocab_size)
 
 
 def decode_bytes(
@@ -214,7 +219,7 @@ class _Packer:
     def parts(self) -> Iterator[Callable[[], int]]:
         """Functions that each pack one part and return its bytes."""
         config = self.source.config
-        head = "embedding" if config.has_tied_head else "head"
+        head = head_name(config)
         if has_preview(config, self.gathered):
             pack_head = partial(self._pack_head, head)
         else:
@@ -321,15 +326,14 @@ def view_packed(
             )
         )
     previewed: Preview | None = None
-    head_name = "embedding" if config.has_tied_head else "head"
     if has_preview(config, gathered):
         first, n_bytes = layout.arrays["preview"]
         tiles = buffer[first : first + n_bytes]
         previewed = Preview(n_rows=config.vocab_size, n_cols=hidden, tiles=tiles)
-        first = layout.arrays[head_name][0]
+        first = layout.arrays[head_name(config)][0]
         head = apart_rows(format, buffer, first, config.vocab_size, hidden)
     else:
-        head = matrix(head_name, config.vocab_size, hidden)
+        head = matrix(head_name(config), config.vocab_size, hidden)
     embedding = head if config.has_tied_head else matrix("embedding", config.vocab_size, hidden)
     return ModelWeights(embedding, tuple(layers), norm("norm"), head, previewed)
 

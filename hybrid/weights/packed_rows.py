@@ -37,20 +37,17 @@ def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
     return Rows(format=format, memory=memory, n_rows=n_rows, n_cols=n_cols)
 
 
-def pack_apart(format: Format, w: NDArray[np.float32]) -> Rows:
-    """Rows apart in memory of their own: for tests of kernels."""
+def pack_apart(format: Format, w: NDArray[np.float32], *, is_gathered: bool = False) -> Rows:
+    """Rows apart in memory of their own: for tests and benchmarks of kernels."""
     n_rows, n_cols = w.shape
     memory = _native.allocate_bytes(n_rows * sum(row_bytes(format, n_cols)))
-    pack_apart_into(format, w, memory.reshape(n_rows, -1))
-    return apart_rows(format, memory, 0, n_rows, n_cols)
+    pack_into = pack_gathered_into if is_gathered else pack_apart_into
+    pack_into(format, w, memory.reshape(n_rows, -1))
+    return apart_rows(format, memory, 0, n_rows, n_cols, is_gathered=is_gathered)
 
 
 def pack_gathered(format: Format, w: NDArray[np.float32]) -> Rows:
-    """Rows gathered in memory of their own: for tests and benchmarks of kernels."""
-    n_rows, n_cols = w.shape
-    memory = _native.allocate_bytes(n_rows * sum(row_bytes(format, n_cols)))
-    pack_gathered_into(format, w, memory.reshape(n_rows, -1))
-    return apart_rows(format, memory, 0, n_rows, n_cols, is_gathered=True)
+    return pack_apart(format, w, is_gathered=True)
 
 
 def pack_bundles(
@@ -88,7 +85,7 @@ def apart_rows(
 def pack_apart_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
     """`rows` (n_rows, bytes of one)."""
     value_bytes, scale_bytes = row_bytes(format, w.shape[1])
-    for part in (slice(first, first + CHUNK_ROWS) for first in range(0, len(w), CHUNK_ROWS)):
+    for part in _chunks(len(w)):
         scales = rows[part, value_bytes:] if scale_bytes else None
         _native.pack_rows(format, w[part], rows[part, :value_bytes], scales)
 
@@ -98,7 +95,7 @@ def pack_gathered_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> 
     value_bytes, scale_bytes = row_bytes(format, w.shape[1])
     places = _native.group_places(format, w.shape[1])
     in_order = np.empty((min(CHUNK_ROWS, len(w)), value_bytes + scale_bytes), np.uint8)
-    for part in (slice(first, first + CHUNK_ROWS) for first in range(0, len(w), CHUNK_ROWS)):
+    for part in _chunks(len(w)):
         packed = in_order[: len(w[part])]
         pack_apart_into(format, w[part], packed)
         for kind in (slice(value_bytes), slice(value_bytes, None)):

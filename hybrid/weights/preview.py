@@ -26,6 +26,10 @@ SHORTLISTED = 0.042
 NORMAL_STEP = 0.9957
 
 
+def pays(n_rows: int) -> bool:
+    return n_rows >= LEAST_ROWS
+
+
 def preview_bytes(n_rows: int, n_cols: int) -> int:
     """Bytes of the tiles: all of them are read for each token."""
     return -(-n_rows // TILE) * LINE_BYTES * (n_cols // COLS + 1)
@@ -34,7 +38,6 @@ def preview_bytes(n_rows: int, n_cols: int) -> int:
 def round_preview(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """(n, cols) → codes 0 to 3 (n, cols), which stand for code - 1.5, and scales (n,)."""
     scale = NORMAL_STEP * np.sqrt(np.mean(np.square(w), axis=1))
-    codes = _codes(w, scale)
     for _ in range(2):  # the scale that fits these codes best, and the codes that fit it
         codes = _codes(w, scale)
         levels = codes - np.float32(1.5)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
 from hybrid.model_config import ModelConfig
-from hybrid.weights.packed import Layers, has_preview, packed_layout
+from hybrid.weights.packed import Layers, has_preview, head_name, packed_layout
 from hybrid.weights.packed_rows import Buffer, bundle_bytes
 from hybrid.weights.quant import BLOCK, GROUP, GROUP_BLOCKS, TILE_ROWS, row_bytes
 
@@ -78,7 +78,7 @@ class PackedReader:
         return unpack_rows(self.format, values, scales, n_cols)
 
     def head(self) -> PlainRows:
-        name = "embedding" if self.config.has_tied_head else "head"
+        name = head_name(self.config)
         n_rows, hidden = self.config.vocab_size, self.config.hidden_size
         if not has_preview(self.config, self.gathered):
             return self.matrix(name, n_rows, hidden)
