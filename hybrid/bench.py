@@ -35,6 +35,7 @@ from hybrid.command_line import (
     printable,
     run_command,
 )
+from hybrid.stolen_time import StolenTime
 
 PREFILL_LENGTHS = (128, 512)
 SHORT_CONTEXT = 16
@@ -192,6 +193,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
     stats = engine.stats
     kept = ("mapped" if stats.is_mapped else "in memory") + (", locked" if stats.is_locked else "")
     print(f"model      {args.model}, {args.quant}, {stats.weight_bytes / 1e6:.0f} MB {kept}")
+    stolen = StolenTime()
     streams = [engine.measure_stream_gbs()]
 
     prefill_tps = {}
@@ -232,7 +234,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
                 decode.run()
             streams.append(engine.measure_stream_gbs())
         results = [decode.result() for decode in benches]
-    stream = max(streams)
+    stream, stolen_share = max(streams), stolen.share(engine.n_threads)
     for (name, _, _), result in zip(runs, results, strict=True):
         row = [name, spread(result.tps)]
         if not engine.plan.uses_gpu:
@@ -246,6 +248,11 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         f"machine    {engine.n_threads} threads, {active_isa()}; memory streams {stream:.1f} GB/s "
         f"({min(streams):.1f} to {stream:.1f} in {len(streams)} measurements)"
     )
+    if stolen_share > 0.01:
+        print(
+            f"           a hypervisor took {stolen_share:.1%} of the threads' time: every speed "
+            "below is too low by as much"
+        )
     moving = f", {moving_s:.2f} s more until the weights lay in memory" if moving_s > 0.01 else ""
     print(f"load       {stats.load_s:.2f} s{moving}; resident {rss / 1e6:.0f} MB")
     if engine.plan.uses_gpu:
@@ -291,6 +298,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         "decode_gbs": round(short.gbs, 2),
         "stream_gbs": round(stream, 2),
         "decode_mbu": mbu,
+        "stolen_fraction": round(stolen_share, 4),
         "bytes_per_token": round(short.bytes_per_token),
         "active_fraction": round(short.active_fraction, 5),
         "predictor": None if prediction is None else str(prediction.path),

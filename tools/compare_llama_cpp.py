@@ -9,7 +9,9 @@ it runs such a model. What it does not show: anything of the text, which is nois
 speed of llama.cpp on other formats. With `--transformers`, prefill beside Hugging Face transformers
 too, in bf16 whatever the format. Each engine has a process of its own, only one works at a time;
 medians and ratios count, since the machine's level drifts; shares of the bandwidth are of what was
-measured around each round, the better of before and after. GB are 1e9 bytes. The last line is JSON.
+measured around each round, the better of before and after. A run from which a hypervisor took the
+processors is made again, whosever it is: some stop a machine for 33 ms of each 100. GB are 1e9
+bytes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,8 +39,11 @@ from hybrid.catalog import resolve
 from hybrid.checkpoint import open_checkpoint
 from hybrid.kernels import Format
 from hybrid.model_config import ModelConfig
+from hybrid.stolen_time import StolenTime
 
 PREFILL = max(PREFILL_LENGTHS)
+MOST_STOLEN = 0.02  # of the processors' time in a run that counts
+MOST_TRIES = 8
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -226,6 +231,19 @@ class Process:
         self.pipe, theirs = context.Pipe()
         context.Process(target=serve, args=(make, args, path, theirs), daemon=True).start()
         self.about: str = self.receive()
+        self.n_threads: int = args.threads
+        self.n_repeated = 0
+
+    def measure(self, task: str) -> dict[str, float]:
+        """What a run gives that no hypervisor disturbed; of many tries all disturbed, the last."""
+        for _ in range(MOST_TRIES):
+            time.sleep(0.3)  # spinning threads of the other engine go to sleep
+            stolen = StolenTime()
+            result = self.ask(task)
+            if stolen.share(self.n_threads) <= MOST_STOLEN:
+                break
+            self.n_repeated += 1
+        return result
 
     def ask(self, task: str) -> dict[str, float]:
         self.pipe.send(task)
@@ -256,12 +274,12 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
     streams = []
     for run in range(-1, args.runs):
         for process, task in tasks:
-            time.sleep(0.3)  # spinning threads of the other engine go to sleep
-            result = process.ask(task)
+            result = process.measure(task)
             if run >= 0:  # the first round finds cold caches and pages
                 results.setdefault((id(process), task), []).append(result)
         streams.append(ours.ask("stream")["gbs"])
     stream = max(streams)
+    n_repeated = sum(process.n_repeated for process in {process for process, _ in tasks})
 
     def rates(process: Process, task: str) -> list[float]:
         return [result["tps"] for result in results[id(process), task]]
@@ -273,6 +291,8 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
         "llama.cpp": bytes_per_token(config, args.quant),
     }
     print(f"memory streams {stream:.1f} GB/s ({min(streams):.1f} to {stream:.1f})")
+    if n_repeated:
+        print(f"{n_repeated} runs made again: a hypervisor had the processors in between")
     print(f"hybrid: {decode[0]['active']:.2%} of neurons active; KV cache and norms left out\n")
     print(f"{'':30}{'tok/s [min - max]':>24}{'MB/token':>10}{'GB/s':>7}{'of bandwidth':>14}")
     rows = [("hybrid", ours, "decode"), ("llama.cpp", theirs, "decode")]
@@ -312,6 +332,7 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
         "hybrid": ours.about,
         "llama_cpp": theirs.about,
         "stream_gbs": round(stream, 2),
+        "repeated_runs": n_repeated,
         "decode_mbu": round(share_of_stream(rates(ours, "decode"), n_bytes["hybrid"], streams), 4),
         "bytes_per_token": {name: round(n) for name, n in n_bytes.items()},
         "decode_tps": round(statistics.median(rates(ours, "decode")), 2),
