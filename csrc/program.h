@@ -126,6 +126,7 @@ class Program {
   int32_t largest_rank() const { return largest_rank_; }  // of low-rank predictors
   int64_t predictor_input_bytes() const { return predictor_input_bytes_; }  // the most of any
   bool has_preview() const { return has_preview_; }
+  int32_t n_ops() const { return static_cast<int32_t>(ops_.size()); }
   const Op& op(int32_t index) const { return ops_[static_cast<size_t>(index)]; }
   const std::vector<Phase>& decode_phases() const { return decode_; }
   const std::vector<Phase>& prefill_phases() const { return prefill_; }

@@ -15,7 +15,7 @@ namespace {
 std::vector<int32_t> FfnRuns(int32_t n_threads) {
   std::vector<int32_t> runs = {0};
   while (runs.back() < kFfnPieces)
-    runs.push_back(runs.back() + (n_threads < 4 && runs.back() < kFfnPieces * 3 / 4 ? 2 : 1));
+    runs.push_back(runs.back() + (n_threads < 4 && runs.back() < kPairedPieces ? 2 : 1));
   return runs;
 }
 }  // namespace

@@ -60,6 +60,15 @@ constexpr int32_t kPredictRows = 8;  // rows per piece of a low-rank predictor's
 constexpr int32_t kTokensPerPiece = 8;
 constexpr int32_t kPartialGap = 16;  // floats: a cache line
 
+// Two threads take pairs of pieces in turn, and at last single ones (session.cpp). Pieces' partial
+// sums lie so that even places are one thread's and odd ones the other's: they are added up in two
+// halves, and what another core has written is slow to read.
+constexpr int32_t kPairedPieces = kFfnPieces * 3 / 4;
+static_assert(kPairedPieces % 4 == 0, "two pairs fill four places");
+inline int32_t PlaceOf(int32_t piece) {
+  return piece < kPairedPieces ? piece / 4 * 4 + piece % 2 * 2 + piece / 2 % 2 : piece;
+}
+
 // First neuron of a piece of an FFN layer; pieces begin at multiples of 8 rows.
 inline int32_t FirstNeuron(const Op& op, int32_t piece) {
   const int32_t n_neurons = op.a.n_rows - op.first_neuron;
@@ -195,14 +204,13 @@ class Session {
   // Counts the time since the thread's last tick to a stage.
   void Tick(Stage stage, ThreadScratch& scratch) const;
   const uint8_t* NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch);
+  void PrefetchNorm(int32_t op) const;
   const uint8_t* PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
                                      ThreadScratch& scratch);
   const uint8_t* MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch);
   void FinishHead(const Op& op, int32_t head, float* values, int32_t position, int32_t token);
   void AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
                   const void* next, ThreadScratch& scratch, float* max, float* sum, float* out);
-  void MergeSpans(int32_t head, int32_t n_spans, const float* max, const float* sum,
-                  const float* out, int64_t stride, float* merged) const;
   ActiveCounts RunFfn(const Phase& phase, const Op& op, int32_t first_piece, int32_t end_piece,
                       const uint8_t* x, ThreadScratch& scratch);
   void AddPartial(const Op& op, int32_t piece);

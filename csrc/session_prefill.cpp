@@ -58,8 +58,9 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
                      nullptr, scratch, max + int64_t{span} * group, sum + int64_t{span} * group,
                      out + int64_t{span} * group * head_stride);
         for (int32_t g = 0; g < group; ++g)
-          MergeSpans(g, n_spans, max, sum, out, group,
-                     attention_ + int64_t{t} * attention + int64_t{head + g} * head_dim);
+          kernels_->merge_spans(max + g, sum + g, out + int64_t{g} * head_stride, n_spans, group,
+                                head_dim, head_stride,
+                                attention_ + int64_t{t} * attention + int64_t{head + g} * head_dim);
       }
       break;
     }

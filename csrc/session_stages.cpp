@@ -151,6 +151,15 @@ const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch
   return scratch.x.get();
 }
 
+// The next operation's norm, where there is one: every thread reads it as soon as the next phase
+// begins, at first at the pace of single misses.
+void Session::PrefetchNorm(int32_t op) const {
+  const float* norm = op < program_.n_ops() ? program_.op(op).norm : nullptr;
+  if (norm == nullptr) return;
+  constexpr int32_t kLine = 64 / sizeof(float);
+  for (int32_t i = 0; i < program_.shape().hidden_size; i += kLine) platform::Prefetch(norm + i);
+}
+
 // What the operation's predictor is asked with, of all tokens of the call.
 const uint8_t* Session::PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
                                             ThreadScratch& scratch) {
@@ -172,9 +181,12 @@ const uint8_t* Session::MergeHeadsOnce(const Phase& phase, ThreadScratch& scratc
   const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
   if (scratch.x_serial != serial) {
     const ProgramShape& shape = program_.shape();
+    const int32_t head_stride = program_.head_stride();
     for (int32_t head = 0; head < shape.n_heads; ++head)
-      MergeSpans(head, CeilDiv(position_ + 1, kSpan), span_max_.get(), span_sum_.get(),
-                 span_out_.get(), shape.n_heads, scratch.floats + int64_t{head} * shape.head_dim);
+      kernels_->merge_spans(span_max_ + head, span_sum_ + head,
+                            span_out_ + int64_t{head} * head_stride, CeilDiv(position_ + 1, kSpan),
+                            shape.n_heads, shape.head_dim, head_stride,
+                            scratch.floats + int64_t{head} * shape.head_dim);
     kernels_->quantize(shape.format, scratch.floats.get(), shape.n_heads * shape.head_dim,
                        scratch.x.get());
     scratch.x_serial = serial;
@@ -246,25 +258,6 @@ void Session::AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t 
   kernels_->attend_span(args);
 }
 
-// Softmax over spans, in index order: `max`, `sum` and `out` of span s begin `s * stride` heads
-// further.
-void Session::MergeSpans(int32_t head, int32_t n_spans, const float* max, const float* sum,
-                         const float* out, int64_t stride, float* merged) const {
-  const int32_t head_dim = program_.shape().head_dim, head_stride = program_.head_stride();
-  float largest = max[head];
-  for (int32_t span = 1; span < n_spans; ++span)
-    largest = std::max(largest, max[span * stride + head]);
-  float total = 0.0f;
-  std::memset(merged, 0, sizeof(float) * static_cast<size_t>(head_dim));
-  for (int32_t span = 0; span < n_spans; ++span) {
-    const float weight = std::exp(max[span * stride + head] - largest);
-    const float* values = out + (span * stride + head) * head_stride;
-    total += weight * sum[span * stride + head];
-    for (int32_t i = 0; i < head_dim; ++i) merged[i] += weight * values[i];
-  }
-  for (int32_t i = 0; i < head_dim; ++i) merged[i] /= total;
-}
-
 ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_piece,
                              int32_t end_piece, const uint8_t* x, ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
@@ -289,8 +282,8 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_pie
   args.x = x;
   args.x_stride = VectorBytes(shape.format, shape.hidden_size);
   args.n_tokens = n_tokens_;
-  args.out = partials_ + first_piece * PartialStride();
-  args.piece_stride = PartialStride();
+  args.out = partials_ + PlaceOf(first_piece) * PartialStride();
+  args.piece_stride = (PlaceOf(first_piece + 1) - PlaceOf(first_piece)) * PartialStride();
   args.out_stride = padded;
   args.computes_all = is_dense_;
   args.active = scratch.active.get();
@@ -303,6 +296,7 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_pie
   const ActiveCounts counts = kernels_->find_active(args);
   Tick(kStageGate, scratch);
   if (observation_ != nullptr) ObserveActive(op, args.active, counts.n_listed);
+  if (n_tokens_ == 1) PrefetchNorm(phase.op + 1);
   kernels_->add_active(args, counts);
   const size_t layer = static_cast<size_t>(op.layer);
   scratch.n_active[layer] += counts.n_active;
@@ -310,13 +304,12 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_pie
   return counts;
 }
 
-// A piece's partial sum is there. Whoever brings the last one of every second piece adds those up,
+// A piece's partial sum is there. Whoever brings the last one of every second place adds those up,
 // and whoever then comes second with such a half adds it to x: in the order of sum_partials and
-// add_partials over all pieces, so that every number of threads gives the same bits. Since pieces
-// are dealt to threads, a half's partial sums mostly lie in the cache of the thread that adds them.
+// add_partials over all places, so that every number of threads gives the same bits.
 void Session::AddPartial(const Op& op, int32_t piece) {
   const ProgramShape& shape = program_.shape();
-  const int32_t padded = PaddedCols(shape.format, shape.hidden_size), half = piece % 2;
+  const int32_t padded = PaddedCols(shape.format, shape.hidden_size), half = PlaceOf(piece) % 2;
   if (n_arrived_[half].n.fetch_add(1, std::memory_order_acq_rel) + 1 < kFfnPieces / 2) return;
   n_arrived_[half].n.store(0, std::memory_order_relaxed);
   float* sum = partials_ + half * PartialStride();

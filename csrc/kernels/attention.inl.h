@@ -134,5 +134,21 @@ void AttendSpan(const AttendSpanArgs& a) {
   }
 }
 
+void MergeSpans(const float* max, const float* sum, const float* values, int32_t n_spans,
+                int64_t stride, int32_t head_dim, int32_t head_stride, float* merged) {
+  float largest = max[0];
+  for (int32_t span = 1; span < n_spans; ++span)
+    largest = max[span * stride] > largest ? max[span * stride] : largest;
+  float total = 0.0f;
+  memset(merged, 0, sizeof(float) * static_cast<size_t>(head_dim));
+  for (int32_t span = 0; span < n_spans; ++span) {
+    const float weight = expf(max[span * stride] - largest);
+    const float* v = values + span * stride * head_stride;
+    total += weight * sum[span * stride];
+    for (int32_t i = 0; i < head_dim; ++i) merged[i] += weight * v[i];
+  }
+  for (int32_t i = 0; i < head_dim; ++i) merged[i] /= total;
+}
+
 }  // namespace
 }  // namespace hybrid

@@ -315,6 +315,10 @@ struct KernelTable {
   void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float scale,
                    float* out);
   void (*attend_span)(const AttendSpanArgs& args);
+  // Softmax of one head over spans, in index order: the maximum, the sum and the values of span s
+  // stand s * stride heads behind those of the first. `merged`: (head_dim,).
+  void (*merge_spans)(const float* max, const float* sum, const float* values, int32_t n_spans,
+                      int64_t stride, int32_t head_dim, int32_t head_stride, float* merged);
   // (n,) fp32 -> fp16, round to nearest even.
   void (*to_fp16)(const float* x, int32_t n, uint16_t* out);
   // What a predictor is asked with: of z, `size` floats, or of x, a quantised vector.

@@ -15,6 +15,20 @@
 namespace hybrid {
 namespace {
 
+// Of 32 floats; compared as integers, so that a NaN is the largest of all.
+inline float LargestMagnitude(const float* x) {
+  uint32_t largest = 0;
+  for (int i = 0; i < kBlock; ++i) {
+    uint32_t bits;
+    memcpy(&bits, x + i, sizeof(bits));
+    bits &= 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  float magnitude;
+  memcpy(&magnitude, &largest, sizeof(magnitude));
+  return magnitude;
+}
+
 // Where q4's value of largest magnitude may be mapped; beyond -8 it is clipped and others gain.
 constexpr float kQ4Extremes[] = {-8.0f, 7.0f, -7.5f, -8.5f, -9.0f};
 

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd_eight_x86.h"
+
 namespace hybrid {
 namespace {
 

@@ -219,6 +219,55 @@ inline uint32_t AtMost(I32 a, I32 limit) {
   return bits;
 }
 
+// Eight lanes, whatever the ISA: a group's eight blocks at once, or eight elements of one block.
+using F32x8 = F32;
+using I32x8 = I32;
+static_assert(kLanes == 8, "a register is eight lanes");
+inline F32x8 Load8(const float* p) { return Load(p); }
+inline void Store8(float* p, F32x8 x) { Store(p, x); }
+inline void Store8(void* p, I32x8 x) { memcpy(p, x.v, sizeof(x.v)); }
+inline F32x8 Add8(F32x8 a, F32x8 b) { return Add(a, b); }
+inline I32x8 Add8(I32x8 a, I32x8 b) { return AddWords(a, b); }
+inline F32x8 Mul8(F32x8 a, float b) { return Mul(a, Set(b)); }
+// Lane by lane the larger of |a| and |b|, compared as integers: a NaN is the largest of all.
+inline F32x8 LargerMagnitude(F32x8 a, F32x8 b) {
+  for (int i = 0; i < kLanes; ++i) {
+    uint32_t bits[2];
+    memcpy(bits, a.v + i, 4);
+    memcpy(bits + 1, b.v + i, 4);
+    for (uint32_t& magnitude : bits) magnitude &= 0x7fffffffu;
+    memcpy(a.v + i, bits + (bits[1] > bits[0]), 4);
+  }
+  return a;
+}
+// Lane j of row i becomes lane i of row j.
+template <typename X8>
+inline void Transpose(X8 (&rows)[8]) {
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < i; ++j) {
+      const auto value = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = value;
+    }
+}
+// x[i] * factor of a block, rounded to int8; what lies beyond 127, and NaNs, become 0. Lane l holds
+// the bytes of the elements from 4 * kWordOfLane[l] on; the lanes of `sums` add up to their sum.
+constexpr int32_t kWordOfLane[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+inline I32x8 RoundBlock(const float* x, float factor, I32x8* sums) {
+  I32x8 words;
+  int8_t bytes[32];
+  for (int l = 0; l < 8; ++l) {
+    sums->v[l] = 0;
+    for (int i = 4 * l; i < 4 * l + 4; ++i) {
+      const float rounded = rintf(x[i] * factor);
+      bytes[i] = static_cast<int8_t>(rounded >= -127.0f && rounded <= 127.0f ? rounded : 0.0f);
+      sums->v[l] += bytes[i];
+    }
+  }
+  memcpy(words.v, bytes, sizeof(bytes));
+  return words;
+}
+
 inline void PrefetchL2(const void*) {}
 
 #undef HYBRID_LANES

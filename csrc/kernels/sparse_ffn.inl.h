@@ -113,6 +113,13 @@ struct ActiveList {
     a.active[n_listed] = {neuron, token, fires ? gate : 0.0f};
     n_listed += fires || a.computes_all;
   }
+  // Of the last one: long before its bundle is prefetched line by line, its page is looked up.
+  void Touch() const {
+    const uint8_t* bundle =
+        a.up.values + a.active[n_listed > 0 ? n_listed - 1 : 0].neuron * a.up.values_stride;
+    PrefetchL2(bundle);
+    PrefetchL2(bundle + a.up.values_stride - kCacheLine);
+  }
 };
 
 // Lists the predicted neurons: one pass over the predictor's tiles, without a branch on
@@ -124,7 +131,7 @@ int32_t NamePredicted(const SparseFfnArgs& a, Prefetcher& prefetcher) {
   const int32_t end = (a.last + kPredictTile - 1) / kPredictTile;
   const uint8_t* end_of_tiles = a.predictor->tiles + end * tile_bytes;
   int32_t* predicted = a.predicted;
-  int32_t n = 0;
+  int32_t n = 0, n_touched = 0;
   for (int32_t tile = a.first / kPredictTile; tile < end; ++tile) {
     const uint8_t* ahead = a.predictor->tiles + tile * tile_bytes + kAhead;
     for (int64_t at = 0; at < tile_bytes && ahead + at < end_of_tiles; at += kCacheLine)
@@ -134,6 +141,9 @@ int32_t NamePredicted(const SparseFfnArgs& a, Prefetcher& prefetcher) {
       predicted[n] = tile * kPredictTile + i;
       n += static_cast<int32_t>(bits >> i & 1);
     }
+    // Long before a row is prefetched line by line, its page is looked up.
+    for (; n_touched < n; ++n_touched)
+      PrefetchL2(a.gate.values + predicted[n_touched] * a.gate.values_stride);
     if (tile + kLastTiles < end) continue;
     prefetcher.Allow(Least(n, kRowsAhead), 0);
     prefetcher.Issue(kRowsAhead * RowBytes(a.gate, a.format) / kLastTiles + kCacheLine);
@@ -158,7 +168,10 @@ ActiveCounts FindPredicted(const SparseFfnArgs& a) {
       DotTile<kRowTile, 1, Take::kAny>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
     else
       DotTile<1, 1, Take::kAny>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
-    for (int32_t r = 0; i < end; ++i, ++r) list.Take(a.predicted[i], 0, gates[r][0]);
+    for (int32_t r = 0; i < end; ++i, ++r) {
+      list.Take(a.predicted[i], 0, gates[r][0]);
+      list.Touch();
+    }
   }
   prefetcher.Allow(n, Least(list.n_listed, prefetcher.n_ahead()));
   prefetcher.Finish();
@@ -212,6 +225,7 @@ ActiveCounts FindActive(const SparseFfnArgs& a) {
           bits = PredictTile(a, neuron / kPredictTile, token);
         if ((bits >> neuron % kPredictTile & 1) == 0) continue;
         list.Take(neuron, token, gates[token * kGateBlock + neuron - first]);
+        if (a.n_tokens == 1) list.Touch();
         ++n_predicted;
       }
     }

@@ -36,18 +36,45 @@ constexpr PartialColumns MakePartialColumns(Format format) {
 template <Format kFormat>
 constexpr PartialColumns kPartialColumns = MakePartialColumns(kFormat);
 
-// Of 32 floats; compared as integers, so that a NaN is the largest of all.
-inline float LargestMagnitude(const float* x) {
-  uint32_t largest = 0;
-  for (int i = 0; i < kBlock; ++i) {
-    uint32_t bits;
-    memcpy(&bits, x + i, sizeof(bits));
-    bits &= 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
+// Of a group; in `values` four elements of a block stay together (see ColumnOrder).
+inline void QuantizeGroup(const float* x, uint8_t* values, float* scales, int32_t* corrections) {
+  F32x8 largest[kGroupBlocks];
+#pragma GCC unroll 8
+  for (int32_t block = 0; block < kGroupBlocks; ++block) {
+    const float* b = x + block * kBlock;
+    largest[block] = LargerMagnitude(LargerMagnitude(Load8(b), Load8(b + 8)),
+                                     LargerMagnitude(Load8(b + 16), Load8(b + 24)));
   }
-  float magnitude;
-  memcpy(&magnitude, &largest, sizeof(magnitude));
-  return magnitude;
+  Transpose(largest);  // lanes are blocks
+#pragma GCC unroll 8
+  for (int32_t half = kGroupBlocks / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int32_t i = 0; i < half; ++i) largest[i] = LargerMagnitude(largest[i], largest[i + half]);
+  float magnitudes[kGroupBlocks];
+  Store8(magnitudes, largest[0]);
+  // A NaN or an infinity in x shows in the block's scale; its integers become 0.
+  float factors[kGroupBlocks];
+#pragma GCC unroll 8
+  for (int32_t block = 0; block < kGroupBlocks; ++block) {
+    factors[block] = 127.0f / magnitudes[block];
+    factors[block] = magnitudes[block] > 0.0f ? factors[block] : 0.0f;
+    scales[block] = magnitudes[block] / 127.0f;
+  }
+  I32x8 words[kGroupBlocks], sums[kGroupBlocks];
+#pragma GCC unroll 8
+  for (int32_t block = 0; block < kGroupBlocks; ++block)
+    words[block] = RoundBlock(x + block * kBlock, factors[block], &sums[block]);
+  Transpose(words);
+#pragma GCC unroll 8
+  for (int32_t lane = 0; lane < 8; ++lane) Store8(values + kWordOfLane[lane] * kBlock, words[lane]);
+  Transpose(sums);
+#pragma GCC unroll 8
+  for (int32_t half = kGroupBlocks / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int32_t i = 0; i < half; ++i) sums[i] = Add8(sums[i], sums[i + half]);
+  Store8(corrections, sums[0]);
+#pragma GCC unroll 8
+  for (int32_t block = 0; block < kGroupBlocks; ++block) corrections[block] *= -128;
 }
 
 void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
@@ -61,28 +88,12 @@ void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
   const int32_t n_blocks = padded / kBlock;
   float* scales = reinterpret_cast<float*>(out + padded);
   int32_t* corrections = reinterpret_cast<int32_t*>(out + padded + 4 * n_blocks);
-  for (int32_t block = 0; block < n_blocks; ++block) {
-    const int32_t first = block * kBlock;
-    float values[kBlock] = {};
-    if (first < n)
-      memcpy(values, x + first, sizeof(float) * (n - first < kBlock ? n - first : kBlock));
-    const float largest = LargestMagnitude(values);
-    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    scales[block] = largest / 127.0f;
-    // Plain loops, which the compiler makes vectors of.
-    int32_t integers[kBlock], sum = 0;
-    int8_t bytes[kBlock];
-    for (int32_t i = 0; i < kBlock; ++i) {
-      const float scaled = rintf(values[i] * inverse);
-      // A NaN or an infinity in x shows in the block's scale; here it only must not be undefined.
-      integers[i] = static_cast<int32_t>(scaled >= -127.0f && scaled <= 127.0f ? scaled : 0.0f);
-    }
-    for (int32_t i = 0; i < kBlock; ++i) sum += integers[i];
-    for (int32_t i = 0; i < kBlock; ++i) bytes[i] = static_cast<int8_t>(integers[i]);
-    corrections[block] = -128 * sum;
-    // Four elements of a block stay together (see ColumnOrder).
-    uint8_t* group = out + block / kGroupBlocks * kGroup + block % kGroupBlocks * 4;
-    for (int32_t k = 0; k < kBlock / 4; ++k) memcpy(group + k * kBlock, bytes + 4 * k, 4);
+  for (int32_t first = 0; first < padded; first += kGroup) {
+    float last_values[kGroup] = {};
+    const bool is_whole = first + kGroup <= n;
+    if (!is_whole) memcpy(last_values, x + first, sizeof(float) * static_cast<size_t>(n - first));
+    QuantizeGroup(is_whole ? x + first : last_values, out + first, scales + first / kBlock,
+                  corrections + first / kBlock);
   }
 }
 
@@ -112,21 +123,56 @@ void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float
   }
 }
 
+// x[c] += scale * the sum that belongs to natural column c, of one group.
 template <Format kFormat>
 inline void AddNatural(const float* sums, int32_t n, float scale, float* x) {
   const PartialColumns& columns = kPartialColumns<kFormat>;
-  for (int32_t i = 0; i < n; ++i) x[i] += scale * (sums[columns.index[i]] * columns.unit[i]);
+  if (kFormat == Format::kBf16 || n < kGroup) {
+    for (int32_t i = 0; i < n; ++i) x[i] += scale * (sums[columns.index[i]] * columns.unit[i]);
+    return;
+  }
+  // The same element of all blocks stands together: eight elements of eight blocks at once.
+  for (int32_t first = 0; first < kBlock; first += 8) {
+    F32x8 rows[kGroupBlocks];
+    for (int32_t i = 0; i < 8; ++i)
+      rows[i] = Mul8(Load8(sums + columns.index[first + i]), columns.unit[first + i]);
+    Transpose(rows);
+    for (int32_t block = 0; block < kGroupBlocks; ++block) {
+      float* out = x + block * kBlock + first;
+      Store8(out, Add8(Load8(out), Mul8(rows[block], scale)));
+    }
+  }
+}
+
+template <int kPieces>
+inline void SumPieces(const float* partials, int64_t stride, int32_t n, float* out) {
+  for (int32_t col = 0; col < n; col += kLanes) {
+    F32 parts[kPieces];
+#pragma GCC unroll 16
+    for (int piece = 0; piece < kPieces; ++piece)
+      parts[piece] = Load(partials + piece * stride + col);
+#pragma GCC unroll 4
+    for (int half = kPieces / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int piece = 0; piece < half; ++piece)
+        parts[piece] = Add(parts[piece], parts[piece + half]);
+    Store(out + col, parts[0]);
+  }
 }
 
 void SumPartials(const float* partials, int64_t stride, int32_t n_pieces, int32_t n, float* out) {
-  for (int32_t col = 0; col < n; col += kLanes) {
-    F32 parts[kMaxPieces];
-    for (int32_t piece = 0; piece < n_pieces; ++piece)
-      parts[piece] = Load(partials + piece * stride + col);
-    for (int32_t half = n_pieces / 2; half > 0; half /= 2)
-      for (int32_t piece = 0; piece < half; ++piece)
-        parts[piece] = Add(parts[piece], parts[piece + half]);
-    Store(out + col, parts[0]);
+  static_assert(kMaxPieces == 16, "every power of two up to it has a case");
+  switch (n_pieces) {
+    case 1:
+      return SumPieces<1>(partials, stride, n, out);
+    case 2:
+      return SumPieces<2>(partials, stride, n, out);
+    case 4:
+      return SumPieces<4>(partials, stride, n, out);
+    case 8:
+      return SumPieces<8>(partials, stride, n, out);
+    default:
+      return SumPieces<16>(partials, stride, n, out);
   }
 }
 
