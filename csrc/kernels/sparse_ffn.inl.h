@@ -106,6 +106,7 @@ class Prefetcher {
 struct ActiveList {
   const SparseFfnArgs& a;
   int32_t n_listed = 0;
+  int32_t n_touched = 0;
   int64_t n_active = 0;
   void Take(int32_t neuron, int32_t token, float gate) {
     const bool fires = Fires(a.activation, gate, a.threshold);
@@ -113,12 +114,14 @@ struct ActiveList {
     a.active[n_listed] = {neuron, token, fires ? gate : 0.0f};
     n_listed += fires || a.computes_all;
   }
-  // Of the last one: long before its bundle is prefetched line by line, its page is looked up.
-  void Touch() const {
-    const uint8_t* bundle =
-        a.up.values + a.active[n_listed > 0 ? n_listed - 1 : 0].neuron * a.up.values_stride;
-    PrefetchL2(bundle);
-    PrefetchL2(bundle + a.up.values_stride - kCacheLine);
+  // Of those that are new: long before a bundle is prefetched line by line, its pages are looked
+  // up.
+  void Touch() {
+    for (; n_touched < n_listed; ++n_touched) {
+      const uint8_t* bundle = a.up.values + a.active[n_touched].neuron * a.up.values_stride;
+      PrefetchL2(bundle);
+      PrefetchL2(bundle + a.up.values_stride - kCacheLine);
+    }
   }
 };
 
@@ -168,10 +171,8 @@ ActiveCounts FindPredicted(const SparseFfnArgs& a) {
       DotTile<kRowTile, 1, Take::kAny>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
     else
       DotTile<1, 1, Take::kAny>(a.format, a.gate, a.predicted + i, x, gates, prefetcher);
-    for (int32_t r = 0; i < end; ++i, ++r) {
-      list.Take(a.predicted[i], 0, gates[r][0]);
-      list.Touch();
-    }
+    for (int32_t r = 0; i < end; ++i, ++r) list.Take(a.predicted[i], 0, gates[r][0]);
+    list.Touch();
   }
   prefetcher.Allow(n, Least(list.n_listed, prefetcher.n_ahead()));
   prefetcher.Finish();
@@ -225,11 +226,11 @@ ActiveCounts FindActive(const SparseFfnArgs& a) {
           bits = PredictTile(a, neuron / kPredictTile, token);
         if ((bits >> neuron % kPredictTile & 1) == 0) continue;
         list.Take(neuron, token, gates[token * kGateBlock + neuron - first]);
-        if (a.n_tokens == 1) list.Touch();
         ++n_predicted;
       }
     }
     if (a.n_tokens == 1) {
+      list.Touch();
       prefetcher.Allow(0, Least(list.n_listed, prefetcher.n_ahead()));
       prefetcher.Issue(prefetcher.bundle_bytes() * 2 / 3);
     }
