@@ -73,7 +73,7 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
   for (int32_t thread = 0; thread < pool.n_threads(); ++thread)
     threads_.push_back(std::make_unique<ThreadScratch>(
         n_floats, vector_bytes, n_pairs + 1, n_neurons + 1, kPrefillChunk * predictor_bytes,
-        preview_bytes, program.n_layers()));
+        preview_bytes, shape.head_dim, program.n_layers()));
 }
 
 Session::~Session() = default;

@@ -165,7 +165,8 @@ class Session {
   // What one thread needs for itself.
   struct ThreadScratch {
     ThreadScratch(int64_t n_floats, int64_t vector_bytes, int64_t n_pairs, int64_t n_neurons,
-                  int64_t predictor_bytes, int64_t preview_bytes, int32_t n_layers)
+                  int64_t predictor_bytes, int64_t preview_bytes, int32_t head_dim,
+                  int32_t n_layers)
         : floats(n_floats),
           x(vector_bytes),
           active(n_pairs),
@@ -174,7 +175,9 @@ class Session {
           preview_input(preview_bytes),
           shortlist(preview_bytes > 0 ? kShortlistRows + 1 : 0),
           n_active(static_cast<size_t>(n_layers)),
-          n_predicted(static_cast<size_t>(n_layers)) {}
+          n_predicted(static_cast<size_t>(n_layers)),
+          rotated(head_dim),
+          key(head_dim) {}
     Pages<float> floats;
     Pages<uint8_t> x;                 // a private quantised vector
     Pages<Active> active;             // of an FFN's pieces
@@ -191,6 +194,8 @@ class Session {
     int64_t bytes[kStages] = {};
     int64_t nanoseconds[kStages] = {};
     int64_t last_tick = 0;
+    Pages<float> rotated;  // a key
+    Pages<uint16_t> key;   // the same in fp16
     float scores[kHeadTile * kSpan];
   };
 
@@ -208,7 +213,8 @@ class Session {
   const uint8_t* PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
                                      ThreadScratch& scratch);
   const uint8_t* MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch);
-  void FinishHead(const Op& op, int32_t head, float* values, int32_t position, int32_t token);
+  void FinishHead(const Op& op, int32_t head, const float* values, int32_t position, int32_t token,
+                  ThreadScratch& scratch);
   void AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
                   const void* next, ThreadScratch& scratch, float* max, float* sum, float* out);
   ActiveCounts RunFfn(const Phase& phase, const Op& op, int32_t first_piece, int32_t end_piece,
@@ -234,6 +240,8 @@ class Session {
   void ObserveActive(const Op& op, const Active* active, int32_t n_listed);
   void AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
                ThreadScratch& scratch);
+  void PrefetchKey(const Op& op, int32_t head) const;
+  uint16_t* KeyAt(int32_t layer, int32_t kv_head, int32_t position) const;
   uint16_t* KvSpan(int32_t layer, int32_t kv_head, int32_t span) const;
 
   const Program& program_;

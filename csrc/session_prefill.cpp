@@ -43,7 +43,7 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
       kernels_->gemm({shape.format, op.a, piece * head_dim, (piece + 1) * head_dim, x_quant_.get(),
                       x_bytes, n_tokens_, floats, head_dim});
       for (int32_t t = 0; t < n_tokens_; ++t)
-        FinishHead(op, piece, floats + t * head_dim, position_ + t, t);
+        FinishHead(op, piece, floats + t * head_dim, position_ + t, t, scratch);
       break;
     case PhaseKind::kAttendTokens: {
       const int32_t kv_head = piece % shape.n_kv_heads,

@@ -70,9 +70,10 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       break;
     case PhaseKind::kQkv: {
       const uint8_t* x = NormOnce(phase, op, scratch);
+      PrefetchKey(op, piece);
       kernels_->gemm(
           {shape.format, op.a, piece * head_dim, (piece + 1) * head_dim, x, 0, 1, floats, 0});
-      FinishHead(op, piece, floats, position_, 0);
+      FinishHead(op, piece, floats, position_, 0, scratch);
       scratch.bytes[kStageQkv] += head_dim * RowBytes(op.a, shape.format);
       break;
     }
@@ -195,41 +196,45 @@ const uint8_t* Session::MergeHeadsOnce(const Phase& phase, ThreadScratch& scratc
 }
 
 // Rope and the places where a projected head goes: q to scratch, k and v to the cache.
-void Session::FinishHead(const Op& op, int32_t head, float* values, int32_t position,
-                         int32_t token) {
+void Session::FinishHead(const Op& op, int32_t head, const float* values, int32_t position,
+                         int32_t token, ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
   const int32_t head_dim = shape.head_dim, half = head_dim / 2,
                 head_stride = program_.head_stride();
-  const bool is_value = head >= shape.n_heads + shape.n_kv_heads;
-  if (!is_value) {
-    const float* cos = shape.rope_cos + int64_t{position} * half;
-    const float* sin = shape.rope_sin + int64_t{position} * half;
-    for (int32_t i = 0; i < half; ++i) {
-      const float first = values[i], second = values[i + half];
-      values[i] = first * cos[i] - second * sin[i];
-      values[i + half] = second * cos[i] + first * sin[i];
-    }
-  }
+  const float* cos = shape.rope_cos + int64_t{position} * half;
+  const float* sin = shape.rope_sin + int64_t{position} * half;
   if (head < shape.n_heads) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    float* q = q_ + (int64_t{token} * shape.n_heads + head) * head_stride;
-    for (int32_t i = 0; i < head_dim; ++i) q[i] = values[i] * scale;
-  } else {
-    const int32_t kv_head = (head - shape.n_heads) % shape.n_kv_heads;
-    uint16_t* keys = KvSpan(op.layer, kv_head, position / kSpan);
-    const int32_t at = position % kSpan;
-    if (is_value) {
-      kernels_->to_fp16(values, head_dim, keys + (kSpan + at) * head_stride);
-    } else {
-      uint16_t* tile = keys + at / kKeyTile * kKeyTile * head_stride + at % kKeyTile;
-      for (int32_t first = 0; first < head_dim; first += kHeadAlign) {
-        const int32_t n = std::min(kHeadAlign, head_dim - first);
-        uint16_t part[kHeadAlign];
-        kernels_->to_fp16(values + first, n, part);
-        for (int32_t i = 0; i < n; ++i) tile[(first + i) * kKeyTile] = part[i];
-      }
-    }
+    kernels_->rotate(values, cos, sin, half, scale,
+                     q_ + (int64_t{token} * shape.n_heads + head) * head_stride);
+    return;
   }
+  const int32_t kv_head = (head - shape.n_heads) % shape.n_kv_heads;
+  if (head >= shape.n_heads + shape.n_kv_heads) {
+    uint16_t* first = KvSpan(op.layer, kv_head, position / kSpan) + int64_t{kSpan} * head_stride;
+    kernels_->to_fp16(values, head_dim, first + position % kSpan * head_stride);
+    return;
+  }
+  kernels_->rotate(values, cos, sin, half, 1.0f, scratch.rotated.get());
+  kernels_->to_fp16(scratch.rotated.get(), head_dim, scratch.key.get());
+  uint16_t* key = KeyAt(op.layer, kv_head, position);
+  for (int32_t i = 0; i < head_dim; ++i) key[i * kKeyTile] = scratch.key[i];
+}
+
+// Where a key will be written, before it is computed: its elements are misses all.
+void Session::PrefetchKey(const Op& op, int32_t head) const {
+  const ProgramShape& shape = program_.shape();
+  const int32_t kv_head = head - shape.n_heads;
+  if (kv_head < 0 || kv_head >= shape.n_kv_heads) return;
+  const uint16_t* key = KeyAt(op.layer, kv_head, position_);
+  for (int32_t i = 0; i < shape.head_dim; ++i) platform::Prefetch(key + i * kKeyTile);
+}
+
+// The first element of a key; the next are kKeyTile apart.
+uint16_t* Session::KeyAt(int32_t layer, int32_t kv_head, int32_t position) const {
+  const int32_t at = position % kSpan;
+  return KvSpan(layer, kv_head, position / kSpan) +
+         at / kKeyTile * kKeyTile * program_.head_stride() + at % kKeyTile;
 }
 
 // The keys of a span, in tiles; its values follow them.

@@ -134,6 +134,15 @@ void AttendSpan(const AttendSpanArgs& a) {
   }
 }
 
+void Rotate(const float* x, const float* cos, const float* sin, int32_t half, float scale,
+            float* out) {
+  for (int32_t i = 0; i < half; ++i) {
+    const float first = x[i], second = x[i + half];
+    out[i] = (first * cos[i] - second * sin[i]) * scale;
+    out[i + half] = (second * cos[i] + first * sin[i]) * scale;
+  }
+}
+
 void MergeSpans(const float* max, const float* sum, const float* values, int32_t n_spans,
                 int64_t stride, int32_t head_dim, int32_t head_stride, float* merged) {
   float largest = max[0];

@@ -314,6 +314,10 @@ struct KernelTable {
                        int32_t n, float scale, float* x);
   void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float scale,
                    float* out);
+  // Rotary embedding of one head, times `scale`: dimension i belongs to i + half. `out` is another
+  // array than x; cos and sin are those of the position, (half,).
+  void (*rotate)(const float* x, const float* cos, const float* sin, int32_t half, float scale,
+                 float* out);
   void (*attend_span)(const AttendSpanArgs& args);
   // Softmax of one head over spans, in index order: the maximum, the sum and the values of span s
   // stand s * stride heads behind those of the first. `merged`: (head_dim,).

@@ -15,10 +15,10 @@ namespace hybrid {
 namespace {
 
 constexpr KernelTable MakeTable(const char* name) {
-  return {name,         PackRow,    Quantize,    Dequantize,         Gemm,
-          FindActive,   AddActive,  SumPartials, AddPartials,        RmsNorm,
-          AttendSpan,   MergeSpans, ToFp16,      MakePredictorInput, MakePreviewInput,
-          PreviewTiles, GatherDots, Read};
+  return {name,       PackRow,     Quantize,           Dequantize,       Gemm,         FindActive,
+          AddActive,  SumPartials, AddPartials,        RmsNorm,          Rotate,       AttendSpan,
+          MergeSpans, ToFp16,      MakePredictorInput, MakePreviewInput, PreviewTiles, GatherDots,
+          Read};
 }
 
 }  // namespace
