@@ -23,9 +23,10 @@ from hybrid.kernels.torch_kernels import TorchKernels  # noqa: E402
 from hybrid.placement.sizes import ModelSizes  # noqa: E402
 
 PLANS = list(PackedFolder(STORIES, Format.q8).plans())
-# Logits of the two orders of summation, of the largest logit: activations are rounded to int8 again
-# and again, and a value that falls on the other side of a boundary shows.
-BOUND = 2e-2
+# Logits of the two orders of summation, of the largest logit and, root mean squares, of their
+# deviation: activations are rounded to int8 again and again, and a value that falls on the other
+# side of a boundary shows. In q4 1.4 to 2.6 % and 1.0 to 1.3 %, by the text.
+BOUND, RMS_BOUND = 3e-2, 2e-2
 
 
 @pytest.fixture(scope="module", params=list(Format), ids=lambda f: f.name)
@@ -36,6 +37,8 @@ def packed(request: pytest.FixtureRequest) -> PackedFolder:
 def check_logits(actual: np.ndarray, expected: np.ndarray) -> None:
     bound = BOUND * np.abs(expected).max()
     assert np.abs(actual - expected).max() <= bound
+    if actual.ndim == 2:  # one token alone varies more
+        assert np.sqrt(np.mean(np.square(actual - expected))) <= RMS_BOUND * expected.std()
     top = np.sort(expected)[..., -2:]
     clear = top[..., 1] - top[..., 0] > 2 * bound
     assert (actual.argmax(-1) == expected.argmax(-1))[clear].all()
