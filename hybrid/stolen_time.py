@@ -20,9 +20,6 @@ class StolenTime:
         self._stolen_s, self._started = _stolen_s(), time.perf_counter()
 
     def share(self, n_threads: int) -> float:
-        """Of the time of `n_threads` processors; 0 where the system does not tell.
-
-        More than 1 if processors that these threads do not use were taken too.
-        """
+        """Of the time of `n_threads` processors, 1 at most; 0 where the system does not tell."""
         elapsed = time.perf_counter() - self._started
-        return (_stolen_s() - self._stolen_s) / (n_threads * elapsed)
+        return min((_stolen_s() - self._stolen_s) / (n_threads * elapsed), 1.0)

@@ -27,6 +27,7 @@ KEYS = [
     "decode_gbs",
     "stream_gbs",
     "decode_mbu",
+    "stolen_fraction",
     "bytes_per_token",
     "active_fraction",
     "predictor",
@@ -89,6 +90,15 @@ def test_the_share_of_bandwidth_is_given_where_memory_is_the_limit(capsys, monke
     monkeypatch.setattr("hybrid.engine.engine.last_level_cache_bytes", lambda: 1 << 30)
     bench.main(["--runs", "1", "-n", "10"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["decode_mbu"] is None
+
+
+@pytest.mark.parametrize(("share", "is_told"), [(0.004, False), (0.12, True)])
+def test_time_that_a_hypervisor_took_is_told(capsys, monkeypatch, share, is_told):
+    monkeypatch.setattr(bench.StolenTime, "share", lambda self, n_threads: share)
+    bench.main(["--runs", "1", "-n", "10"])
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["stolen_fraction"] == share
+    assert any("hypervisor took 12.0%" in line for line in table) == is_told
 
 
 def test_the_same_seed_does_the_same_work(capsys):

@@ -15,7 +15,7 @@ PACKAGES = Path(hybrid.__file__).parents[1]
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["hybrid.errors", "hybrid.model_config", "hybrid.progress"],
+    ["hybrid.errors", "hybrid.model_config", "hybrid.progress", "hybrid.stolen_time"],
     ["hybrid.kernels"],
     ["hybrid.checkpoint", "hybrid.weights"],
     ["hybrid.placement"],
@@ -56,7 +56,7 @@ _USUAL = {"hybrid", "hybrid.catalog", "hybrid.progress_bar", "hybrid.command_lin
 FRONT_ENDS = {
     "hybrid.run": _USUAL | {"hybrid.conversation"},
     "hybrid.conversation": _USUAL,
-    "hybrid.bench": _USUAL,
+    "hybrid.bench": _USUAL | {"hybrid.stolen_time"},
     "hybrid.eval": _USUAL | {"hybrid.evaluation"},
     "hybrid.plan": _USUAL
     | {

@@ -33,11 +33,11 @@ void MakePreviewInput(const float* x, int32_t n, uint8_t* out) {
 inline float PreviewTile(const Preview& p, const uint8_t* tile, const uint8_t* input,
                          const float (&tail)[3], float* logits) {
   constexpr int kRegisters = kPredictTile / kLanes;
-  I32 dots[4][kRegisters];  // four sums a register: one would wait for itself
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
+  I32 dots[kRegisters][4];  // a sum a field: one would wait for itself
 #pragma GCC unroll 2
-    for (int r = 0; r < kRegisters; ++r) dots[i][r] = ZeroWords();
+  for (int r = 0; r < kRegisters; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) dots[r][i] = ZeroWords();
   for (int32_t col = 0; col < p.n_cols; col += kPreviewCols, tile += kPredictLine) {
     PrefetchL2(tile + kStreamAhead);
 #pragma GCC unroll 2
@@ -45,14 +45,14 @@ inline float PreviewTile(const Preview& p, const uint8_t* tile, const uint8_t* i
       const Crumbs w = LoadCrumbs(tile + r * 4 * kLanes);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
-        dots[i][r] = DotQ4(dots[i][r], w.fields[i], BroadcastX(input + col + 4 * i));
+        dots[r][i] = DotQ4(dots[r][i], w.fields[i], BroadcastX(input + col + 4 * i));
       InOrder();
     }
   }
   const float* scales = reinterpret_cast<const float*>(tile);
   F32 largest = Set(-INFINITY);
   for (int r = 0; r < kRegisters; ++r) {
-    const I32 dot = AddWords(AddWords(dots[0][r], dots[1][r]), AddWords(dots[2][r], dots[3][r]));
+    const I32 dot = SumOfFields(dots[r]);
     const F32 unit = Mul(Load(scales + r * kLanes), Set(tail[0])),
               logit = Mul(Fma(unit, Set(tail[2]), Add(ToFloat(dot), Set(tail[1]))), unit);
     Store(logits + r * kLanes, logit);

@@ -116,6 +116,20 @@ inline Nibbles LoadQ4Weights(const uint8_t* p) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
 }
+#ifdef __AVXVNNI__
+inline Crumbs LoadCrumbs(const uint8_t* p) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const auto field = [&](int bits) {
+    return _mm256_and_si256(bytes, _mm256_set1_epi8(static_cast<char>(bits)));
+  };
+  return {{field(0x03), field(0x0c), field(0x30), field(0xc0)}};
+}
+inline I32 SumOfFields(const I32 (&dots)[4]) {
+  return _mm256_add_epi32(
+      _mm256_add_epi32(dots[0], _mm256_srai_epi32(dots[1], 2)),
+      _mm256_add_epi32(_mm256_srai_epi32(dots[2], 4), _mm256_srai_epi32(dots[3], 6)));
+}
+#else
 inline Crumbs LoadCrumbs(const uint8_t* p) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i mask = _mm256_set1_epi8(3);
@@ -123,6 +137,10 @@ inline Crumbs LoadCrumbs(const uint8_t* p) {
            _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask),
            _mm256_and_si256(_mm256_srli_epi16(bytes, 6), mask)}};
 }
+inline I32 SumOfFields(const I32 (&dots)[4]) {
+  return _mm256_add_epi32(_mm256_add_epi32(dots[0], dots[1]), _mm256_add_epi32(dots[2], dots[3]));
+}
+#endif
 inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }
 
 using Blocks = F32;

@@ -106,12 +106,30 @@ inline Nibbles LoadQ4Weights(const uint8_t* p) {
   const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
   return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
 }
+#ifdef __AVX512VNNI__
+inline Crumbs LoadCrumbs(const uint8_t* p) {
+  const __m512i bytes = _mm512_loadu_si512(p);
+  const auto field = [&](int bits) {
+    return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(bits)));
+  };
+  return {{field(0x03), field(0x0c), field(0x30), field(0xc0)}};
+}
+inline I32 SumOfFields(const I32 (&dots)[4]) {
+  return _mm512_add_epi32(
+      _mm512_add_epi32(dots[0], _mm512_srai_epi32(dots[1], 2)),
+      _mm512_add_epi32(_mm512_srai_epi32(dots[2], 4), _mm512_srai_epi32(dots[3], 6)));
+}
+#else
 inline Crumbs LoadCrumbs(const uint8_t* p) {
   const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(3);
   return {{_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 2), mask),
            _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask),
            _mm512_and_si512(_mm512_srli_epi16(bytes, 6), mask)}};
 }
+inline I32 SumOfFields(const I32 (&dots)[4]) {
+  return _mm512_add_epi32(_mm512_add_epi32(dots[0], dots[1]), _mm512_add_epi32(dots[2], dots[3]));
+}
+#endif
 inline __m512i LoadX(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline F32 LoadWeightScales(const uint16_t* p) {
   return _mm512_broadcast_f32x8(

@@ -132,7 +132,14 @@ inline I32 DotQ8(I32 sum, Q8Weights w, XBytes x) {
     sum.v[i / 4] += (static_cast<int32_t>(w.v[i]) - 128) * static_cast<int8_t>(x.v[i]);
   return sum;
 }
-// Four fields of two bits, from the lowest.
+// Four fields of two bits, from the lowest; where the ISA allows they stay in their places, worth
+// 4^field. Of their dot products SumOfFields makes what the fields themselves would sum up to.
+inline I32 SumOfFields(const I32 (&dots)[4]) {
+  I32 sum = dots[0];
+  for (int field = 1; field < 4; ++field)
+    for (int i = 0; i < kLanes; ++i) sum.v[i] += dots[field].v[i];
+  return sum;
+}
 inline Crumbs LoadCrumbs(const uint8_t* p) {
   Crumbs y;
   for (int field = 0; field < 4; ++field)
