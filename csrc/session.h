@@ -281,7 +281,7 @@ class Session {
   Pages<float> logits_;            // (vocab_size,)
   Pages<uint8_t> preview_inputs_;  // (T, PreviewInputBytes) of prefill
   Pages<float> tile_maxima_;       // (T, tiles of the preview); decode's are the first row
-  // Partial sums of even and of odd pieces that are there, and halves that are added up, each
+  // Partial sums of even and of odd places that are there, and halves that are added up, each
   // number in a cache line of its own; 0 between operations.
   struct alignas(64) Arrived {
     std::atomic<int32_t> n{0};

@@ -250,8 +250,8 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
     )
     if stolen_share > 0.01:
         print(
-            f"           a hypervisor took {stolen_share:.1%} of the threads' time: every speed "
-            "below is too low by as much"
+            f"           a hypervisor took {stolen_share:.1%} of the threads' time: speeds are too "
+            "low by about as much"
         )
     moving = f", {moving_s:.2f} s more until the weights lay in memory" if moving_s > 0.01 else ""
     print(f"load       {stats.load_s:.2f} s{moving}; resident {rss / 1e6:.0f} MB")
