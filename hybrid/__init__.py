@@ -9,8 +9,8 @@ with hybrid.load("stories") as engine:
 
 from hybrid.engine.engine import Engine, EngineStats
 from hybrid.engine.generation import Generation, GenerationStats, TokenLogprobs
+from hybrid.engine.loading.prediction import Prediction
 from hybrid.engine.options import check_options
-from hybrid.engine.prediction import Prediction
 from hybrid.engine.session import Observation, Session
 from hybrid.errors import (
     ContextOverflow,
@@ -22,16 +22,19 @@ from hybrid.errors import (
     InvalidArtifact,
     InvalidCheckpoint,
     InvalidOption,
+    MissingPackage,
     ModelNotFound,
     OutOfMemory,
     UnsupportedIsa,
     UnsupportedModel,
 )
+from hybrid.hub.loading import load
 from hybrid.kernels import active_isa
-from hybrid.loading import load
 from hybrid.progress import Progress
-from hybrid.sampling import Sampler, SamplingParams
-from hybrid.tokenizer import ChatMessage
+from hybrid.text.sampling import Sampler, SamplingParams
+from hybrid.text.tokenizer import ChatMessage
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ChatMessage",
@@ -48,6 +51,7 @@ __all__ = [
     "InvalidArtifact",
     "InvalidCheckpoint",
     "InvalidOption",
+    "MissingPackage",
     "ModelNotFound",
     "Observation",
     "OutOfMemory",

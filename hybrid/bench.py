@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 
 from hybrid import Engine, InvalidOption, Sampler, Session, active_isa, check_options
-from hybrid.command_line import (
+from hybrid.cli.command_line import (
     ArgumentParser,
     add_device_options,
     add_model_options,
@@ -35,7 +35,7 @@ from hybrid.command_line import (
     printable,
     run_command,
 )
-from hybrid.stolen_time import StolenTime
+from hybrid.placement.stolen_time import StolenTime
 
 PREFILL_LENGTHS = (128, 512)
 SHORT_CONTEXT = 16

@@ -12,6 +12,7 @@
     ├── OutOfMemory          the model or a context does not fit into this machine's memory
     ├── DeviceUnavailable    a GPU was asked for, and there is none that hybrid can use
     ├── DeviceFailed         the GPU failed or did not answer: load the model again
+    ├── MissingPackage       an optional package is needed for this, and is not installed
     └── EngineClosed         the engine or session was used after it was closed
 
 A message says what is wrong, what was expected, what was found, and what to do.
@@ -66,6 +67,10 @@ class DeviceUnavailable(HybridError):
 
 class DeviceFailed(HybridError):
     """The GPU reported an error or did not answer; what it holds cannot be trusted any more."""
+
+
+class MissingPackage(HybridError):
+    """An optional package is needed for this, and is not installed."""
 
 
 class EngineClosed(HybridError):

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid import Engine, Progress, check_options
-from hybrid.catalog import resolve
-from hybrid.command_line import (
+from hybrid.cli.command_line import (
     ArgumentParser,
     add_device_options,
     add_model_options,
@@ -31,13 +30,14 @@ from hybrid.command_line import (
     read_text,
     run_command,
 )
+from hybrid.cli.progress_bar import progress_bar
 from hybrid.evaluation import (
     Fp32Engine,
     measure_choices,
     measure_perplexity,
     read_questions,
 )
-from hybrid.progress_bar import progress_bar
+from hybrid.hub.catalog import resolve
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

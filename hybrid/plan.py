@@ -20,16 +20,22 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hybrid import HybridError, InvalidOption, check_options
-from hybrid.catalog import hybrid_home, resolve
-from hybrid.command_line import ArgumentParser, add_model_options, byte_size, printable, run_command
-from hybrid.engine.placing import machine_here, solve_for
-from hybrid.engine.subject import Subject, read_subject
+from hybrid import InvalidOption, MissingPackage, check_options
+from hybrid.cli.command_line import (
+    ArgumentParser,
+    add_model_options,
+    byte_size,
+    printable,
+    run_command,
+)
+from hybrid.cli.progress_bar import progress_bar
+from hybrid.engine.loading.model_spec import Subject, read_subject
+from hybrid.engine.loading.planning import machine_here, solve_for
+from hybrid.hub.catalog import hybrid_home, resolve
 from hybrid.placement.machine import MODELLED, Machine, override, read_overrides
 from hybrid.placement.plan import LayerPlacement, PlacementPlan, whole_plan
 from hybrid.placement.solver import Alternative, alternatives
 from hybrid.placement.time_model import TimeModel
-from hybrid.progress_bar import progress_bar
 
 WORTH = 1.05  # hybrid over whole layers: less is said not to be worth it
 PLOT_POINTS = 13
@@ -232,7 +238,9 @@ def plot(path: Path, machine: Machine, subject: Subject) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise HybridError("--plot needs matplotlib: pip install 'hybrid[train]'") from None
+        raise MissingPackage(
+            "--plot needs matplotlib: pip install 'hybrid-inference[train]'"
+        ) from None
     if machine.gpu is None:
         raise InvalidOption("--plot: there is no GPU; name one with --hardware")
     model = subject.time_model(machine)

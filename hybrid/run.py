@@ -19,19 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from hybrid import (
     ChatMessage,
     Engine,
     Generation,
     InvalidOption,
-    OutOfMemory,
     active_isa,
     check_options,
 )
-from hybrid.catalog import catalog
-from hybrid.command_line import (
+from hybrid.cli.closing_line import closing_line
+from hybrid.cli.command_line import (
     ArgumentParser,
     add_device_options,
     add_predictor_options,
@@ -39,10 +36,10 @@ from hybrid.command_line import (
     printable,
     run_command,
 )
-from hybrid.conversation import Conversation, interrupts
+from hybrid.cli.conversation import Conversation, interrupts
+from hybrid.hub.catalog import catalog
 
 MAX_PROMPT_BYTES = 4 << 20
-_stream_gbs: dict[Engine, float | None] = {}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -126,42 +123,6 @@ def read_prompt(args: argparse.Namespace) -> str:
             f"--file {args.file}: not UTF-8 text "
             f"(byte {error.start} is 0x{error.object[error.start]:02x})"
         ) from error
-
-
-def measured_stream_gbs(engine: Engine) -> float | None:
-    """The memory's bandwidth, measured once a process; None where there is no room for that."""
-    if engine not in _stream_gbs:
-        try:
-            _stream_gbs[engine] = engine.measure_stream_gbs()
-        except OutOfMemory:
-            _stream_gbs[engine] = None
-    return _stream_gbs[engine]
-
-
-def closing_line(engine: Engine, generation: Generation) -> str:
-    stats = generation.stats
-    prompt = f"prompt {stats.prompt_tokens} tokens"
-    if stats.cached_tokens:
-        prompt += f" ({stats.cached_tokens} cached)"
-    decode = f"generated {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
-    if stats.decode_steps and not engine.plan.uses_gpu:
-        decode += f", {stats.decode_gbs:.1f} GB/s"
-        # A small model's weights stay in the CPU's cache: memory bandwidth says nothing there.
-        if not engine.fits_in_cache and (stream := measured_stream_gbs(engine)):
-            decode += f" ({stats.decode_gbs / stream:.0%} of bandwidth)"
-    parts = [f"{prompt}, {stats.prefill_tps:.1f} tok/s", decode]
-    if stats.active_fraction is not None:
-        parts.append(f"{stats.active_fraction:.1%} of FFN neurons active")
-    if engine.prediction is not None:
-        parts.append(f"predicted at recall {engine.prediction.recall:g}")
-    parts.append(f"memory {psutil.Process().memory_info().rss / 1e6:.0f} MB")
-    parts.append(f"{engine.quant}, {engine.n_threads} threads, seed {generation.seed}")
-    if generation.finish_reason == "cancelled":
-        parts.append("interrupted")
-    if generation.finish_reason == "length":
-        is_full = generation.context_is_full
-        parts.append("stopped: the context is full" if is_full else "stopped: --max-tokens reached")
-    return "[" + " | ".join(parts) + "]"
 
 
 def notes(engine: Engine, args: argparse.Namespace) -> list[str]:

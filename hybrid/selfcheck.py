@@ -2,9 +2,11 @@
 
     python -m hybrid.selfcheck -m MiniCPM-S-1B
     python -m hybrid.selfcheck -m ./my-model --quant q4 --json
+    python -m hybrid.selfcheck --gpu -o checks.json
 
 Compares the engine with a plain NumPy computation over 64 positions; a model of 1 B parameters
-takes about a minute. Exit code: 0 all well (warnings included), 1 something failed, 2 a bad option,
+takes about a minute. --gpu checks and measures the GPU side instead, in under eight minutes, and
+writes one JSON file. Exit code: 0 all well (warnings included), 1 something failed, 2 a bad option,
 130 interrupted.
 """
 
@@ -16,11 +18,12 @@ import math
 import sys
 import textwrap
 from dataclasses import asdict
+from pathlib import Path
 
-from hybrid import check_options
+from hybrid import DeviceUnavailable, check_options
 from hybrid.checking import Check, check_model
-from hybrid.command_line import ArgumentParser, add_model_options, printable, run_command
-from hybrid.progress_bar import progress_bar
+from hybrid.cli.command_line import ArgumentParser, add_model_options, printable, run_command
+from hybrid.cli.progress_bar import progress_bar
 
 MARKS = {"ok": "ok     ", "warning": "WARNING", "failed": "FAILED "}
 WIDTH = 100
@@ -33,7 +36,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add_model_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON object, nothing else")
+    add("--gpu", action="store_true", help="check and measure the GPU side instead")
+    add("-o", "--out", type=Path, default=Path("gpu_checks.json"), help="what --gpu writes")
+    add("--limit", type=float, default=480.0, metavar="S", help="seconds that --gpu may take")
+    add("--rehearse", action="store_true", help="try --gpu without a GPU, on a small model")
     return parser.parse_args(arguments)
 
 
@@ -60,7 +68,26 @@ def as_json(check: Check) -> dict[str, object]:
     return asdict(check) | {"figures": figures}
 
 
+def run_gpu(args: argparse.Namespace) -> int:
+    try:
+        from hybrid.checking.gpu import check_gpu
+    except ImportError as error:
+        raise DeviceUnavailable(
+            f"--gpu needs PyTorch ({error}): pip install 'hybrid-inference[gpu]'"
+        ) from error
+    failed = check_gpu(
+        args.out,
+        limit_s=args.limit,
+        is_rehearsal=args.rehearse,
+        report=lambda line: print(printable(line), flush=True),
+    )
+    print(f"written to {args.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.gpu:
+        return run_gpu(args)
     check_options(threads=args.threads)  # before a model is fetched for it
     checks = []
     with progress_bar() as progress:

@@ -22,9 +22,8 @@ import numpy as np
 
 from hybrid import Engine, HybridError, InvalidOption, Progress, check_options
 from hybrid.bench import spread
-from hybrid.catalog import hybrid_home
 from hybrid.checking import check_model
-from hybrid.command_line import (
+from hybrid.cli.command_line import (
     ArgumentParser,
     add_model_options,
     byte_size,
@@ -32,16 +31,18 @@ from hybrid.command_line import (
     printable,
     run_command,
 )
-from hybrid.engine.placing import machine_here, plan_path, solve_for
-from hybrid.engine.prediction import predictor_path
+from hybrid.cli.progress_bar import progress_bar
+from hybrid.engine.loading.planning import machine_here, plan_path, solve_for
+from hybrid.engine.loading.prediction import predictor_path
+from hybrid.hub.catalog import hybrid_home
 from hybrid.placement.profile import FILE_NAME, load_profile, profile_path
-from hybrid.progress_bar import progress_bar
 from predictors.errors import PredictorError
 from predictors.file import load_predictor_file
 from predictors.trace import load_trace
 from predictors.train import Options, summary, train
 from profiler.corpus import PROMPTS, WRITTEN_TOKENS, Corpus, TextFile
 from profiler.recorder import RecordingOptions, record
+from profiler.statistics import compiled_sums
 
 TRACE_BYTES = 2 << 30
 MEASURED_TOKENS = 64
@@ -101,6 +102,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def needs_profile(args: argparse.Namespace, engine: Engine, paths: Paths) -> bool:
+    """Whether the model must be recorded: a profile of its own folder serves unless --text asks
+    for another one.
+    """
+    is_shipped = engine.neuron_orders is not None and not args.text
+    return not paths.profile.is_file() and not is_shipped
+
+
 def run(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)
     corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
@@ -118,13 +127,12 @@ def run(args: argparse.Namespace) -> int:
             for path in (paths.profile, paths.predictor):
                 path.unlink(missing_ok=True)
             shutil.rmtree(paths.work, ignore_errors=True)
+        if needs_profile(args, engine, paths):
+            compiled_sums()  # what is missing is said before anything takes long
         announce(args, engine, paths, corpora)
     check(args)
     with open_engine(args) as (engine, progress):
-        has_profile = paths.profile.is_file() or (
-            engine.neuron_orders is not None and not args.text
-        )
-        if not has_profile:
+        if needs_profile(args, engine, paths):
             make_profile(args, engine, paths, corpora, progress)
     print("profile    done")
     if not args.no_predictor:

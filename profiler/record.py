@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid import InvalidOption, check_options
-from hybrid.command_line import (
+from hybrid.cli.command_line import (
     ArgumentParser,
     add_model_options,
     byte_size,
@@ -26,6 +26,7 @@ from hybrid.command_line import (
 )
 from profiler.corpus import Corpus, TextFile
 from profiler.recorder import RecordingOptions, record
+from profiler.statistics import compiled_sums
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         trace_bytes=(args.trace_budget or 2 << 30) if args.trace else 0,
     )
+    compiled_sums()  # a missing package is said before a model is fetched
     with open_engine(args) as (engine, progress):
         result = record(engine, corpora, args.out, options, progress)
     profile = result.profile

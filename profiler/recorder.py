@@ -25,7 +25,7 @@ from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.kernels import Format
 from hybrid.placement.gate_costs import measure_gate_costs
 from hybrid.placement.profile import FILE_NAME, ActivationProfile
-from hybrid.weights.packed import order_hash
+from hybrid.weights.packing import order_hash
 from predictors.trace import TraceWriter, record_bytes
 from profiler.corpus import Corpus, random_corpora, written_corpora
 from profiler.statistics import ActivationSums

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from hybrid import InvalidArtifact
-from hybrid.command_line import ArgumentParser, printable, run_command
+from hybrid.cli.command_line import ArgumentParser, printable, run_command
 from hybrid.placement.profile import FILE_NAME, ActivationProfile, load_profile
 from profiler.summary import ProfileSummary, summarise
 

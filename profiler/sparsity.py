@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid import Engine, check_options
-from hybrid.command_line import (
+from hybrid.cli.command_line import (
     ArgumentParser,
     add_model_options,
     open_engine,

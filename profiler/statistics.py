@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import numpy as np
-from numba import njit, prange
 from numpy.typing import NDArray
 
+from hybrid import MissingPackage
 from hybrid.placement.profile import POSITION_BUCKETS
 
 _BITS = np.array([bin(byte).count("1") for byte in range(256)], np.int64)
-
-
 _SIGNATURE = "void(u1[:,:,::1], i8[:,::1], i8[:,::1], i8[::1], i8[::1], i8[::1])"
 
 
-@njit(_SIGNATURE, parallel=True, cache=True)
-def _add(  # type: ignore[no-untyped-def]
-    masks, counts, position_active, overlap, overlap_base, buckets
-):
-    n_layers, n_tokens, n_bytes = masks.shape
-    for layer in prange(n_layers):
-        for token in range(n_tokens):
-            active = both = 0
-            for at in range(n_bytes):
-                byte = masks[layer, token, at]
-                if byte == 0:
-                    continue
-                active += _BITS[byte]
+@cache
+def compiled_sums() -> Callable[..., None]:
+    """The compiled loop: adds the masks of one window to the sums.
+
+    Takes seconds where numba finds no cache of an earlier run. Raises MissingPackage.
+    """
+    try:
+        from numba import njit, prange
+    except ImportError as error:
+        raise MissingPackage(
+            f"recording needs numba ({error}): pip install 'hybrid-inference[train]'"
+        ) from error
+
+    def add(masks, counts, position_active, overlap, overlap_base, buckets):  # type: ignore[no-untyped-def]
+        n_layers, n_tokens, n_bytes = masks.shape
+        for layer in prange(n_layers):
+            for token in range(n_tokens):
+                active = both = 0
+                for at in range(n_bytes):
+                    byte = masks[layer, token, at]
+                    if byte == 0:
+                        continue
+                    active += _BITS[byte]
+                    if token > 0:
+                        both += _BITS[byte & masks[layer, token - 1, at]]
+                    for bit in range(8):
+                        if byte >> bit & 1:
+                            counts[layer, 8 * at + bit] += 1
+                position_active[layer, buckets[token]] += active
                 if token > 0:
-                    both += _BITS[byte & masks[layer, token - 1, at]]
-                for bit in range(8):
-                    if byte >> bit & 1:
-                        counts[layer, 8 * at + bit] += 1
-            position_active[layer, buckets[token]] += active
-            if token > 0:
-                overlap[layer] += both
-                overlap_base[layer] += active
+                    overlap[layer] += both
+                    overlap_base[layer] += active
+
+    options: dict[str, Any] = {"parallel": True}
+    try:
+        compile_cached = njit(_SIGNATURE, cache=True, **options)
+        return compile_cached(add)
+    except RuntimeError:  # neither the package's folder nor the user's can be written
+        return njit(_SIGNATURE, **options)(add)
 
 
 class ActivationSums:
@@ -60,7 +79,7 @@ class ActivationSums:
         """(n_layers, n, bytes) masks of one window, from its first token on."""
         buckets = position_buckets(masks.shape[1])
         self.position_tokens += np.bincount(buckets, minlength=POSITION_BUCKETS)
-        _add(
+        compiled_sums()(
             masks,
             self.text_counts[text],
             self.position_active,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hybrid import Engine, Session
-from hybrid.weights.packed import order_hash
+from hybrid.weights.packing import order_hash
 from predictors.file import Choice, PredictorFile
 from predictors.predictors import LayerPredictor, LowRank, make_sign, round_blocks
 

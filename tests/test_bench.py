@@ -75,7 +75,7 @@ def test_stages_add_up_to_the_bytes_of_a_token(capsys):
 
 
 def test_a_bad_number_of_threads_is_refused_before_anything_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr("hybrid.command_line.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("hybrid.cli.command_line.load", lambda *a, **k: pytest.fail("loaded"))
     assert bench.main(["-t", "0"]) == 2
     assert "threads" in capsys.readouterr().err
 

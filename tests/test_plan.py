@@ -1,18 +1,14 @@
-"""hybrid.plan as a user runs it, and the checks for GPUs that are elsewhere."""
+"""hybrid.plan as a user runs it."""
 
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
 from hybrid.placement.plan import load_plan
 from hybrid.plan import main
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -98,21 +94,3 @@ def test_broken_hardware_files_are_named(tmp_path, capsys):
     path.write_text('{"cpu": {"stream_gbs": -3}}')
     assert main(["--hardware", str(path)]) == 1
     assert f"{path}: stream_gbs" in capsys.readouterr().err
-
-
-def test_the_gpu_checks_can_be_rehearsed(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("torch")
-    pytest.importorskip("scipy")
-    from hybrid.engine import placing
-
-    monkeypatch.setattr(placing, "open_device", placing.open_device)  # put back afterwards
-    path = tmp_path / "checks.json"
-    monkeypatch.setattr(sys, "argv", ["gpu_checks.py", "--rehearse", "-o", str(path)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools" / "gpu_checks.py"), run_name="__main__")
-    assert ended.value.code == 0, capsys.readouterr().out
-    results = {name: entry["result"] for name, entry in json.loads(path.read_text()).items()}
-    assert all(plan["is_within"] for plan in results["every plan, stories q8"].values())
-    assert all(plan["same_argmax"] for plan in results["every plan, stories q8"].values())
-    assert results["replays"]["wrong"] == 0
-    assert results["decode, q8"]["all on the GPU 100%"]["vram_mib"] > 0

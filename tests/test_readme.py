@@ -20,9 +20,7 @@ def blocks(language: str = "") -> list[str]:
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
 
 
 def shown(program: str) -> tuple[list[str], str]:
@@ -53,7 +51,7 @@ def test_the_library_example_runs():
 
 
 def test_the_embedding_example_runs():
-    result = run(["examples/embed.py", "The little robot"])
+    result = run(["docs/examples/embed.py", "The little robot"])
     assert result.stdout.startswith("The little robot")
     assert "of neurons active" in result.stdout.splitlines()[-1]
 

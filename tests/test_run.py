@@ -335,10 +335,11 @@ def test_help_lists_the_models():
 
 
 def test_the_console_script_is_the_same_program():
-    script = Path(sys.executable).with_name("hybrid-run")
+    script = Path(sys.executable).with_name("hybrid")
     if not script.exists():
         pytest.skip("the package is not installed beside this Python")
-    completed = subprocess.run([script, "-n", "3"], capture_output=True, text=True, check=True)
+    command = [script, "run", "-n", "3"]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert completed.stderr.startswith("[prompt 1 tokens")
 
 

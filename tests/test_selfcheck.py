@@ -18,16 +18,17 @@ from tiny_models import STORIES, write_model
 
 import hybrid
 from hybrid import kernels, selfcheck
-from hybrid.catalog import CatalogEntry, catalog
 from hybrid.checking import Check, check_model, model, setting
 from hybrid.checkpoint import open_checkpoint
-from hybrid.engine import comparison, cpu_executor
-from hybrid.engine.reference_executor import (
+from hybrid.engine.cpu import executor as cpu_executor
+from hybrid.engine.oracle import comparison
+from hybrid.engine.oracle.executor import (
     ReferenceSession,
     SideBySide,
     read_weights,
     stream_weights,
 )
+from hybrid.hub.catalog import CatalogEntry, catalog
 
 
 def checks_of(folder: Path | str, **options: Any) -> dict[str, Check]:
@@ -407,3 +408,19 @@ def test_oracle_memory_is_known_beforehand():
         config = checkpoint.config
     layer = 4 * config.hidden_size * (768 + 3 * config.n_neurons)
     assert comparison.oracle_bytes(config) > 2 * layer + 4 * config.vocab_size * config.hidden_size
+
+
+def test_the_gpu_checks_can_be_rehearsed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("scipy")
+    from hybrid.engine.loading import planning
+
+    monkeypatch.setattr(planning, "open_device", planning.open_device)  # put back afterwards
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
+    path = tmp_path / "checks.json"
+    assert selfcheck.main(["--gpu", "--rehearse", "-o", str(path)]) == 0, capsys.readouterr().out
+    results = {name: entry["result"] for name, entry in json.loads(path.read_text()).items()}
+    assert all(plan["is_within"] for plan in results["every plan, stories q8"].values())
+    assert all(plan["same_argmax"] for plan in results["every plan, stories q8"].values())
+    assert results["replays"]["wrong"] == 0
+    assert results["decode, q8"]["all on the GPU 100%"]["vram_mib"] > 0

@@ -109,13 +109,14 @@ def test_run_says_what_setup_would_bring(home):
 
 def test_setup_ends_with_a_plan(home, capsys, monkeypatch):
     pytest.importorskip("torch")
-    from hybrid.engine import gpu_measurement, placing
-    from hybrid.engine.device import HostDevice
+    from hybrid.engine.gpu import measurement
+    from hybrid.engine.gpu.device import HostDevice
+    from hybrid.engine.loading import planning
     from hybrid.placement.machine import GpuSpeeds
 
     speeds = GpuSpeeds("a GPU", 64 << 20, 0, 400.0, 250.0, 0.0, 0.1, "synchronise")
-    monkeypatch.setattr(placing, "open_device", HostDevice)
-    monkeypatch.setattr(gpu_measurement, "measure_gpu", lambda *_, **__: speeds)
+    monkeypatch.setattr(planning, "open_device", HostDevice)
+    monkeypatch.setattr(measurement, "measure_gpu", lambda *_, **__: speeds)
     options = ("-m", "synthetic:tiny", "--no-predictor")
     assert setup(*options, "--vram-budget", "0") == 0
     out = capsys.readouterr().out

@@ -1,8 +1,8 @@
 // Sums of rows, each times a factor: what active neurons add to a partial sum.
 #pragma once
 
-#include "dot.inl.h"
-#include "kernels.h"
+#include "kernels/dot.inl.h"
+#include "kernels/kernels.h"
 #include HYBRID_SIMD
 
 namespace hybrid {

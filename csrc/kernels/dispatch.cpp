@@ -1,9 +1,9 @@
-#include "dispatch.h"
+#include "kernels/dispatch.h"
 
 #include <atomic>
 #include <stdexcept>
 
-#include "../platform.h"
+#include "platform.h"
 
 namespace hybrid {
 

@@ -10,7 +10,7 @@
 // compiler from moving its loads.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include HYBRID_SIMD
 
 namespace hybrid {

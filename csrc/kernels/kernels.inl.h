@@ -3,13 +3,13 @@
 // merged with another's.
 #pragma once
 
-#include "attention.inl.h"
-#include "dot.inl.h"
-#include "pack.inl.h"
-#include "predict.inl.h"
-#include "preview.inl.h"
-#include "sparse_ffn.inl.h"
-#include "vectors.inl.h"
+#include "kernels/attention.inl.h"
+#include "kernels/dot.inl.h"
+#include "kernels/pack.inl.h"
+#include "kernels/predict.inl.h"
+#include "kernels/preview.inl.h"
+#include "kernels/sparse_ffn.inl.h"
+#include "kernels/vectors.inl.h"
 
 namespace hybrid {
 namespace {

@@ -1,4 +1,4 @@
-// Rounds weights to a format and lays them out as packed rows, bit for bit as weights/quant.py
+// Rounds weights to a format and lays them out as packed rows, bit for bit as weights/formats.py
 // does.
 //
 // Plain loops over blocks of 32: the compiler makes vectors of them.
@@ -7,9 +7,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "bf16.h"
-#include "kernels.h"
-#include "vectors.inl.h"
+#include "kernels/bf16.h"
+#include "kernels/kernels.h"
+#include "kernels/vectors.inl.h"
 #include HYBRID_SIMD
 
 namespace hybrid {

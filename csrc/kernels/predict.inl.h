@@ -6,8 +6,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "dot.inl.h"
-#include "kernels.h"
+#include "kernels/dot.inl.h"
+#include "kernels/kernels.h"
 #include HYBRID_SIMD
 
 namespace hybrid {

@@ -5,9 +5,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "dot.inl.h"
-#include "kernels.h"
-#include "predict.inl.h"
+#include "kernels/dot.inl.h"
+#include "kernels/kernels.h"
+#include "kernels/predict.inl.h"
 #include HYBRID_SIMD
 
 namespace hybrid {

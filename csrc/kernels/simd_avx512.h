@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "simd_eight_x86.h"
+#include "kernels/simd_eight_x86.h"
 
 namespace hybrid {
 namespace {

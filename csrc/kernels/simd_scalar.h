@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "bf16.h"
+#include "kernels/bf16.h"
 
 namespace hybrid {
 namespace {

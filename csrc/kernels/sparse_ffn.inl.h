@@ -7,10 +7,10 @@
 #include <math.h>
 #include <string.h>
 
-#include "axpy.inl.h"
-#include "dot.inl.h"
-#include "kernels.h"
-#include "predict.inl.h"
+#include "kernels/axpy.inl.h"
+#include "kernels/dot.inl.h"
+#include "kernels/kernels.h"
+#include "kernels/predict.inl.h"
 #include HYBRID_SIMD
 
 namespace hybrid {

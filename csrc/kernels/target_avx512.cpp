@@ -1,5 +1,5 @@
 #define HYBRID_SIMD "simd_avx512.h"
-#include "kernels.inl.h"
+#include "kernels/kernels.inl.h"
 
 namespace hybrid {
 extern const KernelTable kAvx512Kernels;

@@ -4,9 +4,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "bf16.h"
-#include "kernels.h"
-#include "sparse_ffn.inl.h"
+#include "kernels/bf16.h"
+#include "kernels/kernels.h"
+#include "kernels/sparse_ffn.inl.h"
 #include HYBRID_SIMD
 
 namespace hybrid {

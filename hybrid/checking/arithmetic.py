@@ -9,14 +9,14 @@ import time
 
 import numpy as np
 
-from hybrid.catalog import CatalogEntry
 from hybrid.checking.check import Check, Figures
 from hybrid.checkpoint import Checkpoint
-from hybrid.engine import comparison
-from hybrid.engine.comparison import Logits, Run
 from hybrid.engine.engine import Quant
+from hybrid.engine.oracle import comparison
+from hybrid.engine.oracle.comparison import Logits, Run
+from hybrid.hub.catalog import CatalogEntry
 from hybrid.kernels import Format
-from hybrid.model_config import ModelConfig
+from hybrid.model.config import ModelConfig
 from hybrid.progress import Progress
 
 ACTIVE_TOLERANCE = 0.03  # the text is short, and not the one that the authors measured on

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from hybrid.catalog import CatalogEntry, catalog, resolve
 from hybrid.checking import arithmetic, setting
 from hybrid.checking.check import Check
 from hybrid.checkpoint import Checkpoint, open_checkpoint
-from hybrid.engine import comparison
 from hybrid.engine.engine import Engine, Quant
+from hybrid.engine.oracle import comparison
 from hybrid.errors import HybridError, InvalidOption
+from hybrid.hub.catalog import CatalogEntry, catalog, resolve
+from hybrid.hub.loading import load
 from hybrid.kernels import Format
-from hybrid.loading import load
 from hybrid.progress import Progress, ignore_progress
 
 N_POSITIONS = 64

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import psutil
 
-from hybrid import checksum
 from hybrid.checking.check import Check, Figures
-from hybrid.engine.comparison import oracle_bytes
 from hybrid.engine.engine import Quant
+from hybrid.engine.oracle.comparison import oracle_bytes
 from hybrid.errors import UnsupportedIsa
+from hybrid.hub import checksum
 from hybrid.kernels import Format, active_isa, available_isas, check_isa_cap
-from hybrid.model_config import ModelConfig
+from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import available_memory_bytes
-from hybrid.weights.packed import packed_layout
+from hybrid.weights.packing import packed_layout
 
 
 def check_files(folder: Path) -> Check:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hybrid.checkpoint import hf, synthetic
+from hybrid.checkpoint import hf
 from hybrid.checkpoint.hf import Checkpoint
+from hybrid.checkpoint.synthetic import folder as synthetic
 from hybrid.checkpoint.tensor import Tensor
 from hybrid.kernels import Format
 from hybrid.progress import Progress, ignore_progress

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
-from hybrid.checkpoint.families import expected_tensors, parse_config, parse_token_ids
-from hybrid.checkpoint.safetensors_file import SafetensorsFile
+from hybrid.checkpoint.safetensors import SafetensorsFile
 from hybrid.checkpoint.tensor import Tensor, WeightFile
 from hybrid.checkpoint.torch_bin import TorchBin
 from hybrid.errors import EngineClosed, InvalidCheckpoint, InvalidOption, ModelNotFound
-from hybrid.model_config import ModelConfig
+from hybrid.model.config import ModelConfig
+from hybrid.model.families import expected_tensors, parse_config, parse_token_ids
 
 # In the order of preference: a safetensors file cannot hold a program, and is validated whole.
 _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (

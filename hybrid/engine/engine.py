@@ -12,9 +12,12 @@ from types import TracebackType
 from typing import Literal, get_args
 
 from hybrid.checkpoint import open_checkpoint
-from hybrid.engine.choices import choose_mmap, choose_orders, isa_notices
-from hybrid.engine.executors import Executor, open_executor
 from hybrid.engine.generation import Generation, GenerationStats
+from hybrid.engine.loading.choices import choose_mmap, choose_orders, isa_notices
+from hybrid.engine.loading.executors import Executor, open_executor
+from hybrid.engine.loading.model_spec import Asked, DeviceName, Subject
+from hybrid.engine.loading.planning import place
+from hybrid.engine.loading.prediction import DEFAULT_RECALL, Prediction, choose_predictors
 from hybrid.engine.options import (
     MAX_LOGPROBS,
     MAX_THREADS,
@@ -24,10 +27,7 @@ from hybrid.engine.options import (
     checked_stop,
     read_default_sampling,
 )
-from hybrid.engine.placing import place
-from hybrid.engine.prediction import DEFAULT_RECALL, Prediction, choose_predictors
 from hybrid.engine.session import Session
-from hybrid.engine.subject import Asked, DeviceName, Subject
 from hybrid.errors import (
     ContextOverflow,
     EngineClosed,
@@ -41,10 +41,10 @@ from hybrid.placement.hardware import (
     measure_stream_gbs,
 )
 from hybrid.progress import Progress, ignore_progress
-from hybrid.sampling import Sampler, SamplingParams
-from hybrid.tokenizer import ChatMessage, Tokenizer, check_message
-from hybrid.weights.packed import NeuronOrders, decode_bytes, order_hash, packed_layout
+from hybrid.text.sampling import Sampler, SamplingParams
+from hybrid.text.tokenizer import ChatMessage, Tokenizer, check_message
 from hybrid.weights.packed_file import load_packed
+from hybrid.weights.packing import NeuronOrders, decode_bytes, order_hash, packed_layout
 
 Quant = Literal["bf16", "q8", "q4"]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from hybrid.engine.session import Session
 from hybrid.kernels import PREFILL_CHUNK
-from hybrid.sampling import Sampler, log_softmax
-from hybrid.tokenizer import ChatMessage, Tokenizer
+from hybrid.text.sampling import Sampler, log_softmax
+from hybrid.text.tokenizer import ChatMessage, Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

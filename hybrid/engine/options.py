@@ -11,8 +11,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from hybrid.errors import InvalidCheckpoint, InvalidOption
-from hybrid.model_config import ModelConfig
-from hybrid.sampling import SamplingParams
+from hybrid.model.config import ModelConfig
+from hybrid.text.sampling import SamplingParams
 
 DEFAULT_CONTEXT = 4096  # positions, where the model allows as many
 MAX_LOGPROBS = 100

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from hybrid.engine.forward import forward
-from hybrid.model_config import ModelConfig
+from hybrid.model.config import ModelConfig
+from hybrid.model.forward import forward
+from hybrid.model.weights import LayerWeights, ModelWeights
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
-from hybrid.weights.model_weights import LayerWeights, ModelWeights
 
 Place = Literal["cpu", "gpu"]  # where the residual stream is
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import ContextOverflow, EngineClosed
-from hybrid.model_config import ModelConfig
-from hybrid.tokenizer import ChatMessage
+from hybrid.model.config import ModelConfig
+from hybrid.text.tokenizer import ChatMessage
 
 
 class NativeSession(Protocol):

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.engine.comparison import token_losses
 from hybrid.engine.engine import Engine
+from hybrid.engine.oracle.comparison import token_losses
 from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
 from hybrid.progress import Progress, ignore_progress

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.options import DEFAULT_CONTEXT
-from hybrid.engine.reference_executor import ReferenceSession, read_weights
-from hybrid.tokenizer import Tokenizer
+from hybrid.engine.oracle.executor import ReferenceSession, read_weights
+from hybrid.text.tokenizer import Tokenizer
 
 
 class EvaluatedSession(Protocol):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.engine.comparison import token_losses
 from hybrid.engine.engine import Engine
+from hybrid.engine.oracle.comparison import token_losses
 from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
 from hybrid.progress import Progress, ignore_progress

@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hybrid.errors import UnsupportedIsa
+from hybrid.kernels.missing import refuse
 
 try:
     from hybrid.kernels import _native
 except ImportError as error:
-    raise ImportError(
-        "hybrid's compiled kernels are not here, or not for this Python: run `pip install .` in "
-        f"hybrid's source folder with this Python ({error})"
-    ) from error
+    refuse(error)
 from hybrid.kernels._native import (
     PREFILL_CHUNK,
     Activation,

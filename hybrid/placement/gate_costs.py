@@ -13,9 +13,9 @@ import numpy as np
 
 from hybrid.kernels import Activation, Format, Predictor, Rows, _native
 from hybrid.placement.hardware import last_level_cache_bytes
+from hybrid.weights.formats import row_bytes
 from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
 from hybrid.weights.packed_rows import matrix_bytes, pack_bundles, pack_gathered, pack_matrix
-from hybrid.weights.quant import row_bytes
 from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, make_sign
 
 RANKS = (20, 36, 68, 132, 260, 516)  # whole lines of the kernels' layout

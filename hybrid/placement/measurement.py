@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from hybrid.errors import InvalidArtifact
 from hybrid.kernels import Activation, Format, Program, Session, ThreadPool, _native, active_isa
 from hybrid.kernels.reference import rope_tables
-from hybrid.model_config import ModelConfig
+from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import available_memory_bytes, last_level_cache_bytes
 from hybrid.placement.machine import CpuSpeeds, Machine, load_machine
-from hybrid.weights.packed import PackedModel, pack_model, packed_layout, view_packed
+from hybrid.weights.packing import PackedModel, pack_model, packed_layout, view_packed
 
 _VOCAB = 512
 _CONTEXT = 256  # positions that attention reads

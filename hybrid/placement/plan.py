@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import InvalidArtifact
-from hybrid.model_config import ModelConfig
+from hybrid.model.config import ModelConfig
 
 VERSION = 1
 FILE_NAME = "placement_plan.json"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrid.kernels import Format, _native
-from hybrid.model_config import ModelConfig
+from hybrid.model.config import ModelConfig
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
 from hybrid.weights import preview
-from hybrid.weights.quant import BLOCK, row_bytes
+from hybrid.weights.formats import BLOCK, row_bytes
 
 _T = _native.PREFILL_CHUNK
 MAX_SPLITS = 16  # partial sums that the GPU's kernels leave (kernels.triton_kernels)

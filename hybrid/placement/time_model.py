@@ -13,8 +13,8 @@ from hybrid.placement.machine import Machine
 from hybrid.placement.plan import BUCKET, LayerPlacement, PlacementPlan
 from hybrid.placement.sizes import ModelSizes
 
-# Kernels of a decode graph (engine/gpu_side.py): norm, qkv, rope, attention and its merge, output;
-# norm, gates; up, down; merge; the head's norm, rows, copy.
+# Kernels of a decode graph (engine/gpu/operations.py): norm, qkv, rope, attention and its merge,
+# output; norm, gates; up, down; merge; the head's norm, rows, copy.
 ATTENTION_NODES, GATE_NODES, HOT_NODES, MERGE_NODES, HEAD_NODES = 6, 2, 2, 1, 3
 
 

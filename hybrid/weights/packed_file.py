@@ -28,7 +28,17 @@ import numpy as np
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import Format
 from hybrid.progress import Progress, ignore_progress
-from hybrid.weights.packed import (
+from hybrid.weights.memory import (
+    FileChanged,
+    MovingFile,
+    allocate,
+    lock,
+    map_file,
+    move_file,
+    read_file,
+)
+from hybrid.weights.packed_rows import ALIGNMENT, Buffer
+from hybrid.weights.packing import (
     Layers,
     NeuronOrders,
     PackedModel,
@@ -37,16 +47,6 @@ from hybrid.weights.packed import (
     pack_model,
     packed_layout,
     view_packed,
-)
-from hybrid.weights.packed_rows import ALIGNMENT, Buffer
-from hybrid.weights.weight_memory import (
-    FileChanged,
-    MovingFile,
-    allocate,
-    lock,
-    map_file,
-    move_file,
-    read_file,
 )
 
 VERSION = "4"  # of rounding and byte layout: another one makes every file stale

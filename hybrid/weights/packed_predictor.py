@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from hybrid.kernels import Format, PredictorKind, _native
 from hybrid.kernels._native import Predictor
+from hybrid.weights.formats import column_order, row_bytes
 from hybrid.weights.packed_rows import pack_matrix
-from hybrid.weights.quant import column_order, row_bytes
 from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, Sign
 
 TILE = _native.PREDICT_TILE  # neurons

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.kernels import Format, Rows, _native
-from hybrid.weights.quant import TILE_ROWS, row_bytes
+from hybrid.weights.formats import TILE_ROWS, row_bytes
 
 Buffer = NDArray[np.uint8]
 ALIGNMENT = 64  # bytes: a cache line

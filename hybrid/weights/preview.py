@@ -20,7 +20,7 @@ LINE_BYTES = 4 * TILE
 CHUNK_TILES = 16  # packed at a time: what NumPy makes on the way stays in the cache
 # Smaller heads are soon read, or stay in the cache.
 LEAST_ROWS = 16_384
-# About this share of the rows is computed in full (csrc/session.h's rule, normal logits).
+# About this share of the rows is computed in full (csrc/session/session.h's rule, normal logits).
 SHORTLISTED = 0.042
 # The step of four levels that is best for a normal distribution of deviation 1 (Max, 1960).
 NORMAL_STEP = 0.9957

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
-from hybrid.model_config import ModelConfig
-from hybrid.weights.packed import Layers, has_preview, head_name, packed_layout
+from hybrid.model.config import ModelConfig
+from hybrid.weights.formats import BLOCK, GROUP, GROUP_BLOCKS, TILE_ROWS, row_bytes
 from hybrid.weights.packed_rows import Buffer, bundle_bytes
-from hybrid.weights.quant import BLOCK, GROUP, GROUP_BLOCKS, TILE_ROWS, row_bytes
+from hybrid.weights.packing import Layers, has_preview, head_name, packed_layout
 
 
 @dataclass(frozen=True, slots=True)

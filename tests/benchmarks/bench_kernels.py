@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from hybrid.kernels import Activation, Format, _native
+from hybrid.weights.formats import row_bytes
 from hybrid.weights.packed_rows import pack_bundles, pack_matrix
-from hybrid.weights.quant import row_bytes
 
 HIDDEN, N_NEURONS = 1536, 3840
 N_LAYERS = 12  # more than an L2 holds; a server's last level may hold all of it

@@ -18,29 +18,6 @@ SaveSafetensors = Callable[..., None]
 
 
 @pytest.fixture
-def config() -> dict[str, Any]:
-    return {
-        "architectures": ["MiniCPMForCausalLM"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "fatrelu",
-        "hidden_act_param": 0.03,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "max_position_embeddings": 128,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "rope_scaling": None,
-        "vocab_size": 10,
-        "scale_emb": 12,
-        "scale_depth": 1.4,
-        "dim_model_base": 16,
-    }
-
-
-@pytest.fixture
 def arrays() -> dict[str, np.ndarray]:
     """Float32 values that are exact in float16 and bfloat16 too."""
     shapes = {"model.embed_tokens": (10, 32), "model.norm": (32,)}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrid.checkpoint.safetensors_file import SafetensorsFile
+from hybrid.checkpoint.safetensors import SafetensorsFile
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 
 

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import hybrid
-from hybrid.catalog import catalog, expected_active_fraction, resolve
-from hybrid.checkpoint import open_checkpoint, synthetic
-from hybrid.checkpoint.families import expected_tensors
-from hybrid.checkpoint.synthetic_weights import ACTIVE_FRACTION, BIAS_DIMS, firing_quantiles
-from hybrid.engine.reference_executor import ReferenceSession, read_weights
+from hybrid.checkpoint import open_checkpoint
+from hybrid.checkpoint.synthetic import folder as synthetic
+from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION, BIAS_DIMS, firing_quantiles
+from hybrid.engine.oracle.executor import ReferenceSession, read_weights
+from hybrid.hub.catalog import catalog, expected_active_fraction, resolve
 from hybrid.kernels import Format
+from hybrid.model.families import expected_tensors
 
 TINY = "synthetic:tiny"
 IDS = np.random.default_rng(99).integers(0, 512, 512).astype(np.int32)

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import hybrid
-from hybrid.weights import packed_file, weight_memory
+from hybrid.weights import memory, packed_file
 
 
 def test_tokens_are_the_same_before_during_and_after(tmp_path, monkeypatch):
@@ -20,13 +20,13 @@ def test_tokens_are_the_same_before_during_and_after(tmp_path, monkeypatch):
     with hybrid.load("stories") as packed:
         expected = story(packed)
     go_on = threading.Event()
-    move = weight_memory._native.move_into_memory
+    move = memory._native.move_into_memory
 
     def move_when_told(mapped, first, n_bytes, file):
         go_on.wait()
         move(mapped, first, n_bytes, file)
 
-    monkeypatch.setattr(weight_memory._native, "move_into_memory", move_when_told)
+    monkeypatch.setattr(memory._native, "move_into_memory", move_when_told)
     with hybrid.load("stories") as engine:
         if not engine.stats.is_moving:
             pytest.skip("this system reads the file")

@@ -10,11 +10,11 @@ import pytest
 from tiny_models import write_model
 
 from hybrid.checkpoint import open_checkpoint
-from hybrid.engine.cpu_executor import CpuExecutor
-from hybrid.engine.reference_executor import ReferenceSession, read_weights
+from hybrid.engine.cpu.executor import CpuExecutor
+from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format, Program, Session, ThreadPool, _native
-from hybrid.weights.packed import pack_model
 from hybrid.weights.packed_rows import pack_matrix
+from hybrid.weights.packing import pack_model
 
 IDS = np.random.default_rng(1).integers(0, 320, 150).astype(np.int32)
 CHUNK = _native.PREFILL_CHUNK

@@ -11,7 +11,7 @@ from tiny_models import write_chat_model, write_model
 
 import hybrid
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption
-from hybrid.tokenizer import ChatMessage
+from hybrid.text.tokenizer import ChatMessage
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_no_logprobs_unless_asked_for(engine):
 def test_weights_beyond_free_memory_are_mapped_or_refused(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "model", vocab_size=4096)
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("hybrid.engine.choices.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("hybrid.engine.loading.choices.available_memory_bytes", lambda: 1000)
     with pytest.raises(hybrid.OutOfMemory, match="mmap"):
         hybrid.load(folder, mmap=False)
     with hybrid.load(folder) as engine:

@@ -12,7 +12,7 @@ from tiny_models import STORIES
 
 import hybrid
 from hybrid.checkpoint import open_checkpoint
-from hybrid.engine.reference_executor import ReferenceSession, read_weights
+from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
 
 STORY = (Path(__file__).parents[1] / "data" / "held_out_story.txt").read_text(encoding="utf-8")

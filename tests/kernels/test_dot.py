@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numerics import assert_close, quantize_tokens
 
 from hybrid.kernels import Format, Rows, _native, reference
+from hybrid.weights.formats import round_weights
 from hybrid.weights.packed_rows import pack_bundles, pack_matrix
-from hybrid.weights.quant import round_weights
 
 
 @given(

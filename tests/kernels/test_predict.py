@@ -9,9 +9,9 @@ import pytest
 from numerics import quantize_tokens
 
 from hybrid.kernels import Activation, Format, Rows, _native, reference
+from hybrid.weights.formats import partial_order
 from hybrid.weights.packed_predictor import pack_predictor
 from hybrid.weights.packed_rows import pack_bundles, pack_gathered, pack_matrix
-from hybrid.weights.quant import partial_order
 from predictors.predictors import (
     WIDE_RANK,
     LayerPredictor,

@@ -7,8 +7,8 @@ import pytest
 from numerics import assert_close
 
 from hybrid.kernels import Format, ThreadPool, _native, reference
+from hybrid.weights.formats import column_order, interleave, pack_rows, partial_order, round_weights
 from hybrid.weights.packed_rows import pack_matrix
-from hybrid.weights.quant import column_order, interleave, pack_rows, partial_order, round_weights
 
 
 @pytest.mark.parametrize("n", [32, 96, 256, 320, 1536])

@@ -19,7 +19,7 @@ from hybrid.placement.profile import (
     load_profile,
     profile_path,
 )
-from hybrid.weights.packed import SOURCE_ORDER, order_hash
+from hybrid.weights.packing import SOURCE_ORDER, order_hash
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.kernels import Format
-from hybrid.model_config import ModelConfig
+from hybrid.model.config import ModelConfig
 from hybrid.placement.machine import CpuSpeeds, GpuSpeeds, Machine
 from hybrid.placement.plan import ON_CPU, LayerPlacement, PlacementPlan, cpu_plan, whole_plan
 from hybrid.placement.sizes import ModelSizes

@@ -16,7 +16,7 @@ from tiny_models import write_model
 import hybrid
 from hybrid import HybridError, InvalidOption, load
 from hybrid.checkpoint import open_checkpoint
-from hybrid.engine.reference_executor import ReferenceSession, read_weights
+from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
 from hybrid.placement.profile import FILE_NAME, POSITION_BUCKETS, load_profile
 from predictors.trace import TraceWriter, load_trace

@@ -8,7 +8,7 @@ from tiny_models import write_model
 
 import hybrid
 from hybrid.checkpoint import open_checkpoint
-from hybrid.engine.reference_executor import ReferenceSession, read_weights
+from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
 from profiler import sparsity
 

@@ -19,9 +19,9 @@ from tiny_models import write_model
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import Format, _native
-from hybrid.weights import packed_file, weight_memory
-from hybrid.weights.packed import packed_layout
+from hybrid.weights import memory, packed_file
 from hybrid.weights.packed_file import LoadedModel, load_packed
+from hybrid.weights.packing import packed_layout
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def keep_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_file, "KEEP_FROM_BYTES", 0)
-    monkeypatch.setattr(weight_memory, "READ_BYTES", 1000)  # many reads, on any number of threads
+    monkeypatch.setattr(memory, "READ_BYTES", 1000)  # many reads, on any number of threads
 
 
 def load(model: Path, cache: Path | None, **options) -> LoadedModel:
@@ -304,7 +304,7 @@ def test_a_refused_lock_is_said(model, tmp_path, monkeypatch):
     def refuse(memory):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr("hybrid.weights.weight_memory._native.lock_bytes", refuse)
+    monkeypatch.setattr("hybrid.weights.memory._native.lock_bytes", refuse)
     loaded = load(model, tmp_path, use_mlock=True)
     assert not loaded.is_locked
     assert any("ulimit -l" in notice for notice in loaded.notices)

@@ -9,8 +9,8 @@ from tiny_models import write_model
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
 from hybrid.weights import preview
-from hybrid.weights.packed import pack_model
-from hybrid.weights.quant import pack_rows, quantize_q4, quantize_q8, round_weights
+from hybrid.weights.formats import pack_rows, quantize_q4, quantize_q8, round_weights
+from hybrid.weights.packing import pack_model
 from hybrid.weights.unpacked import PackedReader, PlainRows, unpack_rows
 
 

@@ -1,0 +1,318 @@
+// Thread pools, recorded programs and sessions.
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <numeric>
+
+#include "bindings/session.h"
+#include "kernels/dispatch.h"
+#include "platform.h"
+
+namespace hybrid {
+
+namespace {
+
+using Tokens = py::array_t<int64_t, py::array::c_style>;
+
+// In a forked child the workers do not exist: the pool can be neither joined nor destroyed there.
+struct FreeInOwnProcess {
+  void operator()(ThreadPool* pool) const {
+    if (platform::ProcessId() == pool->process_id()) delete pool;
+  }
+};
+
+constexpr int64_t kReadPiece = int64_t{1} << 18;  // floats: 1 MiB
+
+// Reads all of `memory` once, in pieces handed out to the pool's threads. Returns its sum.
+double ReadMemory(ThreadPool& pool, const Floats& memory) {
+  struct Context {
+    const float* floats;
+    int64_t n;
+    const KernelTable* kernels;
+    std::vector<double> sums;
+  } context{memory.data(), memory.size() / 128 * 128, &ActiveKernels(), {}};
+  Check(context.n > 0 && context.n / kReadPiece < (1 << 20), "memory: from 128 floats to 1 TiB");
+  context.sums.resize(static_cast<size_t>((context.n + kReadPiece - 1) / kReadPiece));
+  Job job;
+  job.context = &context;
+  job.n_phases = 1;
+  job.n_pieces = [](void* c, int32_t) {
+    return static_cast<int32_t>(static_cast<Context*>(c)->sums.size());
+  };
+  job.is_dealt = [](void*, int32_t) { return false; };
+  job.ahead = [](void*, int32_t, int32_t, int32_t) { return Ahead{}; };
+  job.run_piece = [](void* c, int32_t, int32_t piece, int32_t) {
+    Context& all = *static_cast<Context*>(c);
+    const int64_t first = piece * kReadPiece, n = std::min(kReadPiece, all.n - first);
+    all.sums[static_cast<size_t>(piece)] = all.kernels->read(all.floats + first, n);
+  };
+  WithoutGil([&] { pool.Run(job); });
+  return std::accumulate(context.sums.begin(), context.sums.end(), 0.0);
+}
+
+}  // namespace
+
+void BindProgram(py::module_& m) {
+  py::class_<PyRows>(m, "Rows")
+      .def(py::init<Format, Bytes, int32_t, int32_t, int64_t, std::optional<int64_t>, int64_t,
+                    bool>(),
+           py::kw_only(), py::arg("format"), py::arg("memory"), py::arg("n_rows"),
+           py::arg("n_cols"), py::arg("offset") = 0, py::arg("row_stride") = py::none(),
+           py::arg("scales_offset") = 0, py::arg("is_gathered") = false)
+      .def_property_readonly("n_rows", [](const PyRows& r) { return r.rows.n_rows; })
+      .def_property_readonly("n_cols", [](const PyRows& r) { return r.rows.n_cols; })
+      .def_property_readonly("memory", [](const PyRows& r) { return r.memory; });
+
+  py::class_<PyPredictor>(m, "Predictor")
+      .def(py::init<Format, PredictorKind, int32_t, int32_t, Bytes, const PyRows*>(), py::kw_only(),
+           py::arg("format"), py::arg("kind"), py::arg("size"), py::arg("n_neurons"),
+           py::arg("tiles"), py::arg("first_matrix") = py::none());
+
+  py::class_<PyPreview>(m, "Preview")
+      .def(py::init<int32_t, int32_t, Bytes>(), py::kw_only(), py::arg("n_rows"), py::arg("n_cols"),
+           py::arg("tiles"))
+      .def_property_readonly("n_bytes", [](const PyPreview& p) { return p.tiles.nbytes(); });
+
+  py::class_<ThreadPool, std::unique_ptr<ThreadPool, FreeInOwnProcess>>(m, "ThreadPool")
+      .def(py::init([](int32_t n_threads) {
+             Check(n_threads >= 1, "n_threads must be positive");
+             return std::unique_ptr<ThreadPool, FreeInOwnProcess>(new ThreadPool(n_threads));
+           }),
+           py::arg("n_threads"))
+      .def_property_readonly("n_threads", &ThreadPool::n_threads)
+      .def(
+          "read",
+          [](ThreadPool& pool, const Floats& memory) {
+            Check(platform::ProcessId() == pool.process_id(), "made before a fork");
+            return ReadMemory(pool, memory);
+          },
+          py::arg("memory"));
+
+  py::class_<PyProgram>(m, "Program")
+      .def(py::init<Format, int32_t, int32_t, int32_t, int32_t, float, Floats, Floats>(),
+           py::kw_only(), py::arg("format"), py::arg("hidden_size"), py::arg("n_heads"),
+           py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("rms_norm_eps"), py::arg("rope_cos"),
+           py::arg("rope_sin"))
+      .def(
+          "embed",
+          [](PyProgram& p, py::object embedding, float scale) {
+            Op op{OpKind::kEmbed};
+            op.scale = scale;
+            p.Add(op, {embedding}, {});
+          },
+          py::arg("embedding"), py::arg("scale"))
+      .def(
+          "qkv",
+          [](PyProgram& p, Floats norm, py::object qkv, int32_t layer) {
+            Op op{OpKind::kQkv};
+            op.layer = layer;
+            p.Add(op, {qkv}, norm);
+          },
+          py::arg("norm"), py::arg("qkv"), py::arg("layer"))
+      .def(
+          "attend",
+          [](PyProgram& p, py::object o, float scale, int32_t layer) {
+            Op op{OpKind::kAttend};
+            op.scale = scale;
+            op.layer = layer;
+            p.Add(op, {o}, {});
+          },
+          py::arg("o"), py::arg("scale"), py::arg("layer"))
+      .def(
+          "ffn",
+          [](PyProgram& p, std::optional<Floats> norm, py::object gate, py::object up,
+             py::object down, Activation activation, float threshold, float scale, int32_t layer,
+             py::object predictor, int32_t first_neuron, int32_t n_given) {
+            Op op{OpKind::kFfn};
+            op.activation = activation;
+            op.threshold = threshold;
+            op.scale = scale;
+            op.layer = layer;
+            op.is_split = !norm;
+            op.first_neuron = first_neuron;
+            op.n_given = n_given;
+            if (!predictor.is_none()) {
+              const PyPredictor& of = predictor.cast<const PyPredictor&>();
+              Check(of.format == p.program.shape().format &&
+                        of.n_neurons == gate.cast<const PyRows&>().rows.n_rows,
+                    "predictor of another format or size");
+              op.has_predictor = true;
+              op.predictor = of.predictor;
+              op.d = of.rows;
+              p.keep_alive.append(predictor);
+            }
+            p.Add(op, {gate, up, down}, norm);
+          },
+          py::arg("norm"), py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("activation"),
+          py::arg("threshold"), py::arg("scale"), py::arg("layer"),
+          py::arg("predictor") = py::none(), py::arg("first_neuron") = 0, py::arg("n_given") = 0)
+      .def(
+          "end_segment", [](PyProgram& p, bool sends_x) { p.program.EndSegment(sends_x); },
+          py::kw_only(), py::arg("sends_x"))
+      .def("seal", [](PyProgram& p) { p.program.Seal(); })
+      .def("receive_x", [](PyProgram& p) { p.program.ReceiveX(); })
+      .def_property_readonly("n_segments",
+                             [](const PyProgram& p) { return p.program.segments().size(); })
+      .def(
+          "head",
+          [](PyProgram& p, Floats norm, py::object head, float scale, py::object preview) {
+            Op op{OpKind::kHead};
+            op.scale = scale;
+            if (!preview.is_none()) {
+              op.has_preview = true;
+              op.preview = preview.cast<const PyPreview&>().preview;
+              p.keep_alive.append(preview);
+            }
+            p.Add(op, {head}, norm);
+          },
+          py::arg("norm"), py::arg("head"), py::arg("scale"), py::arg("preview") = py::none())
+      .def_property_readonly("max_context",
+                             [](const PyProgram& p) { return p.program.shape().max_context; });
+
+  py::class_<PySession>(m, "Session")
+      .def(py::init<py::object, py::object, int32_t, bool, bool>(), py::arg("program"),
+           py::arg("pool"), py::arg("n_context"), py::arg("is_dense") = false,
+           py::arg("is_timed") = false)
+      .def(
+          "prefill",
+          [](PySession& s, const Tokens& tokens, bool all_logits, std::optional<Bytes> masks,
+             std::optional<Halves> inputs) -> py::object {
+            Turn turn(s);
+            s.CheckAlone();
+            Check(tokens.ndim() == 1 && tokens.shape(0) > 0, "tokens must be (n,), n > 0");
+            // A copy, so that nobody can change what was checked.
+            const std::vector<int64_t> given(tokens.data(), tokens.data() + tokens.shape(0));
+            s.CheckTokens(given.data(), tokens.shape(0));
+            const std::vector<int32_t> ids(given.begin(), given.end());
+            const int32_t n = static_cast<int32_t>(ids.size());
+            py::object logits = py::none();
+            float* out = nullptr;
+            if (all_logits) {
+              Floats array({py::ssize_t{n}, py::ssize_t{s.program.vocab_size()}});
+              out = array.mutable_data();
+              logits = array;
+            }
+            Observation observation{};
+            if (masks) observation = s.Observe(n, *masks, inputs);
+            const Observation* observed = masks ? &observation : nullptr;
+            WithoutGil([&] { s.session.Prefill(ids.data(), n, out, observed); });
+            return logits;
+          },
+          py::arg("tokens"), py::arg("all_logits") = false,
+          py::arg("masks").noconvert() = py::none(), py::arg("inputs").noconvert() = py::none())
+      .def(
+          "decode",
+          [](PySession& s, int64_t token) {
+            Turn turn(s);
+            s.CheckAlone();
+            s.CheckTokens(&token, 1);
+            WithoutGil([&] { s.session.Decode(static_cast<int32_t>(token)); });
+          },
+          py::arg("token"))
+      .def(
+          "begin",
+          [](PySession& s, const Tokens& tokens, bool is_decode, std::optional<Floats> logits) {
+            Turn turn(s);
+            s.CheckExchange();
+            Check(tokens.ndim() == 1 && tokens.shape(0) > 0 && tokens.shape(0) <= kPrefillChunk,
+                  "tokens must be (n,), n from 1 to PREFILL_CHUNK");
+            Check(!is_decode || tokens.shape(0) == 1, "decode takes one token");
+            const std::vector<int32_t> ids(tokens.data(), tokens.data() + tokens.shape(0));
+            s.CheckTokens(tokens.data(), tokens.shape(0));
+            float* out = nullptr;
+            if (logits) {
+              Check(logits->ndim() == 2 && logits->shape(0) == tokens.shape(0) &&
+                        logits->shape(1) == s.program.vocab_size(),
+                    "logits must be (n, vocab_size)");
+              out = logits->mutable_data();
+            }
+            s.session.Begin(ids.data(), static_cast<int32_t>(ids.size()), is_decode, out, true);
+            s.keep_logits = logits ? py::object(*logits) : py::none();
+            s.next_segment = 0;
+          },
+          py::arg("tokens"), py::kw_only(), py::arg("is_decode"),
+          py::arg("logits").noconvert() = py::none())
+      .def(
+          "run_segment",
+          [](PySession& s, int32_t segment) {
+            Turn turn(s);
+            Check(segment == s.next_segment &&
+                      segment < static_cast<int32_t>(s.program.segments().size()),
+                  "segments run in order, after begin");
+            WithoutGil([&] { s.session.RunSegment(segment); });
+            ++s.next_segment;
+          },
+          py::arg("segment"))
+      .def("end",
+           [](PySession& s) {
+             Turn turn(s);
+             Check(s.next_segment == static_cast<int32_t>(s.program.segments().size()),
+                   "not all segments have run");
+             s.session.End();
+             s.next_segment = -1;
+           })
+      .def(
+          "truncate",
+          [](PySession& s, int32_t position) {
+            Turn turn(s);
+            Check(position >= 0 && position <= s.session.position(),
+                  "position is beyond the session's");
+            s.session.Truncate(position);
+          },
+          py::arg("position"))
+      // A view of the session's own memory: overwritten by the next call.
+      .def_property_readonly("logits",
+                             [](py::object self) {
+                               const PySession& s = self.cast<const PySession&>();
+                               const std::vector<py::ssize_t> shape = {s.program.vocab_size()};
+                               Floats view(shape, s.session.logits(), self);
+                               view.attr("flags").attr("writeable") = false;
+                               return view;
+                             })
+      .def_property_readonly("position", [](const PySession& s) { return s.session.position(); })
+      .def_property_readonly("n_context", [](const PySession& s) { return s.session.n_context(); })
+      .def_property_readonly("active_counts",
+                             [](const PySession& s) {
+                               std::vector<int64_t> counts;
+                               for (int32_t layer = 0; layer < s.program.n_layers(); ++layer)
+                                 counts.push_back(s.session.active_count(layer));
+                               return counts;
+                             })
+      .def_property_readonly("predicted_counts",
+                             [](const PySession& s) {
+                               std::vector<int64_t> counts;
+                               for (int32_t layer = 0; layer < s.program.n_layers(); ++layer)
+                                 counts.push_back(s.session.predicted_count(layer));
+                               return counts;
+                             })
+      .def_property_readonly("shortlisted_count",
+                             [](const PySession& s) { return s.session.shortlisted_count(); })
+      .def_property_readonly("decode_bytes",
+                             [](PySession& s) {
+                               Turn turn(s);
+                               py::dict bytes;
+                               for (int32_t stage = 0; stage < kStages; ++stage)
+                                 bytes[kStageNames[stage]] =
+                                     s.session.decode_bytes(static_cast<Stage>(stage));
+                               return bytes;
+                             })
+      .def_property_readonly(
+          "stage_seconds",
+          [](PySession& s) {
+            Turn turn(s);
+            py::dict seconds;
+            for (int32_t stage = 0; stage < kStages; ++stage)
+              seconds[kStageNames[stage]] =
+                  1e-9 *
+                  static_cast<double>(s.session.stage_nanoseconds(static_cast<Stage>(stage)));
+            seconds["waiting"] = 1e-9 * static_cast<double>(s.session.waiting_nanoseconds());
+            return seconds;
+          })
+      .def("reset_counts", [](PySession& s) {
+        Turn turn(s);
+        s.session.ResetCounts();
+      });
+}
+
+}  // namespace hybrid

@@ -1,0 +1,120 @@
+// Programs and sessions as Python holds them, with what their pointers lead to.
+#pragma once
+
+#include <atomic>
+
+#include "bindings/bindings.h"
+#include "platform.h"
+#include "program.h"
+#include "session/session.h"
+
+namespace hybrid {
+
+// A recorded program together with the arrays that its pointers lead to.
+struct PyProgram {
+  PyProgram(Format format, int32_t hidden_size, int32_t n_heads, int32_t n_kv_heads,
+            int32_t head_dim, float rms_norm_eps, Floats rope_cos, Floats rope_sin)
+      : program({format, hidden_size, n_heads, n_kv_heads, head_dim,
+                 static_cast<int32_t>(rope_cos.shape(0)), rms_norm_eps, rope_cos.data(),
+                 rope_sin.data()}) {
+    Check(rope_cos.ndim() == 2 && rope_cos.shape(1) == head_dim / 2,
+          "rope tables must be (context, head_dim / 2)");
+    Check(rope_sin.ndim() == 2 && rope_sin.shape(0) == rope_cos.shape(0) &&
+              rope_sin.shape(1) == head_dim / 2,
+          "rope tables must be alike");
+    keep_alive.append(rope_cos);
+    keep_alive.append(rope_sin);
+  }
+  void Add(Op op, const std::vector<py::object>& rows, std::optional<Floats> norm) {
+    Rows* slots[] = {&op.a, &op.b, &op.c};
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const PyRows& matrix = rows[i].cast<const PyRows&>();
+      Check(matrix.format == program.shape().format, "rows of another format");
+      *slots[i] = matrix.rows;
+      keep_alive.append(rows[i]);
+    }
+    if (norm) {
+      Check(norm->ndim() == 1 && norm->shape(0) == program.shape().hidden_size,
+            "norm must be (hidden_size,)");
+      op.norm = norm->data();
+      keep_alive.append(*norm);
+    }
+    program.Add(op);
+  }
+  Program program;
+  py::list keep_alive;
+};
+
+// A session, what it points to, and the flag that keeps its calls apart.
+struct PySession {
+  PySession(py::object program, py::object pool, int32_t n_context, bool is_dense, bool is_timed)
+      : keep_program(program),
+        keep_pool(pool),
+        program(program.cast<PyProgram&>().program),
+        pool(pool.cast<ThreadPool&>()),
+        session(this->program, this->pool, CheckContext(this->program, n_context), is_dense,
+                is_timed) {}
+
+  static int32_t CheckContext(Program& program, int32_t n_context) {
+    Check(n_context > 0 && n_context <= program.shape().max_context,
+          "context must be within the rope tables");
+    program.Seal();
+    return n_context;
+  }
+
+  void CheckTokens(const int64_t* tokens, int64_t n) const {
+    Check(n <= session.n_context() - session.position(), "the context is full");
+    for (int64_t i = 0; i < n; ++i)
+      Check(tokens[i] >= 0 && tokens[i] < program.vocab_size(), "token beyond the vocabulary");
+  }
+
+  Observation Observe(int32_t n, Bytes& masks, std::optional<Halves>& inputs) const {
+    const py::ssize_t n_layers = program.n_layers(), hidden = program.shape().hidden_size;
+    Check(masks.ndim() == 3 && masks.shape(0) == n_layers && masks.shape(1) == n &&
+              masks.shape(2) == CeilDiv(program.n_neurons(), 8),
+          "masks must be (n_layers, n, ceil(n_neurons / 8))");
+    if (inputs)
+      Check(inputs->ndim() == 3 && inputs->shape(0) == n_layers && inputs->shape(1) == n &&
+                inputs->shape(2) == hidden,
+            "inputs must be (n_layers, n, hidden_size)");
+    return {n, masks.mutable_data(), inputs ? inputs->mutable_data() : nullptr};
+  }
+
+  // For calls that take the whole program at once.
+  void CheckAlone() const {
+    Check(program.segments().size() == 1 && !program.segments()[0].sends_x,
+          "the program has hand-offs: run its segments");
+  }
+  void CheckExchange() const {
+    Check(session.exchange().x != nullptr || program.segments().size() == 1,
+          "the program has hand-offs, and the session meets no link");
+  }
+
+  py::object keep_program, keep_pool;  // first: they must outlive the session
+  py::object keep_link = py::none(), keep_logits = py::none();
+  int32_t next_segment = -1;  // of a call in pieces; -1: none is running
+  Program& program;
+  ThreadPool& pool;
+  Session session;
+  std::atomic<bool> is_busy{false};
+};
+
+// Holds a session for one call. Throws ValueError where another thread holds it, RuntimeError in a
+// process forked after the session was opened: a lock of its pool may have been held at that
+// moment.
+class Turn {
+ public:
+  explicit Turn(PySession& s) : s_(s) {
+    if (platform::ProcessId() != s.pool.process_id())
+      throw std::runtime_error("the session was opened before a fork; load the model again here");
+    Check(!s.is_busy.exchange(true), "the session is in use by another thread");
+  }
+  ~Turn() { s_.is_busy.store(false); }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  PySession& s_;
+};
+
+}  // namespace hybrid

@@ -1,0 +1,354 @@
+// Session: what a piece of each decode phase computes, and what both decode and prefill do.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "platform.h"
+#include "session/session.h"
+
+namespace hybrid {
+
+namespace {
+
+// Where the time of a phase counts, or what of it the phase does not count itself.
+Stage StageOf(PhaseKind kind, OpKind op) {
+  switch (kind) {
+    case PhaseKind::kQkv:
+    case PhaseKind::kQkvTokens:
+      return kStageQkv;
+    case PhaseKind::kAttend:
+    case PhaseKind::kAttendTokens:
+      return kStageAttend;
+    case PhaseKind::kOutput:
+    case PhaseKind::kQuantizeTokens:
+    case PhaseKind::kOutputTokens:
+      return kStageOutput;
+    case PhaseKind::kPredict:
+    case PhaseKind::kPredictTokens:
+      return kStagePredict;
+    case PhaseKind::kFfn:
+    case PhaseKind::kFfnTokens:
+    case PhaseKind::kFfnSumTokens:
+      return kStageUpDown;
+    case PhaseKind::kNormTokens:
+      return op == OpKind::kQkv ? kStageQkv : op == OpKind::kFfn ? kStageGate : kStageHead;
+    default:
+      return kStageHead;
+  }
+}
+
+}  // namespace
+
+void Session::RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch) {
+  const Op& op = program_.op(phase.op);
+  if (is_timed_) scratch.last_tick = platform::Nanoseconds();
+  if (phase.kind >= PhaseKind::kEmbedTokens)
+    RunPrefillPiece(phase, op, piece, scratch);
+  else
+    RunDecodePiece(phase, op, piece, scratch);
+  Tick(StageOf(phase.kind, op.kind), scratch);
+}
+
+void Session::Tick(Stage stage, ThreadScratch& scratch) const {
+  if (!is_timed_) return;
+  const int64_t now = platform::Nanoseconds();
+  scratch.nanoseconds[stage] += now - scratch.last_tick;
+  scratch.last_tick = now;
+}
+
+void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
+                             ThreadScratch& scratch) {
+  const ProgramShape& shape = program_.shape();
+  const int32_t head_dim = shape.head_dim, head_stride = program_.head_stride();
+  const int32_t group = shape.n_heads / shape.n_kv_heads;
+  float* floats = scratch.floats.get();
+  switch (phase.kind) {
+    case PhaseKind::kEmbed:
+      kernels_->dequantize(shape.format, op.a, tokens_[0], op.scale, x_.get());
+      scratch.bytes[kStageHead] += RowBytes(op.a, shape.format);
+      break;
+    case PhaseKind::kQkv: {
+      const uint8_t* x = NormOnce(phase, op, scratch);
+      PrefetchKey(op, piece);
+      kernels_->gemm(
+          {shape.format, op.a, piece * head_dim, (piece + 1) * head_dim, x, 0, 1, floats, 0});
+      FinishHead(op, piece, floats, position_, 0, scratch);
+      scratch.bytes[kStageQkv] += head_dim * RowBytes(op.a, shape.format);
+      break;
+    }
+    case PhaseKind::kAttend: {
+      const int32_t span = piece / shape.n_kv_heads, kv_head = piece % shape.n_kv_heads;
+      const int32_t head = kv_head * group;
+      const int64_t row = int64_t{span} * shape.n_heads + head;
+      // Threads take neighbouring pieces, as long as they can.
+      const int32_t next = piece + 1, n_pieces = CountPieces(phase);
+      const void* next_bytes =
+          next < n_pieces ? static_cast<const void*>(
+                                KvSpan(op.layer, next % shape.n_kv_heads, next / shape.n_kv_heads))
+                          : op.a.values;
+      AttendSpan(op, kv_head, q_ + int64_t{head} * head_stride, span, position_ + 1, next_bytes,
+                 scratch, span_max_ + row, span_sum_ + row, span_out_ + row * head_stride);
+      scratch.bytes[kStageAttend] += 2 * int64_t{sizeof(uint16_t)} * head_stride *
+                                     std::min(kSpan, position_ + 1 - span * kSpan);
+      break;
+    }
+    case PhaseKind::kOutput:
+      AddRows(op, piece, MergeHeadsOnce(phase, scratch), 1, scratch);
+      scratch.bytes[kStageOutput] +=
+          std::min(kOutputRows, op.a.n_rows - piece * kOutputRows) * RowBytes(op.a, shape.format);
+      break;
+    case PhaseKind::kPredict: {
+      const int32_t first = piece * kPredictRows,
+                    last = std::min(first + kPredictRows, op.d.n_rows);
+      const Format format = PredictorFormat(shape.format);
+      kernels_->gemm(
+          {format, op.d, first, last, NormOnce(phase, op, scratch), 0, 1, z_ + first, 0});
+      scratch.bytes[kStagePredict] += (last - first) * RowBytes(op.d, format);
+      break;
+    }
+    case PhaseKind::kFfn: {
+      const size_t run = static_cast<size_t>(piece);
+      const int32_t first_piece = ffn_runs_[run], end_piece = ffn_runs_[run + 1];
+      const int32_t first = std::max(FirstNeuron(op, first_piece), op.n_given),
+                    last = FirstNeuron(op, end_piece);
+      const ActiveCounts counts =
+          RunFfn(phase, op, first_piece, end_piece, NormOnce(phase, op, scratch), scratch);
+      if (op.has_predictor && !is_dense_ && last > first)
+        scratch.bytes[kStageGate] += (CeilDiv(last, kPredictTile) - CeilDiv(first, kPredictTile)) *
+                                     PredictTileBytes(op.predictor);
+      scratch.bytes[kStageGate] += counts.n_predicted * RowBytes(op.a, shape.format);
+      scratch.bytes[kStageUpDown] +=
+          counts.n_listed * (RowBytes(op.b, shape.format) + RowBytes(op.c, shape.format));
+      for (int32_t i = first_piece; i < end_piece; ++i) AddPartial(op, i);
+      break;
+    }
+    case PhaseKind::kShortlist:
+      RunShortlist(phase, op, piece, scratch);
+      break;
+    default:  // kHead
+      RunHead(phase, op, piece, scratch);
+  }
+}
+
+// The normed and quantised input of a decode phase. Every thread makes its own, once an operation:
+// cheaper than a phase of its own, and equal on all threads.
+const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch) {
+  const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
+  if (scratch.x_serial != serial) {
+    const ProgramShape& shape = program_.shape();
+    const float scale = op.kind == OpKind::kHead ? op.scale : 1.0f;
+    const float* h = exchange_.h;
+    if (!op.is_split) {
+      kernels_->rms_norm(x_.get(), op.norm, shape.hidden_size, shape.rms_norm_eps, scale,
+                         scratch.floats.get());
+      h = scratch.floats.get();
+    }
+    kernels_->quantize(shape.format, h, shape.hidden_size, scratch.x.get());
+    if (Previews(op))
+      kernels_->make_preview_input(h, shape.hidden_size, scratch.preview_input.get());
+    scratch.x_serial = serial;
+  }
+  return scratch.x.get();
+}
+
+// The next operation's norm, where there is one: every thread reads it as soon as the next phase
+// begins, at first at the pace of single misses.
+void Session::PrefetchNorm(int32_t op) const {
+  const float* norm = op < program_.n_ops() ? program_.op(op).norm : nullptr;
+  if (norm == nullptr) return;
+  constexpr int32_t kLine = 64 / sizeof(float);
+  for (int32_t i = 0; i < program_.shape().hidden_size; i += kLine) platform::Prefetch(norm + i);
+}
+
+// What the operation's predictor is asked with, of all tokens of the call.
+const uint8_t* Session::PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
+                                            ThreadScratch& scratch) {
+  const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
+  uint8_t* inputs = scratch.predictor_inputs.get();
+  if (scratch.predictor_serial != serial) {
+    const ProgramShape& shape = program_.shape();
+    const int64_t x_bytes = VectorBytes(shape.format, shape.hidden_size),
+                  input_bytes = PredictorInputBytes(op.predictor);
+    for (int32_t t = 0; t < n_tokens_; ++t)
+      kernels_->make_predictor_input(op.predictor, shape.format, x + t * x_bytes, shape.hidden_size,
+                                     z_ + int64_t{t} * op.predictor.size, inputs + t * input_bytes);
+    scratch.predictor_serial = serial;
+  }
+  return inputs;
+}
+
+const uint8_t* Session::MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch) {
+  const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
+  if (scratch.x_serial != serial) {
+    const ProgramShape& shape = program_.shape();
+    const int32_t head_stride = program_.head_stride();
+    for (int32_t head = 0; head < shape.n_heads; ++head)
+      kernels_->merge_spans(span_max_ + head, span_sum_ + head,
+                            span_out_ + int64_t{head} * head_stride, CeilDiv(position_ + 1, kSpan),
+                            shape.n_heads, shape.head_dim, head_stride,
+                            scratch.floats + int64_t{head} * shape.head_dim);
+    kernels_->quantize(shape.format, scratch.floats.get(), shape.n_heads * shape.head_dim,
+                       scratch.x.get());
+    scratch.x_serial = serial;
+  }
+  return scratch.x.get();
+}
+
+// Rope and the places where a projected head goes: q to scratch, k and v to the cache.
+void Session::FinishHead(const Op& op, int32_t head, const float* values, int32_t position,
+                         int32_t token, ThreadScratch& scratch) {
+  const ProgramShape& shape = program_.shape();
+  const int32_t head_dim = shape.head_dim, half = head_dim / 2,
+                head_stride = program_.head_stride();
+  const float* cos = shape.rope_cos + int64_t{position} * half;
+  const float* sin = shape.rope_sin + int64_t{position} * half;
+  if (head < shape.n_heads) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    kernels_->rotate(values, cos, sin, half, scale,
+                     q_ + (int64_t{token} * shape.n_heads + head) * head_stride);
+    return;
+  }
+  const int32_t kv_head = (head - shape.n_heads) % shape.n_kv_heads;
+  if (head >= shape.n_heads + shape.n_kv_heads) {
+    uint16_t* first = KvSpan(op.layer, kv_head, position / kSpan) + int64_t{kSpan} * head_stride;
+    kernels_->to_fp16(values, head_dim, first + position % kSpan * head_stride);
+    return;
+  }
+  kernels_->rotate(values, cos, sin, half, 1.0f, scratch.rotated.get());
+  kernels_->to_fp16(scratch.rotated.get(), head_dim, scratch.key.get());
+  uint16_t* key = KeyAt(op.layer, kv_head, position);
+  for (int32_t i = 0; i < head_dim; ++i) key[i * kKeyTile] = scratch.key[i];
+}
+
+// Where a key will be written, before it is computed: its elements are misses all.
+void Session::PrefetchKey(const Op& op, int32_t head) const {
+  const ProgramShape& shape = program_.shape();
+  const int32_t kv_head = head - shape.n_heads;
+  if (kv_head < 0 || kv_head >= shape.n_kv_heads) return;
+  const uint16_t* key = KeyAt(op.layer, kv_head, position_);
+  for (int32_t i = 0; i < shape.head_dim; ++i) platform::Prefetch(key + i * kKeyTile);
+}
+
+// The first element of a key; the next are kKeyTile apart.
+uint16_t* Session::KeyAt(int32_t layer, int32_t kv_head, int32_t position) const {
+  const int32_t at = position % kSpan;
+  return KvSpan(layer, kv_head, position / kSpan) +
+         at / kKeyTile * kKeyTile * program_.head_stride() + at % kKeyTile;
+}
+
+// The keys of a span, in tiles; its values follow them.
+uint16_t* Session::KvSpan(int32_t layer, int32_t kv_head, int32_t span) const {
+  const int64_t index =
+      (int64_t{span} * program_.n_layers() + layer) * program_.shape().n_kv_heads + kv_head;
+  return kv_ + index * 2 * kSpan * program_.head_stride();
+}
+
+void Session::AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
+                         const void* next, ThreadScratch& scratch, float* max, float* sum,
+                         float* out) {
+  const ProgramShape& shape = program_.shape();
+  AttendSpanArgs args;
+  args.q = q;
+  args.k = KvSpan(op.layer, kv_head, span);
+  args.v = args.k + int64_t{kSpan} * program_.head_stride();
+  args.n_group = shape.n_heads / shape.n_kv_heads;
+  args.head_stride = program_.head_stride();
+  args.n = std::min(kSpan, end - span * kSpan);
+  args.next = next;
+  args.scores = scratch.scores;
+  args.max = max;
+  args.sum = sum;
+  args.out = out;
+  kernels_->attend_span(args);
+}
+
+ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_piece,
+                             int32_t end_piece, const uint8_t* x, ThreadScratch& scratch) {
+  const ProgramShape& shape = program_.shape();
+  const int64_t padded = PaddedCols(shape.format, shape.hidden_size);
+  SparseFfnArgs args;
+  args.format = shape.format;
+  args.gate = op.a;
+  args.up = op.b;
+  args.down = op.c;
+  int32_t piece_ends[kFfnPieces];
+  for (int32_t i = first_piece; i < end_piece; ++i)
+    piece_ends[i - first_piece] = FirstNeuron(op, i + 1);
+  args.first = FirstNeuron(op, first_piece);
+  args.last = FirstNeuron(op, end_piece);
+  args.n_pieces = end_piece - first_piece;
+  args.piece_ends = piece_ends;
+  args.given_gates = exchange_.gates;
+  args.given_stride = exchange_.n_neurons;
+  args.n_given = op.n_given;
+  args.activation = op.activation;
+  args.threshold = op.threshold;
+  args.x = x;
+  args.x_stride = VectorBytes(shape.format, shape.hidden_size);
+  args.n_tokens = n_tokens_;
+  args.out = partials_ + PlaceOf(first_piece) * PartialStride();
+  args.piece_stride = (PlaceOf(first_piece + 1) - PlaceOf(first_piece)) * PartialStride();
+  args.out_stride = padded;
+  args.computes_all = is_dense_;
+  args.active = scratch.active.get();
+  if (op.has_predictor && !is_dense_) {
+    args.predictor = &op.predictor;
+    args.predictor_inputs = PredictorInputsOnce(phase, op, x, scratch);
+    args.predictor_input_stride = PredictorInputBytes(op.predictor);
+    args.predicted = scratch.predicted.get();
+  }
+  const ActiveCounts counts = kernels_->find_active(args);
+  Tick(kStageGate, scratch);
+  if (observation_ != nullptr) ObserveActive(op, args.active, counts.n_listed);
+  if (n_tokens_ == 1) PrefetchNorm(phase.op + 1);
+  kernels_->add_active(args, counts);
+  const size_t layer = static_cast<size_t>(op.layer);
+  scratch.n_active[layer] += counts.n_active;
+  scratch.n_predicted[layer] += counts.n_predicted;
+  return counts;
+}
+
+// A piece's partial sum is there. Whoever brings the last one of every second place adds those up,
+// and whoever then comes second with such a half adds it to x: in the order of sum_partials and
+// add_partials over all places, so that every number of threads gives the same bits.
+void Session::AddPartial(const Op& op, int32_t piece) {
+  const ProgramShape& shape = program_.shape();
+  const int32_t padded = PaddedCols(shape.format, shape.hidden_size), half = PlaceOf(piece) % 2;
+  if (n_arrived_[half].n.fetch_add(1, std::memory_order_acq_rel) + 1 < kFfnPieces / 2) return;
+  n_arrived_[half].n.store(0, std::memory_order_relaxed);
+  float* sum = partials_ + half * PartialStride();
+  kernels_->sum_partials(sum, 2 * PartialStride(), kFfnPieces / 2, padded, sum);
+  if (n_arrived_[2].n.fetch_add(1, std::memory_order_acq_rel) == 0) return;
+  n_arrived_[2].n.store(0, std::memory_order_relaxed);
+  if (op.is_split) std::fill_n(exchange_.y, shape.hidden_size, 0.0f);
+  kernels_->add_partials(shape.format, partials_.get(), PartialStride(), 2, shape.hidden_size,
+                         op.is_split ? 1.0f : op.scale, op.is_split ? exchange_.y : x_.get());
+}
+
+// Pieces begin at multiples of 8 neurons: no two write to the same byte.
+void Session::ObserveActive(const Op& op, const Active* active, int32_t n_listed) {
+  const int64_t n_bytes = CeilDiv(program_.n_neurons(), 8);
+  uint8_t* masks =
+      observation_->masks + (op.layer * observation_->n_tokens + first_observed_) * n_bytes;
+  for (int32_t i = 0; i < n_listed; ++i) {
+    const Active& pair = active[i];
+    const uint8_t bit = pair.gate != 0.0f ? static_cast<uint8_t>(1 << pair.neuron % 8) : 0;
+    masks[pair.token * n_bytes + pair.neuron / 8] |= bit;
+  }
+}
+
+// x[token] += scale * dot(rows, x) for one piece of rows.
+void Session::AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
+                      ThreadScratch& scratch) {
+  const ProgramShape& shape = program_.shape();
+  const int32_t first = piece * kOutputRows, last = std::min(first + kOutputRows, op.a.n_rows);
+  float* dots = scratch.floats.get();
+  kernels_->gemm({shape.format, op.a, first, last, x, VectorBytes(shape.format, op.a.n_cols),
+                  n_tokens, dots, kOutputRows});
+  for (int32_t t = 0; t < n_tokens; ++t)
+    for (int32_t row = first; row < last; ++row)
+      x_[int64_t{t} * shape.hidden_size + row] += op.scale * dots[t * kOutputRows + row - first];
+}
+
+}  // namespace hybrid

@@ -1,0 +1,350 @@
+"""Everything that hybrid wants to know of a GPU, unattended, in under eight minutes:
+
+    python hybrid/checking/gpu.py -o checks.json
+
+Correctness: the kernels against torch, every kind of plan against the CPU engine, ten thousand
+replays, a thread that never answers. Speed: hand-offs by each mechanism (quiet, and with every core
+busy), kernels, one token of a 1 B model all on the GPU, and split at a quarter, half and three
+quarters of its bytes, against whole layers and the CPU alone, as predicted and as measured. What
+fails is written down, and the next check runs. Please send us the file.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import hybrid
+from hybrid.engine.gpu import measurement
+from hybrid.engine.gpu.device import Device, HostDevice
+from hybrid.engine.loading import planning
+from hybrid.kernels import Format, ThreadPool, active_isa
+from hybrid.placement.hardware import default_threads
+from hybrid.placement.plan import ON_CPU, LayerPlacement, PlacementPlan, whole_plan
+from hybrid.placement.solver import alternatives
+
+LIMIT_S = 480.0
+REPLAYS = 10_000
+CONTEXT = 512
+BOUND = 2e-2  # of the largest logit: see tests/engine/gpu/test_hybrid.py
+KERNEL_TESTS = Path("tests/kernels/gpu/test_triton.py")  # in a checkout
+
+
+class Checks:
+    """Runs checks one after the other and keeps what they return."""
+
+    def __init__(self, out: Path, limit_s: float, report: Callable[[str], None]) -> None:
+        self.out, self.ends, self.report = out, time.monotonic() + limit_s, report
+        self.results: dict[str, Any] = {}
+
+    def run(self, name: str, check: Callable[[], Any], needs_s: float = 0.0) -> None:
+        started = time.monotonic()
+        if started + needs_s > self.ends:
+            result: Any = {"skipped": "no time left"}
+        else:
+            try:
+                result = check()
+            except Exception as error:
+                result = {"error": f"{type(error).__name__}: {error}"}
+        seconds = round(time.monotonic() - started, 1)
+        self.results[name] = {"seconds": seconds, "result": result}
+        self.report(f"{name} ({seconds} s): {json.dumps(result)[:300]}")
+        self.out.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+
+
+def environment(device: Device) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "device": device.name,
+        "versions": device.version,
+        "python": platform.python_version(),
+        "threads": default_threads(),
+        "isa": active_isa(),
+        "mechanisms": list(device.mechanisms),
+    }
+    free, context, own = measurement.free_and_context_bytes(device)
+    facts |= {"free_bytes": free, "context_bytes": context, "torch_bytes": own}
+    if device.torch_device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device.torch_device)
+        facts |= {
+            "sm": f"{properties.major}{properties.minor}",
+            "sms": properties.multi_processor_count,
+        }
+    return facts
+
+
+def hand_offs(device: Device, pool: ThreadPool, n: int = 52) -> dict[str, Any]:
+    """µs of one hand-off: median and 99th percentile of many tokens."""
+    found = {}
+    for mechanism in device.mechanisms:
+        turns = measurement.Turns(device, pool, mechanism, n)
+        with device.on_stream():
+            recording = device.record(turns.launch)
+            for _ in range(20):
+                turns.replay(recording)
+            times = sorted(turns.replay(recording) / n * 1e6 for _ in range(200))
+        found[mechanism] = {"median_us": times[100], "p99_us": times[198], "best_us": times[0]}
+    return found
+
+
+def busy_hand_offs(device: Device, pool: ThreadPool) -> dict[str, Any]:
+    """The same while every core has another thing to do."""
+    processes = [
+        multiprocessing.Process(target=_spin, daemon=True) for _ in range(os.cpu_count() or 1)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return hand_offs(device, pool)
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+def replays(device: Device, pool: ThreadPool, n: int) -> dict[str, Any]:
+    """Tokens whose every answer must be the same, by the mechanism that is used."""
+    mechanism = device.mechanisms[0]
+    turns = measurement.Turns(device, pool, mechanism, 8)
+    n_wrong = 0
+    with device.on_stream():
+        recording = device.record(turns.launch)
+        for _ in range(n):
+            turns.y.fill_(float("nan"))
+            turns.replay(recording)
+            n_wrong += bool(turns.y.any())
+    return {"replays": n, "mechanism": mechanism, "wrong": n_wrong}
+
+
+def lost_thread(device: Device, pool: ThreadPool) -> dict[str, Any]:
+    """Nobody answers: the GPU must go on, and the link must say so."""
+    mechanism = device.mechanisms[0]
+    if mechanism == "synchronise":
+        return {"skipped": "no flags here"}
+    turns = measurement.Turns(device, pool, mechanism, 4, patience_s=0.5)
+    with device.on_stream():
+        recording = device.record(turns.launch)
+        turns.exchange.link.arm()
+        started = time.monotonic()
+        for step in recording:
+            step()
+        device.synchronize()
+    return {
+        "released_after_s": round(time.monotonic() - started, 3),
+        "error": turns.exchange.link.error,
+        "is_poisoned": bool(torch.isnan(turns.y).all()),
+    }
+
+
+def kernels(device: Device, n_rows: int) -> dict[str, Any]:
+    """GB/s of each backend and format, rows streamed and rows skipped; µs of a node."""
+    from hybrid.kernels.gpu.torch_kernels import TorchKernels
+
+    backends = {"torch": TorchKernels()}
+    backends.setdefault(planning.decode_kernels(device)[0].name, planning.decode_kernels(device)[0])
+    found: dict[str, Any] = {"node_us": measurement.node_seconds(device) * 1e6}
+    for name, backend in backends.items():
+        for format in Format:
+            stream, gather = measurement.bandwidths(device, backend, 1536, format, n_rows)
+            found[f"{name} {format.name}"] = {"stream_gbs": stream, "gather_gbs": gather}
+    return found
+
+
+def plans_of(plan: PlacementPlan) -> dict[str, PlacementPlan]:
+    """Every kind of split, for a model of any number of layers."""
+    n, n_layers = plan.n_neurons, len(plan.layers)
+    some = n // 3 // 64 * 64
+    whole = LayerPlacement(True, n, n)
+    kinds = {
+        "attention": [LayerPlacement(True, 0, 0)],
+        "all gates": [LayerPlacement(True, n, some)],
+        "hot": [LayerPlacement(True, some, some)],
+        "everything": [
+            ON_CPU,
+            LayerPlacement(True, n, some),
+            whole,
+            LayerPlacement(True, some, some),
+        ],
+    }
+    plans = {"head": replace(plan, is_head_on_gpu=True), "all": whole_plan(plan)}
+    for name, kind in kinds.items():
+        layers = tuple(kind[i % len(kind)] for i in range(n_layers))
+        plans[name] = replace(plan, layers=layers, is_head_on_gpu=name != "hot")
+    return plans
+
+
+def every_plan(model: str, quant: str, folder: Path) -> dict[str, Any]:
+    """Teacher-forced logits of each kind of plan against the CPU engine's."""
+
+    def logits(**options: Any) -> tuple[np.ndarray, hybrid.Engine]:
+        with hybrid.load(model, quant=quant, context_size=CONTEXT, **options) as engine:
+            ids = np.random.default_rng(0).integers(3, engine.config.vocab_size, 90)
+            session = engine.open_session()
+            rows = [*session.prefill(ids[:64], all_logits=True)]  # type: ignore[misc]
+            for token in ids[64:].tolist():
+                session.decode(token)
+                rows.append(session.logits.copy())
+            return np.array(rows), engine
+
+    expected, engine = logits(device="cpu")
+    bound = BOUND * float(np.abs(expected).max())
+    top = np.sort(expected)[:, -2:]
+    clear = top[:, 1] - top[:, 0] > 2 * bound
+    found = {}
+    for name, plan in plans_of(engine.plan).items():
+        path = folder / "plan.json"
+        plan.save(path)
+        own, _ = logits(plan=path)
+        found[name] = {
+            "max_difference": float(np.abs(own - expected).max()),
+            "bound": bound,
+            "is_within": bool(np.abs(own - expected).max() <= bound),
+            "same_argmax": bool((own.argmax(1) == expected.argmax(1))[clear].all()),
+        }
+    return found
+
+
+def decode_ms(model: str, quant: str, threads: int, n: int = 64, **options: Any) -> dict[str, Any]:
+    with hybrid.load(
+        model, quant=quant, threads=threads, context_size=CONTEXT, **options
+    ) as engine:
+        engine.wait_for_weights()
+        ids = np.random.default_rng(1).integers(3, engine.config.vocab_size, 3 * n + 40)
+        session = engine.open_session()
+        session.prefill(ids[:32])
+        for token in ids[32:40].tolist():
+            session.decode(token)
+        rounds = []
+        for part in range(3):
+            started = time.perf_counter()
+            for token in ids[40 + part * n :][:n].tolist():
+                session.decode(token)
+            rounds.append((time.perf_counter() - started) / n * 1e3)
+        active = sum(session.active_counts) / (3 * n + 40) / engine.config.n_layers
+        return {
+            "ms": statistics.median(rounds),
+            "tps": 1e3 / statistics.median(rounds),
+            "active_fraction": active / engine.config.n_neurons,
+            "vram_mib": round(engine.plan.vram_bytes / 2**20),
+            "plan": engine.plan.summary(),
+        }
+
+
+def splits(
+    model: str, quant: str, threads: int, device: Device, folder: Path, shares: tuple[float, ...]
+) -> dict[str, Any]:
+    """The CPU alone, all on the GPU, and at shares of the model's bytes hybrid against whole
+    layers: measured and predicted in one run.
+    """
+    with hybrid.load(
+        model, quant=quant, threads=threads, context_size=CONTEXT, device="cpu"
+    ) as engine:
+        subject = engine.subject
+    backend, _ = planning.decode_kernels(device)
+    machine = planning.measured_gpu(device, backend, subject, None)
+    assert machine.gpu is not None
+    time_model = subject.time_model(machine)
+    everything = time_model.sizes.plan(whole_plan(subject.cpu_plan()))
+    found: dict[str, Any] = {"machine": asdict(machine), "model_bytes": everything}
+    ways = {
+        ("CPU only", 0.0): subject.cpu_plan(),
+        ("all on the GPU", 1.0): whole_plan(subject.cpu_plan()),
+    }
+    for share in shares:
+        for way in alternatives(time_model, subject.cpu_plan(), int(share * everything)):
+            if way.name in ("whole layers", "hybrid"):
+                ways[way.name, share] = way.plan
+    for (name, share), way in ways.items():
+        plan = replace(way, vram_bytes=time_model.sizes.plan(way))
+        path = folder / "plan.json"
+        plan.save(path)
+        where = {"plan": path} if plan.uses_gpu else {"device": "cpu"}
+        measured = decode_ms(model, quant, threads, **where)
+        predicted = time_model.plan(plan) * 1e3
+        measured |= {"predicted_ms": predicted, "error": predicted / measured["ms"] - 1}
+        found[f"{name} {share:.0%}"] = measured
+    for share in shares:
+        hybrid_ms, whole_ms = (
+            found.get(f"{n} {share:.0%}", {}).get("ms") for n in ("hybrid", "whole layers")
+        )
+        if hybrid_ms and whole_ms:
+            found[f"hybrid over whole layers at {share:.0%}"] = whole_ms / hybrid_ms
+    return found
+
+
+def kernel_tests(*before: str) -> dict[str, Any]:
+    """The Triton tests on this GPU, perhaps under a tool; only a checkout has them."""
+    if not KERNEL_TESTS.is_file():
+        return {"skipped": f"there is no {KERNEL_TESTS} here: run this in a checkout"}
+    if before and shutil.which(before[0]) is None:
+        return {"skipped": f"{before[0]} is not installed"}
+    command = [*before, sys.executable, "-P", "-m", "pytest", "-q", "-x", str(KERNEL_TESTS)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    return {"exit": result.returncode, "last": result.stdout.strip().splitlines()[-1:]}
+
+
+def check_gpu(
+    out: Path,
+    *,
+    model: str = "synthetic:MiniCPM-S-1B",
+    limit_s: float = LIMIT_S,
+    is_rehearsal: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[str]:
+    """Run all checks, write their results to `out`, and return the names of those that failed.
+
+    `report` is given one line for each check that is done. A rehearsal tries this program itself,
+    on the CPU with a small model. Raises DeviceUnavailable.
+    """
+    if is_rehearsal:
+        device: Device = HostDevice()
+        planning.open_device = lambda: device
+        model = "stories"
+    else:
+        device = planning.open_device()
+    threads, folder = default_threads(), out.parent
+    pool = ThreadPool(threads)
+    checks = Checks(out, limit_s, report)
+    checks.run("environment", lambda: environment(device))
+    checks.run("hand-offs", lambda: hand_offs(device, pool))
+    if not is_rehearsal:
+        checks.run("hand-offs, all cores busy", lambda: busy_hand_offs(device, pool))
+        checks.run("kernel tests", kernel_tests, needs_s=60)
+    checks.run("replays", lambda: replays(device, pool, 20 if is_rehearsal else REPLAYS))
+    checks.run("a lost thread", lambda: lost_thread(device, pool))
+    checks.run("kernels", lambda: kernels(device, 64 if is_rehearsal else 1 << 16))
+    checks.run("every plan, stories q8", lambda: every_plan("stories", "q8", folder))
+    shares = (0.5,) if is_rehearsal else (0.25, 0.5, 0.75)
+    for quant in ("q8",) if is_rehearsal else ("q8", "q4", "bf16"):
+        checks.run(
+            f"decode, {quant}",
+            lambda quant=quant: splits(model, quant, threads, device, folder, shares),
+            needs_s=60,
+        )
+    if not is_rehearsal:
+        checks.run("every plan, 1B q8", lambda: every_plan(model, "q8", folder), needs_s=60)
+        sanitizer = ("compute-sanitizer", "--error-exitcode", "9")
+        checks.run("compute-sanitizer", lambda: kernel_tests(*sanitizer), needs_s=90)
+    (folder / "plan.json").unlink(missing_ok=True)
+    return [
+        name
+        for name, entry in checks.results.items()
+        if isinstance(entry["result"], dict) and "error" in entry["result"]
+    ]

@@ -1,0 +1,277 @@
+"""Synthetic models: the exact shape of a real one with random weights and calibrated sparsity, so
+that speed can be measured where the real weights are not. Their text is noise.
+
+Owns which there are, and their folders: config.json and tokenizer.json as a published model has
+them, synthetic.json in place of weights, and per format the gate biases once they were asked for.
+What the weights are is `synthetic_weights`; how biases are found is `calibration`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from hybrid.checkpoint.hf import Checkpoint, SourceFile, read_config, read_json
+from hybrid.checkpoint.synthetic.calibration import (
+    CALIBRATION_SHAPE,
+    HELD_OUT_SHAPE,
+    Calibration,
+    calibrate,
+)
+from hybrid.checkpoint.synthetic.weights import RECIPE, SyntheticWeights
+from hybrid.errors import InvalidCheckpoint, ModelNotFound
+from hybrid.kernels import Format
+from hybrid.model.config import ModelConfig
+from hybrid.model.families import expected_tensors
+from hybrid.progress import Progress, ignore_progress
+
+PREFIX = "synthetic:"
+_SEED = 1
+_MARKER = "synthetic.json"
+_METADATA = "calibration"  # in a bias file's header: what it is of, and what came out
+_FILES = ("config.json", "generation_config.json", "tokenizer.json", _MARKER)
+
+_MINICPM_S_1B: dict[str, Any] = {  # as openbmb/MiniCPM-S-1B-sft has them
+    "architectures": ["MiniCPMForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "fatrelu",
+    "hidden_act_param": 0.03,
+    "hidden_size": 1536,
+    "intermediate_size": 3840,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 52,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 73440,
+    "scale_emb": 12,
+    "dim_model_base": 256,
+    "scale_depth": 1.4,
+}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "MiniCPM-S-1B": _MINICPM_S_1B,
+    "tiny": _MINICPM_S_1B  # calibrated within a second: for tests
+    | {
+        "hidden_size": 256,
+        "intermediate_size": 640,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+_SAMPLING = {
+    "do_sample": True,
+    "top_p": 0.8,
+    "temperature": 0.8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def synthetic_names() -> list[str]:
+    return [PREFIX + name for name in _SHAPES]
+
+
+def make_synthetic(model: str, home: Path) -> Path:
+    """The folder in `home` of a name such as "synthetic:MiniCPM-S-1B", in any case; made where it
+    is missing. Raises ModelNotFound for an unknown name, or where it cannot be written.
+    """
+    wanted = model[len(PREFIX) :].casefold()
+    name = next((name for name in _SHAPES if name.casefold() == wanted), None)
+    if name is None:
+        raise ModelNotFound(
+            f"no synthetic model {model!r}; there are: {', '.join(synthetic_names())}"
+        )
+    folder = home / "synthetic" / f"{name}-v{RECIPE}"
+    try:
+        if not all((folder / file_name).is_file() for file_name in _FILES):
+            config = _SHAPES[name]
+            contents = {
+                "config.json": config,
+                "generation_config.json": _SAMPLING,
+                "tokenizer.json": _tokenizer(config["vocab_size"]),
+                _MARKER: {"recipe": RECIPE, "name": name, "seed": _SEED},
+            }
+            folder.mkdir(parents=True, exist_ok=True)
+            for file_name, content in contents.items():
+                with _replacing(folder / file_name) as write:
+                    write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    return folder
+
+
+def is_synthetic(folder: Path) -> bool:
+    """Whether a folder holds a synthetic model."""
+    try:
+        return (folder / _MARKER).is_file()
+    except OSError:  # no permission to look: whoever opens the folder says so
+        return False
+
+
+def open_synthetic(
+    folder: Path, format: Format | None = None, progress: Progress = ignore_progress
+) -> Checkpoint:
+    """Open a synthetic model for a format (None: as for bf16), calibrated first where it is not.
+
+    A bias file that is broken or of another recipe is made anew: the same biases come out. Raises
+    InvalidCheckpoint for the folder's other files, ModelNotFound where it cannot be written.
+    """
+    config = read_config(folder)
+    path = folder / _MARKER
+    match read_json(path):
+        case {"recipe": int(recipe), "name": str(name), "seed": int(seed)} if (
+            recipe == RECIPE and seed >= 0
+        ):
+            weights = SyntheticWeights(config, seed)
+        case content:
+            raise InvalidCheckpoint(
+                f"{path}: expected recipe {RECIPE}, a name and a seed, found {content!s:.100}; "
+                "remove the folder: it is made anew when the model is asked for by name"
+            )
+    format = format or Format.bf16
+    bias_path = folder / f"gate_bias.{format.name}.safetensors"
+    identity = {"recipe": RECIPE, "seed": seed, "format": format.name}
+    calibration = _read_bias(bias_path, identity, config)
+    if calibration is None:
+        task = f"calibrating {PREFIX}{name} for {format.name}"
+        try:
+            with _replacing(bias_path) as write:  # opened first: not a minute's work in vain
+                calibration = calibrate(weights, format, progress, task)
+                write(_bias_file(calibration, identity))
+        except OSError as error:
+            raise _not_writable(folder, error) from error
+    notice = (
+        f"{PREFIX}{name} has random weights: its text is noise, only its speed is real; "
+        f"{calibration.active_fraction:.1%} of its neurons are active on held-out tokens "
+        f"({format.name}, recipe {RECIPE})"
+    )
+    tensors = {
+        (role, layer): _Generated(weights, role, layer, calibration.gate_bias)
+        for role, layer, _, _ in expected_tensors(config)
+    }
+    return Checkpoint(
+        folder,
+        config,
+        tensors,
+        sources=(SourceFile.of(path), SourceFile.of(bias_path)),
+        is_synthetic=True,
+        notices=(notice,),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Generated:
+    """A tensor that lies nowhere: made at each reading."""
+
+    weights: SyntheticWeights
+    role: str
+    layer: int | None
+    gate_bias: np.ndarray  # (n_layers, n_neurons)
+
+    def fp32(self) -> np.ndarray:
+        bias = self.gate_bias[self.layer] if self.role == "gate" else None
+        return self.weights.make(self.role, self.layer, bias)
+
+
+def _bias_file(calibration: Calibration, identity: dict[str, Any]) -> bytes:
+    metadata = identity | {
+        "calibration_tokens": math.prod(CALIBRATION_SHAPE),
+        "held_out_tokens": math.prod(HELD_OUT_SHAPE),
+        "active_fraction": calibration.active_fraction,
+    }
+    # One entry: safetensors writes several in an order that is another one each time.
+    return save({"gate_bias": calibration.gate_bias}, {_METADATA: json.dumps(metadata)})
+
+
+def _read_bias(path: Path, identity: dict[str, Any], config: ModelConfig) -> Calibration | None:
+    """None where the file is missing, broken or of something else."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = json.loads(file.metadata()[_METADATA])
+            bias = file.get_tensor("gate_bias")
+        is_ours = {key: metadata[key] for key in identity} == identity
+        active_fraction = float(metadata["active_fraction"])
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError):
+        return None
+    is_sound = (
+        bias.dtype == np.float32
+        and bias.shape == (config.n_layers, config.n_neurons)
+        and np.isfinite(bias).all()
+    )
+    return Calibration(bias, active_fraction) if is_ours and is_sound else None
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Callable[[bytes], object]]:
+    """Write a file under another name, and move it to `path` once it is whole."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file.write
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _not_writable(folder: Path, error: OSError) -> ModelNotFound:
+    return ModelNotFound(
+        f"cannot make the synthetic model in {folder}: {error}. Make room or grant access there, "
+        "or set HYBRID_HOME to another folder."
+    )
+
+
+def _tokenizer(vocab_size: int) -> dict[str, Any]:
+    """A tokenizer.json that reads text byte by byte and writes "w123" for the ids beyond."""
+    special = ["<unk>", "<s>", "</s>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += [f"▁w{token}" for token in range(len(pieces), vocab_size)]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    no_flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": token, "content": piece, **no_flags, "special": True}
+            for token, piece in enumerate(special)
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}, space],
+        },
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {piece: token for token, piece in enumerate(pieces)},
+            "merges": [],
+        },
+    }

@@ -1,0 +1,261 @@
+"""Measuring a device for the time model: bandwidth of the kernels that decode uses, what a kernel
+more costs, and what the CPU's turn costs by each mechanism of hand-offs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybrid.engine.gpu.device import Device, Mechanism, Work
+from hybrid.engine.gpu.hand_off import PATIENCE_S, Exchange, HandOffs
+from hybrid.kernels import Activation, Format, Program, Session, ThreadPool
+from hybrid.kernels._native import meet
+from hybrid.kernels.gpu.torch_kernels import (
+    CHUNK_VALUES,
+    DeviceMatrix,
+    TorchKernels,
+    empty_vectors,
+)
+from hybrid.kernels.reference import rope_tables
+from hybrid.model.config import ModelConfig
+from hybrid.placement.hardware import available_memory_bytes
+from hybrid.placement.machine import GpuSpeeds
+from hybrid.weights.packed_rows import pack_bundles, pack_matrix
+
+_ROUNDS = 5
+_ACTIVE = 0.3  # of the rows while gathering is measured: as hot rows are
+_NODES = 500
+_HAND_OFFS = 52
+_SMALL = 64  # hidden size and neurons of a program that hardly computes anything
+
+
+def measure_gpu(
+    device: Device,
+    kernels: TorchKernels,
+    config: ModelConfig,
+    format: Format,
+    pool: ThreadPool,
+    *,
+    vram_bytes: int,
+    context_bytes: int,
+    torch_bytes: int = 0,
+    n_rows: int = 1 << 16,
+) -> GpuSpeeds:
+    """Takes some seconds. `n_rows`: of the matrices that are read."""
+    hand_offs = {m: hand_off_seconds(device, pool, m) for m in device.mechanisms}
+    mechanism = min(hand_offs, key=lambda m: hand_offs[m])
+    stream, gather = bandwidths(device, kernels, config.hidden_size, format, n_rows)
+    return GpuSpeeds(
+        name=device.name,
+        vram_bytes=vram_bytes,
+        context_bytes=context_bytes,
+        stream_gbs=stream,
+        gather_gbs=gather,
+        node_us=node_seconds(device) * 1e6,
+        hand_off_us=hand_offs[mechanism] * 1e6,
+        mechanism=mechanism,
+        torch_bytes=torch_bytes,
+    )
+
+
+def seconds_of(device: Device, work: Callable[[], object], n: int) -> float:
+    """One of `n` repetitions that `work` launches, as recorded and replayed."""
+    with device.on_stream():
+        work()
+        device.synchronize()
+        recording = device.record(work)
+        best = float("inf")
+        for _ in range(_ROUNDS):
+            started = time.perf_counter()
+            for step in recording:
+                step()
+            device.synchronize()
+            best = min(best, time.perf_counter() - started)
+    return best / n
+
+
+def bandwidths(
+    device: Device, kernels: TorchKernels, hidden_size: int, format: Format, n_rows: int
+) -> tuple[float, float]:
+    """GB/s of rows that are all read, and of up rows of which inactive neurons' are skipped."""
+    matrix = random_matrix(format, n_rows, hidden_size, device.torch_device)
+    x = empty_vectors(format, 1, hidden_size, device.torch_device)
+    x.values.fill_(1)
+    out = torch.zeros(1, n_rows, device=device.torch_device)
+    n = 16  # launching and waiting once hardly shows
+
+    def repeat(kernel: Callable[..., None], *arguments: object) -> Callable[[], None]:
+        def launch() -> None:
+            for _ in range(n):
+                device.launch(kernel, *arguments)
+
+        return launch
+
+    stream = seconds_of(device, repeat(kernels.linear, matrix, x, out), n)
+    active = torch.rand(1, n_rows, generator=torch.Generator().manual_seed(0)) < _ACTIVE
+    gates = active.float().to(device.torch_device)
+    counts = torch.zeros(kernels.n_counts(n_rows), dtype=torch.int64, device=device.torch_device)
+    up = repeat(kernels.up, matrix, x, gates, Activation.relu, False, out, counts)
+    gather = seconds_of(device, up, n)
+    share = float(active.float().mean())
+    return matrix.n_bytes / stream / 1e9, share * matrix.n_bytes / gather / 1e9
+
+
+def node_seconds(device: Device) -> float:
+    """A kernel more, that does next to nothing, in a recording."""
+    small = torch.zeros(32, device=device.torch_device)
+
+    def launch() -> None:
+        for _ in range(_NODES):
+            device.launch(_touch, small)
+
+    return seconds_of(device, launch, _NODES)
+
+
+def hand_off_seconds(
+    device: Device, pool: ThreadPool, mechanism: Mechanism, n: int = _HAND_OFFS
+) -> float:
+    """One of the CPU's turns, with the copies both ways, where it has nothing to compute."""
+    turns = Turns(device, pool, mechanism, n)
+    best = float("inf")
+    with device.on_stream():
+        recording = device.record(turns.launch)
+        for _ in range(4 * _ROUNDS):
+            best = min(best, turns.replay(recording))
+    return best / n
+
+
+class Turns:
+    """A token of `n` hand-offs and nothing between them: also what the checks on a GPU replay."""
+
+    def __init__(
+        self,
+        device: Device,
+        pool: ThreadPool,
+        mechanism: Mechanism,
+        n: int,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.device, self.mechanism, self.n = device, mechanism, n
+        self.session = _empty_session(pool, n)
+        self.exchange = Exchange(device, _SMALL, _SMALL, n + 1, patience_s)
+        meet(self.session, self.exchange.link)
+        self.h = torch.ones(1, _SMALL, device=device.torch_device)
+        self.y = torch.zeros(n, _SMALL, device=device.torch_device)
+
+    def launch(self) -> None:
+        link, exchange = self.exchange.link, self.exchange
+        turns = HandOffs(self.device, link, self.mechanism, self.session.run_segment)
+        turns.start()
+        turns.finish()
+        for turn in range(self.n):
+            turns.start((exchange.h[:1], self.h))
+            turns.finish((self.y[turn : turn + 1], exchange.y[:1]))
+        turns.close()
+
+    def replay(self, recording: Sequence[Work]) -> float:
+        """Seconds of one token. Raises RuntimeError where the link failed."""
+        started = time.perf_counter()
+        if self.mechanism == "synchronise":
+            self.session.begin(np.zeros(1, np.int64), is_decode=True)
+            for step in recording:
+                step()
+            self.session.end()
+        else:
+            self.exchange.link.arm()
+            for step in recording:
+                step()
+            if not self.exchange.link.serve(self.session, 0):
+                raise RuntimeError(f"hand-off failed: error {self.exchange.link.error}")
+        self.device.synchronize()
+        seconds = time.perf_counter() - started
+        self.session.truncate(0)
+        return seconds
+
+
+def free_and_context_bytes(
+    device: Device, *, measures_context: bool = True
+) -> tuple[int, int, int]:
+    """VRAM that is free now that this process has a context; what a process takes besides its
+    tensors; and how much of that is torch's own (both 0 where they are not measured).
+
+    A second process does what prefill does, rows dequantised and multiplied, and this one looks how
+    much less is free.
+    """
+    if device.torch_device.type != "cuda":
+        return available_memory_bytes(), 0, 0
+    torch.zeros(1, device=device.torch_device)
+    before = torch.cuda.mem_get_info(device.torch_device)[0]
+    if not measures_context:
+        return before, 0, 0
+    program = (
+        f"import torch, sys; w = torch.zeros({CHUNK_VALUES} // 1024, 1024, device='cuda'); "
+        "a = w + 1; b = a * 2; y = a[:64] @ b.T; torch.cuda.synchronize(); "
+        "print(torch.cuda.memory_reserved(), flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        reserved = int(child.stdout.readline())
+        taken = before - torch.cuda.mem_get_info(device.torch_device)[0]
+        child.communicate()
+    return before, max(taken, reserved), reserved
+
+
+def random_matrix(format: Format, n_rows: int, n_cols: int, device: torch.device) -> DeviceMatrix:
+    """Weights whose values do not matter."""
+    if format is Format.bf16:
+        values = torch.rand(n_rows, n_cols, device=device).to(torch.bfloat16)
+        return DeviceMatrix(format, values, None)
+    width = n_cols if format is Format.q8 else n_cols // 2
+    dtype = torch.int8 if format is Format.q8 else torch.uint8
+    values = torch.randint(0, 127, (n_rows, width), device=device, dtype=dtype)
+    scales = torch.full((n_rows, n_cols // 32), 0.01, device=device, dtype=torch.float16)
+    return DeviceMatrix(format, values, scales)
+
+
+def _touch(x: Tensor) -> None:
+    x.add_(1.0)
+
+
+def _empty_session(pool: ThreadPool, n: int) -> Session:
+    """A program of n split FFNs of which the CPU has nothing to do."""
+    format = Format.bf16
+    cos, sin = rope_tables(32, 1e4, 2)
+    program = Program(
+        format=format,
+        hidden_size=_SMALL,
+        n_heads=2,
+        n_kv_heads=2,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        rope_cos=cos,
+        rope_sin=sin,
+    )
+    zeros = np.zeros((_SMALL, _SMALL), np.float32)
+    gate, (up, down) = pack_matrix(format, zeros), pack_bundles(format, zeros, zeros)
+    program.embed(pack_matrix(format, zeros[:4]), 1.0)
+    program.end_segment(sends_x=True)
+    for layer in range(n):
+        program.ffn(
+            None,
+            gate,
+            up,
+            down,
+            Activation.relu,
+            0.0,
+            1.0,
+            layer,
+            first_neuron=0,
+            n_given=_SMALL,
+        )
+        program.end_segment(sends_x=False)
+    return Session(program, pool, 2)

@@ -1,0 +1,196 @@
+"""The GPU's side of a pass: what the scheduler asks of it, as kernels launched on a device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hybrid.engine.gpu.device import Device, copy
+from hybrid.engine.gpu.hand_off import Exchange, HandOffs
+from hybrid.engine.gpu.weights import GpuWeights, Lane
+from hybrid.kernels import Activation
+from hybrid.kernels.gpu.torch_kernels import TorchKernels, Vectors
+from hybrid.model.config import ModelConfig
+from hybrid.placement.plan import PlacementPlan
+
+
+class GpuSide:
+    """One pass of `n_tokens` tokens through what the plan puts on the device."""
+
+    def __init__(
+        self,
+        device: Device,
+        kernels: TorchKernels,
+        weights: GpuWeights,
+        lane: Lane,
+        exchange: Exchange,
+        hand_offs: HandOffs,
+        config: ModelConfig,
+        plan: PlacementPlan,
+        *,
+        n_tokens: int,
+        n_visible: int,
+        computes_all: bool,
+    ) -> None:
+        """`n_visible`: positions that attention looks at, up to the pass's last one or beyond."""
+        self.device, self.kernels, self.weights = device, kernels, weights
+        self.hand_offs, self.config, self.plan = hand_offs, config, plan
+        self.n_visible, self.computes_all = n_visible, computes_all
+        self.activation = Activation[config.activation]
+        n = n_tokens
+        self.x, self.h, self.y = lane.x[:n], lane.h[:n], lane.y[:n]
+        self.h_quant, self.attention_quant = (
+            vectors.tokens(n) for vectors in (lane.h_quant, lane.attention_quant)
+        )
+        self.qkv_out, self.q, self.attention = lane.qkv[:n], lane.q[:n], lane.attention[:n]
+        self.partials = lane.decode_partials if n == 1 else lane.partials[: kernels.n_splits, :n]
+        self.lane = lane
+        self.host_x, self.host_h, self.host_y = exchange.x[:n], exchange.h[:n], exchange.y[:n]
+        self.gates, self.values = lane.gates[:n], lane.values[:n]
+        self.host_gates = exchange.gates[:n]
+        self.has_logits = False
+
+    def start_token(self) -> None:
+        """The CPU begins: the embedding, and the layers before the first one here."""
+        self.hand_offs.start()
+
+    def take_x(self) -> None:
+        self.hand_offs.finish((self.x, self.host_x))
+
+    def send_x(self) -> None:
+        self.hand_offs.start((self.host_x, self.x))
+
+    def end_token(self) -> None:
+        self.hand_offs.close()
+
+    def qkv(self, layer: int) -> None:
+        weights, lane, launch = self.weights.layers[layer], self.lane, self.device.launch
+        self._norm(weights.attention_norm, 1.0, self.x, self.h, self.h_quant)
+        launch(self.kernels.linear, weights.qkv, self.h_quant, self.qkv_out)
+        launch(
+            self.kernels.rope_and_cache,
+            self.qkv_out,
+            self.weights.cos,
+            self.weights.sin,
+            lane.position,
+            self.q,
+            lane.k[layer],
+            lane.v[layer],
+        )
+
+    def attend(self, layer: int, scale: float) -> None:
+        weights, lane, launch = self.weights.layers[layer], self.lane, self.device.launch
+        launch(
+            self.kernels.attend,
+            self.q,
+            lane.k[layer],
+            lane.v[layer],
+            lane.position,
+            self.n_visible,
+            self.attention,
+            self.attention_quant,
+        )
+        launch(self.kernels.add_linear, weights.o, self.attention_quant, scale, self.x)
+
+    def norm_ffn(self, layer: int) -> None:
+        self._norm(self.weights.layers[layer].ffn_norm, 1.0, self.x, self.h, self.h_quant)
+
+    def find_active(self, layer: int) -> None:
+        """The gates that are here, of a layer that is split."""
+        placement = self.plan.layers[layer]
+        if placement.n_gate > 0:
+            self.device.launch(
+                self.kernels.gates,
+                self.weights.layers[layer].gate,
+                self.h_quant,
+                self.activation,
+                self.config.threshold,
+                self.gates[:, : placement.n_gate],
+            )
+
+    def start_cold(self, layer: int) -> None:
+        """The CPU may begin: it has the input, and knows which of its neurons fire as far as their
+        gates are here.
+        """
+        placement = self.plan.layers[layer]
+        # Of many tokens whole rows: one stretch of memory, as one token's cold ones are.
+        is_one = len(self.h) == 1
+        cold = slice(placement.n_hot, placement.n_gate) if is_one else slice(None)
+        copies = [(self.host_h, self.h)]
+        if placement.n_gate > placement.n_hot:
+            copies.append((self.host_gates[:, cold], self.gates[:, cold]))
+        self.hand_offs.start(*copies)
+
+    def add_hot(self, layer: int) -> None:
+        """Up and down rows of hot neurons, whose gates are known."""
+        weights, n_hot = self.weights.layers[layer], self.plan.layers[layer].n_hot
+        if n_hot == 0:
+            return
+        gates, values = self.gates[:, :n_hot], self.values[:, :n_hot]
+        self.device.launch(
+            self.kernels.up,
+            weights.up,
+            self.h_quant,
+            gates,
+            self.activation,
+            self.computes_all,
+            values,
+            self.lane.counts[layer],
+        )
+        self.device.launch(
+            self.kernels.down, weights.down, values, self.computes_all, self.partials
+        )
+
+    def whole_ffn(self, layer: int) -> None:
+        """All neurons' sum."""
+        weights = self.weights.layers[layer]
+        self.device.launch(
+            self.kernels.gates_and_up,
+            weights.gate,
+            weights.up,
+            self.h_quant,
+            self.activation,
+            self.config.threshold,
+            self.computes_all,
+            self.gates,
+            self.values,
+            self.lane.counts[layer],
+        )
+        self.device.launch(
+            self.kernels.down, weights.down, self.values, self.computes_all, self.partials
+        )
+
+    def finish_cold(self) -> None:
+        self.hand_offs.finish((self.y, self.host_y))
+
+    def finish_ffn(self, layer: int, scale: float) -> None:
+        """x += scale * (hot sum + cold sum)."""
+        placement = self.plan.layers[layer]
+        partials = self.partials if placement.n_hot > 0 else None
+        cold = self.y if self.plan.is_split(placement) else None
+        self.device.launch(self.kernels.merge, partials, cold, scale, self.x)
+
+    def head(self, scale: float) -> None:
+        """The last token's logits."""
+        self.head_of(len(self.x) - 1, scale)
+        self.has_logits = True
+
+    def head_of(self, token: int, scale: float) -> None:
+        """The logits of one token of the pass, whose residual stream is still here."""
+        assert self.weights.norm is not None
+        row = slice(token, token + 1)
+        h, quant = self.h[row], _row(self.h_quant, row)
+        self._norm(self.weights.norm, scale, self.x[row], h, quant)
+        self.device.launch(self.kernels.linear, self.weights.head, quant, self.lane.logits)
+
+    def fetch(self, *copies: tuple[object, object]) -> None:
+        for target, source in copies:
+            self.device.launch(copy, target, source)
+
+    def _norm(self, weight: Tensor, scale: float, x: Tensor, out: Tensor, quant: Vectors) -> None:
+        eps = self.config.rms_norm_eps
+        self.device.launch(self.kernels.norm, x, weight, eps, scale, out, quant)
+
+
+def _row(vectors: Vectors, row: slice) -> Vectors:
+    scales = None if vectors.scales is None else vectors.scales[row]
+    return Vectors(vectors.values[row], scales)

@@ -1,0 +1,153 @@
+"""What of a model lies on the GPU: the weights that a plan puts there, what one sequence needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybrid.kernels import Format
+from hybrid.kernels._native import PREFILL_CHUNK
+from hybrid.kernels.gpu.torch_kernels import (
+    DeviceMatrix,
+    TorchKernels,
+    Vectors,
+    empty_vectors,
+)
+from hybrid.kernels.reference import rope_tables
+from hybrid.model.config import ModelConfig
+from hybrid.placement.plan import PlacementPlan
+from hybrid.weights.unpacked import PackedReader, PlainRows
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLayer:
+    """A layer's attention, and the first of its neurons."""
+
+    attention_norm: Tensor  # fp32 (hidden,)
+    qkv: DeviceMatrix
+    o: DeviceMatrix
+    ffn_norm: Tensor
+    gate: DeviceMatrix  # n_gate rows
+    up: DeviceMatrix  # n_hot rows
+    down: DeviceMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class GpuWeights:
+    layers: dict[int, GpuLayer]  # those that the plan puts here
+    norm: Tensor | None
+    head: DeviceMatrix | None
+    cos: Tensor  # fp32 (n_context, head_dim / 2)
+    sin: Tensor
+
+
+def upload(
+    reader: PackedReader, plan: PlacementPlan, n_context: int, device: torch.device
+) -> GpuWeights:
+    """Copy what the plan asks for out of a packed model. Raises torch.OutOfMemoryError."""
+    config, format = reader.config, reader.format
+
+    def matrix(rows: PlainRows) -> DeviceMatrix:
+        values = torch.from_numpy(rows.values)
+        scales = None if rows.scales is None else torch.from_numpy(rows.scales).to(device)
+        if format is Format.bf16:
+            values = values.view(torch.bfloat16)
+        return DeviceMatrix(format, values.to(device), scales)
+
+    def norm(name: str) -> Tensor:
+        return torch.from_numpy(reader.norm(name)).to(device)
+
+    hidden = config.hidden_size
+    layers = {}
+    for index, placement in enumerate(plan.layers):
+        if not placement.is_on_gpu:
+            continue
+        up, down = reader.up_and_down(index, placement.n_hot)
+        layers[index] = GpuLayer(
+            attention_norm=norm(f"{index}.attention_norm"),
+            qkv=matrix(reader.matrix(f"{index}.qkv", config.qkv_size, hidden)),
+            o=matrix(reader.matrix(f"{index}.o", hidden, config.attention_size)),
+            ffn_norm=norm(f"{index}.ffn_norm"),
+            gate=matrix(reader.gate(index, placement.n_gate)),
+            up=matrix(up),
+            down=matrix(down),
+        )
+    head = None
+    if plan.is_head_on_gpu:
+        head = matrix(reader.head())
+    cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
+    return GpuWeights(
+        layers,
+        norm("norm") if plan.is_head_on_gpu else None,
+        head,
+        torch.from_numpy(np.ascontiguousarray(cos)).to(device),
+        torch.from_numpy(np.ascontiguousarray(sin)).to(device),
+    )
+
+
+class Lane:
+    """What one sequence needs on the device: its KV cache, and the activations of a pass. T is
+    PREFILL_CHUNK tokens.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        format: Format,
+        plan: PlacementPlan,
+        n_context: int,
+        kernels: TorchKernels,
+        device: torch.device,
+    ) -> None:
+        """Raises torch.OutOfMemoryError."""
+        n, hidden = PREFILL_CHUNK, config.hidden_size
+        n_splits, n_counts = kernels.n_splits, kernels.n_counts(config.n_neurons)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.x, self.h, self.y = (empty(n, hidden) for _ in range(3))
+        self.h_quant = empty_vectors(format, n, hidden, device)
+        self.qkv = empty(n, config.qkv_size)
+        self.q = empty(n, config.n_heads, config.head_dim)
+        self.attention = empty(n, config.attention_size)
+        self.attention_quant = empty_vectors(format, n, config.attention_size, device)
+        self.gates = empty(n, config.n_neurons)
+        self.values = empty(n, max((layer.n_hot for layer in plan.layers), default=0))
+        self.partials = empty(n_splits, n, hidden)
+        self.decode_partials = empty(n_splits, 1, hidden)  # one stretch
+        self.logits = empty(1, config.vocab_size if plan.is_head_on_gpu else 0)
+        self.position = empty(1, dtype=torch.int64)  # of the pass's first token
+        # Hot neurons that fired, in some parts.
+        self.counts = empty(config.n_layers, n_counts, dtype=torch.int64)
+        shape = (config.n_kv_heads, n_context, config.head_dim)
+        self.k, self.v = (
+            {
+                index: empty(*shape, dtype=torch.float16)
+                for index, layer in enumerate(plan.layers)
+                if layer.is_on_gpu
+            }
+            for _ in range(2)
+        )
+
+
+def device_bytes(of: GpuWeights | Lane) -> int:
+    """Of all tensors: what the plan's budget must have room for."""
+    return sum(tensor.nbytes for tensor in _tensors(of))
+
+
+def _tensors(of: object) -> Iterator[Tensor]:
+    if isinstance(of, Tensor):
+        yield of
+    elif isinstance(of, (DeviceMatrix, Vectors, GpuLayer, GpuWeights)):
+        for field in fields(of):
+            yield from _tensors(getattr(of, field.name))
+    elif isinstance(of, dict):
+        for value in of.values():
+            yield from _tensors(value)
+    elif isinstance(of, Lane):
+        yield from _tensors(vars(of))

@@ -1,0 +1,89 @@
+"""Opening what executes a plan: the CPU alone, or both devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from hybrid.engine.cpu.executor import CpuExecutor
+from hybrid.engine.loading.model_spec import Subject
+from hybrid.engine.loading.planning import Placed, measured_gpu, solve_for
+from hybrid.engine.session import NativeSession
+from hybrid.errors import OutOfMemory
+from hybrid.kernels import Predictor, ThreadPool
+from hybrid.placement.plan import PlacementPlan
+from hybrid.weights.packing import Layers, PackedModel
+
+SMALLER = 0.8  # of a budget that turned out to be too large
+_ATTEMPTS = 4
+
+
+class Executor(Protocol):
+    """A model, ready to run."""
+
+    @property
+    def pool(self) -> ThreadPool: ...
+    def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> NativeSession: ...
+    def close(self) -> None: ...
+
+
+def open_executor(
+    placed: Placed,
+    subject: Subject,
+    model: PackedModel,
+    gathered: Layers,
+    predictors: Sequence[Predictor | None] | None,
+    home: Path | None,
+) -> tuple[Executor, PlacementPlan, tuple[str, ...]]:
+    """Returns the plan that is in use, and notices. Where a plan that was solved here does not fit
+    after all, a smaller one is. Raises OutOfMemory, InvalidOption, DeviceFailed.
+    """
+    notices = list(placed.notices)
+    for attempt in range(_ATTEMPTS):
+        plan = placed.plan
+        cpu = CpuExecutor(
+            model,
+            subject.config,
+            subject.format,
+            n_threads=subject.n_threads,
+            n_context=subject.n_context,
+            predictors=predictors,
+            plan=plan,
+        )
+        if not plan.uses_gpu:
+            return cpu, plan, tuple(notices)
+        try:
+            return _hybrid(placed, subject, model, gathered, cpu), plan, tuple(notices)
+        except OutOfMemory as error:
+            if not placed.is_solved or attempt == _ATTEMPTS - 1:
+                raise
+            assert placed.device is not None
+            assert placed.kernels is not None
+            machine = measured_gpu(placed.device, placed.kernels, subject, home)
+            budget = int(SMALLER * plan.vram_budget)
+            smaller, _ = solve_for(machine, subject, budget)
+            smaller = replace(smaller, hand_offs=plan.hand_offs)
+            notices.append(f"planned anew for {budget / 2**20:.0f} MiB of VRAM: {error}")
+            placed = replace(placed, plan=smaller)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _hybrid(
+    placed: Placed, subject: Subject, model: PackedModel, gathered: Layers, cpu: CpuExecutor
+) -> Executor:
+    from hybrid.engine.gpu.executor import HybridExecutor
+    from hybrid.weights.unpacked import PackedReader
+
+    assert placed.device is not None
+    reader = PackedReader(model.embedding.memory, subject.config, subject.format, gathered)
+    return HybridExecutor(
+        cpu,
+        model,
+        reader,
+        placed.plan,
+        placed.device,
+        n_context=subject.n_context,
+        decode_kernels=placed.kernels,
+    )

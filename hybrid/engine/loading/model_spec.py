@@ -1,0 +1,127 @@
+"""Subject: a model that is to be placed, as it will be loaded. Asked: what the user asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.checkpoint import open_checkpoint
+from hybrid.engine.loading.choices import choose_orders
+from hybrid.engine.loading.prediction import Prediction
+from hybrid.engine.options import MAX_THREADS, checked_context, checked_count
+from hybrid.errors import InvalidOption
+from hybrid.kernels import Format
+from hybrid.model.config import ModelConfig
+from hybrid.placement.hardware import default_threads
+from hybrid.placement.machine import Machine
+from hybrid.placement.plan import PlacementPlan, cpu_plan
+from hybrid.placement.sizes import ModelSizes
+from hybrid.placement.time_model import PredictorCost, TimeModel, flat_frequencies
+from hybrid.progress import Progress, ignore_progress
+from hybrid.weights.packing import order_hash
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+HAND_OFFS = ("auto", "memory-operations", "host-functions", "synchronise")
+UNRECORDED_ACTIVE = 0.12  # of the neurons, where no profile says how many
+PLANNED_POSITIONS = 512  # of context that plans are made for
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user asks for."""
+
+    device: DeviceName = "auto"
+    vram_budget: int | None = None  # bytes of the whole process; None: all that is free
+    plan: Path | None = None
+    hand_offs: str = "auto"  # a mechanism of engine.device, or the plan's
+
+    def check(self) -> None:
+        """Raises InvalidOption."""
+        if self.device not in get_args(DeviceName):
+            raise InvalidOption(
+                f"device: expected one of {', '.join(get_args(DeviceName))}, found {self.device!r}"
+            )
+        if self.hand_offs not in HAND_OFFS:
+            raise InvalidOption(
+                f"hand_offs: expected one of {', '.join(HAND_OFFS)}, found {self.hand_offs!r}"
+            )
+        if self.vram_budget is not None:
+            checked_count("vram_budget", self.vram_budget, least=0)
+        if self.plan is not None and self.vram_budget is not None:
+            raise InvalidOption("plan and vram_budget exclude each other: a plan has its budget")
+        if self.device == "cpu" and (self.plan is not None or self.vram_budget):
+            raise InvalidOption("device cpu takes no plan and no vram_budget")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model that is to be placed."""
+
+    config: ModelConfig
+    format: Format
+    n_context: int
+    n_threads: int
+    model_hash: str
+    order_hash: str
+    frequencies: NDArray[np.float64] | None  # (n_layers, n_neurons) as packed, where recorded
+    prediction: Prediction | None = None
+
+    def cpu_plan(self) -> PlacementPlan:
+        return cpu_plan(
+            self.config, self.format.name, self.n_context, self.model_hash, self.order_hash
+        )
+
+    def time_model(self, machine: Machine) -> TimeModel:
+        config, frequencies = self.config, self.frequencies
+        if frequencies is None:
+            active = UNRECORDED_ACTIVE if config.is_sparse else 1.0
+            frequencies = flat_frequencies(config.n_layers, config.n_neurons, active)
+        return TimeModel(
+            machine,
+            ModelSizes(config, self.format, self.n_context),
+            frequencies,
+            n_positions=min(PLANNED_POSITIONS, self.n_context),
+            predictors=self._predictor_costs(),
+        )
+
+    def _predictor_costs(self) -> tuple[PredictorCost | None, ...] | None:
+        prediction = self.prediction
+        if prediction is None:
+            return None
+        n_bytes = prediction.bytes_per_token // max(prediction.n_predicted_layers, 1)
+        cost = PredictorCost(n_bytes, prediction.predicted)
+        return tuple(None if kind == "exact" else cost for kind in prediction.kinds)
+
+
+def read_subject(
+    folder: Path,
+    *,
+    quant: str,
+    threads: int | None,
+    context_size: int | None,
+    home: Path | None,
+    progress: Progress = ignore_progress,
+) -> tuple[Subject, tuple[str, ...]]:
+    """A model as `Engine` would load it, without its weights; and notices. Raises what that
+    raises.
+    """
+    format = Format[quant]
+    with open_checkpoint(folder, format, progress) as checkpoint:
+        config = checkpoint.config
+        orders, frequencies, notices = choose_orders(checkpoint, "auto", home)
+        subject = Subject(
+            config=config,
+            format=format,
+            n_context=checked_context(context_size, config),
+            n_threads=checked_count(
+                "threads", default_threads() if threads is None else threads, MAX_THREADS
+            ),
+            model_hash=checkpoint.weights_hash,
+            order_hash=order_hash(orders),
+            frequencies=frequencies,
+        )
+    return subject, notices

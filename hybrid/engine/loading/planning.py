@@ -1,0 +1,235 @@
+"""Deciding what of a model goes to a GPU: which device there is, what was asked for, which plan.
+
+Torch is loaded only where a GPU is asked for, or a plan of `hybrid.setup` uses one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybrid.engine.loading.model_spec import Asked, Subject
+from hybrid.errors import DeviceUnavailable, InvalidArtifact, InvalidOption
+from hybrid.kernels import ThreadPool
+from hybrid.placement.machine import Machine, load_machine
+from hybrid.placement.measurement import machine_path, measured_machine, save_quietly
+from hybrid.placement.plan import PlacementPlan, check_plan, load_plan
+from hybrid.placement.solver import solve
+
+if TYPE_CHECKING:
+    from hybrid.engine.gpu.device import Device
+    from hybrid.kernels.gpu.torch_kernels import TorchKernels
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A plan, the device that it needs, and what a user should be told."""
+
+    plan: PlacementPlan
+    device: Device | None = None
+    kernels: TorchKernels | None = None  # of decode
+    notices: tuple[str, ...] = ()
+    is_solved: bool = False  # here and now: a smaller one can be
+
+
+def place(asked: Asked, subject: Subject, home: Path | None) -> Placed:
+    """Raises InvalidOption, InvalidArtifact, DeviceUnavailable."""
+    asked.check()
+    nothing = Placed(subject.cpu_plan())
+    path = asked.plan
+    if path is None and asked.device == "auto" and asked.vram_budget is None and home:
+        kept = plan_path(home, subject)
+        path = kept if kept.is_file() else None
+    wants_gpu = asked.device == "cuda" or bool(asked.vram_budget) or path is not None
+    if not wants_gpu or asked.device == "cpu" or asked.vram_budget == 0:
+        return replace(nothing, notices=_other_contexts(asked, subject, home))
+    plan: PlacementPlan | None = None
+    if path is not None:
+        try:
+            plan = _checked_plan(path, subject)
+        except InvalidArtifact as error:
+            if asked.plan is not None:
+                raise
+            return replace(nothing, notices=(f"plan not used: {error}",))
+        if not plan.uses_gpu:
+            return replace(nothing, plan=plan)
+    try:
+        device = open_device()
+    except DeviceUnavailable as error:
+        if asked.device == "cuda":
+            raise DeviceUnavailable(f"device cuda: {error}; use device cpu") from error
+        return replace(nothing, notices=(f"{error}: everything is on the CPU",))
+    kernels, notices = decode_kernels(device)
+    if asked.hand_offs != "auto" and asked.hand_offs not in device.mechanisms:
+        raise InvalidOption(
+            f"hand_offs: {device.name} has {', '.join(device.mechanisms)} here, found "
+            f"{asked.hand_offs!r}"
+        )
+    if plan is not None:
+        return Placed(_with_hand_offs(plan, asked), device, kernels, notices)
+    machine = measured_gpu(device, kernels, subject, home)
+    plan, more = solve_for(machine, subject, asked.vram_budget)
+    plan = _with_hand_offs(plan, asked)
+    return Placed(
+        plan, device if plan.uses_gpu else None, kernels, (*notices, *more), is_solved=True
+    )
+
+
+def solve_for(
+    machine: Machine, subject: Subject, vram_budget: int | None
+) -> tuple[PlacementPlan, tuple[str, ...]]:
+    """The plan for a budget of the whole process, and notices."""
+    gpu = machine.gpu
+    if gpu is None:
+        return subject.cpu_plan(), ()
+    notices: list[str] = []
+    largest = gpu.vram_bytes + gpu.context_bytes
+    if vram_budget is None:
+        vram_budget = largest
+    elif vram_budget > largest:
+        notices.append(
+            f"a VRAM budget of {vram_budget / 2**20:.0f} MiB was asked for, {gpu.name} has "
+            f"{largest / 2**20:.0f} MiB free: planned for those"
+        )
+        vram_budget = largest
+    if vram_budget <= gpu.context_bytes:
+        notices.append(
+            f"CUDA and torch alone take {gpu.context_bytes / 2**20:.0f} MiB of VRAM, the budget is "
+            f"{vram_budget / 2**20:.0f} MiB: everything is on the CPU"
+        )
+        return subject.cpu_plan(), tuple(notices)
+    if find_spec("scipy") is None:
+        notices.append("scipy is not installed: the plan is the best of a greedy search")
+    if subject.frequencies is None:
+        notices.append("no profile of this model: the plan counts all neurons as equally hot")
+    model = subject.time_model(machine)
+    plan = solve(model, subject.cpu_plan(), vram_budget - gpu.context_bytes)
+    plan = replace(
+        plan,
+        vram_budget=vram_budget,
+        context_bytes=gpu.context_bytes,
+        torch_bytes=gpu.torch_bytes,
+        hand_offs="" if machine.is_modelled else gpu.mechanism,
+    )
+    return plan, tuple(notices)
+
+
+def plan_path(home: Path, subject: Subject) -> Path:
+    """Where `hybrid.setup` keeps the plan of a model."""
+    name = f"{subject.model_hash[:32]}-{subject.format.name}-{subject.n_context}.json"
+    return home / "plans" / name
+
+
+def _other_contexts(asked: Asked, subject: Subject, home: Path | None) -> tuple[str, ...]:
+    """A notice where a plan of setup's is for other lengths of context than the one asked for."""
+    if asked != Asked() or home is None:
+        return ()
+    path = plan_path(home, subject)
+    stem = path.stem.removesuffix(f"-{subject.n_context}")
+    found = [re.fullmatch(r".*-(\d+)", p.stem) for p in path.parent.glob(f"{stem}-*.json")]
+    sizes = ", ".join(str(n) for n in sorted(int(match[1]) for match in found if match))
+    if not sizes:
+        return ()
+    return (
+        f"the plan that setup made is for a context of {sizes}, asked for are {subject.n_context}: "
+        "everything is on the CPU; --vram-budget plans anew",
+    )
+
+
+def open_device() -> Device:
+    """This machine's GPU. Raises DeviceUnavailable."""
+    try:
+        from hybrid.engine.gpu.device import CudaDevice
+    except ImportError:
+        raise DeviceUnavailable(
+            "a GPU needs PyTorch, not installed here (pip install 'hybrid-inference[gpu]', with a "
+            "build of PyTorch for this GPU)"
+        ) from None
+    return CudaDevice()
+
+
+def decode_kernels(device: Device) -> tuple[TorchKernels, tuple[str, ...]]:
+    """The fastest kernels for one token that this installation has."""
+    from hybrid.kernels.gpu.torch_kernels import TorchKernels
+
+    if device.torch_device.type == "cuda":
+        try:
+            from hybrid.kernels.gpu.triton_kernels import TritonKernels
+        except ImportError:
+            return TorchKernels(), (
+                "triton is not installed: the GPU computes with plain torch operations, slowly",
+            )
+        return TritonKernels(), ()
+    return TorchKernels(), ()
+
+
+def measured_gpu(
+    device: Device, kernels: TorchKernels, subject: Subject, home: Path | None
+) -> Machine:
+    """This machine with its GPU, as measured once and kept in `home`."""
+    from hybrid.engine.gpu.measurement import free_and_context_bytes, measure_gpu
+
+    config, format = subject.config, subject.format
+    pool = ThreadPool(subject.n_threads)
+    machine = measured_machine(config, format, pool, home)
+    path = None
+    if home is not None:
+        base = machine_path(home, config, format, subject.n_threads)
+        gpu = hashlib.sha256(f"{device.name} {device.version} {kernels.name}".encode()).hexdigest()
+        path = base.with_name(f"{base.stem}-{gpu[:8]}.json")
+        if path.is_file():
+            try:
+                kept = load_machine(path)
+                if kept.gpu is not None:
+                    free, _, _ = free_and_context_bytes(device, measures_context=False)
+                    return replace(machine, gpu=replace(kept.gpu, vram_bytes=free))
+            except InvalidArtifact:
+                pass  # measured anew, and written over
+    free, context, own = free_and_context_bytes(device)
+    speeds = measure_gpu(
+        device,
+        kernels,
+        config,
+        format,
+        pool,
+        vram_bytes=free,
+        context_bytes=context,
+        torch_bytes=own,
+    )
+    machine = replace(machine, gpu=speeds)
+    if path is not None:
+        save_quietly(machine, path)
+    return machine
+
+
+def machine_here(subject: Subject, home: Path | None) -> tuple[Machine, tuple[str, ...]]:
+    """This machine, measured, with its GPU where it has one; and notices."""
+    try:
+        device = open_device()
+    except DeviceUnavailable as error:
+        pool = ThreadPool(subject.n_threads)
+        return measured_machine(subject.config, subject.format, pool, home), (str(error),)
+    kernels, notices = decode_kernels(device)
+    return measured_gpu(device, kernels, subject, home), notices
+
+
+def _with_hand_offs(plan: PlacementPlan, asked: Asked) -> PlacementPlan:
+    return plan if asked.hand_offs == "auto" else replace(plan, hand_offs=asked.hand_offs)
+
+
+def _checked_plan(path: Path, subject: Subject) -> PlacementPlan:
+    plan = load_plan(path)
+    check_plan(
+        plan,
+        path,
+        subject.config,
+        quant=subject.format.name,
+        n_context=subject.n_context,
+        model_hash=subject.model_hash,
+        order_hash=subject.order_hash,
+    )
+    return plan

@@ -1,0 +1,168 @@
+"""A model's name -> a folder on this machine.
+
+Owns the names that hybrid knows, what else counts as a name, and where hybrid keeps its own
+files. Getting a repository onto the machine is `download`'s job, reading it `checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybrid.checkpoint.synthetic import folder as synthetic
+from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION
+from hybrid.errors import InvalidOption, ModelNotFound
+from hybrid.hub.download import fetch
+from hybrid.progress import Progress, ignore_progress
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A model that hybrid knows by name."""
+
+    name: str
+    repo_id: str | None  # on the Hugging Face Hub; None: bundled with the package
+    description: str
+    expected_active_fraction: float | None  # 1 - the sparsity that its authors published
+    expected_perplexity: float | None = None  # of the self-check's text, in bf16
+
+
+_CATALOG = (
+    CatalogEntry("stories", None, "bundled: tiny, tells stories, for a first try", 0.078, 10.16),
+    CatalogEntry(
+        "MiniCPM-S-1B",
+        "openbmb/MiniCPM-S-1B-sft",
+        "1.4 B parameters, chat in English and Chinese, FATReLU; 2.7 GB",
+        0.1211,
+    ),
+    CatalogEntry(
+        "MiniCPM-S-1B-llama-format",
+        "openbmb/MiniCPM-S-1B-sft-llama-format",
+        "MiniCPM-S-1B as a Llama with plain ReLU",
+        None,
+    ),
+    CatalogEntry(
+        "ProSparse-7B", "SparseLLM/prosparse-llama-2-7b", "Llama 2 7B with FATReLU", 0.1068
+    ),
+    CatalogEntry(
+        "ProSparse-13B", "SparseLLM/prosparse-llama-2-13b", "Llama 2 13B with FATReLU", 0.1120
+    ),
+    CatalogEntry("ReluLLaMA-7B", "SparseLLM/ReluLLaMA-7B", "Llama 2 7B with ReLU", 0.3302),
+    CatalogEntry("ReluLLaMA-13B", "SparseLLM/ReluLLaMA-13B", "Llama 2 13B with ReLU", 0.2844),
+    CatalogEntry("MiniCPM-1B", "openbmb/MiniCPM-1B-sft-bf16", "dense (SiLU): no sparsity", None),
+    CatalogEntry("MiniCPM-2B", "openbmb/MiniCPM-2B-sft-bf16", "dense (SiLU): no sparsity", None),
+)
+_BY_NAME = {entry.name.casefold(): entry for entry in _CATALOG}
+_REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+
+
+def catalog() -> tuple[CatalogEntry, ...]:
+    """Every model that hybrid knows by name."""
+    return _CATALOG
+
+
+def hybrid_home() -> Path:
+    """Where hybrid keeps its own files: `HYBRID_HOME`, else `hybrid` in the user's cache folder."""
+    home = os.environ.get("HYBRID_HOME")
+    if home:
+        return _expand_user(home)
+    return _expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hybrid"
+
+
+def resolve(
+    model: str | Path, *, offline: bool = False, progress: Progress = ignore_progress
+) -> Path:
+    """The folder of a model's files, downloaded first where they are not on this machine.
+
+    A string is, in this order: a name of the catalog or of a synthetic model such as
+    "synthetic:MiniCPM-S-1B" (in any case), an existing folder, a repository `owner/name` on the
+    Hugging Face Hub. So a name of the catalog wins over a folder
+    of that name in the working directory: write `./stories` for the folder. A `Path` is always
+    a folder. Nothing is asked of the network where the model is complete on this machine, and
+    `progress` is called only where something is fetched.
+
+    Raises ModelNotFound or DownloadFailed, and InvalidOption for what cannot be a name at all.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        raise InvalidOption(f"model: expected a name or a folder, found {type(model).__name__}")
+    text = os.fspath(model)
+    if not text.strip() or "\0" in text:
+        raise InvalidOption(
+            f"model={text!r} is empty or holds a NUL character; expected a name such as "
+            f"{_CATALOG[1].name!r}, a folder, or a Hugging Face repository owner/name"
+        )
+    if isinstance(model, str) and _is_synthetic(text):
+        return synthetic.make_synthetic(text, hybrid_home())
+    if isinstance(model, str) and (entry := _BY_NAME.get(text.casefold())):
+        if entry.repo_id is None:
+            return _bundled(entry)
+        return fetch(
+            entry.repo_id, offline=offline, stamps=hybrid_home() / "verified", progress=progress
+        )
+
+    path = _expand_user(text)
+    try:
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise ModelNotFound(f"{text!r} is a file; expected the folder that holds the model")
+        if path.is_symlink():
+            raise ModelNotFound(f"{text!r} is a link to a folder that is not there")
+    except OSError as error:  # no permission to look, or longer than a file name may be
+        raise ModelNotFound(f"cannot look at {text!r}: {error.strerror}") from error
+
+    is_repo_id = _REPO_ID.fullmatch(text) and "--" not in text and ".." not in text
+    if isinstance(model, Path) or not is_repo_id:
+        raise ModelNotFound(_not_found(text))
+    return fetch(text, offline=offline, stamps=hybrid_home() / "verified", progress=progress)
+
+
+def expected_active_fraction(model: str | Path) -> float | None:
+    """The share of neurons that are active per token by a model's authors, or by the recipe of a
+    synthetic one; None where there is no such figure. Fetches and makes nothing.
+    """
+    text = os.fspath(model)
+    if isinstance(model, str):
+        if _is_synthetic(text):
+            is_known = text.casefold() in map(str.casefold, synthetic.synthetic_names())
+            return ACTIVE_FRACTION if is_known else None
+        if entry := _BY_NAME.get(text.casefold()):
+            return entry.expected_active_fraction
+    return ACTIVE_FRACTION if synthetic.is_synthetic(_expand_user(text)) else None
+
+
+def _is_synthetic(name: str) -> bool:
+    return name.casefold().startswith(synthetic.PREFIX)
+
+
+def _bundled(entry: CatalogEntry) -> Path:
+    folder = Path(__file__).parents[1] / "models" / entry.name
+    if not folder.is_dir():
+        raise ModelNotFound(
+            f"the bundled model {entry.name!r} is missing from this installation: expected "
+            f"{folder}; install hybrid again"
+        )
+    return folder
+
+
+def _expand_user(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # nobody's home, as in a container under an unknown user id
+        raise InvalidOption(
+            f"{path!r} needs a home directory and there is none; write the path without ~, and "
+            "set HYBRID_HOME to a folder that hybrid may write"
+        ) from error
+
+
+def _not_found(text: str) -> str:
+    close = difflib.get_close_matches(text.casefold(), _BY_NAME, n=1)
+    hint = f" Did you mean {_BY_NAME[close[0]].name!r}?" if close else ""
+    return (
+        f"no model {text!r}: neither a name of the catalog, nor an existing folder, nor a Hugging "
+        f"Face repository owner/name.{hint} The catalog: "
+        + ", ".join([entry.name for entry in _CATALOG] + synthetic.synthetic_names())
+    )

@@ -1,0 +1,211 @@
+"""`hybrid.run -i`: turns, commands, Ctrl-C, a context that fills up."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from tiny_models import write_chat_model
+
+import hybrid
+from hybrid.cli.conversation import Conversation
+
+OPTIONS: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def chat_engine(tmp_path_factory: pytest.TempPathFactory):
+    folder = write_chat_model(tmp_path_factory.mktemp("chat"))
+    with hybrid.load(folder, quant="bf16", context_size=120) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with hybrid.load("stories") as engine:
+        yield engine
+
+
+def converse(
+    monkeypatch: pytest.MonkeyPatch,
+    engine: hybrid.Engine,
+    lines: Iterable[str | type[BaseException]],
+    *,
+    is_chat: bool = True,
+    system: str | None = None,
+    first: str = "",
+    **options: Any,
+) -> Conversation:
+    """Run a conversation whose input is `lines`, then the end of the input."""
+    inputs = iter(lines)
+
+    def read(prompt: str = "") -> str:
+        line = next(inputs, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(builtins, "input", read)
+    conversation = Conversation(
+        engine,
+        OPTIONS | options,
+        system=system,
+        is_chat=is_chat,
+        describe=lambda engine, generation: "described",
+        streams=True,
+        is_verbose=False,
+    )
+    conversation.run(first)
+    assert next(inputs, None) is None  # all was read
+    return conversation
+
+
+def test_a_turn_costs_its_own_tokens_only(monkeypatch, chat_engine):
+    before = chat_engine.stats
+    questions = ["Hello there", "How are you?", "Bye"]
+    conversation = converse(monkeypatch, chat_engine, questions, system="Be kind.")
+    after, tokenizer = chat_engine.stats, chat_engine.tokenizer
+    n_prefilled = (after.prompt_tokens - before.prompt_tokens) - (
+        after.cached_tokens - before.cached_tokens
+    )
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": questions[0]},
+    ]
+    turns = [tokenizer.encode_next_turn([{"role": "user", "content": q}]) for q in questions[1:]]
+    # One more a turn: the answer's last token, which no pass has seen.
+    assert n_prefilled == len(tokenizer.encode_chat(messages)) + sum(len(t) + 1 for t in turns)
+    assert [m["role"] for m in conversation.messages] == ["system"] + ["user", "assistant"] * 3
+
+
+def test_a_text_is_written_together(monkeypatch, capsys, engine):
+    conversation = converse(monkeypatch, engine, ["Once upon a time", "The dog"], is_chat=False)
+    ids = conversation.text_ids
+    text = engine.tokenizer.decode(ids)
+    assert text.startswith("Once upon a time")
+    assert " The dog" in text
+    n_turns_tokens = len(engine.tokenizer.encode("Once upon a time")) + len(
+        engine.tokenizer.encode_continuation(" The dog")
+    )
+    assert len(ids) == n_turns_tokens + 2 * OPTIONS["max_tokens"]
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_prompt_of_the_command_line_is_the_first_turn(monkeypatch, chat_engine):
+    conversation = converse(monkeypatch, chat_engine, ["And?"], first="Hello")
+    assert [m["content"] for m in conversation.messages[::2]] == ["Hello", "And?"]
+
+
+def test_commands(monkeypatch, capsys, chat_engine):
+    lines = ["Hello", "/stats", "/reset", "/stats", "/what", "/help", "  ", "/quit"]
+    conversation = converse(monkeypatch, chat_engine, lines, system="Be kind.")
+    error = capsys.readouterr().err
+    assert "last: described" in error
+    assert "context: 0 of 120 tokens" in error
+    assert "/what is no command" in error
+    assert error.count("/reset  begin anew") == 2
+    assert conversation.messages == [{"role": "system", "content": "Be kind."}]
+
+
+def test_a_slash_within_a_message_is_no_command(monkeypatch, chat_engine):
+    conversation = converse(monkeypatch, chat_engine, ["/usr/bin is a folder"])
+    assert conversation.messages[0]["content"] == "/usr/bin is a folder"
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(monkeypatch, capsys, chat_engine):
+    conversation = converse(monkeypatch, chat_engine, [KeyboardInterrupt, "Hello"])
+    assert len(conversation.messages) == 2
+    assert "/quit or Ctrl-D leaves" in capsys.readouterr().err
+
+
+class InterruptingStream(io.StringIO):
+    """Standard output during which Ctrl-C is pressed, once a few pieces have come."""
+
+    n_writes = 0
+
+    def write(self, text: str) -> int:
+        self.n_writes += 1
+        if self.n_writes == 4:
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(monkeypatch, capsys, engine):
+    stream = InterruptingStream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    before = signal.getsignal(signal.SIGINT)
+    conversation = converse(
+        monkeypatch, engine, ["Once upon a time", "The end"], is_chat=False, max_tokens=200
+    )
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "(stopped)" in capsys.readouterr().err
+    assert conversation.last is not None
+    assert conversation.last.finish_reason in ("stop", "length")
+    first = engine.tokenizer.decode(conversation.last.prompt)
+    assert len(conversation.last.prompt) < 40, "the first answer went on after Ctrl-C"
+    assert first.endswith("The end")
+
+
+def test_a_full_context_is_said_and_can_be_left(monkeypatch, capsys, chat_engine):
+    lines = ["word " * 40, "again " * 30, "/reset", "Hello"]
+    conversation = converse(monkeypatch, chat_engine, lines, max_tokens=100)
+    error = capsys.readouterr().err
+    assert "the context is full; /reset begins anew" in error
+    assert "the context holds 120" in error
+    assert [m["content"] for m in conversation.messages[::2]] == ["Hello"]
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hybrid.run", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_lines_may_come_from_a_pipe():
+    result = run("-i", "-n", "5", "--seed", "1", stdin="A cat\n/stats\nA dog\n")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) >= 2
+    assert "> " not in result.stdout
+    assert "(stopped after --max-tokens 5)" in result.stderr
+    assert "context: " in result.stderr
+
+
+@pytest.mark.parametrize("option", [["--chat"], ["--system", "Be kind.", "-p", "Hello"]])
+def test_a_model_without_a_template_does_not_chat(option):
+    result = run(*option)
+    assert result.returncode == 2
+    assert "no chat template" in result.stderr
+    assert option[0] in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--raw", "--chat"], ["--raw", "--system", "x"], ["--json", "-i"], ["-i", "--logprobs", "0"]],
+)
+def test_options_that_exclude_each_other(options):
+    result = run(*options)
+    assert result.returncode == 2
+    assert "exclude each other" in result.stderr
+
+
+def test_a_line_that_is_no_text_does_not_end_the_conversation(monkeypatch, capsys, chat_engine):
+    conversation = converse(monkeypatch, chat_engine, ["caf\udce9", "Hello"])
+    assert "lone surrogate" in capsys.readouterr().err
+    assert [m["content"] for m in conversation.messages[::2]] == ["Hello"]
+
+
+def test_options_are_refused_before_a_model_is_looked_for():
+    for options in (["--temp", "-1"], ["-t", "0"], ["--logprobs", "-1"], ["--stop", ""]):
+        result = run("-m", "./no such model", "-i", *options)
+        assert result.returncode == 2, options
+        assert "no such model" not in result.stderr

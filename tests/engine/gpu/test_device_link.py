@@ -1,0 +1,318 @@
+"""The device link as it runs on a GPU, over a stand-in for the CUDA driver (tests/stub_cuda)."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrid.kernels import Activation, Format, Program, Session, ThreadPool
+from hybrid.kernels._native import FLAG_BYTES, PREFILL_CHUNK, CudaDriver, DeviceLink, meet
+from hybrid.kernels.reference import rope_tables, sparse_ffn
+from hybrid.weights.packed_rows import pack_bundles, pack_matrix
+
+SOURCE = Path(__file__).parents[2] / "stub_cuda" / "stub_cuda.cpp"
+HIDDEN, N_NEURONS, N_HOT, N_GATE = 64, 192, 64, 128
+N_REPLAYS = 10_000
+
+
+def build(folder: Path, *defines: str) -> Path:
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the stand-in for the CUDA driver with")
+    library = folder / f"libstub{len(defines)}.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", *defines]
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("stub"))
+
+
+class Stub:
+    """A driver, and a stream of it."""
+
+    def __init__(self, library: Path) -> None:
+        self.driver = CudaDriver(str(library))
+        self.calls = ctypes.CDLL(str(library))
+        for name in ("stub_open_stream", "stub_record"):
+            getattr(self.calls, name).restype = ctypes.c_void_p
+        self.stream = self.calls.stub_open_stream()
+
+    def close(self) -> None:
+        self.lose(False)
+        self.calls.stub_fail(-1, 0)
+        self.calls.stub_jitter(0)
+        self.calls.stub_close_stream(ctypes.c_void_p(self.stream))
+
+    def copy(self, to: np.ndarray, source: np.ndarray) -> None:
+        args = (ctypes.c_void_p(array.ctypes.data) for array in (to, source))
+        self.calls.stub_copy(ctypes.c_void_p(self.stream), *args, ctypes.c_size_t(to.nbytes))
+
+    def poison(self, array: np.ndarray) -> None:
+        """All bits set: NaN."""
+        self.calls.stub_fill(
+            ctypes.c_void_p(self.stream),
+            ctypes.c_void_p(array.ctypes.data),
+            255,
+            ctypes.c_size_t(array.nbytes),
+        )
+
+    def synchronize(self, seconds: float = 10) -> bool:
+        return bool(
+            self.calls.stub_synchronize(ctypes.c_void_p(self.stream), ctypes.c_double(seconds))
+        )
+
+    def lose(self, is_lost: bool) -> None:
+        self.calls.stub_lose(int(is_lost))
+
+
+@pytest.fixture
+def stub(library: Path) -> Iterator[Stub]:
+    stub = Stub(library)
+    yield stub
+    stub.close()
+
+
+class SplitFfn:
+    """An embedding and the CPU's part of two FFNs, and what a stream does around them."""
+
+    def __init__(self, stub: Stub, mechanism: str, *, patience_s: float = 2.0, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.stub, self.by_host = stub, mechanism == "host-functions"
+        gate, up, down = rng.standard_normal((3, N_NEURONS, HIDDEN), np.float32)
+        self.h = rng.standard_normal(HIDDEN).astype(np.float32)
+        self.gates = np.maximum(gate @ self.h, 0.0)  # the GPU's: fp32, as the test gives them
+        self.gates[:N_HOT] = np.nan  # of hot neurons: none of the CPU's business
+        self.expected = self._cold(gate, up, down)
+        cos, sin = rope_tables(32, 1e4, 8)
+        format = Format.bf16
+        self.pool = ThreadPool(2)
+        program = Program(
+            format=format,
+            hidden_size=HIDDEN,
+            n_heads=2,
+            n_kv_heads=2,
+            head_dim=32,
+            rms_norm_eps=1e-5,
+            rope_cos=cos,
+            rope_sin=sin,
+        )
+        embedding = rng.standard_normal((8, HIDDEN), np.float32)
+        program.embed(pack_matrix(format, embedding), 1.0)
+        program.end_segment(sends_x=True)
+        for layer in range(2):
+            program.ffn(
+                None,
+                pack_matrix(format, gate),
+                *pack_bundles(format, up, down),
+                Activation.relu,
+                0.0,
+                1.0,
+                layer,
+                first_neuron=N_HOT,
+                n_given=N_GATE,
+            )
+            program.end_segment(sends_x=False)
+        self.session = Session(program, self.pool, 8)
+        self.exchange = [
+            np.zeros((PREFILL_CHUNK, width), np.float32)
+            for width in (HIDDEN, HIDDEN, N_NEURONS, HIDDEN)
+        ]
+        memory = np.zeros(3 * FLAG_BYTES + 64, np.uint8)
+        begin = -memory.ctypes.data % 64
+        x, h, gates, y = self.exchange
+        self.flags = memory[begin:][: 3 * FLAG_BYTES]
+        self.link = DeviceLink(
+            flags=self.flags, n_slots=3, x=x, h=h, gates=gates, y=y, patience_s=patience_s
+        )
+        meet(self.session, self.link)
+        self.y = np.zeros((2, HIDDEN), np.float32)  # what the device took
+        self.recording = None
+
+    def _cold(self, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+        """The oracle; weights and h as bf16 holds them, given gates as they are given."""
+        from hybrid.kernels.reference import bf16_bits, bf16_values
+
+        gate, up, down, h = (bf16_values(bf16_bits(a)) for a in (gate, up, down, self.h))
+        cold = slice(N_GATE, None)
+        y, _ = sparse_ffn(gate[cold], up[cold], down[cold], h[None], Activation.relu, 0.0)
+        given = slice(N_HOT, N_GATE)
+        return y[0] + (self.gates[given] * (up[given] @ h)) @ down[given]
+
+    def record(self) -> None:
+        stub, (_, h, gates, y) = self.stub, self.exchange
+        stream = ctypes.c_void_p(stub.stream)
+        self.recording = stub.calls.stub_record(stream)
+        self.link.enqueue_request(stub.driver, stub.stream, 0, self.by_host)
+        self.link.enqueue_wait(stub.driver, stub.stream, 0, self.by_host)
+        for slot in (1, 2):
+            stub.copy(h[0], self.h)
+            stub.copy(gates[0], self.gates)
+            stub.poison(y[0])
+            self.link.enqueue_request(stub.driver, stub.stream, slot, self.by_host)
+            self.link.enqueue_wait(stub.driver, stub.stream, slot, self.by_host)
+            stub.copy(self.y[slot - 1], y[0])
+            stub.poison(h[0])
+            stub.poison(gates[0])
+        stub.calls.stub_end_record(stream)
+
+    def replay(self) -> None:
+        self.stub.calls.stub_replay(
+            ctypes.c_void_p(self.stub.stream), ctypes.c_void_p(self.recording)
+        )
+
+    def token(self) -> bool:
+        self.link.arm()
+        self.replay()
+        is_served = self.link.serve(self.session, 1)
+        assert self.stub.synchronize()
+        self.session.truncate(0)
+        return is_served
+
+
+MECHANISMS = ["memory-operations", "host-functions"]
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_ten_thousand_replays(stub, mechanism):
+    ffn = SplitFfn(stub, mechanism)
+    ffn.record()
+    assert ffn.token()
+    np.testing.assert_allclose(ffn.y, np.stack([ffn.expected] * 2), rtol=0, atol=1e-2)
+    first = ffn.y.copy()
+    for replay in range(N_REPLAYS):
+        stub.calls.stub_jitter(30 if replay % 20 == 0 else 0)
+        ffn.y[:] = np.nan
+        assert ffn.token()
+        assert np.array_equal(ffn.y, first), f"replay {replay}"
+    assert not ffn.flags.any()
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_thread_that_dies_releases_the_stream(stub, mechanism):
+    """Nobody serves: the watchdog answers, with NaN."""
+    ffn = SplitFfn(stub, mechanism, patience_s=0.2)
+    ffn.record()
+    assert ffn.token()
+    ffn.link.arm()
+    ffn.replay()
+    assert stub.synchronize(5)
+    assert ffn.link.error == 2
+    assert np.isnan(ffn.y).all()
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_an_answer_that_comes_too_late_changes_nothing(stub, mechanism):
+    ffn = SplitFfn(stub, mechanism, patience_s=0.1)
+    ffn.record()
+    ffn.link.arm()
+    ffn.replay()
+    assert stub.synchronize(5)
+    assert not ffn.link.serve(ffn.session, 1)
+    assert ffn.link.error == 2
+    assert np.isnan(ffn.y).all()
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_device_that_hangs_is_given_up(stub, mechanism):
+    ffn = SplitFfn(stub, mechanism, patience_s=0.2)
+    ffn.record()
+    assert ffn.token()
+    stub.lose(True)
+    started = time.monotonic()
+    ffn.link.arm()
+    ffn.replay()
+    assert not ffn.link.serve(ffn.session, 1)
+    assert ffn.link.error in (1, 2)
+    assert time.monotonic() - started < 5
+    assert not ffn.link.serve(ffn.session, 1), "a link that failed stays so"
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_abandoning_frees_a_stream_that_waits(stub, mechanism):
+    ffn = SplitFfn(stub, mechanism, patience_s=60)
+    ffn.record()
+    ffn.replay()
+    assert not stub.synchronize(0.2)
+    ffn.link.abandon()
+    assert stub.synchronize(5)
+    assert np.isnan(ffn.y).all()
+
+
+def test_a_link_that_is_freed_frees_its_stream(stub):
+    ffn = SplitFfn(stub, "memory-operations", patience_s=60)
+    ffn.record()
+    ffn.replay()
+    flags, y, exchange, recording = ffn.flags, ffn.y, ffn.exchange, ffn.recording
+    del ffn
+    assert stub.synchronize(5)
+    assert np.isnan(y).all()
+    assert flags.size
+    assert exchange
+    assert recording
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_an_error_of_the_driver_is_named(stub, mechanism, after):
+    ffn = SplitFfn(stub, mechanism)
+    stub.calls.stub_fail(after, 700)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        ffn.record()
+
+
+def test_a_slow_answer_is_waited_for(stub):
+    """Longer than a wait spins, shorter than its patience."""
+    ffn = SplitFfn(stub, "memory-operations", patience_s=5)
+    ffn.record()
+    served = []
+    ffn.link.arm()
+    ffn.replay()
+    late = threading.Timer(0.1, lambda: served.append(ffn.link.serve(ffn.session, 1)))
+    late.start()
+    assert stub.synchronize(5)
+    late.join()
+    assert served == [True]
+    np.testing.assert_allclose(ffn.y[0], ffn.expected, rtol=0, atol=1e-2)
+
+
+def test_no_driver_is_said_in_one_line(tmp_path):
+    with pytest.raises(RuntimeError, match=r"no CUDA: there is no .*libnothing"):
+        CudaDriver(str(tmp_path / "libnothing.so"))
+
+
+def test_a_driver_without_memory_operations_still_has_host_functions(tmp_path):
+    stub = Stub(build(tmp_path, "-DSTUB_WITHOUT_MEMORY_OPERATIONS"))
+    try:
+        assert stub.driver.version == 12080
+        assert not stub.driver.has_memory_operations
+        with pytest.raises(ValueError, match="memory operations"):
+            SplitFfn(stub, "memory-operations").record()
+        ffn = SplitFfn(stub, "host-functions")
+        ffn.record()
+        assert ffn.token()
+        np.testing.assert_allclose(ffn.y[1], ffn.expected, rtol=0, atol=1e-2)
+    finally:
+        stub.close()
+
+
+def test_bad_arguments_are_refused(stub):
+    ffn = SplitFfn(stub, "memory-operations")
+    with pytest.raises(ValueError, match="no such slot"):
+        ffn.link.request(3)
+    with pytest.raises(ValueError, match="hand-offs"):
+        ffn.session.decode(1)
+    with pytest.raises(ValueError, match="in order"):
+        ffn.session.run_segment(0)
+    with pytest.raises(ValueError, match="beyond the vocabulary"):
+        ffn.link.serve(ffn.session, 99)

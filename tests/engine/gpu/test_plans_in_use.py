@@ -1,0 +1,318 @@
+"""Plans as users meet them: load(vram_budget=…), --plan, what is said, and what happens where it
+does not fit. The GPU is torch's CPU device.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import predictor_files
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import hybrid  # noqa: E402
+from hybrid.engine.gpu import executor as gpu_executor  # noqa: E402
+from hybrid.engine.gpu import measurement  # noqa: E402
+from hybrid.engine.gpu.device import HostDevice  # noqa: E402
+from hybrid.engine.loading import executors, planning  # noqa: E402
+from hybrid.errors import (  # noqa: E402
+    DeviceUnavailable,
+    InvalidArtifact,
+    InvalidOption,
+    OutOfMemory,
+)
+from hybrid.placement.machine import GpuSpeeds  # noqa: E402
+from hybrid.placement.plan import LayerPlacement, load_plan  # noqa: E402
+from hybrid.plan import main as plan_main  # noqa: E402
+from hybrid.run import main as run_main  # noqa: E402
+
+MIB = 1 << 20
+GPU = GpuSpeeds("a GPU", 64 * MIB, 8 * MIB, 400.0, 250.0, 0.0, 0.1, "synchronise", 3 * MIB)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> HostDevice:
+    """A GPU of 64 MiB that is much faster than the CPU."""
+    device = HostDevice()
+    monkeypatch.setattr(planning, "open_device", lambda: device)
+    monkeypatch.setattr(measurement, "measure_gpu", lambda *_, **__: GPU)
+    free = GPU.vram_bytes, GPU.context_bytes, GPU.torch_bytes
+    monkeypatch.setattr(measurement, "free_and_context_bytes", lambda *_, **__: free)
+    return device
+
+
+def greedy(**options) -> tuple[str, hybrid.Engine]:
+    with hybrid.load("stories", threads=2, context_size=256, **options) as engine:
+        text = "".join(engine.generate("Once upon a time", max_tokens=40, temperature=0.0))
+        assert text
+        return text, engine
+
+
+@pytest.mark.parametrize("budget", [12 * MIB, 14 * MIB, 16 * MIB, 64 * MIB])
+def test_a_budget_changes_no_text(gpu, budget):
+    expected, engine = greedy()
+    assert engine.device_name == "cpu"
+    text, engine = greedy(vram_budget=budget)
+    assert engine.plan.uses_gpu
+    assert engine.plan.vram_bytes + engine.plan.context_bytes <= budget
+    assert engine.plan.is_all_on_gpu is (budget == 64 * MIB)
+    assert engine.device_name == gpu.name
+    assert text == expected
+
+
+def test_sessions_conversations_and_sampling_are_the_same_on_every_plan(gpu):
+    def use(engine: hybrid.Engine) -> list[object]:
+        with engine.open_session() as session:
+            ids = engine.tokenizer.encode("Tom had a red ball. He")
+            first = engine.generate(ids, session=session, max_tokens=12, temperature=0.0)
+            texts: list[object] = ["".join(first)]
+            more = [*ids, *first.tokens, 5, 6]
+            again = engine.generate(more, session=session, max_tokens=8, temperature=0.0)
+            texts += ["".join(again), again.stats.cached_tokens]
+            session.truncate(3)
+            session.decode(7)
+            texts.append(int(session.logits.argmax()))
+            session.reset()
+            sampled = engine.generate(ids, session=session, max_tokens=12, seed=3)
+            return [*texts, "".join(sampled), session.position]
+
+    with hybrid.load("stories", threads=2) as engine:
+        expected = use(engine)
+    with hybrid.load("stories", threads=2, vram_budget=14 * MIB, context_size=256) as engine:
+        assert engine.plan.uses_gpu
+        assert use(engine) == expected
+
+
+def test_torch_is_held_to_the_budget(gpu, monkeypatch):
+    limits = []
+    monkeypatch.setattr(gpu, "limit", limits.append)
+    greedy(vram_budget=16 * MIB)
+    assert limits == [11 * MIB]  # all but what CUDA itself takes
+
+
+def test_measurements_are_kept(gpu, home, monkeypatch):
+    greedy(vram_budget=16 * MIB)
+    assert len(list((home / "machines").iterdir())) == 2  # the CPU, and with its GPU
+    monkeypatch.setattr(measurement, "measure_gpu", lambda *_, **__: 1 / 0)
+    _, engine = greedy(vram_budget=16 * MIB)
+    assert engine.plan.uses_gpu
+
+
+def test_more_than_there_is_and_less_than_cuda_takes(gpu):
+    _, engine = greedy(vram_budget=1 << 40)
+    assert any("planned for those" in notice for notice in engine.notices)
+    _, engine = greedy(vram_budget=MIB)
+    assert not engine.plan.uses_gpu
+    assert any("CUDA and torch alone take" in notice for notice in engine.notices)
+    for options in ({"vram_budget": 0}, {"device": "cpu"}, {}):
+        _, engine = greedy(**options)
+        assert not engine.plan.uses_gpu
+        assert engine.notices == ()
+    _, engine = greedy(device="cuda")  # all that is free
+    assert engine.plan.is_all_on_gpu
+
+
+def test_a_plan_that_does_not_fit_after_all_is_solved_anew(gpu, monkeypatch):
+    real, attempts = gpu_executor.upload, []
+
+    def upload(*args):
+        attempts.append(args)
+        if len(attempts) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much.")
+        return real(*args)
+
+    monkeypatch.setattr(gpu_executor, "upload", upload)
+    text, engine = greedy(vram_budget=30 * MIB)
+    assert engine.plan.vram_budget == int(executors.SMALLER * int(executors.SMALLER * 30 * MIB))
+    assert sum("planned anew" in notice for notice in engine.notices) == 2
+    assert text == greedy()[0]
+
+
+def test_a_plan_from_a_file_that_does_not_fit_is_an_error(gpu, monkeypatch, tmp_path):
+    _, engine = greedy(vram_budget=30 * MIB)
+    path = tmp_path / "plan.json"
+    engine.plan.save(path)
+    text, engine = greedy(plan=path)
+    assert engine.plan == load_plan(path)
+    assert text == greedy()[0]
+
+    def upload(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much.")
+
+    monkeypatch.setattr(gpu_executor, "upload", upload)
+    with pytest.raises(OutOfMemory, match="smaller --vram-budget"):
+        greedy(plan=path)
+
+
+def test_plans_of_something_else_are_refused(gpu, tmp_path):
+    _, engine = greedy(vram_budget=30 * MIB)
+    path = tmp_path / "plan.json"
+    replace(engine.plan, model_hash="another").save(path)
+    with pytest.raises(InvalidArtifact, match="model hash"):
+        greedy(plan=path)
+    engine.plan.save(path)
+    with pytest.raises(InvalidArtifact, match="format: expected q4, found q8"):
+        greedy(plan=path, quant="q4")
+    with pytest.raises(InvalidArtifact, match="cannot be read"):
+        greedy(plan=tmp_path / "none.json")
+
+
+def test_the_plan_that_setup_made_is_used(gpu, home):
+    _, engine = greedy(vram_budget=30 * MIB)
+    path = planning.plan_path(home, engine.subject)
+    path.parent.mkdir(parents=True)
+    engine.plan.save(path)
+    _, engine = greedy()
+    assert engine.plan.uses_gpu
+    _, engine = greedy(device="cpu")
+    assert not engine.plan.uses_gpu
+    with hybrid.load("stories", threads=2, context_size=128) as engine:
+        assert not engine.plan.uses_gpu
+        assert any("is for a context of 256, asked for are 128" in n for n in engine.notices)
+    path.write_text("{}")
+    _, engine = greedy()
+    assert not engine.plan.uses_gpu
+    assert any("plan not used" in notice for notice in engine.notices)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "gpu"},
+        {"hand_offs": "smoke signals"},
+        {"vram_budget": -1},
+        {"vram_budget": 1.5},
+        {"vram_budget": 1 << 30, "plan": Path("p")},
+        {"device": "cpu", "vram_budget": 1 << 30},
+    ],
+)
+def test_bad_options(home, options):
+    with pytest.raises(InvalidOption):
+        greedy(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_is_said(home):
+    with pytest.raises(DeviceUnavailable, match="use device cpu"):
+        greedy(device="cuda")
+    text, engine = greedy(vram_budget=1 << 30)
+    assert any("everything is on the CPU" in notice for notice in engine.notices)
+    assert text == greedy()[0]
+
+
+def test_without_torch_it_is_said(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hybrid.engine.gpu.device", None)
+    with pytest.raises(DeviceUnavailable, match=r"pip install 'hybrid\[gpu\]'"):
+        greedy(device="cuda")
+
+
+def test_run_says_what_is_where(gpu, capsys):
+    assert run_main(["-p", "Once", "-n", "5", "-c", "256", "--vram-budget", "64MiB"]) == 0
+    error = capsys.readouterr().err
+    assert "note: plan: on the GPU all layers and the head" in error
+    assert gpu.name in error
+
+
+def test_a_saved_plan_runs(gpu, capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    options = ["--vram-budget", "14MiB", "-c", "256"]
+    assert plan_main([*options, "--save", str(path), "--explain"]) == 0
+    shown = capsys.readouterr().out
+    assert "CUDA takes 5 and torch 3" in shown
+    for name in ("CPU only", "hybrid"):
+        assert f"\n{name}" in shown
+    assert run_main(["-p", "Once", "-n", "5", "-c", "256", "--plan", str(path)]) == 0
+    assert "plan: on the GPU" in capsys.readouterr().err
+
+
+def test_predictors_find_cold_neurons(gpu, tmp_path, monkeypatch):
+    """In split layers whose cold gates are the CPU's, the predictor names them."""
+    n = 192
+    random = predictor_files.random_lowrank
+
+    def hot_always(engine, rank):
+        made = random(engine, rank)
+        named = np.random.default_rng(1).random(len(made.bias)) < 0.5
+        named[:n] = True  # so that the CPU alone computes the same neurons
+        made.bias[:] = np.where(named, 1e30, -1e30)
+        return made
+
+    monkeypatch.setattr(predictor_files, "random_lowrank", hot_always)
+    with hybrid.load("stories", threads=2) as engine:
+        path = tmp_path / "predictor.safetensors"
+        config = engine.config
+        predictor_files.write_predictor(path, engine, kinds=("lowrank",) * config.n_layers)
+        split = (LayerPlacement(True, n, n),) * config.n_layers
+        plan = replace(engine.plan, layers=split)
+    plan_file = tmp_path / "plan.json"
+    plan.save(plan_file)
+    ids = np.random.default_rng(0).integers(3, config.vocab_size, 40)
+
+    def run(**options) -> tuple[np.ndarray, np.ndarray, int]:
+        with hybrid.load("stories", threads=2, predictor=path, **options) as engine:
+            session = engine.open_session()
+            logits = session.prefill(ids, all_logits=True)
+            for token in (5, 6, 7):
+                session.decode(token)
+            return logits, session.logits.copy(), sum(session.predicted_counts)
+
+    expected, decoded, n_gates = run()
+    logits, own_decoded, own_gates = run(plan=plan_file)
+    for own, oracle in ((logits, expected), (own_decoded, decoded)):
+        # Without half its neurons the model is off, and every rounding shows.
+        assert np.abs(own - oracle).max() < 0.05 * np.abs(oracle).max()
+    assert abs(own_gates - n_gates) < 0.01 * n_gates
+    assert n_gates < 0.9 * (len(ids) + 3) * config.n_layers * config.n_neurons
+
+
+def test_triton_decodes_the_same_text(gpu, monkeypatch, tmp_path):
+    """The kernels of a real GPU, interpreted, in the whole engine."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    from hybrid.kernels.gpu.triton_kernels import TritonKernels
+
+    def text(**options) -> tuple[str, hybrid.Engine]:
+        with hybrid.load("stories", threads=2, context_size=64, **options) as engine:
+            return "".join(engine.generate("Once upon", max_tokens=4, temperature=0.0)), engine
+
+    expected, engine = text()
+    n = engine.config.n_neurons
+    split, whole = LayerPlacement(True, n, 128), LayerPlacement(True, n, n)
+    rest = (LayerPlacement(),) * (engine.config.n_layers - 2)
+    path = tmp_path / "plan.json"
+    replace(engine.plan, layers=(split, whole, *rest)).save(path)
+    monkeypatch.setattr(planning, "decode_kernels", lambda _: (TritonKernels(), ()))
+    own, engine = text(plan=path)
+    assert engine.plan.uses_gpu
+    assert own == expected
+
+
+def test_the_mechanism_can_be_forced(gpu):
+    _, engine = greedy(vram_budget=14 * MIB)
+    assert engine.plan.hand_offs == GPU.mechanism
+    _, engine = greedy(vram_budget=14 * MIB, hand_offs="synchronise")
+    assert engine.plan.hand_offs == "synchronise"
+    with pytest.raises(InvalidOption, match="torch on the CPU has synchronise here"):
+        greedy(vram_budget=14 * MIB, hand_offs="host-functions")
+
+
+def test_torch_is_loaded_only_where_a_gpu_is_used(home):
+    program = (
+        "import sys, hybrid\n"
+        "with hybrid.load('stories') as engine:\n"
+        "    next(iter(engine.generate('Once', max_tokens=1)))\n"
+        "assert not {'torch', 'triton', 'scipy'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

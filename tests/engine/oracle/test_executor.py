@@ -1,0 +1,97 @@
+"""The reference forward pass against Hugging Face transformers, random weights, fp32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from folded_llama import FatRelu, fold_scales
+from safetensors.numpy import load_file
+from tiny_models import write_model
+
+from hybrid.checkpoint import open_checkpoint
+from hybrid.engine.oracle.executor import ReferenceSession, read_weights
+
+torch = pytest.importorskip("torch", reason="the oracle of the oracle needs torch")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+LOGIT_BOUND = 1e-4
+IDS = np.random.default_rng(0).integers(0, 320, 70)
+
+
+def llama_logits(folder: Path, tensors: dict[str, np.ndarray], activation: str) -> np.ndarray:
+    """What transformers' LlamaForCausalLM makes of a folder's sizes and the given weights."""
+    config = json.loads((folder / "config.json").read_text())
+    is_tied = "lm_head.weight" not in tensors
+    changes = {"hidden_act": activation, "tie_word_embeddings": is_tied}
+    llama = transformers.LlamaConfig(**(config | changes), attn_implementation="eager")
+    model = transformers.LlamaForCausalLM(llama).eval()
+    state = {name: torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()}
+    if is_tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return model(torch.from_numpy(IDS)[None]).logits[0].numpy()
+
+
+def reference_logits(folder: Path) -> np.ndarray:
+    with open_checkpoint(folder) as checkpoint:
+        session = ReferenceSession(read_weights(checkpoint, None), checkpoint.config)
+        first = session.prefill(IDS[:41])
+        return np.concatenate([first, session.prefill(IDS[41:])])  # over the KV cache
+
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act_param": None}
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("n_kv_heads", [2, 6])
+def test_llama_matches_transformers(tmp_path, activation, is_tied, n_kv_heads):
+    folder = write_model(
+        tmp_path,
+        **LLAMA,
+        hidden_act=activation,
+        tie_word_embeddings=is_tied,
+        num_key_value_heads=n_kv_heads,
+    )
+    tensors = load_file(folder / "model.safetensors")
+    assert ("lm_head.weight" in tensors) is not is_tied
+    expected = llama_logits(folder, tensors, activation)
+    assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
+
+
+def test_another_head_dim_and_theta_match_transformers(tmp_path):
+    folder = write_model(tmp_path, **LLAMA, hidden_act="relu", head_dim=48, rope_theta=500.0)
+    expected = llama_logits(folder, load_file(folder / "model.safetensors"), "relu")
+    assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
+
+
+def test_sparse_llama_with_fatrelu_matches_transformers(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        transformers.activations.ACT2FN, "fatrelu_test", (FatRelu, {"threshold": 0.25})
+    )
+    folder = write_model(
+        tmp_path,
+        architectures=["SparseLlamaForCausalLM"],
+        hidden_act="fatrelu",
+        hidden_act_param=0.25,
+    )
+    expected = llama_logits(folder, load_file(folder / "model.safetensors"), "fatrelu_test")
+    assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_minicpm_matches_a_llama_with_its_scales_folded_in(tmp_path, monkeypatch, is_tied):
+    """Embedding, residual and logit scales, folded by hand into the weights of a Llama."""
+    monkeypatch.setitem(
+        transformers.activations.ACT2FN, "fatrelu_test", (FatRelu, {"threshold": 0.1})
+    )
+    folder = write_model(tmp_path, tie_word_embeddings=is_tied)
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    folded = fold_scales(config, tensors)
+    expected = llama_logits(folder, folded, "fatrelu_test")
+    assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND

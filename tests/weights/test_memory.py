@@ -1,0 +1,149 @@
+"""A file that moves into memory: the same bytes at the same place all the while."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrid.kernels import _native
+from hybrid.weights import memory
+from hybrid.weights.memory import FileChanged, MovingFile, move_file
+
+PART = 2 << 20
+N_BYTES = 5 * PART + 12345
+OFFSET = 64
+
+
+@pytest.fixture
+def data() -> bytes:
+    return np.random.default_rng(0).integers(0, 256, OFFSET + N_BYTES, np.uint8).tobytes()
+
+
+@pytest.fixture
+def path(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(memory, "MOVE_BYTES", PART)
+    path = tmp_path / "weights"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        try:
+            _native.map_file(file.fileno(), 1)
+        except OSError as error:
+            pytest.skip(f"not on this system: {error}")
+    return path
+
+
+def backing(array: np.ndarray) -> set[str]:
+    """The files that an array's addresses are mapped from, "" for memory of our own."""
+    first, last = array.ctypes.data, array.ctypes.data + array.size
+    files = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        match = re.match(r"(\w+)-(\w+) \S+ \S+ \S+ \d+ *(.*)", line)
+        if int(match[1], 16) < last and int(match[2], 16) > first:
+            files.add(match[3])
+    return files
+
+
+def test_the_bytes_stay_where_they_are(path, data):
+    moving = MovingFile(path, OFFSET, N_BYTES)
+    address = moving.buffer.ctypes.data
+    expected = np.frombuffer(data, np.uint8)[OFFSET:]
+    np.testing.assert_array_equal(moving.buffer, expected)
+    moving.wait()
+    assert not moving.is_mapped
+    assert not moving.is_moving
+    assert moving.notices == ()
+    assert moving.buffer.ctypes.data == address
+    assert backing(moving.buffer) == {""}
+    path.write_bytes(b"")  # nothing is read from it any more
+    np.testing.assert_array_equal(moving.buffer, expected)
+
+
+def test_readers_notice_nothing(path, data):
+    expected = np.frombuffer(data, np.uint8)[OFFSET:]
+    for _ in range(20):
+        moving = MovingFile(path, OFFSET, N_BYTES)
+        wrong: list[int] = []
+
+        def read(moving=moving, wrong=wrong) -> None:
+            while moving.is_mapped:
+                wrong.append(int((moving.buffer != expected).sum()))
+
+        threads = [threading.Thread(target=read) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not any(wrong)
+
+
+def test_stopping_leaves_the_rest_mapped(path, data, monkeypatch):
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def wait(mapped, first, n_bytes, file):
+        at_work.set()
+        go_on.wait()
+
+    monkeypatch.setattr(memory._native, "move_into_memory", wait)
+    moving = MovingFile(path, OFFSET, N_BYTES)
+    at_work.wait()
+    assert moving.is_moving
+    threading.Timer(0.05, go_on.set).start()
+    moving.stop()
+    assert moving.is_mapped
+    assert backing(moving.buffer) == {str(path)}
+    np.testing.assert_array_equal(moving.buffer, np.frombuffer(data, np.uint8)[OFFSET:])
+
+
+def test_no_memory_leaves_the_rest_mapped_and_says_so(path, data, monkeypatch):
+    move = _native.move_into_memory
+
+    def fail_at_the_third(mapped, first, n_bytes, file):
+        if first == 2 * PART:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        move(mapped, first, n_bytes, file)
+
+    monkeypatch.setattr(memory._native, "move_into_memory", fail_at_the_third)
+    moving = MovingFile(path, OFFSET, N_BYTES)
+    moving.wait()
+    assert moving.is_mapped
+    assert os.strerror(errno.ENOMEM) in moving.notices[0]
+    assert backing(moving.buffer) == {"", str(path)}
+    np.testing.assert_array_equal(moving.buffer, np.frombuffer(data, np.uint8)[OFFSET:])
+
+
+def test_a_shorter_file_is_refused(path):
+    with pytest.raises(FileChanged):
+        MovingFile(path, OFFSET, N_BYTES + 1)
+
+
+def test_a_file_that_shrinks_is_an_error(path):
+    with path.open("rb") as file:
+        mapped = _native.map_file(file.fileno(), OFFSET + N_BYTES)
+        os.truncate(path, PART + 1)
+        _native.move_into_memory(mapped, 0, PART, file.fileno())
+        with pytest.raises(OSError, match=re.escape(os.strerror(errno.EIO))):
+            _native.move_into_memory(mapped, PART, PART, file.fileno())
+
+
+@pytest.mark.parametrize(("first", "n_bytes"), [(1, 10), (-PART, PART), (0, 0), (0, N_BYTES * 2)])
+def test_parts_that_are_none_are_refused(path, first, n_bytes):
+    with path.open("rb") as file:
+        mapped = _native.map_file(file.fileno(), OFFSET + N_BYTES)
+        with pytest.raises(ValueError, match="part of the mapping"):
+            _native.move_into_memory(mapped, first, n_bytes, file.fileno())
+
+
+def test_a_system_that_cannot_move_reads(path, data, monkeypatch):
+    def refuse(file, n_bytes):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(memory._native, "map_file", refuse)
+    buffer = move_file(path, OFFSET, N_BYTES, 2)
+    assert isinstance(buffer, np.ndarray)
+    np.testing.assert_array_equal(buffer, np.frombuffer(data, np.uint8)[OFFSET:])
