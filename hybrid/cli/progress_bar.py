@@ -1,42 +1,40 @@
 """A bar on the terminal for the work that `hybrid.progress` tells of. For front-ends.
 
-Short work shows nothing and costs nothing: rich is imported when a task has taken a while. Where
-standard error is no terminal, a task that takes long is told in one line when that is known, and
-in one when it has ended.
+Short work shows nothing and costs nothing: tqdm is imported when a task has taken a while. If
+standard error is no terminal, a long task writes one line when it is known to be long, and one when
+it has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from typing import IO, Any, Protocol
 
 from hybrid.progress import Progress
 
-if TYPE_CHECKING:
-    import rich.console
-    import rich.progress
-
 _DRAW_AFTER_S = 0.5  # a bar that only flashes up tells nobody anything
 _WRITE_AFTER_S = 2.0  # in a log, a line stays
-_WIDE = 72  # columns; in fewer, all that there is to tell would break into several lines
+_REDRAW_S = 0.1
+_WIDE = 72  # columns; in fewer, amounts, speed and remaining time do not fit into one line
 
 
 @contextlib.contextmanager
-def progress_bar(console: rich.console.Console | None = None) -> Iterator[Progress]:
-    """A Progress that draws a bar while a task takes long; at the end the bar is gone.
-
-    Draws on `console`, else on standard error.
+def progress_bar(stream: IO[str] | None = None) -> Iterator[Progress]:
+    """A Progress that draws a bar on `stream` (standard error by default) while a task takes long;
+    at the end the bar is gone.
     """
+    stream = stream or sys.stderr
     view: _View
-    if console.is_terminal if console else _is_terminal(sys.stderr):
-        view, patience_s = _Bar(console), _DRAW_AFTER_S
+    if _is_terminal(stream):
+        view, patience_s = _Bar(stream), _DRAW_AFTER_S
     else:
-        view, patience_s = _Lines(console.file if console else sys.stderr), _WRITE_AFTER_S
+        view, patience_s = _Lines(stream), _WRITE_AFTER_S
     watch = _Watch(view, patience_s)
     try:
         yield watch
@@ -111,71 +109,63 @@ class _Watch:
 
 
 class _Bar:
-    """One line on the terminal, drawn ten times a second by rich's own thread."""
+    """One line on the terminal, drawn at most ten times a second."""
 
-    def __init__(self, console: rich.console.Console | None) -> None:
-        self._console = console
-        self._bar: rich.progress.Progress | None = None
-        self._task: rich.progress.TaskID | None = None
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream = stream
+        self._line: Any = None  # a tqdm
 
     def begin(self, task: str, done: int, total: int) -> None:
-        if self._bar is None:
-            self._bar = self._start()
-        if self._task is not None:
-            self._bar.remove_task(self._task)
+        self.close()
         name, unit = _name_and_unit(task)
-        self._task = self._bar.add_task(name, completed=done, total=total, unit=unit)
+        self._line = _open_line(self._stream, name, unit, done, total)
 
     def go_on(self, done: int, total: int) -> None:
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
+        if self._line is not None:
+            self._line.total = max(total, 1)
+            self._line.update(done - self._line.n)
 
     def end(self, seconds: float) -> None:
-        pass  # stays, full, until the next task or the end: nothing flickers
+        if self._line is not None:  # the full line stays until the next task or the end
+            self._line.refresh()
 
     def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = self._task = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
 
-    def _start(self) -> rich.progress.Progress:
-        from rich import progress
-        from rich.console import Console
 
-        def amounts(task: progress.Task) -> str:
-            unit, total = task.fields["unit"], task.total or 0
-            if unit != "bytes":
-                return f"{task.completed:,.0f}/{total:,.0f} {unit}"
-            divisor, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
-            return f"{task.completed / divisor:.1f}/{total / divisor:.1f} {name}"
+def _open_line(stream: IO[str] | None, name: str, unit: str, done: int, total: int) -> Any:
+    from tqdm import tqdm
 
-        def rate(task: progress.Task) -> str:
-            unit = task.fields["unit"]
-            return f"{_amount(task.speed, unit)}/s" if task.speed else ""
+    class Line(tqdm):  # type: ignore[type-arg]
+        monitor_interval = 0  # no thread that redraws
 
-        console = self._console or Console(file=sys.stderr)
-        columns: list[progress.ProgressColumn] = [
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(bar_width=None),
-            progress.TaskProgressColumn(),
-        ]
-        if console.width >= _WIDE:
-            columns += [
-                _column(amounts),
-                _column(rate),
-                progress.TimeRemainingColumn(),
-            ]
-        bar = progress.Progress(
-            *columns,
-            console=console,
-            transient=True,
-            expand=True,
-            # Not replaced while the bar is there: the streams are the program's.
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        bar.start()
-        return bar
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            """What the format below names, beside tqdm's own fields."""
+            fields: dict[str, Any] = super().format_dict
+            rate = fields["rate"]
+            if rate is None and fields["elapsed"] > 0:
+                rate = (fields["n"] - fields["initial"]) / fields["elapsed"]
+            fields["amounts"] = _amounts(fields["n"], fields["total"], unit)
+            fields["speed"] = f"{_amount(rate, unit)}/s" if rate else ""
+            return fields
+
+    width = shutil.get_terminal_size().columns
+    with contextlib.suppress(OSError, ValueError):
+        width = os.get_terminal_size(stream.fileno()).columns if stream else width
+    wide = "{amounts} {speed} {remaining}" if width >= _WIDE else ""
+    return Line(
+        desc=name,
+        initial=done if total else 1,
+        total=max(total, 1),
+        file=stream,
+        leave=False,
+        ncols=width - 1,  # a full last column would begin another line
+        bar_format="{desc} {bar} {percentage:3.0f}% " + wide,
+        mininterval=_REDRAW_S,
+    )
 
 
 class _Lines:
@@ -225,14 +215,8 @@ def _amount(n: float, unit: str) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
-def _column(text_of: Callable[[rich.progress.Task], str]) -> rich.progress.ProgressColumn:
-    from rich.progress import ProgressColumn
-    from rich.text import Text
-
-    class Column(ProgressColumn):
-        max_refresh = 0.5
-
-        def render(self, task: rich.progress.Task) -> Text:
-            return Text(text_of(task), style="progress.download", no_wrap=True)
-
-    return Column()
+def _amounts(done: float, total: float, unit: str) -> str:
+    if unit != "bytes":
+        return f"{done:,.0f}/{total:,.0f} {unit}"
+    divisor, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    return f"{done / divisor:.1f}/{total / divisor:.1f} {name}"

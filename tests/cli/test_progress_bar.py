@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from hybrid.cli import progress_bar as module
 from hybrid.cli.progress_bar import progress_bar
@@ -24,6 +23,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything takes long enough to be shown."""
     monkeypatch.setattr(module, "_DRAW_AFTER_S", 0)
     monkeypatch.setattr(module, "_WRITE_AFTER_S", 0)
+    monkeypatch.setattr(module, "_REDRAW_S", 0)
 
 
 @pytest.fixture
@@ -33,76 +33,84 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_WRITE_AFTER_S", 10**6)
 
 
-def terminal(width: int = 80) -> Console:
-    environment = {"TERM": "xterm", "COLUMNS": str(width)}
-    file = io.StringIO()
-    return Console(
-        file=file, force_terminal=True, width=width, color_system=None, _environ=environment
-    )
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
-def text(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """80 columns wide."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    return Terminal()
+
+
+def lines(terminal: Terminal) -> list[str]:
+    """Everything that was drawn; each drawing begins at the line's start."""
+    return terminal.getvalue().split("\r")
+
+
+def is_gone(terminal: Terminal) -> bool:
+    """Whether the last thing drawn is an empty line, from its start on."""
+    return terminal.getvalue().endswith("\r") and not lines(terminal)[-2].strip()
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_bar_shows_task_share_bytes_and_is_gone_in_the_end() -> None:
-    console = terminal()
-    with progress_bar(console) as progress:
-        progress("downloading [bold]x", 0, 4 * GB)
+def test_a_bar_shows_task_share_bytes_and_is_gone_in_the_end(terminal: Terminal) -> None:
+    with progress_bar(terminal) as progress:
         progress("downloading [bold]x", 3 * GB, 4 * GB)
-    drawn = text(console)
-    assert "downloading [bold]x" in drawn  # a name is no markup
+    drawn = terminal.getvalue()
+    assert "downloading [bold]x" in drawn
     assert " 75%" in drawn
     assert "3.0/4.0 GB" in drawn
-    assert console.file.getvalue().endswith("\x1b[1A\x1b[2K")  # type: ignore[attr-defined]
+    assert is_gone(terminal)
 
 
 @pytest.mark.usefixtures("at_once")
-def test_one_task_follows_another_on_the_same_line() -> None:
-    console = terminal()
-    with progress_bar(console) as progress:
+def test_one_task_follows_another_on_the_same_line(terminal: Terminal) -> None:
+    with progress_bar(terminal) as progress:
         for done in range(3):
             progress("first", done, 2)
-        progress("second", 0, 2)
-        console.file.truncate(0)
+        terminal.truncate(0)
         progress("second", 1, 2)
-    assert "second" in text(console)
-    assert "first" not in text(console)
-    assert " 50%" in text(console)
+    assert "second" in terminal.getvalue()
+    assert "first" not in terminal.getvalue()
+    assert " 50%" in terminal.getvalue()
+    assert "\n" not in terminal.getvalue()
 
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("width", [40, 60, 71, 72, 100])
-def test_a_bar_is_one_line_on_any_terminal(width: int) -> None:
-    console = terminal(width)
-    with progress_bar(console) as progress:
+def test_a_bar_is_one_line_on_any_terminal(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with progress_bar(terminal) as progress:
         progress("downloading MiniCPM-S-1B-sft", GB, 3 * GB)
         progress("downloading MiniCPM-S-1B-sft", 2 * GB, 3 * GB)
-    for line in text(console).replace("\r", "\n").splitlines():
-        assert len(line) <= width
+    for line in lines(terminal):
+        assert len(line) < width
         assert not line.strip() or "67%" in line or "33%" in line
 
 
 @pytest.mark.usefixtures("at_once")
-def test_work_of_no_bytes_and_work_that_is_done_already() -> None:
-    console = terminal()
-    with progress_bar(console) as progress:
+def test_work_of_no_bytes_and_work_that_is_done_already(terminal: Terminal) -> None:
+    with progress_bar(terminal) as progress:
         progress("nothing", 0, 0)
         progress("whole", 5, 5)
         progress("whole", 5, 5)
-    assert "100%" in text(console)
+    assert "100%" in terminal.getvalue()
 
 
 @pytest.mark.usefixtures("never")
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_short_work_shows_nothing(is_terminal: bool) -> None:
-    console = terminal() if is_terminal else Console(file=io.StringIO(), force_terminal=False)
-    with progress_bar(console) as progress:
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_short_work_shows_nothing(kind: type[io.StringIO]) -> None:
+    stream = kind()
+    with progress_bar(stream) as progress:
         for done in range(101):
             progress("packing", done, 100)
-    assert text(console) == ""
+    assert stream.getvalue() == ""
 
 
 @pytest.mark.usefixtures("at_once")
@@ -126,25 +134,26 @@ def test_where_there_is_no_terminal_a_task_is_two_lines(
     ]
 
 
-def fail(console: Console, error: type[BaseException]) -> None:
-    with progress_bar(console) as progress:
+def fail(terminal: Terminal, error: type[BaseException]) -> None:
+    with progress_bar(terminal) as progress:
         progress("packing", 1, 2)
         raise error
 
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_error_ends_the_bar_and_passes_through(error: type[BaseException]) -> None:
-    console = terminal()
+def test_an_error_ends_the_bar_and_passes_through(
+    terminal: Terminal, error: type[BaseException]
+) -> None:
     with pytest.raises(error):
-        fail(console, error)
-    assert console.file.getvalue().endswith("\x1b[1A\x1b[2K")  # type: ignore[attr-defined]
+        fail(terminal, error)
+    assert is_gone(terminal)
 
 
 @pytest.mark.usefixtures("never")
-def test_an_error_leaves_no_timer_behind() -> None:
+def test_an_error_leaves_no_timer_behind(terminal: Terminal) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fail(terminal(), KeyboardInterrupt)
+        fail(terminal, KeyboardInterrupt)
     for thread in threading.enumerate():
         if isinstance(thread, threading.Timer):
             thread.join(60)  # cancelled, so it ends at once
@@ -170,22 +179,22 @@ def test_a_task_that_is_silent_for_long_is_shown_all_the_same() -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_what_is_no_bytes_is_shown_in_its_unit() -> None:
-    console, log = terminal(), io.StringIO()
-    for shown in (console, Console(file=log, force_terminal=False)):
+def test_what_is_no_bytes_is_shown_in_its_unit(terminal: Terminal) -> None:
+    log = io.StringIO()
+    for shown in (terminal, log):
         with progress_bar(shown) as progress:
             progress("recording, tokens", 1500, 6000)
             progress("recording, tokens", 3000, 12000)  # an estimate may change
-    assert "3,000/12,000 tokens" in text(console)
-    assert "25%" in text(console)
-    assert "MB" not in text(console)
+    assert "3,000/12,000 tokens" in terminal.getvalue()
+    assert "25%" in terminal.getvalue()
+    assert "MB" not in terminal.getvalue()
     assert log.getvalue() == "recording: 1,500 of 6,000 tokens done, this takes a while\n"
 
 
 @pytest.mark.usefixtures("at_once")
 def test_a_log_that_cannot_be_written_ends_no_work() -> None:
     file = io.StringIO()
-    with progress_bar(Console(file=file, force_terminal=False)) as progress:
+    with progress_bar(file) as progress:
         file.close()
         progress("packing", 1, 2)
         progress("packing", 2, 2)
@@ -202,11 +211,11 @@ def test_a_terminal_that_cannot_go_back_gets_lines(
     assert capsys.readouterr().err == "packing: 0.0 MB of 0.0 MB done, this takes a while\n"
 
 
-def test_rich_is_not_imported_for_short_work(tmp_path: Path) -> None:
+def test_tqdm_is_not_imported_for_short_work(tmp_path: Path) -> None:
     script = (
         "import sys; from hybrid.cli.progress_bar import progress_bar\n"
         "with progress_bar() as progress: progress('packing', 0, 2); progress('packing', 2, 2)\n"
-        "sys.exit('rich' in sys.modules)"
+        "sys.exit('tqdm' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 0
