@@ -57,7 +57,7 @@ void Program::Add(const Op& op) {
       Check(op.a.n_cols == hidden && op.b.n_cols == hidden && op.c.n_cols == hidden, "FFN width");
       Check(op.a.n_rows == op.b.n_rows && op.a.n_rows == op.c.n_rows, "FFN neurons");
       Check(op.is_split || op.norm != nullptr, "FFN norm");
-      Check(op.b.layout == RowLayout::kApart && op.c.layout == RowLayout::kApart,
+      Check(op.b.layout == RowLayout::kRowMajor && op.c.layout == RowLayout::kRowMajor,
             "up and down rows must stand apart");
       Check(op.first_neuron % 8 == 0 || op.first_neuron == op.a.n_rows, "first neuron");
       Check(0 <= op.first_neuron && op.first_neuron <= op.n_given && op.n_given <= op.a.n_rows,
@@ -78,7 +78,7 @@ void Program::Add(const Op& op) {
         prefill_.push_back({kind, index});
       if (!op.has_preview) break;
       Check(op.preview.n_cols == hidden && op.preview.n_rows == op.a.n_rows, "preview shape");
-      Check(op.a.layout == RowLayout::kApart, "rows of a previewed head must stand apart");
+      Check(op.a.layout == RowLayout::kRowMajor, "rows of a previewed head must stand apart");
       decode_.push_back({PhaseKind::kShortlist, index});
       prefill_.push_back({PhaseKind::kShortlistTokens, index});
       has_preview_ = true;
@@ -93,7 +93,8 @@ void Program::Add(const Op& op) {
 
 void Program::AddPredictor(const Op& op) {
   const Predictor& predictor = op.predictor;
-  Check(op.a.layout == RowLayout::kGathered, "gate rows that a predictor names must be gathered");
+  Check(op.a.layout == RowLayout::kBitReversed,
+        "gate rows that a predictor names must be gathered");
   Check(op.activation != Activation::kSilu, "a predictor needs neurons that can be zero");
   if (op.has_low_rank()) {
     Check(predictor.size > 0 && predictor.size % kRowTile == 0, "rank must be a multiple of 4");

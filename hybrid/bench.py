@@ -180,7 +180,7 @@ def bench(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace, engine: Engine) -> None:
     started = time.perf_counter()
     engine.wait_for_weights()
-    moving_s = time.perf_counter() - started
+    copying_s = time.perf_counter() - started
     for notice in engine.notices:
         print(f"note: {printable(notice)}")
     n_context, n = engine.n_context, args.tokens
@@ -253,8 +253,10 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
             f"           a hypervisor took {stolen_share:.1%} of the threads' time: speeds are too "
             "low by about as much"
         )
-    moving = f", {moving_s:.2f} s more until the weights lay in memory" if moving_s > 0.01 else ""
-    print(f"load       {stats.load_s:.2f} s{moving}; resident {rss / 1e6:.0f} MB")
+    copying = (
+        f", {copying_s:.2f} s more until the weights lay in memory" if copying_s > 0.01 else ""
+    )
+    print(f"load       {stats.load_s:.2f} s{copying}; resident {rss / 1e6:.0f} MB")
     if engine.plan.uses_gpu:
         print(f"device     {engine.device_name}; {engine.plan.summary()}")
     if (prediction := engine.prediction) is not None:
@@ -290,7 +292,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         "mmap": stats.is_mapped,
         "mlock": stats.is_locked,
         "load_s": round(stats.load_s, 3),
-        "moving_s": round(moving_s, 3),
+        "copying_s": round(copying_s, 3),
         "prefill_tps": prefill_tps,
         "decode_tps": round(short.median_tps, 2),
         "device": engine.device_name,

@@ -29,7 +29,7 @@ from hybrid.cli.command_line import (
     run_command,
 )
 from hybrid.cli.progress_bar import progress_bar
-from hybrid.engine.loading.model_spec import Subject, read_subject
+from hybrid.engine.loading.model_spec import ModelSpec, read_model_spec
 from hybrid.engine.loading.planning import machine_here, solve_for
 from hybrid.hub.catalog import hybrid_home, resolve
 from hybrid.placement.machine import MODELLED, Machine, override, read_overrides
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     check_options(threads=args.threads)
     with progress_bar() as progress:
         folder = resolve(args.model, offline=args.offline, progress=progress)
-        subject, notices = read_subject(
+        spec, notices = read_model_spec(
             folder,
             quant=args.quant,
             threads=args.threads,
@@ -83,17 +83,17 @@ def run(args: argparse.Namespace) -> int:
             home=hybrid_home(),
             progress=progress,
         )
-    machine, more = find_machine(args, subject)
-    plan, solved = solve_for(machine, subject, args.vram_budget)
-    model = subject.time_model(machine)
+    machine, more = find_machine(args, spec)
+    plan, solved = solve_for(machine, spec, args.vram_budget)
+    model = spec.time_model(machine)
     budget = max(0, plan.vram_budget - plan.context_bytes)
-    ways = alternatives(model, subject.cpu_plan(), budget)
+    candidates = alternatives(model, spec.cpu_plan(), budget)
     for notice in (*notices, *more, *solved):
         print(f"note: {printable(notice)}", file=sys.stderr)
     if args.json:
-        print(json.dumps(as_json(machine, plan, ways)))
+        print(json.dumps(as_json(machine, plan, candidates)))
     else:
-        print_plan(machine, plan, ways)
+        print_plan(machine, plan, candidates)
         if args.explain:
             print_layers(model, plan)
     if args.save is not None:
@@ -102,17 +102,17 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             raise InvalidOption(f"--save {args.save}: {error.strerror}") from error
     if args.plot is not None:
-        plot(args.plot, machine, subject)
+        plot(args.plot, machine, spec)
     return 0
 
 
-def find_machine(args: argparse.Namespace, subject: Subject) -> tuple[Machine, tuple[str, ...]]:
+def find_machine(args: argparse.Namespace, spec: ModelSpec) -> tuple[Machine, tuple[str, ...]]:
     """The machine to plan for, and notices."""
     name = args.hardware
     if name in MODELLED:
         machine = MODELLED[name]()
         return machine, (f"{machine.name} is modelled, not measured",)
-    machine, notices = machine_here(subject, hybrid_home())
+    machine, notices = machine_here(spec, hybrid_home())
     if name is None:
         return machine, notices
     path = Path(name)
@@ -123,7 +123,7 @@ def find_machine(args: argparse.Namespace, subject: Subject) -> tuple[Machine, t
     return machine, notices if machine.gpu is None else ()
 
 
-def print_plan(machine: Machine, plan: PlacementPlan, ways: list[Alternative]) -> None:
+def print_plan(machine: Machine, plan: PlacementPlan, candidates: list[Alternative]) -> None:
     """The machine, the budget, and every way to run the model."""
     cpu, gpu = machine.cpu, machine.gpu
     print(
@@ -143,17 +143,17 @@ def print_plan(machine: Machine, plan: PlacementPlan, ways: list[Alternative]) -
             f"{plan.torch_bytes / 2**20:.0f}; KV cache for {plan.n_context} tokens"
         )
     print(f"\n{'predicted':16}{'tok/s':>8}{'VRAM MiB':>10}")
-    fastest = min(ways, key=lambda way: way.seconds)
-    for way in ways:
+    fastest = min(candidates, key=lambda way: way.seconds)
+    for way in candidates:
         mark = "  <" if way is fastest else ""
         print(f"{way.name:16}{1 / way.seconds:>8.1f}{way.plan.vram_bytes / 2**20:>10.0f}{mark}")
-    print(f"\n{plan.summary()}\n{verdict(ways)}")
+    print(f"\n{plan.summary()}\n{verdict(candidates)}")
 
 
-def verdict(ways: list[Alternative]) -> str:
+def verdict(candidates: list[Alternative]) -> str:
     """In plain words: is splitting layers worth it?"""
-    by_name = {way.name: way.seconds for way in ways}
-    if len(ways) == 1:
+    by_name = {way.name: way.seconds for way in candidates}
+    if len(candidates) == 1:
         return "There is no GPU, or no room on it: the CPU computes everything."
     best_other = min(seconds for name, seconds in by_name.items() if name != "hybrid")
     other = min((name for name in by_name if name != "hybrid"), key=lambda n: by_name[n])
@@ -223,17 +223,17 @@ def describe(
     return text
 
 
-def as_json(machine: Machine, plan: PlacementPlan, ways: list[Alternative]) -> dict[str, Any]:
+def as_json(machine: Machine, plan: PlacementPlan, candidates: list[Alternative]) -> dict[str, Any]:
     return {
         "machine": asdict(machine),
         "plan": asdict(plan),
-        "predicted_tps": {way.name: round(1 / way.seconds, 2) for way in ways},
-        "vram_bytes": {way.name: way.plan.vram_bytes for way in ways},
-        "verdict": verdict(ways),
+        "predicted_tps": {way.name: round(1 / way.seconds, 2) for way in candidates},
+        "vram_bytes": {way.name: way.plan.vram_bytes for way in candidates},
+        "verdict": verdict(candidates),
     }
 
 
-def plot(path: Path, machine: Machine, subject: Subject) -> None:
+def plot(path: Path, machine: Machine, spec: ModelSpec) -> None:
     """Predicted tok/s of each way against the budget, up to the whole model."""
     try:
         from matplotlib.figure import Figure
@@ -243,12 +243,12 @@ def plot(path: Path, machine: Machine, subject: Subject) -> None:
         ) from None
     if machine.gpu is None:
         raise InvalidOption("--plot: there is no GPU; name one with --hardware")
-    model = subject.time_model(machine)
-    needed = model.sizes.plan(whole_plan(subject.cpu_plan())) + (8 << 20)
+    model = spec.time_model(machine)
+    needed = model.sizes.plan(whole_plan(spec.cpu_plan())) + (8 << 20)
     curves: dict[str, list[tuple[float, float]]] = {}
     for step in range(PLOT_POINTS):
         budget = needed * step // (PLOT_POINTS - 1)
-        for way in alternatives(model, subject.cpu_plan(), budget):
+        for way in alternatives(model, spec.cpu_plan(), budget):
             at = (budget + machine.gpu.context_bytes) / 2**20
             curves.setdefault(way.name, []).append((at, 1 / way.seconds))
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -257,7 +257,7 @@ def plot(path: Path, machine: Machine, subject: Subject) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
     kind = "modelled" if machine.is_modelled else "predicted"
     axes.set(xlabel="VRAM budget, MiB", ylabel=f"{kind} tok/s", ylim=(0, None))
-    axes.set_title(f"{subject.format.name}, {machine.name}, {machine.gpu.name}", fontsize=9)
+    axes.set_title(f"{spec.format.name}, {machine.name}, {machine.gpu.name}", fontsize=9)
     axes.legend()
     try:
         figure.savefig(path, dpi=120)

@@ -140,7 +140,7 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
     if args.verbose:
         stats = engine.stats
         where = "mapped from disk" if stats.is_mapped else "in memory"
-        where = "moving into memory" if stats.is_moving else where
+        where = "moving into memory" if stats.is_copying else where
         lines += [
             f"{engine.folder}: {config.family}, {config.n_layers} layers of {config.n_neurons} "
             f"neurons, hidden size {config.hidden_size}, {config.activation} "

@@ -269,15 +269,15 @@ def make_plan(args: argparse.Namespace) -> bool:
     is such a plan.
     """
     with open_engine(args) as (engine, _):
-        subject = engine.subject
-    path = plan_path(hybrid_home(), subject)
+        spec = engine.spec
+    path = plan_path(hybrid_home(), spec)
     path.unlink(missing_ok=True)
-    machine, notices = machine_here(subject, hybrid_home())
+    machine, notices = machine_here(spec, hybrid_home())
     if machine.gpu is None or args.plan_budget == 0:
         why = "as asked" if machine.gpu is not None else "; ".join(notices)
         print(f"plan       all on the CPU: {printable(why)}")
         return False
-    plan, notices = solve_for(machine, subject, args.plan_budget)
+    plan, notices = solve_for(machine, spec, args.plan_budget)
     for notice in notices:
         print(f"note: {printable(notice)}")
     try:
@@ -294,16 +294,16 @@ def report(args: argparse.Namespace, *, has_plan: bool) -> None:
     was just packed is still being written, so the ways take turns, and their medians count.
     """
     kinds = ["exact"] if args.no_predictor else ["exact", "auto"]
-    ways = {kind: (args, kind) for kind in kinds}
+    runs = {kind: (args, kind) for kind in kinds}
     if has_plan:
         on_gpu = argparse.Namespace(
             **vars(args), device="auto", vram_budget=None, plan=None, hand_offs="auto"
         )
-        ways[f"{kinds[-1]}, the plan"] = on_gpu, kinds[-1]
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+        runs[f"{kinds[-1]}, the plan"] = on_gpu, kinds[-1]
+    rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(REPORT_TURNS):
-        for name, (asked, kind) in ways.items():
-            with open_engine(asked, predictor=kind) as (engine, _):
+        for name, (options, kind) in runs.items():
+            with open_engine(options, predictor=kind) as (engine, _):
                 engine.wait_for_weights()
                 rates[name].append(measure_rates(engine)["decode"])
                 prediction = engine.prediction

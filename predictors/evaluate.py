@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{means['precision']:10.1%} {means['predicted']:10.1%}   worst layer's recall {worst:.4f}"
     )
     rounded = {key: round(value, 6) for key, value in means.items()}
-    print(json.dumps({"recall_asked": args.recall, "worst_recall": round(worst, 6), **rounded}))
+    print(json.dumps({"recall_goal": args.recall, "worst_recall": round(worst, 6), **rounded}))
     return 0
 
 

@@ -23,7 +23,7 @@ class CostTable:
     """Nanoseconds for one layer and token, as the trace holds them."""
 
     exact_ns: float
-    gathered_row_ns: float
+    named_row_ns: float
     lowrank_ns: Mapping[int, float]
     sign_ns: float
     n_neurons: int
@@ -32,7 +32,7 @@ class CostTable:
     def of(cls, costs: Mapping[str, Any], n_neurons: int) -> CostTable:
         return cls(
             exact_ns=float(costs["exact_ns"]),
-            gathered_row_ns=float(costs["gathered_row_ns"]),
+            named_row_ns=float(costs["named_row_ns"]),
             lowrank_ns={int(rank): float(ns) for rank, ns in costs["lowrank_ns"].items()},
             sign_ns=float(costs["sign_ns"]),
             n_neurons=n_neurons,
@@ -42,7 +42,7 @@ class CostTable:
         """Of asking the predictor and computing the gates that it names; ranks between measured
         ones are interpolated.
         """
-        rows = predicted * self.n_neurons * self.gathered_row_ns
+        rows = predicted * self.n_neurons * self.named_row_ns
         if kind == "sign":
             return self.sign_ns + rows
         ranks = sorted(self.lowrank_ns)

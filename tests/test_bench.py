@@ -19,7 +19,7 @@ KEYS = [
     "mmap",
     "mlock",
     "load_s",
-    "moving_s",
+    "copying_s",
     "prefill_tps",
     "decode_tps",
     "device",

@@ -42,7 +42,8 @@ def test_the_story_is_the_one_that_is_shown():
     if hybrid.active_isa() == "avx512_vnni_bf16":
         assert result.stdout == text + "\n"
     else:
-        assert result.stdout.startswith(text[:40])
+        assert result.stdout.startswith("Once upon a time")
+        assert len(result.stdout) > 100
 
 
 def test_the_library_example_runs():

@@ -24,18 +24,36 @@ class Result:
 
 
 def hybrid_run(*arguments: str | Path, stdin: bytes = b"", **environment: str) -> Result:
+    """The command within this process, which takes a tenth of the time of a process of its own."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for name in ("out", "err")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        for name, stream in streams.items():
+            patch.setattr(sys, f"std{name}", stream)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            code = run.main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+    for stream in streams.values():
+        stream.flush()
+    out, err = (streams[name].buffer.getvalue().decode() for name in ("out", "err"))
+    return Result(code, out, err)
+
+
+def hybrid_process(*arguments: str, stdin: bytes = b"") -> Result:
     completed = subprocess.run(
-        [sys.executable, "-m", "hybrid.run", *map(str, arguments)],
+        [sys.executable, "-m", "hybrid.run", *arguments],
         input=stdin,
         capture_output=True,
-        env=os.environ | environment,
         check=False,
     )
     return Result(completed.returncode, completed.stdout.decode(), completed.stderr.decode())
 
 
 def test_a_story_goes_to_stdout_and_one_closing_line_to_stderr():
-    result = hybrid_run("-p", "Once upon a time", "-n", "30", "--seed", "1")
+    result = hybrid_process("-p", "Once upon a time", "-n", "30", "--seed", "1")
     assert result.code == 0
     assert result.out.startswith("Once upon a time")
     assert len(result.out) > 60

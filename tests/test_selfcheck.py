@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from slow import slow_except
 from tiny_models import STORIES, write_model
 
 import hybrid
@@ -48,7 +49,7 @@ def expect_active(monkeypatch: pytest.MonkeyPatch, fraction: float) -> None:
     monkeypatch.setattr(model, "catalog", lambda: (entry,))
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", slow_except(["bf16", "q8", "q4"], "q8"))
 def test_the_bundled_model_is_well(isa, quant):
     checks = checks_of("stories", quant=quant, threads=2)
     verdicts = {name: check.verdict for name, check in checks.items()}
@@ -100,7 +101,7 @@ def test_streamed_weights_are_the_weights(tmp_path, format):
             assert session.position == 20
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", slow_except(["bf16", "q8", "q4"], "q8"))
 @pytest.mark.parametrize(
     "recorded", [{"threshold": 0.15}, {"threshold": 0.25}, {"activation": "relu"}]
 )
@@ -192,14 +193,22 @@ def test_logits_that_depend_on_threads_or_on_prefill_are_found(monkeypatch):
     ("changes", "found_by"),
     [
         ({"scale_depth": 2.45}, "active neurons"),
-        ({"scale_emb": 1.0}, "active neurons"),
-        ({"scale_emb": 6.0}, "text"),
-        ({"scale_depth": 14.0}, "text"),
-        ({"dim_model_base": 256}, "text"),
+        pytest.param({"scale_emb": 1.0}, "active neurons", marks=pytest.mark.slow),
+        pytest.param({"scale_emb": 6.0}, "text", marks=pytest.mark.slow),
+        pytest.param({"scale_depth": 14.0}, "text", marks=pytest.mark.slow),
+        pytest.param({"dim_model_base": 256}, "text", marks=pytest.mark.slow),
         ({"dim_model_base": 16}, "text"),
         ({"hidden_act_param": 0.005}, "active neurons"),
-        ({"hidden_act": "relu", "hidden_act_param": None}, "active neurons"),
-        ({"hidden_act": "silu", "hidden_act_param": None}, "active neurons"),
+        pytest.param(
+            {"hidden_act": "relu", "hidden_act_param": None},
+            "active neurons",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"hidden_act": "silu", "hidden_act_param": None},
+            "active neurons",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -410,6 +419,7 @@ def test_oracle_memory_is_known_beforehand():
     assert comparison.oracle_bytes(config) > 2 * layer + 4 * config.vocab_size * config.hidden_size
 
 
+@pytest.mark.slow
 def test_the_gpu_checks_can_be_rehearsed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     pytest.importorskip("scipy")

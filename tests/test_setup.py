@@ -23,6 +23,7 @@ def setup(*arguments: str) -> int:
     return main(["--trace-budget", "64MiB", *arguments])
 
 
+@pytest.mark.slow
 def test_setup_makes_a_model_ready(home, capsys):
     model = "synthetic:tiny"
     with hybrid.load(model, predictor="auto") as engine:
@@ -61,6 +62,7 @@ def test_without_torch_training_free_kinds_are_tried(home, capsys, monkeypatch):
         assert {"exact", "sign"} >= set(engine.prediction.kinds)
 
 
+@pytest.mark.slow
 def test_an_interrupted_setup_goes_on(home, tmp_path, capsys, monkeypatch):
     from hybrid import setup as module
 

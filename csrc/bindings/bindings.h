@@ -43,7 +43,7 @@ struct PyRows {
   // Interleaved rows from byte `offset` of `memory` on; or, where `row_stride` is given, rows apart
   // with their values from `offset` and their scales from `scales_offset` on, gathered or not.
   PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int64_t offset,
-         std::optional<int64_t> row_stride, int64_t scales_offset, bool is_gathered);
+         std::optional<int64_t> row_stride, int64_t scales_offset, bool is_bit_reversed);
   Format format;
   Rows rows;
   Bytes memory;

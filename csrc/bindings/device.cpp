@@ -124,7 +124,7 @@ void BindDevice(py::module_& m) {
       .def(
           "serve",
           [](PyLink& l, PySession& s, int64_t token) {
-            Turn turn(s);
+            ExclusiveUse use(s);
             s.CheckTokens(&token, 1);
             Check(l.link.n_slots() == static_cast<int32_t>(s.program.segments().size()),
                   "a slot for every segment");
@@ -145,7 +145,7 @@ void BindDevice(py::module_& m) {
       [](py::object session, py::object link) {
         PySession& s = session.cast<PySession&>();
         const Exchange& exchange = link.cast<PyLink&>().link.exchange();
-        Turn turn(s);
+        ExclusiveUse use(s);
         const PyLink& l = link.cast<const PyLink&>();
         Check(l.x.shape(0) >= kPrefillChunk, "an exchange has rows for a chunk of prefill");
         Check(l.x.shape(1) == s.program.shape().hidden_size, "an exchange has hidden_size columns");

@@ -92,7 +92,7 @@ void PackInterleaved(Format format, const float* w, int32_t n_rows, int32_t n_co
 }  // namespace
 
 PyRows::PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int64_t offset,
-               std::optional<int64_t> row_stride, int64_t scales_offset, bool is_gathered)
+               std::optional<int64_t> row_stride, int64_t scales_offset, bool is_bit_reversed)
     : format(format), memory(memory) {
   Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols, "rows or columns out of range");
   const auto check = [&](int64_t first, int64_t n, int64_t stride, int64_t n_bytes) {
@@ -112,7 +112,7 @@ PyRows::PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int6
             *row_stride,
             n_rows,
             n_cols,
-            is_gathered ? RowLayout::kGathered : RowLayout::kApart};
+            is_bit_reversed ? RowLayout::kBitReversed : RowLayout::kRowMajor};
   } else {
     const int64_t tile_bytes = kRowTile * (value_bytes + scale_bytes);
     const uint8_t* tiles =
@@ -272,7 +272,7 @@ void BindKernels(py::module_& m) {
       "dequantize",
       [](const PyRows& rows, int32_t row, float scale) {
         Check(row >= 0 && row < rows.rows.n_rows, "row out of range");
-        Check(rows.rows.layout != RowLayout::kGathered, "gathered rows");
+        Check(rows.rows.layout != RowLayout::kBitReversed, "gathered rows");
         Floats out(rows.rows.n_cols);
         ActiveKernels().dequantize(rows.format, rows.rows, row, scale, out.mutable_data());
         return out;
@@ -319,7 +319,7 @@ void BindKernels(py::module_& m) {
   m.def(
       "gather_dots",
       [](const PyRows& rows, const std::vector<int32_t>& indices, const Bytes& x) {
-        Check(rows.rows.layout == RowLayout::kApart, "rows must stand apart");
+        Check(rows.rows.layout == RowLayout::kRowMajor, "rows must stand apart");
         for (const int32_t row : indices) Check(row >= 0 && row < rows.rows.n_rows, "row range");
         Check(x.ndim() == 1 && x.shape(0) == VectorBytes(rows.format, rows.rows.n_cols) &&
                   IsAligned(x.data(), 4),
@@ -343,7 +343,7 @@ void BindKernels(py::module_& m) {
         Check(up.rows.n_rows == gate.rows.n_rows && down.rows.n_rows == gate.rows.n_rows,
               "neurons differ");
         Check(up.rows.n_cols == gate.rows.n_cols, "gate and up widths differ");
-        Check(up.rows.layout == RowLayout::kApart && down.rows.layout == RowLayout::kApart,
+        Check(up.rows.layout == RowLayout::kRowMajor && down.rows.layout == RowLayout::kRowMajor,
               "up and down rows must stand apart");
         Check(x.ndim() == 2 && x.shape(0) <= kTokenTile, "at most kTokenTile tokens");
         Check(x.shape(1) == VectorBytes(format, gate.rows.n_cols) && IsAligned(x.data(), 4),
@@ -371,7 +371,7 @@ void BindKernels(py::module_& m) {
         std::vector<int32_t> predicted(static_cast<size_t>(last - first + 1));
         if (predictor != nullptr) {
           Check(!computes_all && predictor->n_neurons == gate.rows.n_rows, "predictor");
-          Check(gate.rows.layout == RowLayout::kGathered,
+          Check(gate.rows.layout == RowLayout::kBitReversed,
                 "gate rows that a predictor names must be gathered");
           inputs = predictor->MakeInputs(format, x, gate.rows.n_cols);
           args.predictor = &predictor->predictor;

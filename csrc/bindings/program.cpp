@@ -59,7 +59,7 @@ void BindProgram(py::module_& m) {
                     bool>(),
            py::kw_only(), py::arg("format"), py::arg("memory"), py::arg("n_rows"),
            py::arg("n_cols"), py::arg("offset") = 0, py::arg("row_stride") = py::none(),
-           py::arg("scales_offset") = 0, py::arg("is_gathered") = false)
+           py::arg("scales_offset") = 0, py::arg("is_bit_reversed") = false)
       .def_property_readonly("n_rows", [](const PyRows& r) { return r.rows.n_rows; })
       .def_property_readonly("n_cols", [](const PyRows& r) { return r.rows.n_cols; })
       .def_property_readonly("memory", [](const PyRows& r) { return r.memory; });
@@ -178,7 +178,7 @@ void BindProgram(py::module_& m) {
           "prefill",
           [](PySession& s, const Tokens& tokens, bool all_logits, std::optional<Bytes> masks,
              std::optional<Halves> inputs) -> py::object {
-            Turn turn(s);
+            ExclusiveUse use(s);
             s.CheckAlone();
             Check(tokens.ndim() == 1 && tokens.shape(0) > 0, "tokens must be (n,), n > 0");
             // A copy, so that nobody can change what was checked.
@@ -204,7 +204,7 @@ void BindProgram(py::module_& m) {
       .def(
           "decode",
           [](PySession& s, int64_t token) {
-            Turn turn(s);
+            ExclusiveUse use(s);
             s.CheckAlone();
             s.CheckTokens(&token, 1);
             WithoutGil([&] { s.session.Decode(static_cast<int32_t>(token)); });
@@ -213,7 +213,7 @@ void BindProgram(py::module_& m) {
       .def(
           "begin",
           [](PySession& s, const Tokens& tokens, bool is_decode, std::optional<Floats> logits) {
-            Turn turn(s);
+            ExclusiveUse use(s);
             s.CheckExchange();
             Check(tokens.ndim() == 1 && tokens.shape(0) > 0 && tokens.shape(0) <= kPrefillChunk,
                   "tokens must be (n,), n from 1 to PREFILL_CHUNK");
@@ -236,7 +236,7 @@ void BindProgram(py::module_& m) {
       .def(
           "run_segment",
           [](PySession& s, int32_t segment) {
-            Turn turn(s);
+            ExclusiveUse use(s);
             Check(segment == s.next_segment &&
                       segment < static_cast<int32_t>(s.program.segments().size()),
                   "segments run in order, after begin");
@@ -246,7 +246,7 @@ void BindProgram(py::module_& m) {
           py::arg("segment"))
       .def("end",
            [](PySession& s) {
-             Turn turn(s);
+             ExclusiveUse use(s);
              Check(s.next_segment == static_cast<int32_t>(s.program.segments().size()),
                    "not all segments have run");
              s.session.End();
@@ -255,7 +255,7 @@ void BindProgram(py::module_& m) {
       .def(
           "truncate",
           [](PySession& s, int32_t position) {
-            Turn turn(s);
+            ExclusiveUse use(s);
             Check(position >= 0 && position <= s.session.position(),
                   "position is beyond the session's");
             s.session.Truncate(position);
@@ -290,7 +290,7 @@ void BindProgram(py::module_& m) {
                              [](const PySession& s) { return s.session.shortlisted_count(); })
       .def_property_readonly("decode_bytes",
                              [](PySession& s) {
-                               Turn turn(s);
+                               ExclusiveUse use(s);
                                py::dict bytes;
                                for (int32_t stage = 0; stage < kStages; ++stage)
                                  bytes[kStageNames[stage]] =
@@ -300,7 +300,7 @@ void BindProgram(py::module_& m) {
       .def_property_readonly(
           "stage_seconds",
           [](PySession& s) {
-            Turn turn(s);
+            ExclusiveUse use(s);
             py::dict seconds;
             for (int32_t stage = 0; stage < kStages; ++stage)
               seconds[kStageNames[stage]] =
@@ -310,7 +310,7 @@ void BindProgram(py::module_& m) {
             return seconds;
           })
       .def("reset_counts", [](PySession& s) {
-        Turn turn(s);
+        ExclusiveUse use(s);
         s.session.ResetCounts();
       });
 }

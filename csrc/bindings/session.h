@@ -102,16 +102,16 @@ struct PySession {
 // Holds a session for one call. Throws ValueError where another thread holds it, RuntimeError in a
 // process forked after the session was opened: a lock of its pool may have been held at that
 // moment.
-class Turn {
+class ExclusiveUse {
  public:
-  explicit Turn(PySession& s) : s_(s) {
+  explicit ExclusiveUse(PySession& s) : s_(s) {
     if (platform::ProcessId() != s.pool.process_id())
       throw std::runtime_error("the session was opened before a fork; load the model again here");
     Check(!s.is_busy.exchange(true), "the session is in use by another thread");
   }
-  ~Turn() { s_.is_busy.store(false); }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
+  ~ExclusiveUse() { s_.is_busy.store(false); }
+  ExclusiveUse(const ExclusiveUse&) = delete;
+  ExclusiveUse& operator=(const ExclusiveUse&) = delete;
 
  private:
   PySession& s_;

@@ -63,7 +63,7 @@ template <Format kFormat, int kRows>
 class AnyRows {
  public:
   AnyRows(const Rows& rows, const int32_t* row)
-      : n_groups_(rows.layout == RowLayout::kGathered ? CountGroups(kFormat, rows.n_cols) : 0) {
+      : n_groups_(rows.layout == RowLayout::kBitReversed ? CountGroups(kFormat, rows.n_cols) : 0) {
     for (int r = 0; r < kRows; ++r) at_[r] = At<kFormat>(rows, row[r]);
   }
   const uint8_t* values(int r) const { return at_[r].values + values_offset_; }

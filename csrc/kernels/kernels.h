@@ -53,8 +53,8 @@ constexpr int32_t kTokenTile = 64;  // tokens that an FFN piece takes at most
 
 enum class RowLayout : int32_t {
   kInterleaved,  // in tiles
-  kApart,
-  kGathered,  // apart, groups out of order
+  kRowMajor,
+  kBitReversed,  // apart, groups out of order
 };
 
 struct Rows {

@@ -42,7 +42,7 @@ inline float PreviewTile(const Preview& p, const uint8_t* tile, const uint8_t* i
     PrefetchL2(tile + kStreamAhead);
 #pragma GCC unroll 2
     for (int r = 0; r < kRegisters; ++r) {
-      const Crumbs w = LoadCrumbs(tile + r * 4 * kLanes);
+      const TwoBits w = LoadTwoBits(tile + r * 4 * kLanes);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
         dots[r][i] = DotQ4(dots[r][i], w.fields[i], BroadcastX(input + col + 4 * i));

@@ -21,7 +21,7 @@ using XBytes = __m256i;
 struct Nibbles {
   __m256i low, high;
 };
-struct Crumbs {
+struct TwoBits {
   __m256i fields[4];
 };
 
@@ -117,7 +117,7 @@ inline Nibbles LoadQ4Weights(const uint8_t* p) {
   return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
 }
 #ifdef __AVXVNNI__
-inline Crumbs LoadCrumbs(const uint8_t* p) {
+inline TwoBits LoadTwoBits(const uint8_t* p) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const auto field = [&](int bits) {
     return _mm256_and_si256(bytes, _mm256_set1_epi8(static_cast<char>(bits)));
@@ -130,7 +130,7 @@ inline I32 SumOfFields(const I32 (&dots)[4]) {
       _mm256_add_epi32(_mm256_srai_epi32(dots[2], 4), _mm256_srai_epi32(dots[3], 6)));
 }
 #else
-inline Crumbs LoadCrumbs(const uint8_t* p) {
+inline TwoBits LoadTwoBits(const uint8_t* p) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i mask = _mm256_set1_epi8(3);
   return {{_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 2), mask),

@@ -22,7 +22,7 @@ using XBytes = __m512i;
 struct Nibbles {
   __m512i low, high;
 };
-struct Crumbs {
+struct TwoBits {
   __m512i fields[4];
 };
 
@@ -107,7 +107,7 @@ inline Nibbles LoadQ4Weights(const uint8_t* p) {
   return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
 }
 #ifdef __AVX512VNNI__
-inline Crumbs LoadCrumbs(const uint8_t* p) {
+inline TwoBits LoadTwoBits(const uint8_t* p) {
   const __m512i bytes = _mm512_loadu_si512(p);
   const auto field = [&](int bits) {
     return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(bits)));
@@ -120,7 +120,7 @@ inline I32 SumOfFields(const I32 (&dots)[4]) {
       _mm512_add_epi32(_mm512_srai_epi32(dots[2], 4), _mm512_srai_epi32(dots[3], 6)));
 }
 #else
-inline Crumbs LoadCrumbs(const uint8_t* p) {
+inline TwoBits LoadTwoBits(const uint8_t* p) {
   const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(3);
   return {{_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 2), mask),
            _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask),

@@ -27,7 +27,7 @@ using Q8Weights = XBytes;
 struct Nibbles {
   XBytes low, high;
 };
-struct Crumbs {
+struct TwoBits {
   XBytes fields[4];
 };
 struct Bf16s {
@@ -140,8 +140,8 @@ inline I32 SumOfFields(const I32 (&dots)[4]) {
     for (int i = 0; i < kLanes; ++i) sum.v[i] += dots[field].v[i];
   return sum;
 }
-inline Crumbs LoadCrumbs(const uint8_t* p) {
-  Crumbs y;
+inline TwoBits LoadTwoBits(const uint8_t* p) {
+  TwoBits y;
   for (int field = 0; field < 4; ++field)
     for (int i = 0; i < kLine; ++i) y.fields[field].v[i] = p[i] >> 2 * field & 3;
   return y;

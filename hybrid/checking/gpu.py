@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 
 import hybrid
+from hybrid.engine.engine import Quant
 from hybrid.engine.gpu import measurement
 from hybrid.engine.gpu.device import Device, HostDevice
 from hybrid.engine.loading import planning
@@ -88,14 +90,14 @@ def environment(device: Device) -> dict[str, Any]:
 
 def hand_offs(device: Device, pool: ThreadPool, n: int = 52) -> dict[str, Any]:
     """µs of one hand-off: median and 99th percentile of many tokens."""
-    found = {}
+    found: dict[str, Any] = {}
     for mechanism in device.mechanisms:
-        turns = measurement.Turns(device, pool, mechanism, n)
+        loop = measurement.HandOffLoop(device, pool, mechanism, n)
         with device.on_stream():
-            recording = device.record(turns.launch)
+            recording = device.record(loop.launch)
             for _ in range(20):
-                turns.replay(recording)
-            times = sorted(turns.replay(recording) / n * 1e6 for _ in range(200))
+                loop.replay(recording)
+            times = sorted(loop.replay(recording) / n * 1e6 for _ in range(200))
         found[mechanism] = {"median_us": times[100], "p99_us": times[198], "best_us": times[0]}
     return found
 
@@ -122,14 +124,14 @@ def _spin() -> None:
 def replays(device: Device, pool: ThreadPool, n: int) -> dict[str, Any]:
     """Tokens whose every answer must be the same, by the mechanism that is used."""
     mechanism = device.mechanisms[0]
-    turns = measurement.Turns(device, pool, mechanism, 8)
+    loop = measurement.HandOffLoop(device, pool, mechanism, 8)
     n_wrong = 0
     with device.on_stream():
-        recording = device.record(turns.launch)
+        recording = device.record(loop.launch)
         for _ in range(n):
-            turns.y.fill_(float("nan"))
-            turns.replay(recording)
-            n_wrong += bool(turns.y.any())
+            loop.y.fill_(float("nan"))
+            loop.replay(recording)
+            n_wrong += bool(loop.y.any())
     return {"replays": n, "mechanism": mechanism, "wrong": n_wrong}
 
 
@@ -138,18 +140,18 @@ def lost_thread(device: Device, pool: ThreadPool) -> dict[str, Any]:
     mechanism = device.mechanisms[0]
     if mechanism == "synchronise":
         return {"skipped": "no flags here"}
-    turns = measurement.Turns(device, pool, mechanism, 4, patience_s=0.5)
+    loop = measurement.HandOffLoop(device, pool, mechanism, 4, patience_s=0.5)
     with device.on_stream():
-        recording = device.record(turns.launch)
-        turns.exchange.link.arm()
+        recording = device.record(loop.launch)
+        loop.exchange.link.arm()
         started = time.monotonic()
         for step in recording:
             step()
         device.synchronize()
     return {
         "released_after_s": round(time.monotonic() - started, 3),
-        "error": turns.exchange.link.error,
-        "is_poisoned": bool(torch.isnan(turns.y).all()),
+        "error": loop.exchange.link.error,
+        "is_poisoned": bool(torch.isnan(loop.y).all()),
     }
 
 
@@ -190,7 +192,7 @@ def plans_of(plan: PlacementPlan) -> dict[str, PlacementPlan]:
     return plans
 
 
-def every_plan(model: str, quant: str, folder: Path) -> dict[str, Any]:
+def every_plan(model: str, quant: Quant, folder: Path) -> dict[str, Any]:
     """Teacher-forced logits of each kind of plan against the CPU engine's."""
 
     def logits(**options: Any) -> tuple[np.ndarray, hybrid.Engine]:
@@ -221,7 +223,9 @@ def every_plan(model: str, quant: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def decode_ms(model: str, quant: str, threads: int, n: int = 64, **options: Any) -> dict[str, Any]:
+def decode_ms(
+    model: str, quant: Quant, threads: int, n: int = 64, **options: Any
+) -> dict[str, Any]:
     with hybrid.load(
         model, quant=quant, threads=threads, context_size=CONTEXT, **options
     ) as engine:
@@ -248,7 +252,7 @@ def decode_ms(model: str, quant: str, threads: int, n: int = 64, **options: Any)
 
 
 def splits(
-    model: str, quant: str, threads: int, device: Device, folder: Path, shares: tuple[float, ...]
+    model: str, quant: Quant, threads: int, device: Device, folder: Path, shares: tuple[float, ...]
 ) -> dict[str, Any]:
     """The CPU alone, all on the GPU, and at shares of the model's bytes hybrid against whole
     layers: measured and predicted in one run.
@@ -256,26 +260,26 @@ def splits(
     with hybrid.load(
         model, quant=quant, threads=threads, context_size=CONTEXT, device="cpu"
     ) as engine:
-        subject = engine.subject
+        spec = engine.spec
     backend, _ = planning.decode_kernels(device)
-    machine = planning.measured_gpu(device, backend, subject, None)
+    machine = planning.measured_gpu(device, backend, spec, None)
     assert machine.gpu is not None
-    time_model = subject.time_model(machine)
-    everything = time_model.sizes.plan(whole_plan(subject.cpu_plan()))
+    time_model = spec.time_model(machine)
+    everything = time_model.sizes.plan(whole_plan(spec.cpu_plan()))
     found: dict[str, Any] = {"machine": asdict(machine), "model_bytes": everything}
-    ways = {
-        ("CPU only", 0.0): subject.cpu_plan(),
-        ("all on the GPU", 1.0): whole_plan(subject.cpu_plan()),
+    candidates = {
+        ("CPU only", 0.0): spec.cpu_plan(),
+        ("all on the GPU", 1.0): whole_plan(spec.cpu_plan()),
     }
     for share in shares:
-        for way in alternatives(time_model, subject.cpu_plan(), int(share * everything)):
+        for way in alternatives(time_model, spec.cpu_plan(), int(share * everything)):
             if way.name in ("whole layers", "hybrid"):
-                ways[way.name, share] = way.plan
-    for (name, share), way in ways.items():
-        plan = replace(way, vram_bytes=time_model.sizes.plan(way))
+                candidates[way.name, share] = way.plan
+    for (name, share), candidate in candidates.items():
+        plan = replace(candidate, vram_bytes=time_model.sizes.plan(candidate))
         path = folder / "plan.json"
         plan.save(path)
-        where = {"plan": path} if plan.uses_gpu else {"device": "cpu"}
+        where: dict[str, Any] = {"plan": path} if plan.uses_gpu else {"device": "cpu"}
         measured = decode_ms(model, quant, threads, **where)
         predicted = time_model.plan(plan) * 1e3
         measured |= {"predicted_ms": predicted, "error": predicted / measured["ms"] - 1}
@@ -332,12 +336,10 @@ def check_gpu(
     checks.run("kernels", lambda: kernels(device, 64 if is_rehearsal else 1 << 16))
     checks.run("every plan, stories q8", lambda: every_plan("stories", "q8", folder))
     shares = (0.5,) if is_rehearsal else (0.25, 0.5, 0.75)
-    for quant in ("q8",) if is_rehearsal else ("q8", "q4", "bf16"):
-        checks.run(
-            f"decode, {quant}",
-            lambda quant=quant: splits(model, quant, threads, device, folder, shares),
-            needs_s=60,
-        )
+    quants: tuple[Quant, ...] = ("q8",) if is_rehearsal else ("q8", "q4", "bf16")
+    for quant in quants:
+        check = partial(splits, model, quant, threads, device, folder, shares)
+        checks.run(f"decode, {quant}", check, needs_s=60)
     if not is_rehearsal:
         checks.run("every plan, 1B q8", lambda: every_plan(model, "q8", folder), needs_s=60)
         sanitizer = ("compute-sanitizer", "--error-exitcode", "9")

@@ -138,7 +138,7 @@ class _Bar:
 def _open_line(stream: IO[str] | None, name: str, unit: str, done: int, total: int) -> Any:
     from tqdm import tqdm
 
-    class Line(tqdm):  # type: ignore[type-arg]
+    class Line(tqdm):  # type: ignore[misc]
         monitor_interval = 0  # no thread that redraws
 
         @property

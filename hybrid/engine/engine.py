@@ -15,8 +15,8 @@ from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.generation import Generation, GenerationStats
 from hybrid.engine.loading.choices import choose_mmap, choose_orders, isa_notices
 from hybrid.engine.loading.executors import Executor, open_executor
-from hybrid.engine.loading.model_spec import Asked, DeviceName, Subject
-from hybrid.engine.loading.planning import place
+from hybrid.engine.loading.model_spec import DeviceName, DeviceRequest, ModelSpec
+from hybrid.engine.loading.planning import decide
 from hybrid.engine.loading.prediction import DEFAULT_RECALL, Prediction, choose_predictors
 from hybrid.engine.options import (
     MAX_LOGPROBS,
@@ -56,7 +56,7 @@ class EngineStats:
     load_s: float = 0.0
     weight_bytes: int = 0  # packed
     is_mapped: bool = False  # whether some weights are a mapped file, not memory of our own
-    is_moving: bool = False  # whether those are on their way into memory
+    is_copying: bool = False  # whether those are on their way into memory
     is_locked: bool = False  # whether they are kept from leaving memory
     n_generations: int = 0
     prompt_tokens: int = 0
@@ -105,8 +105,8 @@ class Engine:
                 f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
             )
         format = Format[quant]
-        asked = Asked(device, vram_budget, plan, hand_offs)
-        asked.check()
+        request = DeviceRequest(device, vram_budget, plan, hand_offs)
+        request.check()
         with open_checkpoint(folder, format, progress, use_mmap=mmap is not False) as checkpoint:
             config = checkpoint.config
             n_context = checked_context(context_size, config)
@@ -126,17 +126,17 @@ class Engine:
                 quant=quant,
                 home=home,
             )
-            gathered = frozenset(
+            predicted_layers = frozenset(
                 layer for layer, native in enumerate(predictors or ()) if native is not None
             )
-            n_bytes = packed_layout(config, format, gathered).n_bytes
+            n_bytes = packed_layout(config, format, predicted_layers).n_bytes
             use_mmap, memory_notices = choose_mmap(mmap, n_bytes)
             loaded = load_packed(
                 checkpoint,
                 format,
                 cache=None if home is None else home / "packed",
                 neuron_orders=orders,
-                gathered=gathered,
+                predicted_layers=predicted_layers,
                 use_mmap=use_mmap,
                 use_mlock=mlock,
                 fits_memory=not memory_notices,
@@ -144,7 +144,7 @@ class Engine:
                 progress=progress,
             )
             self.is_synthetic: bool = checkpoint.is_synthetic
-        subject = Subject(
+        spec = ModelSpec(
             config=config,
             format=format,
             n_context=n_context,
@@ -154,10 +154,10 @@ class Engine:
             frequencies=frequencies,
             prediction=self.prediction,
         )
-        self.subject: Subject = subject  # what a plan is made for
-        placed = place(asked, subject, home)
+        self.spec: ModelSpec = spec  # what a plan is made for
+        decision = decide(request, spec, home)
         executor, self.plan, plan_notices = open_executor(
-            placed, subject, loaded.model, gathered, predictors, home
+            decision, spec, loaded.model, predicted_layers, predictors, home
         )
         # Whether decode computes only the likeliest logits in full, the others from a preview.
         self.previews_head: bool = loaded.model.preview is not None and not (
@@ -180,9 +180,11 @@ class Engine:
         )
         self._process_id = os.getpid()
         self._executor: Executor | None = executor
-        self._device_name = placed.device.name if self.plan.uses_gpu and placed.device else "cpu"
+        self._device_name = (
+            decision.device.name if self.plan.uses_gpu and decision.device else "cpu"
+        )
         self._stats_lock = threading.Lock()
-        self._moving = loaded.moving
+        self._copying = loaded.copying
         self._stats = EngineStats(
             load_s=time.perf_counter() - started,
             weight_bytes=loaded.n_bytes,
@@ -198,23 +200,23 @@ class Engine:
     @property
     def notices(self) -> tuple[str, ...]:
         """One line each, which a user should see: what is slower, or not applied, and why."""
-        return self._notices + (() if self._moving is None else self._moving.notices)
+        return self._notices + (() if self._copying is None else self._copying.notices)
 
     @property
     def stats(self) -> EngineStats:
         """Counts and times since the engine was loaded."""
         with self._stats_lock:
-            if self._moving is None:
+            if self._copying is None:
                 return self._stats
-            is_moving, is_mapped = self._moving.is_moving, self._moving.is_mapped
-            return replace(self._stats, is_mapped=is_mapped, is_moving=is_moving)
+            is_copying, is_mapped = self._copying.is_copying, self._copying.is_mapped
+            return replace(self._stats, is_mapped=is_mapped, is_copying=is_copying)
 
     def wait_for_weights(self) -> None:
         """Until they have moved from their file into memory, which they do while they are used,
         for the first seconds: whoever measures speed waits for it.
         """
-        if self._moving is not None:
-            self._moving.wait()
+        if self._copying is not None:
+            self._copying.wait()
 
     @property
     def fits_in_cache(self) -> bool:
@@ -356,8 +358,8 @@ class Engine:
         if self._executor is not None:
             self._executor.close()
         self._executor = None
-        if self._moving is not None:
-            self._moving.stop()
+        if self._copying is not None:
+            self._copying.stop()
 
     def __enter__(self) -> Engine:
         return self
@@ -453,7 +455,7 @@ class Engine:
             earlier, ids = known
             new = tuple(messages[len(earlier) :])
             if new and tuple(messages[: len(earlier)]) == earlier:
-                return self._checked_length(ids + self.tokenizer.encode_next_turn(new))
+                return self._checked_length(ids + self.tokenizer.encode_next_message(new))
         return self._checked_length(self.tokenizer.encode_chat(messages))
 
     def _checked_prompt(self, prompt: str | Sequence[int], *, raw: bool) -> list[int]:

@@ -136,7 +136,7 @@ class Generation:
     def _advance(self) -> str:
         """The next piece of text; "" where there is no more."""
         piece = ""
-        with self._session.turn(self._ticket) as is_mine:
+        with self._session.step(self._ticket) as is_mine:
             if not is_mine:  # the session was closed, reset, or given another prompt
                 self._is_cancelled = True
             elif not self._is_prefilled:
@@ -175,7 +175,7 @@ class Generation:
         Encoding the answer's text might split it differently, and all of the KV cache from there
         on would be lost. Not where a stop string cut the text: the ids say more than it.
         """
-        with self._session.turn(self._ticket) as is_mine:
+        with self._session.step(self._ticket) as is_mine:
             said = self._tokenizer.continue_text(self.prompt, self.tokens)
             if is_mine and said == self.text:
                 answer: ChatMessage = {"role": "assistant", "content": self.text}

@@ -226,7 +226,7 @@ class Session:
             self._owner = owner
 
     @contextmanager
-    def turn(self, owner: object) -> Iterator[bool]:
+    def step(self, owner: object) -> Iterator[bool]:
         """Hold the session for one step of `owner`; yields False where it is another's by now."""
         with self._lock:
             yield self._native is not None and self._owner is owner

@@ -90,7 +90,7 @@ class Rows:
         offset: int = 0,
         row_stride: int | None = None,
         scales_offset: int = 0,
-        is_gathered: bool = False,
+        is_bit_reversed: bool = False,
     ) -> None: ...
     @property
     def n_rows(self) -> int: ...

@@ -15,7 +15,7 @@ from hybrid.kernels import Activation, Format, Predictor, Rows, _native
 from hybrid.placement.hardware import last_level_cache_bytes
 from hybrid.weights.formats import row_bytes
 from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
-from hybrid.weights.packed_rows import matrix_bytes, pack_bundles, pack_gathered, pack_matrix
+from hybrid.weights.packed_rows import matrix_bytes, pack_bit_reversed, pack_bundles, pack_matrix
 from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, make_sign
 
 RANKS = (20, 36, 68, 132, 260, 516)  # whole lines of the kernels' layout
@@ -27,7 +27,7 @@ class GateCosts(TypedDict):
     """Nanoseconds for one layer of `n_neurons`, one token, one thread."""
 
     exact_ns: float  # all gate rows
-    gathered_row_ns: float  # each row that a predictor names
+    named_row_ns: float  # each row that a predictor names
     lowrank_ns: dict[str, float]  # by rank: both matrices, naming no neuron
     sign_ns: float
 
@@ -60,7 +60,7 @@ def measure_gate_costs(
         row = sum(row_bytes(format, hidden_size))
         n_bytes = predictor_bytes(format, predictor, hidden_size)
         n = n_copies(n_bytes + int(predicted * n_neurons) * row)
-        gates = [pack_gathered(format, gate) for _ in range(n if predicted else 1)]
+        gates = [pack_bit_reversed(format, gate) for _ in range(n if predicted else 1)]
         return seconds(
             [(gates[i % len(gates)], pack_predictor(format, predictor, margin)) for i in range(n)]
         )
@@ -80,7 +80,7 @@ def measure_gate_costs(
     n_exact = n_copies(matrix_bytes(format, n_neurons, hidden_size))
     return {
         "exact_ns": 1e9 * seconds([(pack_matrix(format, gate), None) for _ in range(n_exact)]),
-        "gathered_row_ns": 1e9 * max(0.0, some - none[ranks[0]]) / (_PREDICTED * n_neurons),
+        "named_row_ns": 1e9 * max(0.0, some - none[ranks[0]]) / (_PREDICTED * n_neurons),
         "lowrank_ns": {str(rank): 1e9 * cost for rank, cost in none.items()},
         "sign_ns": 1e9 * predicting(make_sign(gate), -float(hidden_size)),
     }

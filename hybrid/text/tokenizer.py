@@ -111,7 +111,7 @@ class Tokenizer:
         ids = self._bos + self._bpe.encode(first, add_special_tokens=False).ids
         return ids + self._encode_escaped(rest)
 
-    def encode_next_turn(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_next_message(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The ids that follow an answer of the model: `<用户>question<AI>`, without BOS.
 
         The answer's own tokens stay as the model wrote them, so a KV cache keeps all of them.
@@ -314,8 +314,8 @@ def _render_chat(messages: Sequence[ChatMessage]) -> str:
         )
 
     text = ""
-    for is_user, turns in groupby(checked, key=lambda turn: turn[0] == "user"):
-        contents = [content.strip() for _, content in turns]
+    for is_user, group in groupby(checked, key=lambda entry: entry[0] == "user"):
+        contents = [content.strip() for _, content in group]
         if not is_user:
             contents = ["".join(contents)]  # escaped as one: together they may spell a marker
         for content in contents:

@@ -84,18 +84,20 @@ def check_length(file: BinaryIO, n_bytes: int) -> None:
         raise FileChanged
 
 
-def move_file(path: Path, offset: int, n_bytes: int, n_threads: int) -> Buffer | MovingFile:
+def copy_in_background(
+    path: Path, offset: int, n_bytes: int, n_threads: int
+) -> Buffer | BackgroundCopy:
     """The file moving into memory; where this system cannot do that, its bytes, read.
 
     Raises FileChanged, OSError, OutOfMemory.
     """
     try:
-        return MovingFile(path, offset, n_bytes)
+        return BackgroundCopy(path, offset, n_bytes)
     except OSError:
         return read_file(path, offset, n_bytes, n_threads)
 
 
-class MovingFile:
+class BackgroundCopy:
     """A file mapped at once and moved into huge-page memory by a thread of its own. Where that
     fails midway, the rest stays mapped, and `notices` say so.
     """
@@ -117,7 +119,7 @@ class MovingFile:
         self._thread.start()
 
     @property
-    def is_moving(self) -> bool:
+    def is_copying(self) -> bool:
         """Whether it is still on its way."""
         return self._thread.is_alive()
 

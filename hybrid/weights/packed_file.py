@@ -29,12 +29,12 @@ from hybrid.errors import OutOfMemory
 from hybrid.kernels import Format
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.memory import (
+    BackgroundCopy,
     FileChanged,
-    MovingFile,
     allocate,
+    copy_in_background,
     lock,
     map_file,
-    move_file,
     read_file,
 )
 from hybrid.weights.packed_rows import ALIGNMENT, Buffer
@@ -72,7 +72,7 @@ class LoadedModel:
     is_mapped: bool  # for good
     is_locked: bool  # never swapped out, nor given back to the file
     was_packed: bool  # now, rather than read from a file
-    moving: MovingFile | None  # mapped, and on its way into memory
+    copying: BackgroundCopy | None  # mapped, and on its way into memory
     notices: tuple[str, ...]
 
 
@@ -82,7 +82,7 @@ def load_packed(
     *,
     cache: Path | None,
     neuron_orders: NeuronOrders | None = None,
-    gathered: Layers = frozenset(),
+    predicted_layers: Layers = frozenset(),
     use_mmap: bool = False,
     use_mlock: bool = False,
     fits_memory: bool = True,
@@ -100,24 +100,24 @@ def load_packed(
     Raises OutOfMemory, and what `pack_model` raises.
     """
     config = checkpoint.config
-    n_bytes = packed_layout(config, format, gathered).n_bytes
+    n_bytes = packed_layout(config, format, predicted_layers).n_bytes
 
     def loaded(
-        memory: Buffer | MovingFile,
+        memory: Buffer | BackgroundCopy,
         *notices: str,
         is_mapped: bool = False,
         was_packed: bool = True,
     ) -> LoadedModel:
-        moving = memory if isinstance(memory, MovingFile) else None
-        buffer = memory.buffer if isinstance(memory, MovingFile) else memory
+        copying = memory if isinstance(memory, BackgroundCopy) else None
+        buffer = memory.buffer if isinstance(memory, BackgroundCopy) else memory
         refused = lock(buffer) if use_mlock else []
         return LoadedModel(
-            view_packed(buffer, config, format, gathered),
+            view_packed(buffer, config, format, predicted_layers),
             n_bytes,
             is_mapped,
             use_mlock and not refused,
             was_packed,
-            moving,
+            copying,
             (*notices, *refused),
         )
 
@@ -127,7 +127,7 @@ def load_packed(
             format,
             buffer=buffer,
             neuron_orders=neuron_orders,
-            gathered=gathered,
+            predicted_layers=predicted_layers,
             n_threads=n_threads,
             progress=progress,
         )
@@ -135,17 +135,17 @@ def load_packed(
 
     if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
         return loaded(pack(allocate(n_bytes)), *(["mmap: there is no file"] * use_mmap))
-    path = cache / _file_name(checkpoint, format, gathered)
-    header = _header(checkpoint, format, order_hash(neuron_orders), gathered)
+    path = cache / _file_name(checkpoint, format, predicted_layers)
+    header = _header(checkpoint, format, order_hash(neuron_orders), predicted_layers)
     if _is_current(path, header, n_bytes):
         with contextlib.suppress(FileChanged, OSError):  # it may go or shrink at any moment
-            memory: Buffer | MovingFile
+            memory: Buffer | BackgroundCopy
             if use_mmap:
                 memory = map_file(path, len(header), n_bytes)
             elif use_mlock:
                 memory = read_file(path, len(header), n_bytes, n_threads)
             else:
-                memory = move_file(path, len(header), n_bytes, n_threads)
+                memory = copy_in_background(path, len(header), n_bytes, n_threads)
             return loaded(memory, is_mapped=use_mmap, was_packed=False)
     try:
         if use_mmap:
@@ -173,19 +173,19 @@ def load_packed(
     return loaded(buffer)
 
 
-def _file_name(checkpoint: FileSource, format: Format, gathered: Layers) -> str:
+def _file_name(checkpoint: FileSource, format: Format, predicted_layers: Layers) -> str:
     """One name per model folder, format and whether there is a predictor: a model that changes
     replaces its file.
     """
     folder = checkpoint.folder.resolve()
     name = re.sub(r"[^\w.-]", "_", folder.name)[:80]
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    return f"{name}-{digest}-{format.name}{'-predicted' if gathered else ''}.safetensors"
+    return f"{name}-{digest}-{format.name}{'-predicted' if predicted_layers else ''}.safetensors"
 
 
-def _header(checkpoint: FileSource, format: Format, order: str, gathered: Layers) -> bytes:
+def _header(checkpoint: FileSource, format: Format, order: str, predicted_layers: Layers) -> bytes:
     """The first bytes of the file; padded so that the buffer begins at a cache line."""
-    layout = packed_layout(checkpoint.config, format, gathered)
+    layout = packed_layout(checkpoint.config, format, predicted_layers)
     starts = [first for first, _ in layout.arrays.values()] + [layout.n_bytes]
     entries: dict[str, object] = {
         "__metadata__": {
@@ -193,7 +193,7 @@ def _header(checkpoint: FileSource, format: Format, order: str, gathered: Layers
             "format": format.name,
             "source": _fingerprint(checkpoint),
             "neuron_order": order,
-            "gathered_layers": " ".join(map(str, sorted(gathered))),
+            "predicted_layers": " ".join(map(str, sorted(predicted_layers))),
         }
     }
     for name, first, end in zip(layout.arrays, starts, starts[1:], strict=False):

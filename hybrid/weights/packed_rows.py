@@ -37,17 +37,19 @@ def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
     return Rows(format=format, memory=memory, n_rows=n_rows, n_cols=n_cols)
 
 
-def pack_apart(format: Format, w: NDArray[np.float32], *, is_gathered: bool = False) -> Rows:
+def pack_row_major(
+    format: Format, w: NDArray[np.float32], *, is_bit_reversed: bool = False
+) -> Rows:
     """Rows apart in memory of their own: for tests and benchmarks of kernels."""
     n_rows, n_cols = w.shape
     memory = _native.allocate_bytes(n_rows * sum(row_bytes(format, n_cols)))
-    pack_into = pack_gathered_into if is_gathered else pack_apart_into
+    pack_into = pack_bit_reversed_into if is_bit_reversed else pack_row_major_into
     pack_into(format, w, memory.reshape(n_rows, -1))
-    return apart_rows(format, memory, 0, n_rows, n_cols, is_gathered=is_gathered)
+    return row_major_rows(format, memory, 0, n_rows, n_cols, is_bit_reversed=is_bit_reversed)
 
 
-def pack_gathered(format: Format, w: NDArray[np.float32]) -> Rows:
-    return pack_apart(format, w, is_gathered=True)
+def pack_bit_reversed(format: Format, w: NDArray[np.float32]) -> Rows:
+    return pack_row_major(format, w, is_bit_reversed=True)
 
 
 def pack_bundles(
@@ -60,14 +62,14 @@ def pack_bundles(
     return bundle_rows(format, memory, 0, n_neurons, n_cols)
 
 
-def apart_rows(
+def row_major_rows(
     format: Format,
     memory: Buffer,
     first: int,
     n_rows: int,
     n_cols: int,
     *,
-    is_gathered: bool = False,
+    is_bit_reversed: bool = False,
 ) -> Rows:
     value_bytes, scale_bytes = row_bytes(format, n_cols)
     return Rows(
@@ -78,11 +80,11 @@ def apart_rows(
         offset=first,
         row_stride=value_bytes + scale_bytes,
         scales_offset=first + value_bytes,
-        is_gathered=is_gathered,
+        is_bit_reversed=is_bit_reversed,
     )
 
 
-def pack_apart_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
+def pack_row_major_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
     """`rows` (n_rows, bytes of one)."""
     value_bytes, scale_bytes = row_bytes(format, w.shape[1])
     for part in _chunks(len(w)):
@@ -90,20 +92,20 @@ def pack_apart_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> Non
         _native.pack_rows(format, w[part], rows[part, :value_bytes], scales)
 
 
-def pack_gathered_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
+def pack_bit_reversed_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
     """`rows` (n_rows, bytes of one)."""
     value_bytes, scale_bytes = row_bytes(format, w.shape[1])
     places = _native.group_places(format, w.shape[1])
     in_order = np.empty((min(CHUNK_ROWS, len(w)), value_bytes + scale_bytes), np.uint8)
     for part in _chunks(len(w)):
         packed = in_order[: len(w[part])]
-        pack_apart_into(format, w[part], packed)
+        pack_row_major_into(format, w[part], packed)
         for kind in (slice(value_bytes), slice(value_bytes, None)):
-            groups, placed = (
+            groups, decision = (
                 bytes_.reshape(len(packed), len(places), -1)
                 for bytes_ in (packed[:, kind], rows[part, kind])
             )
-            placed[:, places] = groups
+            decision[:, places] = groups
 
 
 def bundle_rows(

@@ -29,14 +29,14 @@ from hybrid.weights.formats import row_bytes
 from hybrid.weights.packed_rows import (
     ALIGNMENT,
     Buffer,
-    apart_rows,
     bundle_bytes,
     bundle_rows,
     matrix_bytes,
-    pack_apart_into,
+    pack_bit_reversed_into,
     pack_bundles_into,
-    pack_gathered_into,
     pack_interleaved,
+    pack_row_major_into,
+    row_major_rows,
 )
 from hybrid.weights.preview import pack_preview_into, preview_bytes
 
@@ -67,19 +67,19 @@ class PackedLayout:
 
 
 def packed_layout(
-    config: ModelConfig, format: Format, gathered: Layers = frozenset()
+    config: ModelConfig, format: Format, predicted_layers: Layers = frozenset()
 ) -> PackedLayout:
     """The arrays in the order in which a token needs them, each beginning at a cache line."""
     arrays: dict[str, tuple[int, int]] = {}
     end = 0
-    for name, n_bytes in _array_sizes(config, format, gathered):
+    for name, n_bytes in _array_sizes(config, format, predicted_layers):
         arrays[name] = (end, n_bytes)
         end += -(-n_bytes // ALIGNMENT) * ALIGNMENT
     return PackedLayout(arrays, end)
 
 
 def _array_sizes(
-    config: ModelConfig, format: Format, gathered: Layers
+    config: ModelConfig, format: Format, predicted_layers: Layers
 ) -> Iterator[tuple[str, int]]:
     hidden, attention = config.hidden_size, config.attention_size
 
@@ -87,7 +87,7 @@ def _array_sizes(
         return name, matrix_bytes(format, n_rows, n_cols)
 
     def head(name: str) -> tuple[str, int]:
-        if not has_preview(config, gathered):
+        if not has_preview(config, predicted_layers):
             return matrix(name, config.vocab_size, hidden)
         return name, config.vocab_size * sum(row_bytes(format, hidden))
 
@@ -101,7 +101,7 @@ def _array_sizes(
         yield matrix(f"{layer}.qkv", config.qkv_size, hidden)
         yield matrix(f"{layer}.o", hidden, attention)
         yield f"{layer}.ffn_norm", 4 * hidden
-        if layer in gathered:
+        if layer in predicted_layers:
             yield f"{layer}.gate", config.n_neurons * sum(row_bytes(format, hidden))
         else:
             yield matrix(f"{layer}.gate", config.n_neurons, hidden)
@@ -109,7 +109,7 @@ def _array_sizes(
     yield "norm", 4 * hidden
     if not config.has_tied_head:
         yield head("head")
-    if has_preview(config, gathered):
+    if has_preview(config, predicted_layers):
         yield "preview", preview_bytes(config.vocab_size, hidden)
 
 
@@ -118,9 +118,9 @@ def head_name(config: ModelConfig) -> str:
     return "embedding" if config.has_tied_head else "head"
 
 
-def has_preview(config: ModelConfig, gathered: Layers) -> bool:
+def has_preview(config: ModelConfig, predicted_layers: Layers) -> bool:
     """Whether the head is previewed: where there are predictors and the vocabulary is large."""
-    return len(gathered) > 0 and preview.pays(config.vocab_size)
+    return len(predicted_layers) > 0 and preview.pays(config.vocab_size)
 
 
 def decode_bytes(
@@ -163,7 +163,7 @@ def pack_model(
     *,
     buffer: Buffer | None = None,
     neuron_orders: NeuronOrders | None = None,
-    gathered: Layers = frozenset(),
+    predicted_layers: Layers = frozenset(),
     n_threads: int = 1,
     progress: Progress = ignore_progress,
 ) -> PackedModel:
@@ -173,12 +173,12 @@ def pack_model(
     that comes to stand at place i. The bytes do not depend on `n_threads`. Raises InvalidCheckpoint
     for weights that are not finite or beyond the format.
     """
-    layout = packed_layout(source.config, format, gathered)
+    layout = packed_layout(source.config, format, predicted_layers)
     if buffer is None:
         buffer = _native.allocate_bytes(layout.n_bytes)
     task, done = f"packing to {format.name}", 0
     progress(task, 0, layout.n_bytes)
-    packer = _Packer(source, format, layout, buffer, neuron_orders, gathered)
+    packer = _Packer(source, format, layout, buffer, neuron_orders, predicted_layers)
     workers = ThreadPoolExecutor(n_threads)
     try:
         for n_bytes in workers.map(lambda pack: pack(), packer.parts()):
@@ -187,7 +187,7 @@ def pack_model(
     finally:
         workers.shutdown(cancel_futures=True)
     progress(task, layout.n_bytes, layout.n_bytes)
-    return view_packed(buffer, source.config, format, gathered)
+    return view_packed(buffer, source.config, format, predicted_layers)
 
 
 def order_hash(neuron_orders: NeuronOrders | None) -> str:
@@ -210,17 +210,17 @@ class _Packer:
         layout: PackedLayout,
         buffer: Buffer,
         neuron_orders: NeuronOrders | None,
-        gathered: Layers,
+        predicted_layers: Layers,
     ) -> None:
         self.source, self.format = source, format
         self.layout, self.buffer, self.neuron_orders = layout, buffer, neuron_orders
-        self.gathered = gathered
+        self.predicted_layers = predicted_layers
 
     def parts(self) -> Iterator[Callable[[], int]]:
         """Functions that each pack one part and return its bytes."""
         config = self.source.config
         head = head_name(config)
-        if has_preview(config, self.gathered):
+        if has_preview(config, self.predicted_layers):
             pack_head = partial(self._pack_head, head)
         else:
             pack_head = partial(self._pack_matrix, head, None, [head])
@@ -233,8 +233,8 @@ class _Packer:
                 yield partial(self._copy_norm, role, layer)
             yield partial(self._pack_matrix, "qkv", layer, ["q", "k", "v"])
             yield partial(self._pack_matrix, "o", layer, ["o"])
-            if layer in self.gathered:
-                yield partial(self._pack_gathered, layer)
+            if layer in self.predicted_layers:
+                yield partial(self._pack_bit_reversed, layer)
             else:
                 yield partial(self._pack_matrix, "gate", layer, ["gate"])
             yield partial(self._pack_bundles, layer)
@@ -269,16 +269,16 @@ class _Packer:
         pack_interleaved(self.format, w, array)
         return array.size
 
-    def _pack_gathered(self, layer: int) -> int:
+    def _pack_bit_reversed(self, layer: int) -> int:
         array = self._array(f"{layer}.gate")
         gate = self._read("gate", layer)
-        pack_gathered_into(self.format, gate, array.reshape(len(gate), -1))
+        pack_bit_reversed_into(self.format, gate, array.reshape(len(gate), -1))
         return array.size
 
     def _pack_head(self, name: str) -> int:
         """Rows apart, since few of them are read, and their preview."""
         head, rows, tiles = self._read(name, None), self._array(name), self._array("preview")
-        pack_apart_into(self.format, head, rows.reshape(len(head), -1))
+        pack_row_major_into(self.format, head, rows.reshape(len(head), -1))
         pack_preview_into(head, tiles)
         return rows.size + tiles.size
 
@@ -290,10 +290,10 @@ class _Packer:
 
 
 def view_packed(
-    buffer: Buffer, config: ModelConfig, format: Format, gathered: Layers = frozenset()
+    buffer: Buffer, config: ModelConfig, format: Format, predicted_layers: Layers = frozenset()
 ) -> PackedModel:
     """The packed model whose bytes are in `buffer`."""
-    layout = packed_layout(config, format, gathered)
+    layout = packed_layout(config, format, predicted_layers)
     hidden, attention = config.hidden_size, config.attention_size
 
     def matrix(name: str, n_rows: int, n_cols: int) -> Rows:
@@ -301,10 +301,10 @@ def view_packed(
         return Rows(format=format, memory=buffer, n_rows=n_rows, n_cols=n_cols, offset=offset)
 
     def gate(layer: int) -> Rows:
-        if layer not in gathered:
+        if layer not in predicted_layers:
             return matrix(f"{layer}.gate", config.n_neurons, hidden)
         first = layout.arrays[f"{layer}.gate"][0]
-        return apart_rows(format, buffer, first, config.n_neurons, hidden, is_gathered=True)
+        return row_major_rows(format, buffer, first, config.n_neurons, hidden, is_bit_reversed=True)
 
     def norm(name: str) -> NDArray[np.float32]:
         first, n_bytes = layout.arrays[name]
@@ -326,12 +326,12 @@ def view_packed(
             )
         )
     previewed: Preview | None = None
-    if has_preview(config, gathered):
+    if has_preview(config, predicted_layers):
         first, n_bytes = layout.arrays["preview"]
         tiles = buffer[first : first + n_bytes]
         previewed = Preview(n_rows=config.vocab_size, n_cols=hidden, tiles=tiles)
         first = layout.arrays[head_name(config)][0]
-        head = apart_rows(format, buffer, first, config.vocab_size, hidden)
+        head = row_major_rows(format, buffer, first, config.vocab_size, hidden)
     else:
         head = matrix(head_name(config), config.vocab_size, hidden)
     embedding = head if config.has_tied_head else matrix("embedding", config.vocab_size, hidden)

@@ -54,10 +54,19 @@ class PackedReader:
     """Reads single matrices out of a packed model's buffer."""
 
     def __init__(
-        self, buffer: Buffer, config: ModelConfig, format: Format, gathered: Layers = frozenset()
+        self,
+        buffer: Buffer,
+        config: ModelConfig,
+        format: Format,
+        predicted_layers: Layers = frozenset(),
     ) -> None:
-        self.buffer, self.config, self.format, self.gathered = buffer, config, format, gathered
-        self.layout = packed_layout(config, format, gathered)
+        self.buffer, self.config, self.format, self.predicted_layers = (
+            buffer,
+            config,
+            format,
+            predicted_layers,
+        )
+        self.layout = packed_layout(config, format, predicted_layers)
 
     def matrix(self, name: str, n_rows: int, n_cols: int) -> PlainRows:
         """The first rows of an interleaved matrix."""
@@ -80,23 +89,23 @@ class PackedReader:
     def head(self) -> PlainRows:
         name = head_name(self.config)
         n_rows, hidden = self.config.vocab_size, self.config.hidden_size
-        if not has_preview(self.config, self.gathered):
+        if not has_preview(self.config, self.predicted_layers):
             return self.matrix(name, n_rows, hidden)
-        return unpack_rows(self.format, *self._apart(name, n_rows), hidden)
+        return unpack_rows(self.format, *self._row_major(name, n_rows), hidden)
 
     def gate(self, layer: int, n: int) -> PlainRows:
         """Gate rows of the first n neurons."""
         name, hidden = f"{layer}.gate", self.config.hidden_size
-        if layer not in self.gathered:
+        if layer not in self.predicted_layers:
             return self.matrix(name, n, hidden)
         places = _native.group_places(self.format, hidden)
         values, scales = (
             part.reshape(n, len(places), -1)[:, places].reshape(n, -1)
-            for part in self._apart(name, n)
+            for part in self._row_major(name, n)
         )
         return unpack_rows(self.format, values, scales, hidden)
 
-    def _apart(self, name: str, n: int) -> tuple[Buffer, Buffer]:
+    def _row_major(self, name: str, n: int) -> tuple[Buffer, Buffer]:
         """Values and scales of the first n rows that stand apart, of the hidden size."""
         first, _ = self.layout.arrays[name]
         value_bytes, scale_bytes = row_bytes(self.format, self.config.hidden_size)

@@ -42,9 +42,9 @@ def test_gemv(benchmark, isa, layers):
 def test_sparse_ffn(benchmark, isa, layers, active_fraction):
     format, packed, x, gates = layers
     threshold = float(np.quantile(gates, 1 - active_fraction)) if active_fraction < 1 else -1e9
-    turns = itertools.cycle(packed)
+    layers = itertools.cycle(packed)
     _, n_active = benchmark(
-        lambda: _native.sparse_ffn(*next(turns), x, 0, N_NEURONS, Activation.fatrelu, threshold)
+        lambda: _native.sparse_ffn(*next(layers), x, 0, N_NEURONS, Activation.fatrelu, threshold)
     )
     assert n_active == pytest.approx(active_fraction * N_NEURONS, rel=0.05)
     report_bandwidth(benchmark, (N_NEURONS + 2 * n_active) * sum(row_bytes(format, HIDDEN)))

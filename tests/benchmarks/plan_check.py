@@ -31,7 +31,7 @@ def main() -> int:
     errors = []
     with hybrid.load(args.model, quant=args.quant, device="cpu") as engine:
         engine.wait_for_weights()
-        subject, pool = engine.subject, ThreadPool(engine.n_threads)
+        spec, pool = engine.spec, ThreadPool(engine.n_threads)
         ids = np.random.default_rng(0).integers(3, engine.config.vocab_size, 512 + args.tokens)
         session = engine.open_session()
         session.prefill(ids[:512])
@@ -43,7 +43,7 @@ def main() -> int:
             for token in ids[512:].tolist():
                 session.decode(token)
             measured = (time.perf_counter() - started) / args.tokens
-            predicted = subject.time_model(machine).plan(subject.cpu_plan())
+            predicted = spec.time_model(machine).plan(spec.cpu_plan())
             errors.append(predicted / measured - 1)
             print(
                 f"run {run}: predicted {1 / predicted:.1f} tok/s, measured {1 / measured:.1f}: "

@@ -66,7 +66,7 @@ def converse(
     return conversation
 
 
-def test_a_turn_costs_its_own_tokens_only(monkeypatch, chat_engine):
+def test_a_message_costs_its_own_tokens_only(monkeypatch, chat_engine):
     before = chat_engine.stats
     questions = ["Hello there", "How are you?", "Bye"]
     conversation = converse(monkeypatch, chat_engine, questions, system="Be kind.")
@@ -78,9 +78,11 @@ def test_a_turn_costs_its_own_tokens_only(monkeypatch, chat_engine):
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": questions[0]},
     ]
-    turns = [tokenizer.encode_next_turn([{"role": "user", "content": q}]) for q in questions[1:]]
+    following = [
+        tokenizer.encode_next_message([{"role": "user", "content": q}]) for q in questions[1:]
+    ]
     # One more a turn: the answer's last token, which no pass has seen.
-    assert n_prefilled == len(tokenizer.encode_chat(messages)) + sum(len(t) + 1 for t in turns)
+    assert n_prefilled == len(tokenizer.encode_chat(messages)) + sum(len(t) + 1 for t in following)
     assert [m["role"] for m in conversation.messages] == ["system"] + ["user", "assistant"] * 3
 
 
@@ -90,14 +92,14 @@ def test_a_text_is_written_together(monkeypatch, capsys, engine):
     text = engine.tokenizer.decode(ids)
     assert text.startswith("Once upon a time")
     assert " The dog" in text
-    n_turns_tokens = len(engine.tokenizer.encode("Once upon a time")) + len(
+    n_message_tokens = len(engine.tokenizer.encode("Once upon a time")) + len(
         engine.tokenizer.encode_continuation(" The dog")
     )
-    assert len(ids) == n_turns_tokens + 2 * OPTIONS["max_tokens"]
+    assert len(ids) == n_message_tokens + 2 * OPTIONS["max_tokens"]
     assert capsys.readouterr().out.strip()
 
 
-def test_the_prompt_of_the_command_line_is_the_first_turn(monkeypatch, chat_engine):
+def test_the_prompt_of_the_command_line_is_the_first_message(monkeypatch, chat_engine):
     conversation = converse(monkeypatch, chat_engine, ["And?"], first="Hello")
     assert [m["content"] for m in conversation.messages[::2]] == ["Hello", "And?"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from slow import slow_except
 from tiny_models import write_model
 
 from hybrid.checkpoint import open_checkpoint
@@ -68,7 +69,7 @@ def assert_close_to_oracle(actual: np.ndarray, expected: np.ndarray) -> None:
     assert np.mean(error < 1e-5) > 0.5
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_except(VARIANTS, "minicpm", "odd sizes", "llama"))
 def test_logits_match_the_format_oracle(tmp_path, isa, format, variant):
     folder = write_model(tmp_path, **VARIANTS[variant])
     executor = open_executor(folder, format)

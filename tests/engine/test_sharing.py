@@ -137,7 +137,7 @@ def test_one_session_used_from_two_threads_ends_one_generation_cleanly(engine):
 # Chat
 
 
-def test_a_chat_computes_each_turn_once(chat_engine):
+def test_a_chat_computes_each_message_once(chat_engine):
     """Prefilled tokens: the new turn's own, and the answer's last one, which no pass has seen."""
     options = {"max_tokens": 7, "temperature": 0}
     tokenizer = chat_engine.tokenizer
@@ -150,11 +150,11 @@ def test_a_chat_computes_each_turn_once(chat_engine):
         for question in ("And you?", "<AI> is no marker <用户>"):
             before = len(session.tokens)
             messages.append(user(question))
-            turn = tokenizer.encode_next_turn([user(question)])
+            message = tokenizer.encode_next_message([user(question)])
             answer = chat_engine.chat(messages, session=session, **options)
             messages.append({"role": "assistant", "content": text_of(answer)})
             n_prefilled = answer.stats.prompt_tokens - answer.stats.cached_tokens
-            assert n_prefilled == len(turn) + 1
+            assert n_prefilled == len(message) + 1
             assert answer.stats.cached_tokens == before
             # The same ids in a fresh session give the same answer.
             fresh = chat_engine.generate(answer.prompt, **options)
@@ -346,7 +346,7 @@ def test_logprobs_out_of_range_are_refused(engine, logprobs):
         engine.generate("A", logprobs=logprobs)
 
 
-def test_no_logprobs_unless_asked_for(engine):
+def test_no_logprobs_by_default(engine):
     assert engine.generate("A", max_tokens=1).logprobs is None
     with_none = engine.generate("A", max_tokens=2, logprobs=0)
     text_of(with_none)

@@ -63,7 +63,7 @@ def test_extreme_int8_values_do_not_saturate(isa):
         np.testing.assert_array_equal(actual, x @ w.T)
 
 
-def test_bundled_rows_equal_rows_apart(isa, format):
+def test_bundled_rows_equal_row_major_rows(isa, format):
     rng = np.random.default_rng(3)
     up, down = rng.standard_normal((2, 13, 96), np.float32)
     x = quantize_tokens(format, rng.standard_normal((3, 96), np.float32))
@@ -95,9 +95,9 @@ def test_bad_arguments_are_refused(format):
 def test_rows_beyond_their_array_are_refused(format):
     memory = np.zeros(4096, np.uint8)
     good = {"format": format, "memory": memory, "n_rows": 2, "n_cols": 32}
-    apart = good | {"row_stride": 272, "scales_offset": 256}
+    row_major = good | {"row_stride": 272, "scales_offset": 256}
     Rows(**good)
-    Rows(**apart)
+    Rows(**row_major)
     for start, change in (
         (good, {"n_rows": 65}),
         (good, {"n_rows": 0}),
@@ -105,11 +105,11 @@ def test_rows_beyond_their_array_are_refused(format):
         (good, {"offset": 4090}),
         (good, {"offset": -64}),
         (good, {"offset": 1}),
-        (apart, {"n_rows": 100}),
-        (apart, {"n_rows": 3, "row_stride": 2**62}),
-        (apart, {"row_stride": 8}),
-        (apart, {"offset": 4000}),
-        (apart, {"scales_offset": -2}),
+        (row_major, {"n_rows": 100}),
+        (row_major, {"n_rows": 3, "row_stride": 2**62}),
+        (row_major, {"row_stride": 8}),
+        (row_major, {"offset": 4000}),
+        (row_major, {"scales_offset": -2}),
     ):
         with pytest.raises(ValueError, match=r"range|beyond|aligned"):
             Rows(**start | change)

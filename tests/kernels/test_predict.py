@@ -11,7 +11,7 @@ from numerics import quantize_tokens
 from hybrid.kernels import Activation, Format, Rows, _native, reference
 from hybrid.weights.formats import partial_order
 from hybrid.weights.packed_predictor import pack_predictor
-from hybrid.weights.packed_rows import pack_bundles, pack_gathered, pack_matrix
+from hybrid.weights.packed_rows import pack_bit_reversed, pack_bundles, pack_matrix
 from predictors.predictors import (
     WIDE_RANK,
     LayerPredictor,
@@ -32,7 +32,7 @@ def telltale_rows(format: Format, n_neurons: int, hidden: int) -> tuple[Rows, Ro
     first = np.zeros((n_neurons, hidden), np.float32)
     first[:, 0] = 1.0
     down = np.eye(n_neurons, hidden, dtype=np.float32)
-    return pack_gathered(format, first), *pack_bundles(format, first, down)
+    return pack_bit_reversed(format, first), *pack_bundles(format, first, down)
 
 
 def predicted(
@@ -176,7 +176,7 @@ def test_gate_rows_of_the_others_are_not_read(isa, format):
     gate[bias < 0] = np.nan
     up, down = rng.standard_normal((2, 96, 256)).astype(np.float32)
     out, n_active, n_predicted = _native.sparse_ffn(
-        pack_gathered(format, gate),
+        pack_bit_reversed(format, gate),
         *pack_bundles(format, up, down),
         quantize_tokens(format, x),
         0,

@@ -9,7 +9,7 @@ import pytest
 from numerics import quantize_tokens
 
 from hybrid.kernels import Format, _native, reference
-from hybrid.weights.packed_rows import pack_apart
+from hybrid.weights.packed_rows import pack_row_major
 from hybrid.weights.preview import TILE, pack_preview, preview_bytes, round_preview
 
 SIZES = [(16, 32), (7, 32), (61, 288), (530, 1536)]
@@ -80,9 +80,9 @@ def test_zero_rows_a_zero_x_and_what_is_not_finite(isa):
 
 @pytest.mark.parametrize("format", list(Format))
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 37])
-def test_gathered_dots_are_gemms_to_the_last_bit(isa, format, n):
+def test_dots_of_chosen_rows_are_gemms_to_the_last_bit(isa, format, n):
     w, x = random(61, 288)
-    rows = pack_apart(format, w)
+    rows = pack_row_major(format, w)
     quantized = quantize_tokens(format, x[None])
     everything = _native.gemm(rows, quantized, 0, 61)[0]
     chosen = np.sort(np.random.default_rng(2).permutation(61)[:n]).tolist()
@@ -101,6 +101,6 @@ def test_bad_arguments_are_refused():
         _native.Preview(n_rows=40, n_cols=64, tiles=_native.allocate_bytes(preview.n_bytes))
     with pytest.raises(ValueError, match="preview sizes"):
         _native.Preview(n_rows=20, n_cols=60, tiles=_native.allocate_bytes(64))
-    rows = pack_apart(Format.q8, w)
+    rows = pack_row_major(Format.q8, w)
     with pytest.raises(ValueError, match="row range"):
         _native.gather_dots(rows, [20], quantize_tokens(Format.q8, x[None])[0])

@@ -32,7 +32,7 @@ HIDDEN, N_NEURONS, RANK = 64, 120, 6
 # Neurons whose gates hang on six directions fire for one token in eight.
 CHEAP = {
     "exact_ns": 1000.0,
-    "gathered_row_ns": 5.0,
+    "named_row_ns": 5.0,
     "lowrank_ns": {"8": 50.0, "16": 100.0, "32": 200.0},
     "sign_ns": 100.0,
 }

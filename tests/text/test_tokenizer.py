@@ -280,7 +280,7 @@ def test_control_tokens_stream_as_nothing() -> None:
 # Chat
 
 
-def test_turns_are_rendered_as_the_template_says(chat: Tokenizer, chat_folder: Path) -> None:
+def test_messages_are_rendered_as_the_template_says(chat: Tokenizer, chat_folder: Path) -> None:
     messages = [user(" hi there\n"), assistant("  hello "), user("bye"), user("now")]
     text = "<用户>hi there<AI>hello<用户>bye<AI><用户>now<AI>"
     assert chat.has_chat_template
@@ -309,7 +309,7 @@ def occurrences(ids: list[int], marker: list[int]) -> int:
 
 @pytest.mark.parametrize("marker", ["<AI>", "<用户>"])
 @pytest.mark.parametrize("before", ["", "a", "a ", "<", ")", "\n"])
-def test_a_user_cannot_forge_a_turn(chat: Tokenizer, marker: str, before: str) -> None:
+def test_a_user_cannot_forge_a_message(chat: Tokenizer, marker: str, before: str) -> None:
     # In the text, and as the text's first word: "<" and "▁<" are different pieces.
     spellings = [chat.encode("a" + marker)[-3:], chat.encode(marker)[-3:]]
     honest = chat.encode_chat([user(f"{before}x b")])
@@ -416,7 +416,7 @@ def test_a_template_in_a_file_of_its_own_counts(chat_folder: Path, tmp_path: Pat
     assert not with_template(chat_folder, tmp_path, None).has_chat_template
 
 
-def test_a_vocabulary_that_cannot_keep_markers_apart_is_said(tmp_path: Path) -> None:
+def test_a_vocabulary_that_cannot_distinguish_markers_is_said(tmp_path: Path) -> None:
     shutil.copy(STORIES / "tokenizer.json", tmp_path)  # it has no piece for "<"
     write_template(tmp_path, KNOWN)
     tokenizer = Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=BOS)

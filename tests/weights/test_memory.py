@@ -13,7 +13,7 @@ import pytest
 
 from hybrid.kernels import _native
 from hybrid.weights import memory
-from hybrid.weights.memory import FileChanged, MovingFile, move_file
+from hybrid.weights.memory import BackgroundCopy, FileChanged, copy_in_background
 
 PART = 2 << 20
 N_BYTES = 5 * PART + 12345
@@ -50,29 +50,29 @@ def backing(array: np.ndarray) -> set[str]:
 
 
 def test_the_bytes_stay_where_they_are(path, data):
-    moving = MovingFile(path, OFFSET, N_BYTES)
-    address = moving.buffer.ctypes.data
+    copying = BackgroundCopy(path, OFFSET, N_BYTES)
+    address = copying.buffer.ctypes.data
     expected = np.frombuffer(data, np.uint8)[OFFSET:]
-    np.testing.assert_array_equal(moving.buffer, expected)
-    moving.wait()
-    assert not moving.is_mapped
-    assert not moving.is_moving
-    assert moving.notices == ()
-    assert moving.buffer.ctypes.data == address
-    assert backing(moving.buffer) == {""}
+    np.testing.assert_array_equal(copying.buffer, expected)
+    copying.wait()
+    assert not copying.is_mapped
+    assert not copying.is_copying
+    assert copying.notices == ()
+    assert copying.buffer.ctypes.data == address
+    assert backing(copying.buffer) == {""}
     path.write_bytes(b"")  # nothing is read from it any more
-    np.testing.assert_array_equal(moving.buffer, expected)
+    np.testing.assert_array_equal(copying.buffer, expected)
 
 
 def test_readers_notice_nothing(path, data):
     expected = np.frombuffer(data, np.uint8)[OFFSET:]
     for _ in range(20):
-        moving = MovingFile(path, OFFSET, N_BYTES)
+        copying = BackgroundCopy(path, OFFSET, N_BYTES)
         wrong: list[int] = []
 
-        def read(moving=moving, wrong=wrong) -> None:
-            while moving.is_mapped:
-                wrong.append(int((moving.buffer != expected).sum()))
+        def read(copying=copying, wrong=wrong) -> None:
+            while copying.is_mapped:
+                wrong.append(int((copying.buffer != expected).sum()))
 
         threads = [threading.Thread(target=read) for _ in range(2)]
         for thread in threads:
@@ -90,14 +90,14 @@ def test_stopping_leaves_the_rest_mapped(path, data, monkeypatch):
         go_on.wait()
 
     monkeypatch.setattr(memory._native, "move_into_memory", wait)
-    moving = MovingFile(path, OFFSET, N_BYTES)
+    copying = BackgroundCopy(path, OFFSET, N_BYTES)
     at_work.wait()
-    assert moving.is_moving
+    assert copying.is_copying
     threading.Timer(0.05, go_on.set).start()
-    moving.stop()
-    assert moving.is_mapped
-    assert backing(moving.buffer) == {str(path)}
-    np.testing.assert_array_equal(moving.buffer, np.frombuffer(data, np.uint8)[OFFSET:])
+    copying.stop()
+    assert copying.is_mapped
+    assert backing(copying.buffer) == {str(path)}
+    np.testing.assert_array_equal(copying.buffer, np.frombuffer(data, np.uint8)[OFFSET:])
 
 
 def test_no_memory_leaves_the_rest_mapped_and_says_so(path, data, monkeypatch):
@@ -109,17 +109,17 @@ def test_no_memory_leaves_the_rest_mapped_and_says_so(path, data, monkeypatch):
         move(mapped, first, n_bytes, file)
 
     monkeypatch.setattr(memory._native, "move_into_memory", fail_at_the_third)
-    moving = MovingFile(path, OFFSET, N_BYTES)
-    moving.wait()
-    assert moving.is_mapped
-    assert os.strerror(errno.ENOMEM) in moving.notices[0]
-    assert backing(moving.buffer) == {"", str(path)}
-    np.testing.assert_array_equal(moving.buffer, np.frombuffer(data, np.uint8)[OFFSET:])
+    copying = BackgroundCopy(path, OFFSET, N_BYTES)
+    copying.wait()
+    assert copying.is_mapped
+    assert os.strerror(errno.ENOMEM) in copying.notices[0]
+    assert backing(copying.buffer) == {"", str(path)}
+    np.testing.assert_array_equal(copying.buffer, np.frombuffer(data, np.uint8)[OFFSET:])
 
 
 def test_a_shorter_file_is_refused(path):
     with pytest.raises(FileChanged):
-        MovingFile(path, OFFSET, N_BYTES + 1)
+        BackgroundCopy(path, OFFSET, N_BYTES + 1)
 
 
 def test_a_file_that_shrinks_is_an_error(path):
@@ -144,6 +144,6 @@ def test_a_system_that_cannot_move_reads(path, data, monkeypatch):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(memory._native, "map_file", refuse)
-    buffer = move_file(path, OFFSET, N_BYTES, 2)
+    buffer = copy_in_background(path, OFFSET, N_BYTES, 2)
     assert isinstance(buffer, np.ndarray)
     np.testing.assert_array_equal(buffer, np.frombuffer(data, np.uint8)[OFFSET:])

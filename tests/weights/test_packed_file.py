@@ -283,7 +283,7 @@ def test_two_processes_may_pack_at_once(model, tmp_path):
 
 
 @pytest.mark.parametrize("use_mmap", [False, True])
-def test_weights_are_locked_where_asked_for(model, tmp_path, use_mmap):
+def test_weights_are_locked_if_mlock_is_set(model, tmp_path, use_mmap):
     def locked_kb() -> int:
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmLck:\s*(\d+) kB", status)[1])

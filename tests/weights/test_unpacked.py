@@ -39,19 +39,21 @@ def test_unpack_rows_undoes_pack_rows(format, n_cols):
 
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("least_rows", [0, 10**9])
-@pytest.mark.parametrize("gathered", [frozenset(), frozenset({1})])
-def test_reader_finds_every_matrix(format, tmp_path, gathered, least_rows, is_tied, monkeypatch):
+@pytest.mark.parametrize("predicted_layers", [frozenset(), frozenset({1})])
+def test_reader_finds_every_matrix(
+    format, tmp_path, predicted_layers, least_rows, is_tied, monkeypatch
+):
     monkeypatch.setattr(preview, "LEAST_ROWS", least_rows)  # of a head that is previewed
     with open_checkpoint(write_model(tmp_path, tie_word_embeddings=is_tied)) as checkpoint:
-        check_reader(checkpoint, format, gathered)
+        check_reader(checkpoint, format, predicted_layers)
 
 
-def check_reader(checkpoint, format, gathered):
+def check_reader(checkpoint, format, predicted_layers):
     config = checkpoint.config
     order = np.random.default_rng(1).permutation(config.n_neurons)
     orders = [order] * config.n_layers
-    model = pack_model(checkpoint, format, neuron_orders=orders, gathered=gathered)
-    reader = PackedReader(model.embedding.memory, config, format, gathered)
+    model = pack_model(checkpoint, format, neuron_orders=orders, predicted_layers=predicted_layers)
+    reader = PackedReader(model.embedding.memory, config, format, predicted_layers)
 
     def expect(rows: PlainRows, w: np.ndarray) -> None:
         np.testing.assert_array_equal(values_of(format, rows), round_weights(format, w))

@@ -97,7 +97,7 @@ class HostDevice:
     """Torch on the CPU. A recording is the list of what to call."""
 
     name = "torch on the CPU"
-    version = torch.__version__
+    version = str(torch.__version__)
     mechanisms: Sequence[Mechanism] = ("synchronise",)
 
     def __init__(self) -> None:

@@ -77,16 +77,16 @@ class HandOffs:
 
     def finish(self, *copies: tuple[Tensor, Tensor]) -> None:
         """The device waits for the CPU's answer and copies it (to, from)."""
-        self._end_turn(is_awaited=True)
+        self._end_slot(is_awaited=True)
         for target, source in copies:
             self.device.launch(copy, target, source)
 
     def close(self) -> None:
         """The pass ends, perhaps in a turn that ends with it."""
         if self._is_open:
-            self._end_turn(is_awaited=False)
+            self._end_slot(is_awaited=False)
 
-    def _end_turn(self, *, is_awaited: bool) -> None:
+    def _end_slot(self, *, is_awaited: bool) -> None:
         if self.mechanism == "synchronise":
             assert self._event is not None
             self.device.call(partial(self._synchronise, self._event, self._slot))

@@ -123,7 +123,7 @@ def hand_off_seconds(
     device: Device, pool: ThreadPool, mechanism: Mechanism, n: int = _HAND_OFFS
 ) -> float:
     """One of the CPU's turns, with the copies both ways, where it has nothing to compute."""
-    turns = Turns(device, pool, mechanism, n)
+    turns = HandOffLoop(device, pool, mechanism, n)
     best = float("inf")
     with device.on_stream():
         recording = device.record(turns.launch)
@@ -132,7 +132,7 @@ def hand_off_seconds(
     return best / n
 
 
-class Turns:
+class HandOffLoop:
     """A token of `n` hand-offs and nothing between them: also what the checks on a GPU replay."""
 
     def __init__(

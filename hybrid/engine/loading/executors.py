@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from hybrid.engine.cpu.executor import CpuExecutor
-from hybrid.engine.loading.model_spec import Subject
-from hybrid.engine.loading.planning import Placed, measured_gpu, solve_for
+from hybrid.engine.loading.model_spec import ModelSpec
+from hybrid.engine.loading.planning import PlanDecision, measured_gpu, solve_for
 from hybrid.engine.session import NativeSession
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import Predictor, ThreadPool
@@ -30,60 +30,64 @@ class Executor(Protocol):
 
 
 def open_executor(
-    placed: Placed,
-    subject: Subject,
+    decision: PlanDecision,
+    spec: ModelSpec,
     model: PackedModel,
-    gathered: Layers,
+    predicted_layers: Layers,
     predictors: Sequence[Predictor | None] | None,
     home: Path | None,
 ) -> tuple[Executor, PlacementPlan, tuple[str, ...]]:
     """Returns the plan that is in use, and notices. Where a plan that was solved here does not fit
     after all, a smaller one is. Raises OutOfMemory, InvalidOption, DeviceFailed.
     """
-    notices = list(placed.notices)
+    notices = list(decision.notices)
     for attempt in range(_ATTEMPTS):
-        plan = placed.plan
+        plan = decision.plan
         cpu = CpuExecutor(
             model,
-            subject.config,
-            subject.format,
-            n_threads=subject.n_threads,
-            n_context=subject.n_context,
+            spec.config,
+            spec.format,
+            n_threads=spec.n_threads,
+            n_context=spec.n_context,
             predictors=predictors,
             plan=plan,
         )
         if not plan.uses_gpu:
             return cpu, plan, tuple(notices)
         try:
-            return _hybrid(placed, subject, model, gathered, cpu), plan, tuple(notices)
+            return _hybrid(decision, spec, model, predicted_layers, cpu), plan, tuple(notices)
         except OutOfMemory as error:
-            if not placed.is_solved or attempt == _ATTEMPTS - 1:
+            if not decision.is_solved or attempt == _ATTEMPTS - 1:
                 raise
-            assert placed.device is not None
-            assert placed.kernels is not None
-            machine = measured_gpu(placed.device, placed.kernels, subject, home)
+            assert decision.device is not None
+            assert decision.kernels is not None
+            machine = measured_gpu(decision.device, decision.kernels, spec, home)
             budget = int(SMALLER * plan.vram_budget)
-            smaller, _ = solve_for(machine, subject, budget)
+            smaller, _ = solve_for(machine, spec, budget)
             smaller = replace(smaller, hand_offs=plan.hand_offs)
             notices.append(f"planned anew for {budget / 2**20:.0f} MiB of VRAM: {error}")
-            placed = replace(placed, plan=smaller)
+            decision = replace(decision, plan=smaller)
     raise AssertionError("the last attempt returns or raises")
 
 
 def _hybrid(
-    placed: Placed, subject: Subject, model: PackedModel, gathered: Layers, cpu: CpuExecutor
+    decision: PlanDecision,
+    spec: ModelSpec,
+    model: PackedModel,
+    predicted_layers: Layers,
+    cpu: CpuExecutor,
 ) -> Executor:
     from hybrid.engine.gpu.executor import HybridExecutor
     from hybrid.weights.unpacked import PackedReader
 
-    assert placed.device is not None
-    reader = PackedReader(model.embedding.memory, subject.config, subject.format, gathered)
+    assert decision.device is not None
+    reader = PackedReader(model.embedding.memory, spec.config, spec.format, predicted_layers)
     return HybridExecutor(
         cpu,
         model,
         reader,
-        placed.plan,
-        placed.device,
-        n_context=subject.n_context,
-        decode_kernels=placed.kernels,
+        decision.plan,
+        decision.device,
+        n_context=spec.n_context,
+        decode_kernels=decision.kernels,
     )

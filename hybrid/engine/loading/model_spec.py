@@ -31,7 +31,7 @@ PLANNED_POSITIONS = 512  # of context that plans are made for
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class DeviceRequest:
     """What the user asks for."""
 
     device: DeviceName = "auto"
@@ -58,7 +58,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class ModelSpec:
     """The model that is to be placed."""
 
     config: ModelConfig
@@ -97,7 +97,7 @@ class Subject:
         return tuple(None if kind == "exact" else cost for kind in prediction.kinds)
 
 
-def read_subject(
+def read_model_spec(
     folder: Path,
     *,
     quant: str,
@@ -105,7 +105,7 @@ def read_subject(
     context_size: int | None,
     home: Path | None,
     progress: Progress = ignore_progress,
-) -> tuple[Subject, tuple[str, ...]]:
+) -> tuple[ModelSpec, tuple[str, ...]]:
     """A model as `Engine` would load it, without its weights; and notices. Raises what that
     raises.
     """
@@ -113,7 +113,7 @@ def read_subject(
     with open_checkpoint(folder, format, progress) as checkpoint:
         config = checkpoint.config
         orders, frequencies, notices = choose_orders(checkpoint, "auto", home)
-        subject = Subject(
+        spec = ModelSpec(
             config=config,
             format=format,
             n_context=checked_context(context_size, config),
@@ -124,4 +124,4 @@ def read_subject(
             order_hash=order_hash(orders),
             frequencies=frequencies,
         )
-    return subject, notices
+    return spec, notices

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid.engine.loading.model_spec import Asked, Subject
+from hybrid.engine.loading.model_spec import DeviceRequest, ModelSpec
 from hybrid.errors import DeviceUnavailable, InvalidArtifact, InvalidOption
 from hybrid.kernels import ThreadPool
 from hybrid.placement.machine import Machine, load_machine
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlanDecision:
     """A plan, the device that it needs, and what a user should be told."""
 
     plan: PlacementPlan
@@ -36,23 +36,23 @@ class Placed:
     is_solved: bool = False  # here and now: a smaller one can be
 
 
-def place(asked: Asked, subject: Subject, home: Path | None) -> Placed:
+def decide(request: DeviceRequest, spec: ModelSpec, home: Path | None) -> PlanDecision:
     """Raises InvalidOption, InvalidArtifact, DeviceUnavailable."""
-    asked.check()
-    nothing = Placed(subject.cpu_plan())
-    path = asked.plan
-    if path is None and asked.device == "auto" and asked.vram_budget is None and home:
-        kept = plan_path(home, subject)
+    request.check()
+    nothing = PlanDecision(spec.cpu_plan())
+    path = request.plan
+    if path is None and request.device == "auto" and request.vram_budget is None and home:
+        kept = plan_path(home, spec)
         path = kept if kept.is_file() else None
-    wants_gpu = asked.device == "cuda" or bool(asked.vram_budget) or path is not None
-    if not wants_gpu or asked.device == "cpu" or asked.vram_budget == 0:
-        return replace(nothing, notices=_other_contexts(asked, subject, home))
+    wants_gpu = request.device == "cuda" or bool(request.vram_budget) or path is not None
+    if not wants_gpu or request.device == "cpu" or request.vram_budget == 0:
+        return replace(nothing, notices=_other_contexts(request, spec, home))
     plan: PlacementPlan | None = None
     if path is not None:
         try:
-            plan = _checked_plan(path, subject)
+            plan = _checked_plan(path, spec)
         except InvalidArtifact as error:
-            if asked.plan is not None:
+            if request.plan is not None:
                 raise
             return replace(nothing, notices=(f"plan not used: {error}",))
         if not plan.uses_gpu:
@@ -60,32 +60,32 @@ def place(asked: Asked, subject: Subject, home: Path | None) -> Placed:
     try:
         device = open_device()
     except DeviceUnavailable as error:
-        if asked.device == "cuda":
+        if request.device == "cuda":
             raise DeviceUnavailable(f"device cuda: {error}; use device cpu") from error
         return replace(nothing, notices=(f"{error}: everything is on the CPU",))
     kernels, notices = decode_kernels(device)
-    if asked.hand_offs != "auto" and asked.hand_offs not in device.mechanisms:
+    if request.hand_offs != "auto" and request.hand_offs not in device.mechanisms:
         raise InvalidOption(
             f"hand_offs: {device.name} has {', '.join(device.mechanisms)} here, found "
-            f"{asked.hand_offs!r}"
+            f"{request.hand_offs!r}"
         )
     if plan is not None:
-        return Placed(_with_hand_offs(plan, asked), device, kernels, notices)
-    machine = measured_gpu(device, kernels, subject, home)
-    plan, more = solve_for(machine, subject, asked.vram_budget)
-    plan = _with_hand_offs(plan, asked)
-    return Placed(
+        return PlanDecision(_with_hand_offs(plan, request), device, kernels, notices)
+    machine = measured_gpu(device, kernels, spec, home)
+    plan, more = solve_for(machine, spec, request.vram_budget)
+    plan = _with_hand_offs(plan, request)
+    return PlanDecision(
         plan, device if plan.uses_gpu else None, kernels, (*notices, *more), is_solved=True
     )
 
 
 def solve_for(
-    machine: Machine, subject: Subject, vram_budget: int | None
+    machine: Machine, spec: ModelSpec, vram_budget: int | None
 ) -> tuple[PlacementPlan, tuple[str, ...]]:
     """The plan for a budget of the whole process, and notices."""
     gpu = machine.gpu
     if gpu is None:
-        return subject.cpu_plan(), ()
+        return spec.cpu_plan(), ()
     notices: list[str] = []
     largest = gpu.vram_bytes + gpu.context_bytes
     if vram_budget is None:
@@ -101,13 +101,13 @@ def solve_for(
             f"CUDA and torch alone take {gpu.context_bytes / 2**20:.0f} MiB of VRAM, the budget is "
             f"{vram_budget / 2**20:.0f} MiB: everything is on the CPU"
         )
-        return subject.cpu_plan(), tuple(notices)
+        return spec.cpu_plan(), tuple(notices)
     if find_spec("scipy") is None:
         notices.append("scipy is not installed: the plan is the best of a greedy search")
-    if subject.frequencies is None:
+    if spec.frequencies is None:
         notices.append("no profile of this model: the plan counts all neurons as equally hot")
-    model = subject.time_model(machine)
-    plan = solve(model, subject.cpu_plan(), vram_budget - gpu.context_bytes)
+    model = spec.time_model(machine)
+    plan = solve(model, spec.cpu_plan(), vram_budget - gpu.context_bytes)
     plan = replace(
         plan,
         vram_budget=vram_budget,
@@ -118,24 +118,24 @@ def solve_for(
     return plan, tuple(notices)
 
 
-def plan_path(home: Path, subject: Subject) -> Path:
+def plan_path(home: Path, spec: ModelSpec) -> Path:
     """Where `hybrid.setup` keeps the plan of a model."""
-    name = f"{subject.model_hash[:32]}-{subject.format.name}-{subject.n_context}.json"
+    name = f"{spec.model_hash[:32]}-{spec.format.name}-{spec.n_context}.json"
     return home / "plans" / name
 
 
-def _other_contexts(asked: Asked, subject: Subject, home: Path | None) -> tuple[str, ...]:
+def _other_contexts(request: DeviceRequest, spec: ModelSpec, home: Path | None) -> tuple[str, ...]:
     """A notice where a plan of setup's is for other lengths of context than the one asked for."""
-    if asked != Asked() or home is None:
+    if request != DeviceRequest() or home is None:
         return ()
-    path = plan_path(home, subject)
-    stem = path.stem.removesuffix(f"-{subject.n_context}")
+    path = plan_path(home, spec)
+    stem = path.stem.removesuffix(f"-{spec.n_context}")
     found = [re.fullmatch(r".*-(\d+)", p.stem) for p in path.parent.glob(f"{stem}-*.json")]
     sizes = ", ".join(str(n) for n in sorted(int(match[1]) for match in found if match))
     if not sizes:
         return ()
     return (
-        f"the plan that setup made is for a context of {sizes}, asked for are {subject.n_context}: "
+        f"the plan that setup made is for a context of {sizes}, asked for are {spec.n_context}: "
         "everything is on the CPU; --vram-budget plans anew",
     )
 
@@ -168,17 +168,17 @@ def decode_kernels(device: Device) -> tuple[TorchKernels, tuple[str, ...]]:
 
 
 def measured_gpu(
-    device: Device, kernels: TorchKernels, subject: Subject, home: Path | None
+    device: Device, kernels: TorchKernels, spec: ModelSpec, home: Path | None
 ) -> Machine:
     """This machine with its GPU, as measured once and kept in `home`."""
     from hybrid.engine.gpu.measurement import free_and_context_bytes, measure_gpu
 
-    config, format = subject.config, subject.format
-    pool = ThreadPool(subject.n_threads)
+    config, format = spec.config, spec.format
+    pool = ThreadPool(spec.n_threads)
     machine = measured_machine(config, format, pool, home)
     path = None
     if home is not None:
-        base = machine_path(home, config, format, subject.n_threads)
+        base = machine_path(home, config, format, spec.n_threads)
         gpu = hashlib.sha256(f"{device.name} {device.version} {kernels.name}".encode()).hexdigest()
         path = base.with_name(f"{base.stem}-{gpu[:8]}.json")
         if path.is_file():
@@ -206,30 +206,30 @@ def measured_gpu(
     return machine
 
 
-def machine_here(subject: Subject, home: Path | None) -> tuple[Machine, tuple[str, ...]]:
+def machine_here(spec: ModelSpec, home: Path | None) -> tuple[Machine, tuple[str, ...]]:
     """This machine, measured, with its GPU where it has one; and notices."""
     try:
         device = open_device()
     except DeviceUnavailable as error:
-        pool = ThreadPool(subject.n_threads)
-        return measured_machine(subject.config, subject.format, pool, home), (str(error),)
+        pool = ThreadPool(spec.n_threads)
+        return measured_machine(spec.config, spec.format, pool, home), (str(error),)
     kernels, notices = decode_kernels(device)
-    return measured_gpu(device, kernels, subject, home), notices
+    return measured_gpu(device, kernels, spec, home), notices
 
 
-def _with_hand_offs(plan: PlacementPlan, asked: Asked) -> PlacementPlan:
-    return plan if asked.hand_offs == "auto" else replace(plan, hand_offs=asked.hand_offs)
+def _with_hand_offs(plan: PlacementPlan, request: DeviceRequest) -> PlacementPlan:
+    return plan if request.hand_offs == "auto" else replace(plan, hand_offs=request.hand_offs)
 
 
-def _checked_plan(path: Path, subject: Subject) -> PlacementPlan:
+def _checked_plan(path: Path, spec: ModelSpec) -> PlacementPlan:
     plan = load_plan(path)
     check_plan(
         plan,
         path,
-        subject.config,
-        quant=subject.format.name,
-        n_context=subject.n_context,
-        model_hash=subject.model_hash,
-        order_hash=subject.order_hash,
+        spec.config,
+        quant=spec.format.name,
+        n_context=spec.n_context,
+        model_hash=spec.model_hash,
+        order_hash=spec.order_hash,
     )
     return plan

@@ -8,25 +8,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from slow import slow_except
 from tiny_models import STORIES
 
 torch = pytest.importorskip("torch")
 
 from engine.gpu.fake_device import FakeDevice, FakeEvent  # noqa: E402
-from engine.gpu.hybrid_models import N_CONTEXT, PackedFolder, some_ids  # noqa: E402
+from engine.gpu.hybrid_models import N_CONTEXT, PackedFolder, check_logits, some_ids  # noqa: E402
 
 from hybrid.engine.gpu.device import MECHANISMS, HostDevice  # noqa: E402
-from hybrid.engine.gpu.measurement import Turns, hand_off_seconds, measure_gpu  # noqa: E402
+from hybrid.engine.gpu.measurement import HandOffLoop, hand_off_seconds, measure_gpu  # noqa: E402
 from hybrid.errors import DeviceFailed, InvalidOption, OutOfMemory  # noqa: E402
 from hybrid.kernels import Format, ThreadPool  # noqa: E402
 from hybrid.kernels.gpu.torch_kernels import TorchKernels  # noqa: E402
 from hybrid.placement.sizes import ModelSizes  # noqa: E402
 
 PLANS = list(PackedFolder(STORIES, Format.q8).plans())
-# Logits of the two orders of summation, of the largest logit and, root mean squares, of their
-# deviation: activations are rounded to int8 again and again, and a value that falls on the other
-# side of a boundary shows. In q4 1.4 to 2.6 % and 1.0 to 1.3 %, by the text.
-BOUND, RMS_BOUND = 3e-2, 2e-2
 
 
 @pytest.fixture(scope="module", params=list(Format), ids=lambda f: f.name)
@@ -34,17 +31,7 @@ def packed(request: pytest.FixtureRequest) -> PackedFolder:
     return PackedFolder(STORIES, request.param)
 
 
-def check_logits(actual: np.ndarray, expected: np.ndarray) -> None:
-    bound = BOUND * np.abs(expected).max()
-    assert np.abs(actual - expected).max() <= bound
-    if actual.ndim == 2:  # one token alone varies more
-        assert np.sqrt(np.mean(np.square(actual - expected))) <= RMS_BOUND * expected.std()
-    top = np.sort(expected)[..., -2:]
-    clear = top[..., 1] - top[..., 0] > 2 * bound
-    assert (actual.argmax(-1) == expected.argmax(-1))[clear].all()
-
-
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", slow_except(PLANS, "everything", "hot"))
 def test_every_plan_gives_the_cpu_engines_logits(packed, name):
     plan = packed.plans()[name]
     ids = some_ids(packed.config, 90)
@@ -89,7 +76,7 @@ def fake() -> Iterator[FakeDevice]:
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", slow_except(PLANS, "everything", "head"))
 def test_a_device_that_runs_beside_the_cpu_gives_the_same_bits(stories, fake, name, mechanism):
     plan, ids = stories.plans()[name], some_ids(stories.config, 32)
     with stories.hybrid(plan, HostDevice()) as executor:
@@ -264,11 +251,11 @@ def test_the_plans_bytes_are_those_that_lie_on_the_device(packed, name):
 def test_hand_offs_are_measured_with_the_real_link(fake, mechanism):
     pool = ThreadPool(2)
     assert hand_off_seconds(fake, pool, mechanism, n=4) > 0
-    turns = Turns(fake, pool, mechanism, 4)
-    recording = fake.record(turns.launch)
-    turns.y.fill_(float("nan"))
-    turns.replay(recording)
-    assert not turns.y.any()  # every answer, a sum over no neuron, came
+    loop = HandOffLoop(fake, pool, mechanism, 4)
+    recording = fake.record(loop.launch)
+    loop.y.fill_(float("nan"))
+    loop.replay(recording)
+    assert not loop.y.any()  # every answer, a sum over no neuron, came
 
 
 def test_a_device_is_measured(format):
@@ -287,7 +274,7 @@ def test_a_device_is_measured(format):
     assert speeds.mechanism == "synchronise"
 
 
-def test_sessions_on_several_threads_take_turns(stories, fake):
+def test_sessions_on_several_threads_alternate(stories, fake):
     plan = stories.plans()["everything"]
     with stories.hybrid(plan, fake) as executor:
         expected = [decode_all(executor, some_ids(stories.config, 30, seed)) for seed in (1, 2)]

@@ -27,7 +27,7 @@ from hybrid.kernels.gpu.torch_kernels import (  # noqa: E402
     empty_vectors,
 )
 from hybrid.weights.formats import column_order, pack_rows  # noqa: E402
-from hybrid.weights.packed_rows import pack_bundles, pack_gathered, pack_matrix  # noqa: E402
+from hybrid.weights.packed_rows import pack_bit_reversed, pack_bundles, pack_matrix  # noqa: E402
 from hybrid.weights.unpacked import unpack_rows  # noqa: E402
 
 HIDDEN, N_NEURONS, N_TOKENS = 96, 200, 3
@@ -103,7 +103,7 @@ class Case:
         )
         program.embed(pack_matrix(self.format, np.zeros((4, HIDDEN), np.float32)), 1.0)
         program.end_segment(sends_x=True)
-        pack = pack_gathered if is_dense else pack_matrix  # either layout of gate rows
+        pack = pack_bit_reversed if is_dense else pack_matrix  # either layout of gate rows
         program.ffn(
             None,
             pack(self.format, self.gate),

@@ -27,6 +27,10 @@ from hybrid.weights.unpacked import unpack_rows  # noqa: E402
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 ORACLE = TorchKernels()
 SHAPES = [(1, 32), (7, 96), (40, 160), (100, 64), (9, 1536)]
+CASES = [
+    shape if shape == (40, 160) else pytest.param(*shape, marks=pytest.mark.slow)
+    for shape in SHAPES
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_quantize_is_bit_equal(kernels, format, n):
     assert format is Format.bf16 or torch.equal(actual.scales, expected.scales)
 
 
-@pytest.mark.parametrize(("n_rows", "n_cols"), SHAPES)
+@pytest.mark.parametrize(("n_rows", "n_cols"), CASES)
 def test_linear_and_add(kernels, format, n_rows, n_cols):
     m, x = matrix(format, n_rows, n_cols), vectors(format, n_cols)
     actual, expected = torch.full((1, n_rows), 7.0, device=DEVICE), torch.empty(1, n_rows)
@@ -105,7 +109,7 @@ def test_linear_and_add(kernels, format, n_rows, n_cols):
 
 
 @pytest.mark.parametrize("activation", list(Activation), ids=lambda a: a.name)
-@pytest.mark.parametrize(("n_rows", "n_cols"), SHAPES[:4])
+@pytest.mark.parametrize(("n_rows", "n_cols"), CASES[:4])
 def test_gates(kernels, format, activation, n_rows, n_cols):
     m, x = matrix(format, n_rows, n_cols), vectors(format, n_cols)
     actual, expected = (torch.empty(1, n_rows, device=DEVICE) for _ in range(2))
@@ -125,7 +129,7 @@ def test_a_gate_that_is_not_a_number_fires(kernels, format):
 
 
 @pytest.mark.parametrize("activation", [Activation.relu, Activation.silu], ids=lambda a: a.name)
-@pytest.mark.parametrize(("n_rows", "n_cols"), SHAPES[:4])
+@pytest.mark.parametrize(("n_rows", "n_cols"), CASES[:4])
 def test_up_and_down_never_read_inactive_rows(kernels, format, activation, n_rows, n_cols):
     up, down = matrix(format, n_rows, n_cols), matrix(format, n_rows, n_cols, seed=3)
     x, gates = vectors(format, n_cols), floats(1, n_rows, seed=4)
@@ -149,7 +153,7 @@ def test_up_and_down_never_read_inactive_rows(kernels, format, activation, n_row
 
 
 @pytest.mark.parametrize("activation", list(Activation), ids=lambda a: a.name)
-@pytest.mark.parametrize(("n_rows", "n_cols"), SHAPES[:4])
+@pytest.mark.parametrize(("n_rows", "n_cols"), CASES[:4])
 def test_gates_and_up_at_once(kernels, format, activation, n_rows, n_cols):
     gate, up, x = (
         matrix(format, n_rows, n_cols),
