@@ -25,8 +25,8 @@ namespace platform {
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 namespace {
-// Asked of the CPU itself: what __builtin_cpu_supports knows by name differs from compiler to
-// compiler. Source: Intel's Software Developer's Manual, CPUID and XGETBV.
+// The features are read from the CPU itself, since the names that __builtin_cpu_supports knows
+// differ from compiler to compiler. Source: Intel's Software Developer's Manual, CPUID and XGETBV.
 struct Cpu {
   bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni_bf16 = false;
 
@@ -37,12 +37,13 @@ struct Cpu {
     if (!has_xsave) return;
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    // The operating system saves the YMM registers; the ZMM and mask registers too.
+    // Whether the operating system saves the YMM registers, and whether it also saves the ZMM and
+    // mask registers.
     const bool saves_ymm = (low & 0x06) == 0x06, saves_zmm = (low & 0xe6) == 0xe6;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return;
     avx2 = saves_ymm && has_fma && has_f16c && Bit(ebx, 5);
     const bool has_f_dq_bw_vl = Bit(ebx, 16) && Bit(ebx, 17) && Bit(ebx, 30) && Bit(ebx, 31);
-    // Cooper Lake alone has BF16 without VPOPCNTDQ; it gets avx512.
+    // Only Cooper Lake has BF16 without VPOPCNTDQ; it runs the avx512 kernels.
     const bool has_vnni = Bit(ecx, 11) && Bit(ecx, 14);
     avx512 = avx2 && saves_zmm && has_f_dq_bw_vl;
     if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return;
@@ -87,7 +88,7 @@ void* AllocatePages(size_t bytes, bool) {
 }
 void FreePages(void* pages, size_t) { VirtualFree(pages, 0, MEM_RELEASE); }
 int LockPages(const void* pages, size_t bytes) {
-  // A process may lock no more than its least working set.
+  // A process may lock no more than its minimum working set.
   SIZE_T least, most;
   if (!GetProcessWorkingSetSize(GetCurrentProcess(), &least, &most) ||
       !SetProcessWorkingSetSize(GetCurrentProcess(), least + bytes, most + bytes) ||
@@ -102,7 +103,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 size_t WholePages(size_t bytes, size_t page) { return (bytes + page - 1) / page * page; }
 }  // namespace
 #ifdef HYBRID_SANITIZE
-// Exactly the bytes asked for, from the heap, so that the sanitizer sees their bounds.
+// Allocates exactly the requested bytes from the heap, so that the sanitizer sees their bounds.
 void* AllocatePages(size_t bytes, bool) {
   void* pages = nullptr;
   if (posix_memalign(&pages, 64, bytes) != 0) throw std::bad_alloc();
@@ -112,7 +113,7 @@ void* AllocatePages(size_t bytes, bool) {
 void FreePages(void* pages, size_t) { free(pages); }
 #else
 namespace {
-// Whole huge pages where the memory is large enough for one, so that its tail is covered too.
+// Whole huge pages if the memory is large enough for one, so that they cover its tail too.
 size_t MappedBytes(size_t bytes) {
   return WholePages(bytes, bytes >= kHugePage ? kHugePage : 4096);
 }
@@ -135,7 +136,7 @@ int ProcessId() { return getpid(); }
 
 #if defined(__linux__) && !defined(HYBRID_SANITIZE)
 namespace {
-// Address space that begins at a huge page.
+// Reserves address space that begins where a huge page may begin. Returns null on failure.
 uint8_t* ReserveAligned(size_t bytes, int protection) {
   const size_t size = bytes + kHugePage;
   void* pages = mmap(nullptr, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -181,7 +182,8 @@ int MoveIntoMemory(const void* mapped, size_t first, size_t bytes, int file) {
     }
     done += static_cast<size_t>(n);
   }
-  // The system holds back whoever touches the old pages until the new ones are there.
+  // While mremap runs, the system blocks threads that touch the old pages until the new ones are
+  // there.
   uint8_t* target = static_cast<uint8_t*>(const_cast<void*>(mapped)) + first;
   if (mremap(pages, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, target) != MAP_FAILED) return 0;
   const int error = errno;

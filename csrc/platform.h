@@ -8,45 +8,45 @@ namespace hybrid {
 namespace platform {
 
 bool HasAvx2();            // AVX2, FMA and F16C
-bool HasAvx2Vnni();        // and AVX-VNNI
-bool HasAvx512();          // AVX-512 F, BW, DQ, VL
-bool HasAvx512VnniBf16();  // and VNNI, BF16
+bool HasAvx2Vnni();        // HasAvx2 and AVX-VNNI
+bool HasAvx512();          // HasAvx2 and AVX-512 F, BW, DQ, VL
+bool HasAvx512VnniBf16();  // HasAvx512 and AVX-512 VNNI, BF16, VPOPCNTDQ
 
-// Zeroed anonymous memory, page-aligned, touched only as used. `huge` asks for huge pages where the
-// system has them. Throws std::bad_alloc. Not thread-bound; release with FreePages and the same
-// size.
+// Allocates zeroed anonymous memory, page-aligned. The system provides each page when it is first
+// touched. `huge` requests huge pages if the system has them. Any thread may release the memory,
+// with FreePages and the same size. Throws std::bad_alloc.
 void* AllocatePages(size_t bytes, bool huge);
 void FreePages(void* pages, size_t bytes);
 
-// Keeps pages in memory: never swapped out, read in now. Returns 0, or the system's error number.
-// Undone by giving the pages back.
+// Reads pages into memory now and keeps them from being swapped out. Returns 0, or the system's
+// error number. FreePages and UnmapFile undo it.
 int LockPages(const void* pages, size_t bytes);
 
-// A file mapped for reading, beginning where a huge page may begin; null and errno where that
-// fails, on other systems than Linux always.
+// Maps a file for reading, at an address where a huge page may begin. On failure it returns null
+// and sets errno. It always fails on systems other than Linux.
 const void* MapFile(int file, size_t bytes);
 void UnmapFile(const void* mapped, size_t bytes);
 
-// Bytes [first, first + bytes) of a mapped file, whole huge pages but for the end of the file,
-// become memory of our own with the same content at the same address; who reads them meanwhile
-// notices nothing. Returns 0, or an error number and leaves the file there; EIO where it has become
-// shorter.
+// Replaces bytes [first, first + bytes) of a mapped file by memory of this process with the same
+// content at the same address. The range is whole huge pages, except at the end of the file.
+// Threads that read the bytes meanwhile notice nothing. Returns 0. On failure it returns an error
+// number and leaves the file mapped; EIO means that the file has become shorter.
 int MoveIntoMemory(const void* mapped, size_t first, size_t bytes, int file);
 
-// Nanoseconds of a clock that only rises.
+// Nanoseconds of a monotonic clock.
 int64_t Nanoseconds();
 
-// One polite iteration of a spinning wait.
+// One iteration of a spinning wait: tells the CPU to pause, if it can.
 void Pause();
-// Asks for the cache line of an address, which need not be valid, into L2.
+// Prefetches the cache line of an address, which need not be valid, into L2.
 void Prefetch(const void* p);
 
-// Shared libraries, by name or path. Null where there is none, or no such symbol.
+// Shared libraries, by name or path. The result is null if there is no such library or symbol.
 void* OpenLibrary(const char* name);
 void* FindSymbol(void* library, const char* name);
 void CloseLibrary(void* library);
 
-// Tells a forked child from its parent.
+// Distinguishes a forked child from its parent.
 int ProcessId();
 
 }  // namespace platform

@@ -1,14 +1,15 @@
-// A transformer, recorded once as a flat list of fused operations, replayed for each token by
-// sessions (session.h). Immutable after recording, and shared by all of them: it points to weights
-// only.
+// A program is a transformer, recorded once as a flat list of fused operations. Sessions
+// (session.h) replay it for each token. It is immutable after recording and holds pointers to
+// weights only, so all sessions share it.
 //
-// Each operation expands into phases of a thread-pool job (see thread_pool.h), one list for decode
-// (one token) and one for prefill (up to kPrefillChunk tokens). The number of pieces of a phase
-// never depends on the threads, and both lists compute each token with the same sums in the same
-// order: prefill, decode and any number of threads give equal bits.
+// Each operation expands into phases of a thread-pool job (thread_pool.h). There are two lists of
+// phases: one for decode (one token) and one for prefill (up to kPrefillChunk tokens). The number
+// of pieces of a phase never depends on the number of threads. Both lists compute each token with
+// the same sums in the same order. Prefill, decode and any number of threads therefore give equal
+// bits.
 //
-// Where another device computes parts of the model, the program is what is left, in segments: what
-// can run in one go between two hand-offs (device_link.h).
+// If another device computes parts of the model, the program holds the rest, cut into segments. A
+// segment is what can run without a break between two hand-offs (device_link.h).
 #pragma once
 
 #include <cstddef>
@@ -31,14 +32,14 @@ struct ProgramShape {
   const float* rope_sin;
 };
 
-// The fused operations, and the rows that each takes.
+// The fused operations, and the matrices that each takes.
 enum class OpKind : int32_t {
   kEmbed,   // a: embedding. x = embedding[token] * scale
   kQkv,     // a: q, k, v. Norm, projections, rope, KV-cache write
   kAttend,  // a: o. Attention over the cache; x += scale * o(attention)
   kFfn,     // a: gate, b: up, c: down; d: a low-rank predictor's first matrix. Norm, gated FFN;
             // x += scale * y
-  kHead,    // a: head. logits = head(norm(x) * scale); of a preview first, where there is one
+  kHead,    // a: head. logits = head(norm(x) * scale); with a preview, first estimated from it
 };
 struct Op {
   OpKind kind;
@@ -52,15 +53,16 @@ struct Op {
   Predictor predictor{};
   bool has_preview = false;  // kHead
   Preview preview{};
-  // kFfn whose neurons [0, first_neuron) belong to another device: it computed the norm (null here)
-  // and the gates of neurons [0, n_given), and takes the sum of the others' outputs.
+  // kFfn, if another device computes neurons [0, first_neuron). That device also computes the norm
+  // (null here) and the gates of neurons [0, n_given). It receives the sum of the other neurons'
+  // outputs.
   bool is_split = false;
   int32_t first_neuron = 0, n_given = 0;
 
   bool has_low_rank() const { return has_predictor && predictor.kind == PredictorKind::kLowRank; }
 };
 
-// The format of a predictor's first matrix, which meets the same vectors as the gate.
+// The format of a predictor's first matrix, which is multiplied with the same vectors as the gate.
 inline Format PredictorFormat(Format format) {
   return format == Format::kBf16 ? Format::kBf16 : Format::kQ4;
 }
@@ -74,7 +76,7 @@ enum class PhaseKind : int32_t {
   kPredict,
   kFfn,
   kHead,
-  kShortlist,  // of a previewed head: the likeliest rows in full
+  kShortlist,  // with a preview: the likeliest rows in full
   // prefill
   kEmbedTokens,
   kNormTokens,
@@ -93,8 +95,9 @@ struct Phase {
   int32_t op;
 };
 
-// Phases [end of the segment before, end), decode's and prefill's. It may begin with the residual
-// stream coming from the other device, and end with it going there.
+// Phases [end of the segment before, end), in decode's list and in prefill's. At the beginning of a
+// segment the session may receive the residual stream from the other device, and at its end it may
+// send the stream there.
 struct Segment {
   int32_t decode_end, prefill_end;
   bool receives_x, sends_x;
@@ -102,20 +105,21 @@ struct Segment {
 
 class Program {
  public:
-  // Throws std::invalid_argument for sizes that the kernels do not take.
+  // Throws std::invalid_argument for sizes that the kernels do not support.
   explicit Program(const ProgramShape& shape);
 
-  // Records one operation. Throws std::invalid_argument where its sizes do not fit the shape, or
-  // where the program is sealed.
+  // Records one operation. Throws std::invalid_argument if its sizes do not fit the shape, or if
+  // the program is sealed.
   void Add(const Op& op);
 
-  // Ends the segment that is being recorded; the next begins with the residual stream of the other
-  // device where `receives_x`.
+  // EndSegment ends the segment that is being recorded. ReceiveX lets the segment that is being
+  // recorded begin with the residual stream from the other device.
   void EndSegment(bool sends_x);
   void ReceiveX() { receives_x_ = true; }
 
-  // Ends recording: sessions rely on what they were opened with. Throws std::invalid_argument for a
-  // program that has no embedding, or, where there is one segment, no layer or no head.
+  // Ends recording: a session relies on a program that no longer changes. Throws
+  // std::invalid_argument for a program without an embedding. A program of one segment must also
+  // have a layer and a head.
   void Seal();
 
   const ProgramShape& shape() const { return shape_; }
@@ -123,14 +127,14 @@ class Program {
   int32_t n_layers() const { return n_layers_; }
   int32_t n_neurons() const { return n_neurons_; }  // of the widest FFN
   int32_t vocab_size() const { return vocab_size_; }
-  int32_t largest_rank() const { return largest_rank_; }  // of low-rank predictors
-  int64_t predictor_input_bytes() const { return predictor_input_bytes_; }  // the most of any
+  int32_t largest_rank() const { return largest_rank_; }  // of all low-rank predictors
+  int64_t predictor_input_bytes() const { return predictor_input_bytes_; }  // the largest
   bool has_preview() const { return has_preview_; }
   int32_t n_ops() const { return static_cast<int32_t>(ops_.size()); }
   const Op& op(int32_t index) const { return ops_[static_cast<size_t>(index)]; }
   const std::vector<Phase>& decode_phases() const { return decode_; }
   const std::vector<Phase>& prefill_phases() const { return prefill_; }
-  // Once sealed: one at least.
+  // At least one, once the program is sealed.
   const std::vector<Segment>& segments() const { return segments_; }
 
  private:
@@ -140,7 +144,7 @@ class Program {
   std::vector<Op> ops_;
   std::vector<Phase> decode_, prefill_;
   std::vector<Segment> segments_;
-  bool receives_x_ = false;  // the segment that is being recorded
+  bool receives_x_ = false;  // of the segment that is being recorded
   int32_t n_layers_ = 0, n_neurons_ = 0, vocab_size_ = 0, largest_rank_ = 0;
   int64_t predictor_input_bytes_ = 0;
   bool has_head_ = false, has_preview_ = false, is_sealed_ = false;

@@ -5,8 +5,8 @@
 namespace hybrid {
 
 namespace {
-// A wait first spins, since the next phase is usually a microsecond away; then it yields, so that
-// an oversubscribed machine can run the thread we wait for; a worker that still finds nothing
+// A wait first spins, since the next phase is usually a microsecond away. Then it yields, so that
+// an oversubscribed machine can run the thread that it waits for. A worker that still finds nothing
 // parks.
 constexpr int kSpins = 2000;
 constexpr int kYields = 200;
@@ -42,7 +42,8 @@ void ThreadPool::Run(const Job& job) {
   job_ = &job;
   finished_.store(false);
   OpenPhase(0);
-  // Sequentially consistent, as finished_ is: a worker sees the job, or we see it parked.
+  // The load is sequentially consistent, as accesses to finished_ are: either the worker sees the
+  // job, or this thread sees that the worker has parked.
   if (n_parked_.load() > 0) {
     std::lock_guard<std::mutex> lock(park_mutex_);
     park_.notify_all();
@@ -90,9 +91,9 @@ int32_t ThreadPool::Share::Take(bool from_end) {
 }
 
 bool ThreadPool::RunOnePiece(int32_t thread) {
-  // Neighbouring pieces read neighbouring memory: a thread goes on where its prefetchers are, and
-  // helps others from their far end only when its own share is done.
-  // Not n_threads(): workers run while the others are still being started.
+  // Neighbouring pieces read neighbouring memory, so a thread first continues where its prefetchers
+  // are. When its own share is done, it helps others from the far end of theirs. The count is not
+  // n_threads(): workers already run while others are being started.
   const int32_t n = static_cast<int32_t>(shares_.size());
   int32_t piece = -1, share = thread;
   for (int32_t i = 0; i < n && piece < 0; ++i) {
@@ -119,8 +120,8 @@ bool ThreadPool::RunOnePiece(int32_t thread) {
   return true;
 }
 
-// A few lines, not all at once: the next phase may open any moment, and what is prefetched faster
-// than memory delivers is dropped.
+// Prefetches a few lines, not all at once. The next phase may open at any moment, and what is
+// prefetched faster than memory delivers is dropped.
 void ThreadPool::WaitAMoment(int32_t thread) {
   constexpr int kLines = 4, kLine = 64;
   Ahead& ahead = done_[static_cast<size_t>(thread)].ahead;
@@ -129,7 +130,7 @@ void ThreadPool::WaitAMoment(int32_t thread) {
   ahead.begin += kLines * kLine;
 }
 
-// Called by the one thread that owns the moment between two phases.
+// Called only by the thread that completed the phase before, or by Run.
 void ThreadPool::OpenPhase(int32_t phase) {
   int32_t n_pieces = 0;
   while (phase < job_->n_phases && (n_pieces = job_->n_pieces(job_->context, phase)) == 0) ++phase;

@@ -1,18 +1,21 @@
 // A pool of threads that run one job at a time, phase by phase.
 //
-// A job is a list of phases, a phase a number of pieces. All pieces of a phase are done before the
-// next phase begins. Which thread computes a piece is left to chance, what a piece computes is not:
-// so results do not depend on the number of threads, and a core that is busy elsewhere costs one
-// piece, not a barrier.
+// A job is a list of phases, and a phase is a number of pieces. All pieces of a phase are done
+// before the next phase begins. Chance decides which thread computes a piece, but not what the
+// piece computes. Results therefore do not depend on the number of threads. A core that is busy
+// elsewhere delays a phase by one piece, not by a whole thread's share.
 //
-// Protocol. Every thread has a share of a phase's pieces, a range in one word. A thread claims a
-// piece from its own share's beginning, or, where that is empty, from another's end, with
-// compare-and-swap. Shares are neighbouring pieces, or dealt out in turn where pieces become
-// lighter: then all threads come to the lightest last, and none waits long. Only a thread that
-// holds a piece, or has not published one, touches the job: neither phase nor job can end before.
-// A thread counts its pieces by itself and publishes the count once it finds no more: a counter
-// that all threads write for every piece would travel between their caches each time. The thread
-// whose count completes a phase opens the next phase. No thread waits for another to arrive.
+// Protocol. Each thread has a share of a phase's pieces: a range, packed into one word. A thread
+// claims a piece by compare-and-swap. It takes the first piece of its own share or, if that is
+// empty, the last piece of another thread's share. Shares are neighbouring pieces. If pieces become
+// lighter towards the end, they are dealt out like cards instead: all threads then reach the
+// lightest pieces last, and none waits long.
+//
+// A thread touches the job only while it holds a piece or has finished pieces that it has not yet
+// published. Neither the phase nor the job can end before it publishes them. Each thread counts its
+// finished pieces itself and publishes the count once it finds no more pieces. A counter that all
+// threads write for every piece would travel between their caches each time. The thread whose count
+// completes a phase opens the next phase. No thread waits for another to arrive.
 #pragma once
 
 #include <atomic>
@@ -24,7 +27,7 @@
 
 namespace hybrid {
 
-// Memory that a thread will read before long.
+// Memory that a thread will read soon.
 struct Ahead {
   const uint8_t* begin = nullptr;
   const uint8_t* end = nullptr;
@@ -35,15 +38,15 @@ struct Job {
   int32_t n_phases;
   int32_t (*n_pieces)(void* context, int32_t phase);  // 0: the phase is skipped
   bool (*is_dealt)(void* context, int32_t phase);
-  // What a thread will read first after `phase`: it prefetches that while it waits for the others.
+  // What a thread will read first after `phase`. It prefetches this while it waits for the others.
   Ahead (*ahead)(void* context, int32_t phase, int32_t thread, int32_t n_threads);
   void (*run_piece)(void* context, int32_t phase, int32_t piece, int32_t thread);  // must not throw
 };
 
 class ThreadPool {
  public:
-  // Must be destroyed, and run, in the process that made it: a forked child has no workers.
-  // `n_threads` counts the calling thread: 1 starts none. Throws std::system_error if a thread
+  // The pool must run and be destroyed in the process that made it: a forked child has no workers.
+  // `n_threads` counts the calling thread; 1 starts no worker. Throws std::system_error if a thread
   // cannot start.
   explicit ThreadPool(int32_t n_threads);
   ~ThreadPool();
@@ -53,39 +56,42 @@ class ThreadPool {
   int process_id() const { return process_id_; }
   int32_t n_threads() const { return static_cast<int32_t>(workers_.size()) + 1; }
 
-  // Between the two calls workers do not park: jobs follow one another, with short waits for
-  // another device. Workers that find nothing for some milliseconds park all the same.
+  // Between the two calls workers do not park, since jobs follow one another with short waits for
+  // another device. A worker that finds nothing for some milliseconds parks nevertheless.
   void StayAwake() { n_awake_.fetch_add(1); }
   void MayPark() { n_awake_.fetch_sub(1); }
 
-  // Runs the job to its end; the calling thread works too, as thread 0. Calls from several threads
-  // queue up.
+  // Runs the job to its end. The calling thread works too, as thread 0. Calls from several threads
+  // run one after the other.
   void Run(const Job& job);
 
  private:
   void Work(int32_t thread);
-  // Runs a piece, or publishes those that were run. Returns false where there is neither.
+  // Runs a piece, or publishes the pieces that were run. Returns false if there is neither.
   bool RunOnePiece(int32_t thread);
   void WaitAMoment(int32_t thread);
   void OpenPhase(int32_t phase);
   void Stop();
 
-  // A thread's share of a phase: pieces [first, end), packed so that one exchange takes one; where
-  // pieces are dealt, index i of thread t's share is piece t + i * n_threads. A claim that succeeds
-  // is one of the phase that is open, since the phase cannot end without that piece.
-  // With the phase beside them, which is written before the range and read after a claim: a thread
-  // then begins a phase with one cache line from the thread that opened it.
+  // A thread's share of a phase: pieces [first, end), packed so that one exchange claims one piece.
+  // If pieces are dealt, index i of thread t's share is piece t + i * n_threads. A successful claim
+  // always belongs to the open phase, since that phase cannot end without the claimed piece.
+  //
+  // The phase is stored beside the range, is written before the range and is read after a claim. A
+  // thread therefore begins a phase with one cache line from the thread that opened it.
   struct alignas(64) Share {
     std::atomic<uint64_t> range{0};  // first | end << 32
     int32_t phase = 0;
     int32_t n_pieces = 0;  // of the phase
     bool is_dealt = false;
-    // Takes the first piece, or for another thread the last. Returns -1 where there is none.
+    // Claims the first piece, or the last one if the claim is for another thread. Returns -1 if the
+    // share is empty.
     int32_t Take(bool from_end);
   };
 
   std::mutex run_mutex_;  // one job at a time
-  // Pieces of the open phase that a thread has done and not published; its own.
+  // What a thread keeps for itself: the pieces of the open phase that it has done but not
+  // published.
   struct alignas(64) Done {
     int32_t n = 0;
     int32_t phase = 0, n_pieces = 0;  // of the phase
@@ -104,10 +110,10 @@ class ThreadPool {
   std::atomic<int32_t> n_awake_{0};
   std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;
-  const int process_id_;  // workers exist in the process that started them, not in forked children
+  const int process_id_;  // workers exist only in the process that started them
 };
 
-// Keeps a pool's workers awake while it lives.
+// Keeps a pool's workers awake for the lifetime of this object.
 class AwakePool {
  public:
   explicit AwakePool(ThreadPool& pool) : pool_(pool) { pool.StayAwake(); }

@@ -1,4 +1,4 @@
-"""hybrid: runs ReLU-sparse language models fast on ordinary PCs.
+"""hybrid runs ReLU-sparse language models fast on ordinary PCs.
 
 import hybrid
 

@@ -1,4 +1,7 @@
-"""The commands: `python -m hybrid COMMAND`, or `hybrid COMMAND`; without one, their list."""
+"""The `hybrid` command: `hybrid COMMAND`, or `python -m hybrid COMMAND`.
+
+Without a command it lists the commands.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,30 @@ import sys
 from hybrid import __version__
 
 COMMANDS = {
-    "run": "write text: one answer, a chat, or a text that you and the model write together",
-    "selfcheck": "check that a model computes what it should on this machine",
-    "setup": "make a model faster on this machine, once: record, pack, train a predictor, plan",
-    "plan": "decide what goes to a GPU, and say what that is worth",
-    "bench": "measure load, prefill and decode against this machine's memory bandwidth",
-    "eval": "measure perplexity, or the accuracy on multiple-choice questions",
+    "run": "generate text: one answer, a chat, or a text that you and the model write together",
+    "selfcheck": "check that a model computes correct results on this machine",
+    "setup": "prepare a model once, so that it runs faster on this machine",
+    "plan": "decide which part of a model goes on the GPU, and predict the speed",
+    "bench": "measure how fast a model loads, prefills and decodes on this machine",
+    "eval": "measure a model's perplexity, or its accuracy on multiple-choice questions",
 }
 OTHERS = {
     "profiler.record": "record which neurons fire",
-    "profiler.report": "show a recording: a table and plots",
-    "profiler.sparsity": "measure how many neurons fire on a text",
+    "profiler.report": "show a recording as a table and plots",
+    "profiler.sparsity": "measure the share of inactive neurons on a text",
     "predictors.train": "train a predictor on a recorded trace",
 }
 
 
 def usage() -> str:
     lines = [
-        f"hybrid {__version__}: runs ReLU-sparse language models fast on ordinary PCs",
+        f"hybrid {__version__} runs ReLU-sparse language models fast on ordinary PCs.",
         "",
         "usage: hybrid COMMAND [OPTIONS]        (or: python -m hybrid.COMMAND [OPTIONS])",
         "",
         *(f"  {name:10} {what}" for name, what in COMMANDS.items()),
         "",
-        "`hybrid COMMAND --help` shows a command's options. Tools beside it:",
+        "Run `hybrid COMMAND --help` for the options of a command. Further tools:",
         "",
         *(f"  python -m {name:17} {what}" for name, what in OTHERS.items()),
     ]
@@ -49,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
-        print(f"hybrid: no command {given[0]!r}; the commands are {known}", file=sys.stderr)
+        print(f"hybrid: unknown command {given[0]!r}; expected one of {known}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"hybrid.{given[0]}")
     return int(command.main(given[1:]))

@@ -1,13 +1,13 @@
-"""Measure a model's speed on this machine, against the machine's own memory bandwidth.
+"""Measure how fast a model loads, prefills and decodes, relative to the memory bandwidth.
 
     python -m hybrid.bench -m MiniCPM-S-1B --quant q4
     python -m hybrid.bench -m synthetic:MiniCPM-S-1B        # random weights of the same shape
     python -m hybrid.bench -m MiniCPM-S-1B --stages         # where a token's time goes
 
-Decoding is fed seeded random token ids, so that every run does the same work. Bytes are those that
-the native program counted while it read them. The bandwidth is measured in the same run, before,
-between and after, with the same threads; shares are of what was measured around each run. GB are
-1e9 bytes. The last line is one JSON object; its fractions are not percent.
+All runs decode the same random token ids, so they do the same work. The native program counts the
+bytes that it reads. The bandwidth is measured with the same threads before, between and after the
+runs. The share of a run refers to the measurements directly before and after it. One GB is 1e9
+bytes. The last line is one JSON object, in which shares are fractions, not percentages.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ SHORT_CONTEXT = 16
 class DecodeResult:
     """Repeated decoding of the same tokens from the same position."""
 
-    context: int  # tokens before the first
-    tps: list[float]
+    context: int  # tokens before the first decoded one
+    tps: list[float]  # tokens per second of each run
     bytes_per_token: float
     active_fraction: float
-    predicted_fraction: float  # of the gates: what is computed of them
-    shortlisted: float  # rows of a previewed head that a token has computed in full
+    predicted_fraction: float  # share of the gates that is computed
+    shortlisted: float  # rows of a previewed head that are computed in full, per token
 
     @property
     def median_tps(self) -> float:
@@ -61,8 +61,10 @@ class DecodeResult:
         return self.bytes_per_token * self.median_tps / 1e9
 
     def share_of(self, streams: list[float]) -> float:
-        """Median over the runs of the share of the bandwidth measured around each, the better of
-        before and after: a machine's level may change within a run of the program.
+        """Return the median share of the bandwidth over all runs.
+
+        A run is compared with the better of the two measurements before and after it. The bandwidth
+        of a machine may change while the program runs.
         """
         around = [max(pair) for pair in itertools.pairwise(streams)]
         return statistics.median(
@@ -82,14 +84,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_model_options(parser)
     add_predictor_options(parser)
     add_device_options(parser)
-    add("--profile", default="auto", metavar="{auto,none,FILE}", help="the neurons' order (auto)")
-    add("-n", "--tokens", type=int, default=128, help="tokens decoded in each run (128)")
-    add("--runs", type=int, default=5, help="runs of everything; medians are reported (5)")
-    add("--long-context", type=int, default=1024, help="tokens before the long decode (1024)")
-    add("--seed", type=int, default=0, help="of the token ids (0)")
-    add("--stages", action="store_true", help="also measure each part of a decoded token")
-    add("--mlock", action="store_true", help="keep the weights from leaving memory")
-    add("--mmap", action=argparse.BooleanOptionalAction, help="map the weights (as memory allows)")
+    add(
+        "--profile",
+        default="auto",
+        metavar="{auto,none,FILE}",
+        help="activation profile that sorts the neurons (default: auto)",
+    )
+    add("-n", "--tokens", type=int, default=128, help="tokens to decode in each run (default: 128)")
+    add("--runs", type=int, default=5, help="number of runs; medians are reported (default: 5)")
+    add(
+        "--long-context",
+        type=int,
+        default=1024,
+        help="tokens in the context of the long decode (default: 1024)",
+    )
+    add("--seed", type=int, default=0, help="seed of the random token ids (default: 0)")
+    add("--stages", action="store_true", help="also measure each stage of a decoded token")
+    add("--mlock", action="store_true", help="lock the weights in memory")
+    add(
+        "--mmap",
+        action=argparse.BooleanOptionalAction,
+        help="map the weights from disk (default: only if they do not fit in memory)",
+    )
     args = parser.parse_args(arguments)
     for name in ("tokens", "runs", "long_context"):
         if getattr(args, name) < 1:
@@ -100,7 +116,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure_prefill(engine: Engine, ids: np.ndarray, n_runs: int) -> list[float]:
-    """Tokens per second of each run."""
+    """Return the tokens per second of each run."""
     rates = []
     with engine.open_session() as session:
         for _ in range(n_runs):
@@ -112,7 +128,7 @@ def measure_prefill(engine: Engine, ids: np.ndarray, n_runs: int) -> list[float]
 
 
 class DecodeBench:
-    """Decodes the same tokens again and again, each time from the end of the same context."""
+    """Decodes the same tokens in every run, each time from the end of the same context."""
 
     def __init__(
         self,
@@ -129,7 +145,7 @@ class DecodeBench:
         self.tps: list[float] = []
         self.n_bytes = self.n_active = self.n_gates = self.n_shortlisted = 0
         self.dense = dense
-        for token in ids[:8].tolist():  # the first tokens find cold caches and pages
+        for token in ids[:8].tolist():  # warm-up: the first tokens meet cold caches and pages
             self.session.decode(token)
 
     def run(self) -> None:
@@ -156,7 +172,7 @@ class DecodeBench:
             n_gates=None if self.dense else self.n_gates,
             n_shortlisted=self.n_shortlisted,
         )
-        if not self.engine.plan.uses_gpu:  # what a GPU reads is not counted
+        if not self.engine.plan.uses_gpu:  # bytes that a GPU reads are not counted
             assert self.n_bytes == expected, f"{self.n_bytes} bytes counted, {expected} expected"
         self.session.close()
         return DecodeResult(
@@ -170,7 +186,7 @@ class DecodeBench:
 
 
 def bench(args: argparse.Namespace) -> int:
-    check_options(threads=args.threads)  # before a model is fetched for it
+    check_options(threads=args.threads)  # before a model is downloaded
     profile = args.profile if args.profile in ("auto", "none") else Path(args.profile)
     with open_engine(args, mmap=args.mmap, mlock=args.mlock, profile=profile) as (engine, _):
         report(args, engine)
@@ -186,8 +202,8 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
     n_context, n = engine.n_context, args.tokens
     if n_context < SHORT_CONTEXT + n:
         raise InvalidOption(
-            f"--tokens {n}: expected at most {n_context - SHORT_CONTEXT}, the context less "
-            f"{SHORT_CONTEXT}"
+            f"--tokens {n}: expected at most {n_context - SHORT_CONTEXT}, which is the context "
+            f"size minus {SHORT_CONTEXT}"
         )
     ids = np.random.default_rng(args.seed).integers(0, engine.config.vocab_size, n_context)
     stats = engine.stats
@@ -216,7 +232,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         return DecodeBench(engine, ids[:context], decoded, dense=dense, timed=timed)
 
     staged: dict[str, DecodeBench] = {}
-    if engine.plan.uses_gpu:  # one session at a time: a budget may have room for no more
+    if engine.plan.uses_gpu:  # one session at a time: the budget may not have room for two
         results = []
         for _, context, is_dense in runs:
             decode = bench_of(context, dense=is_dense)
@@ -229,7 +245,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         if args.stages:
             staged["stages"] = bench_of(SHORT_CONTEXT, timed=True)
             staged["long_stages"] = bench_of(long_context, timed=True)
-        for _ in range(args.runs):  # in turns: the machine's level drifts
+        for _ in range(args.runs):  # alternate, because the machine's speed drifts
             for decode in (*benches, *staged.values()):
                 decode.run()
             streams.append(engine.measure_stream_gbs())
@@ -250,11 +266,11 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
     )
     if stolen_share > 0.01:
         print(
-            f"           a hypervisor took {stolen_share:.1%} of the threads' time: speeds are too "
-            "low by about as much"
+            f"           a hypervisor took {stolen_share:.1%} of the threads' time, so speeds are "
+            "too low by about as much"
         )
     copying = (
-        f", {copying_s:.2f} s more until the weights lay in memory" if copying_s > 0.01 else ""
+        f", {copying_s:.2f} s more until the weights were in memory" if copying_s > 0.01 else ""
     )
     print(f"load       {stats.load_s:.2f} s{copying}; resident {rss / 1e6:.0f} MB")
     if engine.plan.uses_gpu:
@@ -263,8 +279,8 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         print(
             f"predictor  recall {prediction.recall:g}: {short.predicted_fraction:.1%} of the gates "
             f"computed; {prediction.n_predicted_layers} of {engine.config.n_layers} layers, "
-            f"{prediction.bytes_per_token / 1e6:.1f} MB/token of its own; it may miss neurons: "
-            "hybrid.eval perplexity --predictor shows what that costs"
+            f"{prediction.bytes_per_token / 1e6:.1f} MB/token for the predictor; it may miss "
+            "neurons: measure what that costs with hybrid.eval perplexity --predictor"
         )
         if engine.previews_head:
             in_full = short.shortlisted / engine.config.vocab_size
@@ -280,7 +296,9 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         widths = (26, 10, 7, 14)
         print(f"{name:28}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=False)))
     if engine.fits_in_cache:
-        print("the weights are under four times the last-level cache: bandwidth is not their limit")
+        print(
+            "the weights are under four times the last-level cache: bandwidth does not limit them"
+        )
     has_mbu = not (engine.fits_in_cache or engine.plan.uses_gpu)
     mbu = round(short.share_of(streams), 4) if has_mbu else None
     summary = {
@@ -316,8 +334,10 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
 
 
 def stage_table(engine: Engine, staged: DecodeBench, stream: float) -> dict[str, dict[str, float]]:
-    """Prints where the last run's time went; returns it by stage. `ms` are of a token and sum up to
-    its time: what threads do at once counts by its share of them.
+    """Print how long each stage of a token took in the last run, and return it by stage.
+
+    `ms` is milliseconds per token. The stages add up to the token's time, because the threads' time
+    in a stage is divided by the number of threads.
     """
     session, n = staged.session, staged.ids.size
     n_bytes = session.decode_bytes
@@ -337,12 +357,12 @@ def stage_table(engine: Engine, staged: DecodeBench, stream: float) -> dict[str,
             row += f"{megabytes:>10.1f}{gbs:>7.1f}{share:>14}"
         print(row)
         stages[name] = {"ms": round(time_ms, 4), "bytes": round(megabytes * 1e6)}
-    print(f"with these clocks: {statistics.median(staged.tps):.1f} tok/s")
+    print(f"speed while stages are timed: {statistics.median(staged.tps):.1f} tok/s")
     return stages
 
 
 def sampling_ms(engine: Engine, session: Session, n_runs: int = 50) -> float:
-    """Of one token with the model's own sampling parameters; median."""
+    """Return the median milliseconds to sample one token with the model's sampling parameters."""
     sampler = Sampler(engine.default_sampling)
     times = []
     for _ in range(n_runs):
@@ -353,7 +373,7 @@ def sampling_ms(engine: Engine, session: Session, n_runs: int = 50) -> float:
 
 
 def spread(rates: list[float]) -> str:
-    """Median [least - largest]."""
+    """Format rates as "median [least - largest]"."""
     return f"{statistics.median(rates):.1f} [{min(rates):.1f} - {max(rates):.1f}]"
 
 

@@ -1,13 +1,16 @@
-"""How good is a model?
+"""Measure a model's perplexity on a text, or its accuracy on multiple-choice questions.
 
     python -m hybrid.eval perplexity -m stories --text stories.txt
     python -m hybrid.eval choices -m MiniCPM-S-1B --file hellaswag_val.jsonl
 
-perplexity: the text is read in windows; each begins `--stride` tokens after the one before, and
-what a window repeats is context that is not counted again. Every token but the first of all is
-predicted once. choices: multiple-choice questions as HellaSwag, PIQA and ARC are published, scored
-as lm-evaluation-harness does. `--quant fp32` takes the oracle in NumPy, to compare with other
-implementations: slow.
+perplexity reads the text in windows. Each window begins --stride tokens after the one before.
+Tokens that a window repeats are only context and are not counted again, so every token of the text
+except the first is predicted once.
+
+choices reads multiple-choice questions in the forms in which HellaSwag, PIQA and ARC are published.
+It scores them as lm-evaluation-harness does.
+
+--quant fp32 uses the NumPy oracle, to compare with other implementations. It is slow.
 """
 
 from __future__ import annotations
@@ -48,28 +51,49 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    perplexity = commands.add_parser("perplexity", help="of a model on a text", allow_abbrev=False)
-    choices = commands.add_parser("choices", help="accuracy on questions", allow_abbrev=False)
+    about = "measure a model's perplexity on a text"
+    perplexity = commands.add_parser(
+        "perplexity", help=about, description=f"{about.capitalize()}.", allow_abbrev=False
+    )
+    about = "measure a model's accuracy on multiple-choice questions"
+    choices = commands.add_parser(
+        "choices", help=about, description=f"{about.capitalize()}.", allow_abbrev=False
+    )
     for command in (perplexity, choices):
         add_model_options(command, quants=("q8", "q4", "bf16", "fp32"))
         add_predictor_options(command)
         add_device_options(command)
-        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object and nothing else"
+        )
     add = perplexity.add_argument
-    add("--text", type=Path, required=True, help="a UTF-8 text file")
-    add("--window", type=int, help="tokens that are seen at once, at most (the context)")
-    add("--stride", type=int, help="tokens from one window to the next (half a window)")
+    add("--text", type=Path, required=True, help="UTF-8 text file to measure on")
+    add("--window", type=int, help="maximum tokens in a window (default: the context size)")
+    add(
+        "--stride",
+        type=int,
+        help="tokens from the start of one window to the next (default: half a window)",
+    )
     add = choices.add_argument
-    add("--file", type=Path, required=True, help="questions, one JSON object a line")
+    add("--file", type=Path, required=True, help="file of questions, one JSON object per line")
     forms = ("auto", "hellaswag", "piqa", "arc", "plain")
-    add("--form", choices=forms, default="auto", help="of the file (by its fields)")
-    add("--labels", type=Path, help="answers, one a line, where they are apart (PIQA)")
-    add("--limit", type=int, help="the first questions only")
+    add(
+        "--form",
+        choices=forms,
+        default="auto",
+        help="form of the questions; auto tells it from the fields (default: auto)",
+    )
+    add(
+        "--labels",
+        type=Path,
+        help="separate file of answers, one per line, as PIQA has it (default: none)",
+    )
+    add("--limit", type=int, help="use only this many questions from the start (default: all)")
     args = parser.parse_args(arguments)
     if args.quant == "fp32" and args.predictor != "exact":
-        parser.error("--quant fp32 is exact: it takes no --predictor")
+        parser.error("--quant fp32 computes every gate: it takes no --predictor")
     if args.quant == "fp32" and (args.vram_budget or args.plan or args.device == "cuda"):
-        parser.error("--quant fp32 is computed on the CPU: it takes no --device cuda and no plan")
+        parser.error("--quant fp32 runs on the CPU: it takes no --device cuda and no plan")
     if args.command == "choices" and args.limit is not None and args.limit < 1:
         parser.error("--limit: expected 1 or more")
     return args
@@ -77,7 +101,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Progress]]:
-    """The native engine, or the oracle."""
+    """Open the native engine, or the oracle for --quant fp32."""
     if args.quant != "fp32":
         with open_engine(args) as (engine, progress):
             for notice in engine.notices:

@@ -1,12 +1,12 @@
-"""Plan which part of a model goes to a GPU, and see what that is worth.
+"""Decide which part of a model goes on the GPU, and predict the speed of each alternative.
 
     python -m hybrid.plan -m MiniCPM-S-1B --vram-budget 1GiB --explain
     python -m hybrid.plan -m MiniCPM-S-1B --vram-budget 1GiB --hardware ddr4-rtx3050 --plot tps.png
 
-Measures this machine once (some seconds), solves for the plan of least predicted time within the
-budget, and shows every alternative. --hardware takes a JSON file with fields that replace measured
-ones (docs/formats.md), or a modelled machine's name: its figures are then predictions, not
-measurements.
+The command measures this machine once, which takes some seconds. It then solves for the plan with
+the least predicted time within the VRAM budget, and shows every alternative. --hardware takes a
+JSON file whose fields replace measured ones (docs/formats.md), or the name of a modelled machine.
+Its figures are then predictions, not measurements.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hybrid.placement.plan import LayerPlacement, PlacementPlan, whole_plan
 from hybrid.placement.solver import Alternative, alternatives
 from hybrid.placement.time_model import TimeModel
 
-WORTH = 1.05  # hybrid over whole layers: less is said not to be worth it
+WORTH = 1.05  # a smaller speed-up is reported as not worth it
 PLOT_POINTS = 13
 
 
@@ -56,18 +56,39 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_model_options(parser)
     add = parser.add_argument
-    add("-c", "--ctx-size", type=int, help="context in tokens (4096, or the model's maximum)")
+    add(
+        "-c",
+        "--ctx-size",
+        type=int,
+        help="context size in tokens (default: 4096, or the model's maximum if that is less)",
+    )
     add(
         "--vram-budget",
         type=byte_size,
         metavar="SIZE",
-        help="VRAM that the process may take, such as 1GiB (all that is free)",
+        help="VRAM that the process may use, such as 1GiB (default: all that is free)",
     )
-    add("--hardware", metavar="FILE|NAME", help="another machine than this one")
-    add("--explain", action="store_true", help="what goes where, and why")
-    add("--save", type=Path, metavar="FILE", help="write the plan: hybrid.run --plan FILE")
-    add("--plot", type=Path, metavar="PNG", help="predicted speed against the budget")
-    add("--json", action="store_true", help="one JSON object")
+    add(
+        "--hardware",
+        metavar="FILE|NAME",
+        help="plan for the machine of this JSON file or name (default: this machine)",
+    )
+    add(
+        "--explain", action="store_true", help="also print what goes where, layer by layer, and why"
+    )
+    add(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="write the plan to this file, for hybrid.run --plan FILE (default: none)",
+    )
+    add(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="plot the predicted speed against the VRAM budget into this file (default: none)",
+    )
+    add("--json", action="store_true", help="print one JSON object and nothing else")
     return parser.parse_args(arguments)
 
 
@@ -107,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_machine(args: argparse.Namespace, spec: ModelSpec) -> tuple[Machine, tuple[str, ...]]:
-    """The machine to plan for, and notices."""
+    """Return the machine to plan for, and notices."""
     name = args.hardware
     if name in MODELLED:
         machine = MODELLED[name]()
@@ -124,23 +145,24 @@ def find_machine(args: argparse.Namespace, spec: ModelSpec) -> tuple[Machine, tu
 
 
 def print_plan(machine: Machine, plan: PlacementPlan, candidates: list[Alternative]) -> None:
-    """The machine, the budget, and every way to run the model."""
+    """Print the machine, the budget, and the predicted speed of every alternative."""
     cpu, gpu = machine.cpu, machine.gpu
     print(
         f"CPU     {machine.name}: {machine.n_threads} threads, streams {cpu.stream_gbs:.1f} GB/s, "
-        f"gathers {cpu.gather_gbs:.1f}, {cpu.layer_us:.0f} µs a layer besides"
+        f"gathers {cpu.gather_gbs:.1f} GB/s; {cpu.layer_us:.0f} µs more per layer"
     )
     if gpu is None:
         print("GPU     none")
     else:
         print(
-            f"GPU     {gpu.name}: reads {gpu.stream_gbs:.0f} GB/s, skipping {gpu.gather_gbs:.0f}; "
-            f"{gpu.node_us:.1f} µs a kernel, {gpu.hand_off_us:.1f} µs a hand-off ({gpu.mechanism})"
+            f"GPU     {gpu.name}: streams {gpu.stream_gbs:.0f} GB/s, gathers {gpu.gather_gbs:.0f} "
+            f"GB/s; {gpu.node_us:.1f} µs per kernel, {gpu.hand_off_us:.1f} µs per hand-off "
+            f"({gpu.mechanism})"
         )
         print(
             f"budget  {plan.vram_budget / 2**20:.0f} MiB, of which CUDA takes "
             f"{(plan.context_bytes - plan.torch_bytes) / 2**20:.0f} and torch "
-            f"{plan.torch_bytes / 2**20:.0f}; KV cache for {plan.n_context} tokens"
+            f"{plan.torch_bytes / 2**20:.0f}; the KV cache holds {plan.n_context} tokens"
         )
     print(f"\n{'predicted':16}{'tok/s':>8}{'VRAM MiB':>10}")
     fastest = min(candidates, key=lambda way: way.seconds)
@@ -151,28 +173,33 @@ def print_plan(machine: Machine, plan: PlacementPlan, candidates: list[Alternati
 
 
 def verdict(candidates: list[Alternative]) -> str:
-    """In plain words: is splitting layers worth it?"""
+    """Say in plain words whether splitting layers is worth it."""
     by_name = {way.name: way.seconds for way in candidates}
     if len(candidates) == 1:
-        return "There is no GPU, or no room on it: the CPU computes everything."
+        return "There is no GPU, or it has no room: the CPU computes everything."
     best_other = min(seconds for name, seconds in by_name.items() if name != "hybrid")
     other = min((name for name in by_name if name != "hybrid"), key=lambda n: by_name[n])
     over_cpu = by_name["CPU only"] / min(by_name.values())
     if "hybrid" not in by_name:
-        return f"Nothing can be split within this budget: {other}, {over_cpu:.2f}x CPU only."
+        return (
+            f"No layer can be split within this budget. The best alternative is {other}, "
+            f"{over_cpu:.2f}x as fast as CPU only."
+        )
     gain = best_other / by_name["hybrid"]
     if over_cpu < WORTH:
         return "A GPU is not worth it here: the CPU alone is as fast."
     if gain < WORTH:
         return (
-            f"Splitting layers is not worth it here: {gain:.2f}x {other}. Over the CPU alone "
-            f"this plan is {over_cpu:.2f}x."
+            f"Splitting layers is not worth it here: it is {gain:.2f}x as fast as {other}. "
+            f"This plan is {over_cpu:.2f}x as fast as CPU only."
         )
-    return f"Hybrid is worth it: {gain:.2f}x {other}, {over_cpu:.2f}x CPU only."
+    return (
+        f"Hybrid is worth it: {gain:.2f}x as fast as {other}, {over_cpu:.2f}x as fast as CPU only."
+    )
 
 
 def print_layers(model: TimeModel, plan: PlacementPlan) -> None:
-    """What goes where, and what each layer's time consists of."""
+    """Print what is on the GPU, and what each layer's time consists of."""
     print(f"\n{'layers':10}{'what is on the GPU':50}{'GPU µs':>8}{'CPU µs':>8}{'both µs':>9}")
     for layers, placement in runs(plan):
         times = [model.layer(layer, placement) for layer in layers]
@@ -193,14 +220,14 @@ def print_layers(model: TimeModel, plan: PlacementPlan) -> None:
     where = "all of it" if plan.is_head_on_gpu else "nothing"
     print(f"{'head':10}{where:50}{'':16}{head:>9.0f}")
     print(
-        "\nA split layer takes as long as the slower of both. The head and attention come first: "
-        "every token reads them whole.\nHot neurons come first among the rest: their rows are read "
-        "most often per byte that they take."
+        "\nA split layer takes as long as the slower device. The head and attention go on the GPU "
+        "first, because every token reads all of them.\nHot neurons come next, because their rows "
+        "are read most often per byte of VRAM."
     )
 
 
 def runs(plan: PlacementPlan) -> Iterator[tuple[list[int], LayerPlacement]]:
-    """Neighbouring layers that are placed alike."""
+    """Yield groups of neighbouring layers that have the same placement."""
     for placement, group in groupby(range(len(plan.layers)), key=lambda i: plan.layers[i]):
         yield list(group), placement
 
@@ -234,7 +261,11 @@ def as_json(machine: Machine, plan: PlacementPlan, candidates: list[Alternative]
 
 
 def plot(path: Path, machine: Machine, spec: ModelSpec) -> None:
-    """Predicted tok/s of each way against the budget, up to the whole model."""
+    """Plot the predicted tok/s of each alternative against the budget, up to the whole model.
+
+    Raises MissingPackage without matplotlib, and InvalidOption if there is no GPU or the file
+    cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -242,7 +273,7 @@ def plot(path: Path, machine: Machine, spec: ModelSpec) -> None:
             "--plot needs matplotlib: pip install 'hybrid-inference[train]'"
         ) from None
     if machine.gpu is None:
-        raise InvalidOption("--plot: there is no GPU; name one with --hardware")
+        raise InvalidOption("--plot: this machine has no GPU; name one with --hardware")
     model = spec.time_model(machine)
     needed = model.sizes.plan(whole_plan(spec.cpu_plan())) + (8 << 20)
     curves: dict[str, list[tuple[float, float]]] = {}

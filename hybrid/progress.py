@@ -1,6 +1,6 @@
-"""Progress: how work that takes a while tells its caller how far it is.
+"""Progress: how long work reports to its caller how far it is.
 
-The library never prints: it calls what it was given, and front-ends draw the bar.
+The library never prints. It calls the function that the caller passed, and front-ends draw a bar.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called now and then, from one thread at a time."""
+    """A function that the library calls from time to time, from one thread at a time."""
 
     def __call__(self, task: str, done: int, total: int) -> None:
-        """`task` says what is being done, such as "packing to q4"; `done` of `total` bytes are.
-        Work that is not counted in bytes names its unit behind a comma: "recording, tokens".
+        """Report that `done` of `total` bytes of a task, such as "packing to q4", are done.
+
+        A task that does not count bytes names its unit after a comma: "recording, tokens".
         `total` may be an estimate that changes.
 
-        The first call of a task has `done` 0 or what an earlier run left, the last one has
+        In the first call of a task `done` is 0, or what an earlier run left. In the last call
         `done == total`.
         """
 
 
 def ignore_progress(task: str, done: int, total: int) -> None:
-    """The Progress of a caller that does not ask for any."""
+    """The Progress of a caller that wants no reports."""

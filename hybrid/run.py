@@ -5,9 +5,9 @@
     python -m hybrid.run -m MiniCPM-S-1B --chat
     python -m hybrid.run -m ./my-model -f prompt.txt --temp 0 --raw --json
 
-Text goes to standard output as it is written; everything else, the closing line with speeds
-included, to standard error. Exit code: 0 done, 1 a model or file could not be used, 2 a bad option,
-130 interrupted.
+The text goes to standard output while it is generated. Everything else, such as the closing line
+with speeds, goes to standard error. Exit codes: 0 success, 1 a model or file could not be used,
+2 a bad option, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MAX_PROMPT_BYTES = 4 << 20
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     names = "\n".join(f"  {entry.name:26} {entry.description}" for entry in catalog())
-    names += f"\n  {'synthetic:MiniCPM-S-1B':26} its shape, random weights: for speed only"
+    names += f"\n  {'synthetic:MiniCPM-S-1B':26} random weights in that shape, to measure speed"
     parser = ArgumentParser(
         prog="hybrid.run",
         description="Generate text with a ReLU-sparse language model.",
@@ -54,35 +54,99 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "-m", "--model", default="stories", help="a name below, a Hugging Face repo id, or a folder"
+        "-m",
+        "--model",
+        default="stories",
+        help="a name from the list below, a Hugging Face repo id, or a folder (default: stories)",
     )
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("-p", "--prompt", help="the prompt")
-    prompt.add_argument("-f", "--file", help="read the prompt from a file; - is standard input")
-    add("-i", "--interactive", action="store_true", help="go on with what you type, turn by turn")
-    add("--chat", action="store_true", help="chat; -i unless there is a prompt (needs a template)")
-    add("--system", help="what a chat begins with, before your first message")
-    add("-n", "--max-tokens", type=int, default=256, help="tokens to write at most (256)")
-    add("-t", "--threads", type=int, help="threads (the physical cores)")
-    add("-c", "--ctx-size", type=int, help="context in tokens (4096, or the model's maximum)")
-    add("--temp", type=float, help="temperature; 0 always takes the likeliest token (the model's)")
-    add("--top-k", type=int, help="sample from the k likeliest tokens; 0: all (the model's)")
-    add("--top-p", type=float, help="sample from the likeliest tokens of this mass (the model's)")
-    add("--min-p", type=float, help="drop tokens below this share of the likeliest (the model's)")
-    add("--repeat-penalty", type=float, default=1.0, help="make recent tokens less likely (1: off)")
-    add("--stop", action="append", default=[], help="end before this text; may be repeated")
-    add("--seed", type=int, help="repeat a run: the seed that the closing line names")
-    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (q8)")
+    prompt.add_argument("-p", "--prompt", help="the prompt (default: none)")
+    prompt.add_argument(
+        "-f", "--file", help="read the prompt from this file; - is standard input (default: none)"
+    )
+    add(
+        "-i",
+        "--interactive",
+        action="store_true",
+        help="read a line of input after each answer and continue with it",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="chat with the model; the same as -i unless there is a prompt (needs a template)",
+    )
+    add("--system", help="system message at the start of a chat (default: none)")
+    add(
+        "-n",
+        "--max-tokens",
+        type=int,
+        default=256,
+        help="maximum number of tokens to generate (default: 256)",
+    )
+    add("-t", "--threads", type=int, help="number of threads (default: the physical cores)")
+    add(
+        "-c",
+        "--ctx-size",
+        type=int,
+        help="context size in tokens (default: 4096, or the model's maximum if that is less)",
+    )
+    add(
+        "--temp",
+        type=float,
+        help="temperature; 0 always takes the likeliest token (default: the model's)",
+    )
+    add(
+        "--top-k",
+        type=int,
+        help="sample from the k likeliest tokens; 0 means all (default: the model's)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        help="sample from the fewest tokens that have this probability (default: the model's)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        help="drop tokens below this share of the likeliest token (default: the model's)",
+    )
+    add(
+        "--repeat-penalty",
+        type=float,
+        default=1.0,
+        help="make recent tokens less likely; 1 means off (default: 1)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        help="end before this text; may be repeated (default: none)",
+    )
+    add(
+        "--seed",
+        type=int,
+        help="random seed; the closing line names the one in use (default: random)",
+    )
+    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (default: q8)")
     add_predictor_options(parser)
     add_device_options(parser)
     add("--raw", action="store_true", help="do not apply the model's chat template")
-    add("--no-stream", action="store_true", help="show the text once it is whole")
-    add("--json", action="store_true", help="one JSON object instead of the text")
-    add("--logprobs", type=int, metavar="K", help="log-probability of each token, and K likeliest")
-    add("--mlock", action="store_true", help="keep the weights from leaving memory")
-    add("--mmap", action=argparse.BooleanOptionalAction, help="map the weights (as memory allows)")
+    add("--no-stream", action="store_true", help="print the text only when it is complete")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="print the log-probability of each token and the K likeliest tokens (default: off)",
+    )
+    add("--mlock", action="store_true", help="lock the weights in memory")
+    add(
+        "--mmap",
+        action=argparse.BooleanOptionalAction,
+        help="map the weights from disk (default: only if they do not fit in memory)",
+    )
     add("--offline", action="store_true", help="never use the network")
-    add("-v", "--verbose", action="store_true", help="say what is loaded and how it is run")
+    add("-v", "--verbose", action="store_true", help="print what is loaded and how it runs")
     args = parser.parse_args(arguments)
     args.interactive |= args.chat and args.prompt is None and args.file is None
     pairs = (
@@ -99,7 +163,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt's text; a file's one trailing newline is not part of it."""
+    """Return the prompt's text, without the one trailing newline of a file."""
     if args.file is None:
         return args.prompt or ""
     try:
@@ -112,8 +176,8 @@ def read_prompt(args: argparse.Namespace) -> str:
             data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         if len(data) > MAX_PROMPT_BYTES:
             raise InvalidOption(
-                f"--file {args.file}: expected at most {MAX_PROMPT_BYTES:,} bytes, found more: no "
-                "model here has such a context"
+                f"--file {args.file}: expected at most {MAX_PROMPT_BYTES:,} bytes, found more; no "
+                "model has such a long context"
             )
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
@@ -132,15 +196,16 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
         lines.append("this model's activation is SiLU: no neuron is ever zero, so none is skipped")
     elif engine.neuron_orders is None:
         lines.append(
-            f"python -m hybrid.setup -m {args.model} --quant {engine.quant}, once, packs its hot "
-            "neurons together and trains a predictor (--predictor auto): fewer bytes a token"
+            f"run python -m hybrid.setup -m {args.model} --quant {engine.quant} once: it packs the "
+            "hot neurons together and trains a predictor for --predictor auto, so that a token "
+            "reads fewer bytes"
         )
     if engine.plan.uses_gpu:
         lines.append(f"{engine.plan.summary()}, {engine.device_name}")
     if args.verbose:
         stats = engine.stats
         where = "mapped from disk" if stats.is_mapped else "in memory"
-        where = "moving into memory" if stats.is_copying else where
+        where = "being copied into memory" if stats.is_copying else where
         lines += [
             f"{engine.folder}: {config.family}, {config.n_layers} layers of {config.n_neurons} "
             f"neurons, hidden size {config.hidden_size}, {config.activation} "
@@ -154,7 +219,7 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What `Engine.generate` and `Engine.chat` take alike."""
+    """The options that `Engine.generate` and `Engine.chat` have in common."""
     return {
         "max_tokens": args.max_tokens,
         "temperature": args.temp,
@@ -179,11 +244,11 @@ def begin(engine: Engine, prompt: str, args: argparse.Namespace) -> Generation:
 
 
 def answer(engine: Engine, prompt: str, args: argparse.Namespace) -> int:
-    """One generation; returns the exit code."""
+    """Run one generation and return the exit code."""
     generation = begin(engine, prompt, args)
     is_completion = args.raw or not engine.tokenizer.has_chat_template
     if is_completion and not args.json:
-        write(prompt)  # a completion reads as one text
+        write(prompt)  # prompt and completion are one text
     with interrupts(generation):
         for piece in generation:
             if not (args.json or args.no_stream):
@@ -230,7 +295,7 @@ def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) ->
 
 def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
-    check_options(**options_of(args), threads=args.threads)  # before a model is fetched for them
+    check_options(**options_of(args), threads=args.threads)  # before a model is downloaded
     options = {"context_size": args.ctx_size, "mmap": args.mmap, "mlock": args.mlock}
     with open_engine(args, **options) as (engine, _):
         for line in notes(engine, args):
@@ -238,7 +303,7 @@ def run(args: argparse.Namespace) -> int:
         if (args.chat or args.system is not None) and not engine.tokenizer.has_chat_template:
             raise InvalidOption(
                 f"{'--chat' if args.chat else '--system'}: {args.model} has no chat template that "
-                "hybrid knows, it completes text: use -p, or -i to write on together"
+                "hybrid knows, so it can only complete text: use -p, or -i to continue it together"
             )
         if not args.interactive:
             return answer(engine, prompt, args)

@@ -1,13 +1,13 @@
-"""Check a model on this machine before trusting it: files, weights, kernels, sparsity, text.
+"""Check a model on this machine before you trust it: files, weights, kernels, sparsity, text.
 
     python -m hybrid.selfcheck -m MiniCPM-S-1B
     python -m hybrid.selfcheck -m ./my-model --quant q4 --json
     python -m hybrid.selfcheck --gpu -o checks.json
 
-Compares the engine with a plain NumPy computation over 64 positions; a model of 1 B parameters
-takes about a minute. --gpu checks and measures the GPU side instead, in under eight minutes, and
-writes one JSON file. Exit code: 0 all well (warnings included), 1 something failed, 2 a bad option,
-130 interrupted.
+The command compares the engine with a plain NumPy computation over 64 positions. A model of 1 B
+parameters takes about a minute. With --gpu it checks and measures the GPU instead, in under eight
+minutes, and writes one JSON file. Exit codes: 0 success (also with warnings), 1 a check failed,
+2 a bad option, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,16 +32,28 @@ WIDTH = 100
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="hybrid.selfcheck",
-        description="Check that a model computes what it should on this machine.",
+        description="Check that a model computes correct results on this machine.",
         allow_abbrev=False,
     )
     add_model_options(parser)
     add = parser.add_argument
-    add("--json", action="store_true", help="print one JSON object, nothing else")
-    add("--gpu", action="store_true", help="check and measure the GPU side instead")
-    add("-o", "--out", type=Path, default=Path("gpu_checks.json"), help="what --gpu writes")
-    add("--limit", type=float, default=480.0, metavar="S", help="seconds that --gpu may take")
-    add("--rehearse", action="store_true", help="try --gpu without a GPU, on a small model")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--gpu", action="store_true", help="check and measure the GPU instead of the model")
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("gpu_checks.json"),
+        help="file that --gpu writes (default: gpu_checks.json)",
+    )
+    add(
+        "--limit",
+        type=float,
+        default=480.0,
+        metavar="S",
+        help="maximum number of seconds for --gpu (default: 480)",
+    )
+    add("--rehearse", action="store_true", help="run the --gpu checks on the CPU, on a small model")
     return parser.parse_args(arguments)
 
 
@@ -60,7 +72,7 @@ def show(check: Check) -> None:
 
 
 def as_json(check: Check) -> dict[str, object]:
-    """JSON has no NaN: a figure that is none becomes null."""
+    """Return the check as a dict. Figures that are not finite become null: JSON has no NaN."""
     figures = {
         name: value if isinstance(value, str) or math.isfinite(value) else None
         for name, value in check.figures.items()
@@ -88,7 +100,7 @@ def run_gpu(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.gpu:
         return run_gpu(args)
-    check_options(threads=args.threads)  # before a model is fetched for it
+    check_options(threads=args.threads)  # before a model is downloaded
     checks = []
     with progress_bar() as progress:
         for check in check_model(
@@ -109,17 +121,17 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report | {"checks": [as_json(check) for check in checks]}))
     elif n_failed:
         print(
-            f"{n_failed} of {len(checks)} checks failed: do not trust what this model writes here."
+            f"{n_failed} of {len(checks)} checks failed: do not trust this model on this machine."
         )
     elif n_warnings:
         print(f"Nothing is broken; {n_warnings} of {len(checks)} checks have a warning.")
     else:
-        print(f"All {len(checks)} checks are well.")
+        print(f"All {len(checks)} checks passed.")
     if not args.json and not n_failed:
         print(
-            "Not checked: whether the weights are those that the authors meant, where no checksum"
+            "Not checked: whether the weights are the authors' own, unless a checksum or expected"
         )
-        print("or expected figure stands above; and speed, which hybrid.bench measures.")
+        print("figure is shown above; and the speed, which hybrid.bench measures.")
     return 1 if n_failed else 0
 
 

@@ -1,11 +1,12 @@
-"""Make a model ready on this machine, once: everything that makes it faster.
+"""Prepare a model once, so that it runs faster on this machine.
 
     python -m hybrid.setup -m MiniCPM-S-1B --quant q4
 
-Fetches the model, checks it, records which neurons fire (on texts that it writes itself, or on
---text), packs it with hot neurons first, trains a predictor (where torch is installed; else
-training-free kinds are tried), and plans what of it goes to the GPU, where there is one. What is
-done is kept under HYBRID_HOME and not done again; an interrupted setup goes on where it was.
+The command downloads the model and checks it. It records which neurons fire, on the files of --text
+or on texts that the model writes itself. It packs the model with hot neurons first, and trains a
+predictor. Without torch it tries only training-free kinds of predictor. If there is a GPU, it plans
+which part of the model goes there. Results are kept under HYBRID_HOME and are not made again. An
+interrupted setup continues where it stopped.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ from profiler.statistics import compiled_sums
 
 TRACE_BYTES = 2 << 30
 MEASURED_TOKENS = 64
-REPORT_TURNS = 3
+REPORT_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """What a setup makes, and where it works."""
+    """The files that a setup makes, and the folder that it works in."""
 
     profile: Path
     predictor: Path
@@ -82,20 +83,25 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="texts to watch it on",
+        help="text files to record on (default: texts that the model writes itself)",
     )
-    add("--separator", help="what stands between two documents of a text file")
-    add("--max-tokens", type=int, help="tokens of each text, at most")
-    add("--trace-budget", type=byte_size, default=TRACE_BYTES, help="bytes of the trace (2GiB)")
-    add("--no-predictor", action="store_true", help="no predictor")
+    add("--separator", help="text between two documents of a file (default: none)")
+    add("--max-tokens", type=int, help="maximum tokens to use of each text (default: all)")
+    add(
+        "--trace-budget",
+        type=byte_size,
+        default=TRACE_BYTES,
+        help="maximum size of the trace (default: 2GiB)",
+    )
+    add("--no-predictor", action="store_true", help="do not train a predictor")
     add(
         "--vram-budget",
-        dest="plan_budget",  # for the plan alone: what is watched is all where it can be observed
+        dest="plan_budget",  # for the plan only: recording runs on the CPU, which observes all
         type=byte_size,
         metavar="SIZE",
-        help="VRAM that hybrid may take, such as 1GiB (all that is free); 0: the CPU alone",
+        help="VRAM that hybrid may use, such as 1GiB; 0 means none (default: all that is free)",
     )
-    add("--redo", action="store_true", help="do again what was done before")
+    add("--redo", action="store_true", help="make everything again, even if it is there already")
     args = parser.parse_args(arguments)
     if args.max_tokens is not None and args.max_tokens < 1:
         parser.error("--max-tokens: expected 1 or more")
@@ -103,8 +109,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def needs_profile(args: argparse.Namespace, engine: Engine, paths: Paths) -> bool:
-    """Whether the model must be recorded: a profile of its own folder serves unless --text asks
-    for another one.
+    """Return whether the model must be recorded.
+
+    A profile in the model's folder is enough, unless --text requests another one.
     """
     is_shipped = engine.neuron_orders is not None and not args.text
     return not paths.profile.is_file() and not is_shipped
@@ -128,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
                 path.unlink(missing_ok=True)
             shutil.rmtree(paths.work, ignore_errors=True)
         if needs_profile(args, engine, paths):
-            compiled_sums()  # what is missing is said before anything takes long
+            compiled_sums()  # report a missing package before any long work
         announce(args, engine, paths, corpora)
     check(args)
     with open_engine(args) as (engine, progress):
@@ -148,12 +155,12 @@ def run(args: argparse.Namespace) -> int:
 def announce(
     args: argparse.Namespace, engine: Engine, paths: Paths, corpora: Sequence[Corpus]
 ) -> None:
-    """Says what will be done, and what time and room it will take."""
+    """Print what will be done, and how much time and disk space it will take."""
     steps, seconds, n_bytes = [], 0.0, engine.stats.weight_bytes
     rates = measure_rates(engine)
     n_texts = sum(map(len, PROMPTS.values()))
     n_tokens = n_texts * min(WRITTEN_TOKENS, engine.n_context // 2)
-    if corpora:  # four bytes a token, roughly
+    if corpora:  # a token has roughly four bytes
         n_tokens = sum(min(c.size // 4, args.max_tokens or c.size) for c in corpora)
     has_predictor = paths.predictor.is_file() or args.no_predictor
     if not paths.profile.is_file():
@@ -165,10 +172,10 @@ def announce(
         steps.append("predictor")
         config = engine.config
         work = config.n_layers * config.n_neurons * config.hidden_size * 1e-6
-        seconds += n_tokens / rates["prefill"] + work  # training: measured per weight
+        seconds += n_tokens / rates["prefill"] + work  # `work` is training: measured per weight
         n_bytes += args.trace_budget
     if not steps:
-        print("everything is there already; --redo does it again")
+        print("everything is there already; use --redo to make it again")
         return
     free = shutil.disk_usage(_existing(paths.work)).free
     print(
@@ -178,12 +185,12 @@ def announce(
     if n_bytes > free:
         raise InvalidOption(
             f"{hybrid_home()}: {free / 1e9:.1f} GB are free, {n_bytes / 1e9:.1f} GB are needed; "
-            "set HYBRID_HOME to a folder with room, or --trace-budget to less"
+            "set HYBRID_HOME to a folder with more room, or lower --trace-budget"
         )
 
 
 def measure_rates(engine: Engine) -> dict[str, float]:
-    """Tokens per second, of a short run."""
+    """Return the tokens per second of prefill and decode in a short run."""
     ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, MEASURED_TOKENS)
     with engine.open_session() as session:
         started = time.perf_counter()
@@ -248,7 +255,7 @@ def make_predictor(
             model=args.model, max_tokens=args.max_tokens, trace_bytes=args.trace_budget
         )
         texts = paths.work / "profile" / "texts"
-        if texts.is_dir() and not folder.exists():  # those that it wrote for the profile
+        if texts.is_dir() and not folder.exists():  # reuse the texts written for the profile
             shutil.copytree(texts, folder / "texts")
         record(engine, corpora, folder, options, progress)
     try:
@@ -265,8 +272,9 @@ def make_predictor(
 
 
 def make_plan(args: argparse.Namespace) -> bool:
-    """Solves for what goes to the GPU; `hybrid.run` then uses it by itself. Returns whether there
-    is such a plan.
+    """Solve for the plan of what goes on the GPU and save it. Return whether there is a plan.
+
+    `hybrid.run` uses the saved plan automatically.
     """
     with open_engine(args) as (engine, _):
         spec = engine.spec
@@ -274,7 +282,7 @@ def make_plan(args: argparse.Namespace) -> bool:
     path.unlink(missing_ok=True)
     machine, notices = machine_here(spec, hybrid_home())
     if machine.gpu is None or args.plan_budget == 0:
-        why = "as asked" if machine.gpu is not None else "; ".join(notices)
+        why = "as requested" if machine.gpu is not None else "; ".join(notices)
         print(f"plan       all on the CPU: {printable(why)}")
         return False
     plan, notices = solve_for(machine, spec, args.plan_budget)
@@ -290,8 +298,10 @@ def make_plan(args: argparse.Namespace) -> bool:
 
 
 def report(args: argparse.Namespace, *, has_plan: bool) -> None:
-    """What was made, and how fast a token is now: memory's speed changes by the second, and what
-    was just packed is still being written, so the ways take turns, and their medians count.
+    """Print what was made, and how fast decoding is now.
+
+    Memory bandwidth changes by the second, and the packed file is still being written to disk. So
+    the alternatives are measured one after the other in several rounds, and medians are printed.
     """
     kinds = ["exact"] if args.no_predictor else ["exact", "auto"]
     runs = {kind: (args, kind) for kind in kinds}
@@ -301,14 +311,14 @@ def report(args: argparse.Namespace, *, has_plan: bool) -> None:
         )
         runs[f"{kinds[-1]}, the plan"] = on_gpu, kinds[-1]
     rates: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(REPORT_TURNS):
+    for _ in range(REPORT_ROUNDS):
         for name, (options, kind) in runs.items():
             with open_engine(options, predictor=kind) as (engine, _):
                 engine.wait_for_weights()
                 rates[name].append(measure_rates(engine)["decode"])
                 prediction = engine.prediction
     if prediction is not None:
-        print("\nheld-out tokens; cost of finding the active neurons, against all gates:")
+        print("\non held-out tokens; cost of finding the active neurons, relative to all gates:")
         print(summary(load_predictor_file(prediction.path)) + "\n")
     for name, found in rates.items():
         print(f"--predictor {name:16} {spread(found):>24} tok/s")

@@ -1,12 +1,13 @@
-"""Which neurons will fire? A leaf package: it knows arrays, never imports hybrid.
+"""Predicts which neurons will fire. A leaf package: it handles arrays and never imports hybrid.
 
-The engine computes every gate exactly and skips what the gate says is zero. A predictor names the
-neurons that may fire, for less than all gate rows cost; the only error is one that it misses.
+Without a predictor the engine computes every gate exactly, and skips neurons whose gate is zero. A
+predictor names the neurons that may fire, and costs less than computing all gate rows. The only
+possible error is a neuron that it misses.
 
-trace.py        what the profiler recorded for training
-predictors.py   the kinds: low rank, sign; how good one is
-lowrank.py      training (torch)
-selection.py    the cheapest that reaches a recall, layer by layer
+trace.py        the profiler's recording, for training
+predictors.py   the kinds low rank and sign, and their quality
+lowrank.py      training of low-rank predictors (torch)
+selection.py    the cheapest predictor that reaches a recall, layer by layer
 file.py         a model's predictors in one file
 train.py, evaluate.py   the commands
 """

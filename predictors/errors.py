@@ -1,4 +1,4 @@
-"""What predictors raise for a broken file or data that nothing can be learned from."""
+"""The exception of this package, for broken files and for data without anything to learn."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""How well does a predictor do on a trace that it was not trained on?
+"""Measure the quality of a predictor on a trace that it was not trained on.
 
     python -m predictors.evaluate PREDICTOR TRACE --recall 0.99
 
-Prints, layer by layer, recall (by count and by |activation|), precision, the share of neurons that
-it names, and the last line as one JSON object.
+The command prints, layer by layer, the recall (by count and by |activation|), the precision, and
+the share of neurons that the predictor names. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from predictors.trace import Trace, load_trace
 
 
 def evaluate(file: PredictorFile, trace: Trace, recall: float) -> list[Quality]:
-    """Each layer's quality on all tokens of a trace. Raises PredictorError where the two are of
-    different models or orders.
+    """Return each layer's quality on all tokens of a trace.
+
+    Raises PredictorError if the two are of different models or neuron orders.
     """
     for key, what in (("model_hash", "model"), ("order_hash", "neuron order")):
         if file.about[key] != trace.about[key]:
             raise PredictorError(
-                f"the predictor and {trace.folder} are of another {what}: {file.about[key]:.12} "
-                f"and {trace.about[key]:.12}"
+                f"the predictor and {trace.folder} have a different {what}: "
+                f"{file.about[key]:.12} and {trace.about[key]:.12}"
             )
     qualities = []
     for layer, (choice, predictor) in enumerate(file.select(recall)):
@@ -59,9 +60,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("predictor", type=Path, help="a file that predictors.train wrote")
-    add("trace", type=Path, help="a folder that profiler.record --trace wrote")
-    add("--recall", type=float, default=0.99, help="one that the file was made for (0.99)")
+    add("predictor", type=Path, help="file that predictors.train wrote")
+    add("trace", type=Path, help="folder that profiler.record --trace wrote")
+    add(
+        "--recall",
+        type=float,
+        default=0.99,
+        help="a recall that the file was made for (default: 0.99)",
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,5 +1,7 @@
-"""PredictorFile: a model's predictors, layer by layer, for several recalls. One safetensors file,
-described in docs/formats.md; neurons stand in the order of the packed model.
+"""PredictorFile: a model's predictors, layer by layer, for several recalls.
+
+It is one safetensors file, described in docs/formats.md. Neurons are in the order of the packed
+model.
 """
 
 from __future__ import annotations
@@ -24,21 +26,21 @@ _METADATA = "hybrid_predictor"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a layer uses for one recall, and what that came to on held-out tokens."""
+    """What a layer uses for one recall, and its quality on held-out tokens."""
 
     kind: str  # "exact", "lowrank" or "sign"
-    rank: int  # of lowrank; else 0
+    rank: int  # 0 unless the kind is lowrank
     margin: float
     recall: float
-    weighted_recall: float  # by |activation|
+    weighted_recall: float  # weighted by |activation|
     precision: float
-    predicted: float  # share of the neurons
-    cost_ns: float  # of finding the active neurons of a token, by the trace's cost table
+    predicted: float  # share of the neurons that is predicted
+    cost_ns: float  # to find the active neurons of a token, by the trace's cost table
     exact_ns: float  # the same by computing all gates
 
     @property
     def name(self) -> str:
-        """What the layer's tensors are called after."""
+        """The name in the keys of the layer's tensors."""
         return f"lowrank{self.rank}" if self.kind == "lowrank" else self.kind
 
 
@@ -46,11 +48,12 @@ class Choice:
 class PredictorFile:
     choices: Mapping[float, Sequence[Choice]]  # recall → layers
     predictors: Mapping[tuple[int, str], LayerPredictor]  # (layer, Choice.name)
-    about: dict[str, Any]  # model_hash, order_hash, quant, sizes, what it was trained on
+    about: dict[str, Any]  # model_hash, order_hash, quant, sizes, training texts
 
     def select(self, recall: float) -> list[tuple[Choice, LayerPredictor | None]]:
-        """Each layer's choice for a recall; None is exact. Raises PredictorError for a recall that
-        the file was not made for.
+        """Return each layer's choice and predictor for a recall; no predictor means exact.
+
+        Raises PredictorError for a recall that the file was not made for.
         """
         for known, choices in self.choices.items():
             if abs(known - recall) < 1e-9:
@@ -64,7 +67,7 @@ class PredictorFile:
         )
 
     def save(self, path: Path) -> None:
-        """Write the file; it appears under its name only once it is complete. Raises OSError."""
+        """Write the file. It gets its name only when it is complete. Raises OSError."""
         tensors: dict[str, NDArray[Any]] = {}
         for (layer, name), predictor in self.predictors.items():
             for part in predictor.__slots__:
@@ -87,14 +90,14 @@ class PredictorFile:
 
 
 def load_predictor_file(path: Path) -> PredictorFile:
-    """Raises PredictorError for a file that is none, broken or of another version."""
+    """Read a file. Raises PredictorError if it is missing, broken or of another version."""
     if not path.is_file():
         raise PredictorError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = (file.metadata() or {}).get(_METADATA)
             if metadata is None:
-                raise PredictorError(f"{path}: is no predictor; predictors.train makes one")
+                raise PredictorError(f"{path}: is not a predictor; predictors.train makes one")
             about = json.loads(metadata)
             if about.pop("version") != VERSION:
                 raise PredictorError(f"{path}: is of another version; train it again")
@@ -121,7 +124,7 @@ def load_predictor_file(path: Path) -> PredictorFile:
 def _read(
     file: Any, layer: int, choice: Choice, n_layers: int, n_neurons: int, hidden: int
 ) -> LayerPredictor:
-    """Raises ValueError for arrays of other types or shapes."""
+    """Read one predictor. Raises ValueError for arrays of a wrong type or shape."""
     parts: dict[str, tuple[type, tuple[int, ...]]]
     kind: type[LayerPredictor]
     if choice.kind == "lowrank":

@@ -1,6 +1,7 @@
-"""Training of low-rank predictors: initialised by a truncated SVD of the gate in the metric of its
-inputs, then trained with a loss that punishes misses more than false alarms, on the values that
-rounding leaves.
+"""Trains low-rank predictors.
+
+They are initialised by a truncated SVD of the gate in the metric of its inputs. Then they are
+trained on their rounded values, with a loss that punishes misses more than false alarms.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from predictors.predictors import (
 )
 from predictors.trace import LayerTrace
 
-MISS_WEIGHT = 40.0  # a miss costs as much as so many false alarms
+MISS_WEIGHT = 40.0  # a miss costs as much as this many false alarms
 BATCH = 256  # tokens
-LEARNING_RATE = 2e-2  # relative to the size of each matrix
+LEARNING_RATE = 2e-2  # relative to the size of each matrix's elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,10 @@ class TrainingOptions:
 
 
 class SvdBasis:
-    """The gate's best approximations of every rank on some inputs: W C^1/2 = U S V', where C is
-    the inputs' second moment, gives b = U S and a = V' C^-1/2.
+    """The gate's best approximations of every rank on some inputs.
+
+    C is the second moment of the inputs, and W C^1/2 = U S V'. The approximations are b = U S and
+    a = V' C^-1/2.
     """
 
     def __init__(self, trace: LayerTrace, tokens: NDArray[np.intp], threshold: float) -> None:
@@ -44,25 +47,25 @@ class SvdBasis:
         gate = torch.from_numpy(trace.gate.astype(np.float32))
         moment = (x.T @ x / len(x)).double()
         values, vectors = torch.linalg.eigh(moment)
-        # Directions that the inputs do not take are of no use, and their inverse is noise.
+        # Directions without inputs are useless, and their inverse is noise.
         roots = values.clamp_min(values[-1] * 1e-8).sqrt()
         product = gate.double() @ (vectors * roots)
-        # U and S from the smaller side: (hidden, hidden).
+        # Compute U and S from the smaller product, which is (hidden, hidden).
         squares, right = torch.linalg.eigh(product.T @ product)
         order = squares.argsort(descending=True)
         right = right[:, order]
-        self._b = (product @ right).float()  # (n_neurons, hidden) U S
-        self._a = ((right.T / roots) @ vectors.T).float()  # (hidden, hidden) V' C^-1/2
+        self._b = (product @ right).float()  # (n_neurons, hidden): U S
+        self._a = ((right.T / roots) @ vectors.T).float()  # (hidden, hidden): V' C^-1/2
         self._threshold = threshold
         self._residual = squares[order].flip(0).cumsum(0).flip(0)
 
     def matrices(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """a (rank, hidden), b (n_neurons, rank), bias (n_neurons,)."""
+        """Return a (rank, hidden), b (n_neurons, rank) and bias (n_neurons,)."""
         b = self._b[:, :rank].clone()
         return self._a[:rank].clone(), b, torch.full((len(b),), -self._threshold)
 
     def predictor(self, rank: int, x: NDArray[np.float16]) -> LowRank:
-        """Untrained, rounded."""
+        """Return the untrained, rounded predictor of a rank; `x` are some inputs."""
         a, b, bias = self.matrices(rank)
         return quantize_lowrank(a.numpy(), b.numpy(), bias.numpy(), x)
 
@@ -76,15 +79,17 @@ def train_lowrank(
     recall: float,
     options: TrainingOptions,
 ) -> LowRank:
-    """Weighted BCE and AdamW; stops early on the share of neurons that must be predicted on
-    held-out tokens for `recall`, and keeps the best epoch.
+    """Train one predictor with weighted BCE and AdamW.
+
+    The measure of progress is the share of neurons that must be predicted on held-out tokens for
+    `recall`. Training stops early if it no longer falls, and keeps the best epoch.
     """
     generator = torch.Generator().manual_seed(options.seed)
     a, b, bias = basis.matrices(rank)
     x = torch.from_numpy(trace.inputs.astype(np.float32))
     active = torch.from_numpy(trace.active())
     train_tokens, held_out_tokens = torch.from_numpy(train), torch.from_numpy(held_out)
-    with torch.no_grad():  # scores of deviation 3: where the loss bends
+    with torch.no_grad():  # scale scores to deviation 3, the range in which the loss bends
         some = x[train_tokens[:BATCH]]
         z = some @ a.T
         size = z.square().mean(0).sqrt() + 1e-12
@@ -102,7 +107,7 @@ def train_lowrank(
     weight = torch.tensor(MISS_WEIGHT)
 
     def scores_of(tokens: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-        """Of what rounding leaves; gradients pass as if it left all (straight-through)."""
+        """Return scores of the rounded matrices. Gradients ignore rounding (straight-through)."""
         with torch.no_grad():
             integers = (b / units).round()
             integers[:, WIDE_RANK:].clamp_(-8, 7)
@@ -147,7 +152,7 @@ def train_lowrank(
 
 
 def _units(b: torch.Tensor) -> torch.Tensor:
-    """(n_neurons, rank): what one step of each element's integer is worth."""
+    """Return (n_neurons, rank): the value of one integer step of each element."""
     array = b.detach().numpy()
     return torch.from_numpy(column_units(column_scales(array), array.shape[1]))
 

@@ -1,9 +1,11 @@
-"""Predictors of one layer, in NumPy: what the native kernels compute, and how files hold them.
+"""Predictors of one layer, in NumPy: the arithmetic of the native kernels, and the arrays of files.
 
-low rank: the gate's product with x, approximated by two small matrices, b (a x) + bias >= 0; the
-idea of Deja Vu (https://arxiv.org/abs/2310.17157) and PowerInfer (https://arxiv.org/abs/2312.12456),
-without a nonlinearity between the matrices. sign: how many sign bits of a gate row differ from x's,
-training-free, as in SparseInfer (https://arxiv.org/abs/2411.12692).
+low rank approximates the gate's product with x by two small matrices: b (a x) + bias >= 0. The idea
+is that of Deja Vu (https://arxiv.org/abs/2310.17157) and PowerInfer (https://arxiv.org/abs/2312.12456),
+but without a nonlinearity between the matrices.
+
+sign counts how many sign bits of a gate row differ from those of x. It needs no training
+(SparseInfer, https://arxiv.org/abs/2411.12692).
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ WIDE_RANK = 4  # columns of `b` that are int8
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """Neuron j is predicted where b[j] z + bias[j] + margin >= 0, z = a x rounded to int8 with one
-    scale, and row j of b, in integers, is worth b_scale[j, 0] in its first WIDE_RANK columns and
-    b_scale[j, 1] in the others, which have 4 bits.
+    """Neuron j is predicted if b[j] z + bias[j] + margin >= 0.
+
+    z is a x, rounded to int8 with one scale. Row j of b holds integers. Their scale is
+    b_scale[j, 0] in the first WIDE_RANK columns, and b_scale[j, 1] in the others, which have 4
+    bits.
     """
 
-    a: Array  # (rank, hidden), of values that `round_blocks` keeps
-    b: NDArray[np.int8]  # (n_neurons, rank): -127 to 127, beyond WIDE_RANK -8 to 7
+    a: Array  # (rank, hidden): values that `round_blocks` does not change
+    b: NDArray[np.int8]  # (n_neurons, rank): -127 to 127; from column WIDE_RANK on -8 to 7
     b_scale: Array  # (n_neurons, 2)
     bias: Array  # (n_neurons,)
 
@@ -37,7 +41,10 @@ class LowRank:
         return len(self.a)
 
     def scores(self, x: NDArray[np.floating]) -> Array:
-        """(n, hidden) inputs → (n, n_neurons); at margin 0 predicted where not negative."""
+        """Map (n, hidden) inputs to (n, n_neurons) scores.
+
+        With margin 0 a neuron is predicted if its score is not negative.
+        """
         z = x.astype(np.float32) @ self.a.T
         largest = np.abs(z).max(1, keepdims=True)
         scale = largest / np.float32(127)
@@ -49,18 +56,19 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """Neuron j is predicted where at most limit[j] + margin sign bits of its gate row differ from
-    x's.
+    """Neuron j is predicted if at most limit[j] + margin sign bits of its gate row differ from x.
+
+    `bits` has a 1 for each negative weight.
     """
 
-    bits: NDArray[np.uint8]  # (n_neurons, ceil(hidden / 8)): bit i % 8 of byte i / 8: negative
+    bits: NDArray[np.uint8]  # (n_neurons, ceil(hidden / 8)): bit i % 8 of byte i / 8
     limit: NDArray[np.int32]  # (n_neurons,)
 
     kind = "sign"
     rank = 0
 
     def scores(self, x: NDArray[np.floating]) -> Array:
-        """(n, hidden) inputs → (n, n_neurons); at margin 0 predicted where not negative."""
+        """Map (n, hidden) inputs to (n, n_neurons) scores, like `LowRank.scores`."""
         hidden = x.shape[1]
         ours = 1.0 - 2.0 * np.unpackbits(self.bits, axis=1, bitorder="little")[:, :hidden]
         theirs = np.where(np.signbit(x), np.float32(-1), np.float32(1))
@@ -72,8 +80,10 @@ LayerPredictor = LowRank | Sign
 
 
 def round_blocks(a: Array) -> Array:
-    """The values that (rank, hidden) weights keep as 4-bit blocks of 32 with an fp16 scale, the
-    value of largest magnitude at -8. Rounding them again, as q4 packs weights, changes nothing.
+    """Round (rank, hidden) weights to 4-bit blocks of 32 with an fp16 scale.
+
+    The value with the largest magnitude of a block becomes -8. Rounding the result again, when
+    weights are packed as q4, changes nothing.
     """
     n_rows, n_cols = a.shape
     blocks = np.pad(a, ((0, 0), (0, -n_cols % BLOCK))).reshape(n_rows, -1, BLOCK)
@@ -85,8 +95,10 @@ def round_blocks(a: Array) -> Array:
 
 
 def quantize_lowrank(a: Array, b: Array, bias: Array, x: NDArray[np.floating]) -> LowRank:
-    """Round trained matrices, the columns of `b` in falling order of size. z is rounded with one
-    scale, so its elements are first brought to the same size on `x` (n, hidden), some inputs.
+    """Round trained matrices. The columns of `b` must be in falling order of size.
+
+    z is rounded with one scale. So its elements are first scaled to the same size on `x`
+    (n, hidden), which are some inputs.
     """
     size = np.sqrt(np.mean((x.astype(np.float32) @ a.T) ** 2, 0)) + np.float32(1e-12)
     a, b = round_blocks(a / size[:, None]), b * size
@@ -97,20 +109,21 @@ def quantize_lowrank(a: Array, b: Array, bias: Array, x: NDArray[np.floating]) -
 
 
 def column_scales(b: Array) -> Array:
-    """(n_neurons, rank) → what an integer is worth, as `LowRank.b_scale`."""
+    """Map (n_neurons, rank) to the scales of the integers, as in `LowRank.b_scale`."""
     wide = np.abs(b[:, :WIDE_RANK]).max(1) / np.float32(127)
     return np.stack([wide, _narrow_scale(b)], 1).astype(np.float32)
 
 
 def column_units(scales: Array, rank: int) -> Array:
-    """The scales, element by element of b, 1 for rows of zeros: a divisor."""
+    """Return the scale of each element of b, for divisions: rows of zeros get 1."""
     units = scales[:, np.where(np.arange(rank) < WIDE_RANK, 0, 1)]
     return np.where(units > 0, units, np.float32(1))
 
 
 def _narrow_scale(b: Array) -> Array:
-    """(n_neurons, rank) → (n_neurons,) scales with which 4 bits keep the columns beyond WIDE_RANK
-    best, in the mean square.
+    """Map (n_neurons, rank) to (n_neurons,) scales of the columns from WIDE_RANK on.
+
+    They minimise the mean square error of 4-bit rounding.
     """
     narrow = b[:, WIDE_RANK:]
     if not narrow.size:
@@ -127,25 +140,31 @@ def _narrow_scale(b: Array) -> Array:
 
 
 def make_sign(gate: NDArray[np.floating]) -> Sign:
-    """Of (n_neurons, hidden) gate weights; half of the bits is what chance gives."""
+    """Make a predictor from (n_neurons, hidden) gate weights.
+
+    Its limit is half of the bits, the distance expected by chance.
+    """
     bits = np.packbits(np.signbit(gate), axis=1, bitorder="little")
     return Sign(bits, np.full(len(gate), gate.shape[1] // 2, np.int32))
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """How well a layer's predictor does on tokens that it was not made from."""
+    """The quality of a layer's predictor on tokens that it was not made from."""
 
-    recall: float  # share of the active (neuron, token) pairs that are predicted
-    weighted_recall: float  # the same by |activation|: what the FFN's output keeps
-    precision: float  # share of the predicted pairs that are active
-    predicted: float  # share of all pairs
+    recall: float  # share of the active (neuron, token) pairs that is predicted
+    weighted_recall: float  # the same weighted by |activation|: the share of the output kept
+    precision: float  # share of the predicted pairs that is active
+    predicted: float  # share of all pairs that is predicted
 
 
 def measure_quality(
     scores: Array, active: NDArray[np.bool_], magnitude: Array, margin: float
 ) -> Quality:
-    """`scores`, `active` and `magnitude` (the gate's activation) are (n, n_neurons)."""
+    """Compare predictions with the truth.
+
+    `scores`, `active` and `magnitude` (the gate's activation) are (n, n_neurons).
+    """
     predicted = scores + np.float32(margin) >= 0
     hits = predicted & active
     n_active, n_predicted = int(active.sum()), int(predicted.sum())
@@ -159,7 +178,7 @@ def measure_quality(
 
 
 def margin_for_recall(scores: Array, active: NDArray[np.bool_], recall: float) -> float:
-    """The least margin with which `recall` of the active pairs are predicted."""
+    """Return the least margin with which a share `recall` of the active pairs is predicted."""
     values = np.sort(scores[active])
     if not values.size:
         return 0.0

@@ -1,5 +1,7 @@
-"""Which kind of predictor, of what rank and with what margin, each layer uses for a recall: the
-cheapest one by measured cost that reaches it on held-out tokens, else exact.
+"""Selects each layer's predictor for a recall: its kind, rank and margin.
+
+The choice is the cheapest one by measured cost that reaches the recall on held-out tokens. If none
+is cheaper than computing all gates, it is exact.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ EXACT = "exact"
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """Nanoseconds for one layer and token, as the trace holds them."""
+    """Measured nanoseconds for one layer and one token, from the trace."""
 
     exact_ns: float
     named_row_ns: float
@@ -39,8 +41,9 @@ class CostTable:
         )
 
     def of_predictor(self, kind: str, rank: int, predicted: float) -> float:
-        """Of asking the predictor and computing the gates that it names; ranks between measured
-        ones are interpolated.
+        """Return the ns to run the predictor and to compute the gates that it names.
+
+        The cost of a rank between two measured ones is interpolated.
         """
         rows = predicted * self.n_neurons * self.named_row_ns
         if kind == "sign":
@@ -51,11 +54,11 @@ class CostTable:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Tokens that predictors are measured on, and not made from."""
+    """Tokens that predictors are measured on, but not made from."""
 
     inputs: NDArray[np.float16]  # (n, hidden)
     active: NDArray[np.bool_]  # (n, n_neurons)
-    magnitude: Array  # (n, n_neurons) the gate's activation
+    magnitude: Array  # (n, n_neurons): the gate's activation
 
     @classmethod
     def of(cls, trace: LayerTrace, tokens: NDArray[np.intp]) -> HeldOut:
@@ -67,8 +70,9 @@ class HeldOut:
 def candidates_for(
     predictor: LayerPredictor, held_out: HeldOut, recalls: Sequence[float], costs: CostTable
 ) -> dict[float, Choice]:
-    """What a predictor comes to for each recall: half of the held-out tokens set its margin, the
-    other half says how well it does.
+    """Return a predictor's choice for each recall.
+
+    The first half of the held-out tokens sets the margin, and the second half measures the quality.
     """
     scores = predictor.scores(held_out.inputs)
     half = len(scores) // 2
@@ -97,5 +101,5 @@ def exact_choice(costs: CostTable) -> Choice:
 
 
 def cheapest(choices: Sequence[Choice], costs: CostTable) -> Choice:
-    """The cheapest of them, or exact where none is cheaper than that."""
+    """Return the cheapest choice, or exact if none is cheaper than that."""
     return min((exact_choice(costs), *choices), key=lambda choice: choice.cost_ns)

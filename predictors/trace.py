@@ -1,8 +1,8 @@
-"""Activation trace: what some tokens' FFN inputs were, and which neurons fired for them.
+"""Activation trace: the FFN inputs of some tokens, and the neurons that fired for them.
 
-A folder with trace.json and one safetensors file a layer, all that training a predictor needs. The
-profiler writes it. Neurons stand in the order of the packed model, which `order_hash` names. The
-format is described in docs/formats.md.
+The profiler writes it. It is a folder with trace.json and one safetensors file per layer, and holds
+all that training a predictor needs. Neurons are in the order of the packed model, which
+`order_hash` identifies. The format is described in docs/formats.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from predictors.errors import PredictorError
 
-VERSION = 1
+VERSION = 2
 _FILE = "trace.json"
 _COPY_BYTES = 1 << 24
 
@@ -30,19 +30,19 @@ _COPY_BYTES = 1 << 24
 class LayerTrace:
     """One layer's part of a trace."""
 
-    inputs: NDArray[np.float16]  # (n_tokens, hidden) the FFN's normed input
+    inputs: NDArray[np.float16]  # (n_tokens, hidden): the FFN's normed input
     masks: NDArray[np.uint8]  # (n_tokens, ceil(n_neurons / 8)): bit i % 8 of byte i / 8
-    gate: NDArray[np.float16]  # (n_neurons, hidden) the gate's weights
+    gate: NDArray[np.float16]  # (n_neurons, hidden): the gate's weights
 
     def active(self) -> NDArray[np.bool_]:
-        """(n_tokens, n_neurons) which neurons fired."""
+        """Return (n_tokens, n_neurons): which neurons fired."""
         bits = np.unpackbits(self.masks, axis=1, bitorder="little")
         return bits[:, : len(self.gate)].view(np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A recorded trace; layers are read when asked for."""
+    """A recorded trace. A layer is read from its file by `layer`."""
 
     folder: Path
     about: dict[str, Any]  # model_hash, order_hash, quant, n_tokens, activation, costs, texts, …
@@ -54,7 +54,7 @@ class Trace:
             raise AttributeError(name) from None
 
     def layer(self, layer: int) -> LayerTrace:
-        """Raises PredictorError where the file is broken."""
+        """Read one layer. Raises PredictorError if its file is broken."""
         path = _layer_path(self.folder, layer)
         hidden, n_neurons, n_tokens = self.hidden_size, self.n_neurons, self.n_tokens
         try:
@@ -70,7 +70,7 @@ class Trace:
             or records.dtype != np.uint8
             or gate.dtype != np.float16
         ):
-            raise PredictorError(f"{path}: does not fit {_FILE}; record the trace again")
+            raise PredictorError(f"{path}: does not match {_FILE}; record the trace again")
         inputs = records[:, : 2 * hidden].copy().view(np.float16)
         if not np.isfinite(inputs).all():
             raise PredictorError(f"{path}: holds inputs that are not finite")
@@ -78,7 +78,7 @@ class Trace:
 
 
 def load_trace(folder: Path) -> Trace:
-    """Open a trace. Raises PredictorError where there is none or it is of another version."""
+    """Open a trace. Raises PredictorError if it is missing, broken or of another version."""
     path = folder / _FILE
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def load_trace(folder: Path) -> Trace:
             raise PredictorError(f"{path}: is of another version; record the trace again")
         sizes = [about[key] for key in ("n_layers", "n_neurons", "hidden_size", "n_tokens")]
         if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise PredictorError(f"{path}: a trace of {sizes} is none")
+            raise PredictorError(f"{path}: expected positive sizes, found {sizes}")
     except OSError as error:
         raise PredictorError(
             f"{path}: {error.strerror}; profiler.record --trace writes a trace"
@@ -97,16 +97,19 @@ def load_trace(folder: Path) -> Trace:
 
 
 def record_bytes(hidden_size: int, n_neurons: int) -> int:
-    """Bytes of one token of one layer: its fp16 input, then its mask."""
+    """Return the bytes of one token in one layer: its fp16 input, then its mask."""
     return 2 * hidden_size + -(-n_neurons // 8)
 
 
 class TraceWriter:
-    """Collects an even sample of a stream of tokens whose length is not known: every `stride`-th
-    one; whenever there are `capacity` of them, every second is dropped and the stride doubles.
+    """Collects an even sample of a stream of tokens whose length is not known.
 
-    Resumable: `n_records`, `stride` and `n_seen` are all its state beside the files. Whoever saves
-    them calls `flush` before and `drop_stale` after: files of an earlier stride are kept till then.
+    It keeps every `stride`-th token. When it has `capacity` tokens, it drops every second one and
+    doubles the stride.
+
+    It is resumable: `n_records`, `stride` and `n_seen` are its whole state besides the files. A
+    caller that saves them calls `flush` before and `drop_stale` after. Files of an earlier stride
+    are kept until then.
     """
 
     def __init__(
@@ -121,7 +124,7 @@ class TraceWriter:
         stride: int = 1,
         n_seen: int = 0,
     ) -> None:
-        """Raises OSError, here and in every method."""
+        """Open or create the files. This and every other method raises OSError."""
         self.folder, self.n_layers, self.n_neurons = folder, n_layers, n_neurons
         self.hidden_size, self.capacity = hidden_size, capacity
         self.n_records, self.stride, self.n_seen = n_records, stride, n_seen
@@ -144,7 +147,7 @@ class TraceWriter:
         return self.folder / f"layer_{layer:03}.{self.stride}.part"
 
     def add(self, inputs: NDArray[np.float16], masks: NDArray[np.uint8]) -> None:
-        """Tokens that follow: (n_layers, n, hidden) inputs and (n_layers, n, bytes) masks."""
+        """Add the next tokens: (n_layers, n, hidden) inputs and (n_layers, n, bytes) masks."""
         n = inputs.shape[1]
         taken = np.flatnonzero((self.n_seen + np.arange(n)) % self.stride == 0)
         self.n_seen += n
@@ -178,7 +181,7 @@ class TraceWriter:
             path.unlink()
 
     def finish(self, gates: Sequence[NDArray[np.float16]], about: dict[str, Any]) -> None:
-        """Write the trace's files; `gates` are the layers' weights, read one at a time."""
+        """Write the trace's files. `gates` are the layers' weights, read one layer at a time."""
         self.close()
         for layer in range(self.n_layers):
             gate = np.ascontiguousarray(gates[layer], np.float16)

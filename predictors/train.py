@@ -3,9 +3,9 @@
     python -m profiler.record -m MODEL --trace -o FOLDER
     python -m predictors.train FOLDER/trace -o predictor.safetensors
 
-For every layer and recall the cheapest kind, rank and margin that reaches it on held-out tokens is
-kept, by the costs that were measured with the trace; exact where nothing is cheaper. Without torch
-only training-free kinds are tried.
+For every layer and recall the command keeps the cheapest kind, rank and margin that reaches the
+recall on held-out tokens. Costs are those that were measured with the trace. A layer stays exact if
+no predictor is cheaper. Without torch only training-free kinds are tried.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 RECALLS = (0.95, 0.99, 0.999)
 KINDS = ("lowrank", "sign")
 HELD_OUT = 0.2  # share of the tokens
-CLOSE = 1.05  # a second rank is trained where it costs at most this much of the cheapest
+CLOSE = 1.05  # a second rank is trained if its cost is at most this multiple of the cheapest
 MIN_TOKENS = 64
 
 Progress = Callable[[str, int, int], None]
@@ -43,18 +43,18 @@ Progress = Callable[[str, int, int], None]
 class Options:
     recalls: tuple[float, ...] = RECALLS
     kinds: tuple[str, ...] = KINDS
-    ranks: tuple[int, ...] = ()  # of lowrank; (): those with measured costs
-    n_trained: int = 2  # ranks that are trained, at most: the cheapest before training
+    ranks: tuple[int, ...] = ()  # of lowrank; (): ranks chosen from the measured costs
+    n_trained: int = 2  # most ranks that are trained: the cheapest before training
     epochs: int = 10
     seed: int = 0
 
 
 def train(trace: Trace, options: Options, progress: Progress = lambda *_: None) -> PredictorFile:
-    """Raises PredictorError for a trace in which there is nothing to learn."""
+    """Train predictors for all layers. Raises PredictorError if the trace has too few tokens."""
     if trace.n_tokens < MIN_TOKENS:
         raise PredictorError(
             f"{trace.folder}: {trace.n_tokens} tokens are too few; record at least {MIN_TOKENS}, "
-            "better some thousands"
+            "or better some thousands"
         )
     kinds = options.kinds
     if "lowrank" in kinds and not _has_torch():
@@ -72,7 +72,7 @@ def train(trace: Trace, options: Options, progress: Progress = lambda *_: None) 
             for predictor, by_recall in found:
                 if by_recall[recall] is choice:
                     predictors[layer, choice.name] = predictor
-        # Layers are much alike: from here on, ranks near those of the layer before.
+        # Layers are much alike, so the next layer only tries ranks near those of this one.
         used = {choices[recall][-1].rank for recall in options.recalls} - {0}
         ranks = _neighbours(all_ranks, used) if used and not options.ranks else all_ranks
     progress("training predictors, layers", trace.n_layers, trace.n_layers)
@@ -99,13 +99,13 @@ def _train_layer(
     options: Options,
     costs: CostTable,
 ) -> list[tuple[LayerPredictor, dict[float, Choice]]]:
-    """Candidates, each with what it comes to for every recall."""
-    # In blocks, so that neighbouring tokens do not stand on both sides.
+    """Return the candidate predictors, each with its choice for every recall."""
+    # Split in blocks, so that neighbouring tokens are mostly on the same side.
     n = len(trace.inputs)
     blocks = np.arange(n) * 50 // n
     is_held_out = np.isin(blocks % round(1 / HELD_OUT), (0,))
     training, held_out_tokens = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    # Both halves of the held-out tokens from everywhere.
+    # Interleave, so that both halves of the held-out tokens come from the whole trace.
     held_out_tokens = np.concatenate([held_out_tokens[::2], held_out_tokens[1::2]])
     held_out = HeldOut.of(trace, held_out_tokens)
     found: list[tuple[LayerPredictor, dict[float, Choice]]] = []
@@ -128,7 +128,7 @@ def _train_layer(
         for rank in sorted(untrained, key=untrained.__getitem__)[: options.n_trained]:
             if untrained[rank] > CLOSE * least and not options.ranks:
                 break
-            # Never worse than what it began with, which it replaces.
+            # A trained predictor replaces its untrained start: training never makes it worse.
             found[:] = [pair for pair in found if pair[0].rank != rank]
             add(
                 train_lowrank(
@@ -145,7 +145,7 @@ def _train_layer(
 
 
 def _ranks(options: Options, hidden_size: int, costs: CostTable) -> list[int]:
-    """Ranks to try: those asked for, or the measured ones and those between."""
+    """Return the ranks to try: those of the options, or the measured ones and some between."""
     largest = hidden_size // 2 + WIDE_RANK
     if options.ranks:
         return [rank for rank in options.ranks if rank <= largest]
@@ -155,7 +155,7 @@ def _ranks(options: Options, hidden_size: int, costs: CostTable) -> list[int]:
 
 
 def _neighbours(ranks: Sequence[int], used: set[int]) -> list[int]:
-    """Those used, and the next ones on both sides."""
+    """Return the used ranks and their neighbours on both sides."""
     at = [ranks.index(rank) for rank in used]
     return [rank for i, rank in enumerate(ranks) if any(abs(i - j) <= 1 for j in at)]
 
@@ -176,13 +176,31 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("trace", type=Path, help="a folder that profiler.record --trace wrote")
-    add("-o", "--out", type=Path, required=True, help="the predictor's file (.safetensors)")
-    add("--recall", type=float, nargs="+", default=list(RECALLS), help="to reach (%(default)s)")
-    add("--kind", choices=KINDS, nargs="+", default=list(KINDS), help="to be tried (%(default)s)")
-    add("--rank", type=int, nargs="+", default=[], help="of lowrank (by measured cost)")
-    add("--epochs", type=int, default=10, help="of training, at most (10)")
-    add("--seed", type=int, default=0, help="of training (0)")
+    add("trace", type=Path, help="folder that profiler.record --trace wrote")
+    add("-o", "--out", type=Path, required=True, help="file for the predictor (.safetensors)")
+    add(
+        "--recall",
+        type=float,
+        nargs="+",
+        default=list(RECALLS),
+        help="recalls to reach (default: 0.95 0.99 0.999)",
+    )
+    add(
+        "--kind",
+        choices=KINDS,
+        nargs="+",
+        default=list(KINDS),
+        help="kinds of predictor to try (default: lowrank sign)",
+    )
+    add(
+        "--rank",
+        type=int,
+        nargs="+",
+        default=[],
+        help="ranks of lowrank to try (default: chosen by measured cost)",
+    )
+    add("--epochs", type=int, default=10, help="maximum epochs of training (default: 10)")
+    add("--seed", type=int, default=0, help="random seed of training (default: 0)")
     args = parser.parse_args(arguments)
     if not all(0.0 < recall < 1.0 for recall in args.recall):
         parser.error("--recall: expected values between 0 and 1")
@@ -194,7 +212,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def summary(file: PredictorFile) -> str:
-    """A table, one line a recall."""
+    """Return a table with one line per recall."""
     lines = [
         f"{'recall':>7} {'worst layer':>12} {'predicted':>10} {'precision':>10} {'cost':>7}  layers"
     ]
@@ -223,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if "lowrank" in args.kind and not _has_torch():
-            print("note: torch is not installed: only training-free kinds", file=sys.stderr)
+            print("note: torch is not installed: trying training-free kinds only", file=sys.stderr)
         options = Options(
             recalls=tuple(sorted(set(args.recall))),
             kinds=tuple(args.kind),
@@ -242,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print("held-out tokens; cost of finding the active neurons, against all gates:")
+    print("on held-out tokens; cost of finding the active neurons, relative to all gates:")
     print(summary(file), flush=True)
     return 0
 

@@ -1,3 +1,4 @@
-"""Watch the model run: which neurons fire, and how often. The top package: it may import hybrid and
-predictors.
+"""Records which neurons of a model fire, and how often.
+
+This is the top package: it may import hybrid and predictors.
 """

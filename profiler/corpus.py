@@ -1,7 +1,7 @@
-"""What a model is watched on: text files of any length, or texts that it writes itself.
+"""The texts that a recording runs on: text files of any length, or texts that the model writes.
 
-A corpus is a named stream of token windows, each run from an empty KV cache. It can be entered
-again at any place that it gave out, so that an interrupted recording goes on.
+A corpus is a named stream of token windows. Each window runs from an empty KV cache. The stream can
+be entered again at any place that it returned, so that an interrupted recording can continue.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from hybrid import Engine, InvalidOption, Progress
 
 CHUNK_BYTES = 1 << 18
-WRITTEN_TOKENS = 256  # of each text that the model writes
-RANDOM_TOKENS = 4096  # of each of two texts for a model whose own text is noise
+WRITTEN_TOKENS = 256  # maximum length of each text that the model writes
+RANDOM_TOKENS = 4096  # length of each of the two texts for a synthetic model
 
 
 class Corpus(Protocol):
@@ -27,23 +27,24 @@ class Corpus(Protocol):
     def name(self) -> str: ...
 
     def about(self) -> dict[str, Any]:
-        """Its name, hash and size, for the profile."""
+        """Return the name, hash and size, for the profile."""
 
     @property
     def size(self) -> int:
-        """Where it ends, in the unit of its places."""
+        """The place where it ends."""
 
     def windows(self, engine: Engine, window: int, place: int) -> Iterator[tuple[list[int], int]]:
-        """Token ids of at most `window`, from a place on, and the place after them."""
+        """Yield at most `window` token ids, beginning at `place`, and the place after them."""
 
 
 class TextFile:
-    """UTF-8 text, read a chunk at a time; places are bytes. With a separator, documents between two
-    of them begin a window of their own.
+    """UTF-8 text, read a chunk at a time. Places are byte offsets.
+
+    With a separator, each document begins a new window.
     """
 
     def __init__(self, path: Path, separator: str | None = None) -> None:
-        """Raises InvalidOption where the file cannot be read or is empty."""
+        """Hash the file. Raises InvalidOption if it cannot be read or is empty."""
         self.path, self.name = path, path.name
         self.separator = separator.encode() if separator else None
         digest = hashlib.sha256()
@@ -72,12 +73,12 @@ class TextFile:
             step = window - len(bos)
             for first in range(0, len(ids), step):
                 is_last = first + step >= len(ids)
-                # A place within a document would cut it anew: it counts once it has been read.
+                # Only the end of a document is a place. Resuming inside it would cut other windows.
                 yield bos + ids[first : first + step], end if is_last else place
             place = end
 
     def _documents(self, place: int) -> Iterator[tuple[str, int]]:
-        """Texts and the place after each; where one ends depends on where it begins alone."""
+        """Yield texts and the place after each. Where a text ends depends only on its start."""
         least = 16 * CHUNK_BYTES if self.separator else CHUNK_BYTES
         with self.path.open("rb") as file:
             file.seek(place)
@@ -91,7 +92,10 @@ class TextFile:
                     rest += file.read(least)
 
     def _cut(self, rest: bytes, least: int) -> int:
-        """How many bytes make the next document; `rest` is shorter than `least` at the end only."""
+        """Return the length of the next document in bytes.
+
+        `rest` is shorter than `least` only at the end of the file.
+        """
         if self.separator and (found := rest.find(self.separator)) >= 0:
             return found + len(self.separator)
         if len(rest) < least:
@@ -100,7 +104,7 @@ class TextFile:
         if newline := chunk.rfind(b"\n") + 1:
             return newline
         cut = least
-        while cut > 1 and rest[cut - 1] & 0xC0 == 0x80:  # not within a character
+        while cut > 1 and rest[cut - 1] & 0xC0 == 0x80:  # do not cut inside a character
             cut -= 1
         return cut - 1 if cut > 1 else least
 
@@ -117,7 +121,7 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True)
 class TokenLists:
-    """Sequences of ids that are there already; places count them."""
+    """Sequences of ids in memory. Places count sequences."""
 
     name: str
     sequences: Sequence[list[int]]
@@ -139,8 +143,9 @@ class TokenLists:
 
 
 def random_corpora(engine: Engine, window: int) -> list[TokenLists]:
-    """For synthetic models: seeded random ids, since text means nothing to them and their own text
-    loops.
+    """Make seeded random ids for a synthetic model.
+
+    Text means nothing to such a model, and its own text loops.
     """
     n = max(1, RANDOM_TOKENS // window)
     vocab_size = engine.config.vocab_size
@@ -154,10 +159,10 @@ def random_corpora(engine: Engine, window: int) -> list[TokenLists]:
 
 
 def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[TokenLists]:
-    """Texts that the model writes itself from prompts of ours, one corpus a kind of text.
+    """Let the model write texts from PROMPTS, one corpus for each kind of text.
 
-    Kept in `folder`, file by file, so that an interrupted recording need not write them again.
-    Raises OSError.
+    The texts are kept in `folder`, one file each, so that an interrupted recording need not write
+    them again. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(map(len, PROMPTS.values()))
@@ -165,7 +170,7 @@ def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[To
     for kind, prompts in PROMPTS.items():
         sequences = []
         for index, prompt in enumerate(prompts):
-            progress("writing what to watch, texts", done, total)
+            progress("writing texts to record on, texts", done, total)
             path = folder / f"{kind}_{index:02}.json"
             if not path.exists():
                 temporary = path.with_suffix(".tmp")
@@ -174,12 +179,15 @@ def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[To
             sequences.append(json.loads(path.read_text()))
             done += 1
         corpora.append(TokenLists(f"self-written: {kind}", sequences))
-    progress("writing what to watch, texts", total, total)
+    progress("writing texts to record on, texts", total, total)
     return corpora
 
 
 def _write(engine: Engine, prompt: str, seed: int) -> list[int]:
-    """Ids of a prompt and what the model makes of it, at temperature 1: its own distribution."""
+    """Return the ids of a prompt and its continuation by the model.
+
+    The temperature is 1, which samples from the model's own distribution.
+    """
     room = min(WRITTEN_TOKENS, engine.n_context // 2)
     with engine.open_session() as session:
         generation = engine.generate(
@@ -190,7 +198,7 @@ def _write(engine: Engine, prompt: str, seed: int) -> list[int]:
         return list(session.tokens)
 
 
-# Ours; varied, so that different neurons are asked for.
+# Varied prompts, so that different neurons fire.
 PROMPTS = {
     "english": [
         "Tell me a story about a lighthouse keeper who finds a letter.",

@@ -21,7 +21,7 @@ _LONGEST_NAME = 24
 
 
 def draw_all(profile: ActivationProfile, summary: ProfileSummary, folder: Path) -> Iterator[Path]:
-    """Draws every plot, and yields each file once it is written. Raises OSError."""
+    """Draw every plot, and yield each file when it is written. Raises OSError."""
     what = f"{profile.about.get('model', 'unknown model')}, {profile.n_tokens:,} tokens"
     plots = {
         "hot_cold": _hot_cold(profile, what),
@@ -32,7 +32,7 @@ def draw_all(profile: ActivationProfile, summary: ProfileSummary, folder: Path) 
         plots["stability"] = _stability(profile, what)
     for name, figure in plots.items():
         path = folder / f"{name}.png"
-        FigureCanvasAgg(figure)  # draws without a display, and without pyplot's global state
+        FigureCanvasAgg(figure)  # needs neither a display nor pyplot's global state
         figure.savefig(path)
         yield path
 

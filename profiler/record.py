@@ -1,12 +1,13 @@
-"""Watch a model run: how often does each FFN neuron fire?
+"""Record how often each FFN neuron of a model fires.
 
     python -m profiler.record -m stories --text stories.txt -o stories-profile
     python -m profiler.record -m MiniCPM-S-1B --trace -o minicpm-profile
     python -m profiler.report stories-profile
 
-Writes an activation profile; with --trace also what predictors are trained on: the inputs and masks
-of an even sample of the tokens. Without --text the model writes texts itself, from prompts in
-English, Chinese, code and maths. An interrupted recording goes on where it was.
+The command writes an activation profile. With --trace it also writes the training data of
+predictors: the inputs and masks of an even sample of the tokens. Without --text the model writes
+texts itself, from prompts in English, Chinese, code and maths. An interrupted recording continues
+where it stopped.
 """
 
 from __future__ import annotations
@@ -38,20 +39,32 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_model_options(parser)
-    add("-o", "--out", type=Path, required=True, metavar="FOLDER", help="where the profile goes")
-    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
-    add("--separator", help="what stands between two documents of a text file")
-    add("--max-tokens", type=int, help="tokens of each text, at most")
-    add("--window", type=int, default=512, help="tokens that are run in one context (512)")
-    add("--trace", action="store_true", help="also record what predictors are trained on")
-    add("--trace-budget", type=byte_size, metavar="SIZE", help="bytes of the trace (2GiB)")
+    add("-o", "--out", type=Path, required=True, metavar="FOLDER", help="folder for the profile")
+    add(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 text files to record on (default: texts that the model writes itself)",
+    )
+    add("--separator", help="text between two documents of a file (default: none)")
+    add("--max-tokens", type=int, help="maximum tokens to use of each text (default: all)")
+    add("--window", type=int, default=512, help="tokens in one context (default: 512)")
+    add("--trace", action="store_true", help="also record a trace, to train predictors on")
+    add(
+        "--trace-budget",
+        type=byte_size,
+        metavar="SIZE",
+        help="maximum size of the trace (default: 2GiB)",
+    )
     args = parser.parse_args(arguments)
     if args.max_tokens is not None and args.max_tokens < 1:
         parser.error("--max-tokens: expected 1 or more")
     if args.window < 2:
         parser.error("--window: expected 2 or more")
     if args.trace_budget is not None and not args.trace:
-        parser.error("--trace-budget: is for --trace")
+        parser.error("--trace-budget: needs --trace")
     return args
 
 
@@ -66,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         trace_bytes=(args.trace_budget or 2 << 30) if args.trace else 0,
     )
-    compiled_sums()  # a missing package is said before a model is fetched
+    compiled_sums()  # report a missing package before a model is downloaded
     with open_engine(args) as (engine, progress):
         result = record(engine, corpora, args.out, options, progress)
     profile = result.profile
@@ -75,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"trace: {result.trace_tokens} tokens, {result.trace_bytes / 1e6:.0f} MB")
     if result.seconds > 0:
         print(f"{result.n_new_tokens / result.seconds:.0f} tok/s")
-    print(f"python -m profiler.report {args.out} shows it", flush=True)
+    print(f"to show it, run python -m profiler.report {args.out}", flush=True)
     return 0
 
 

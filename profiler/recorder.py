@@ -1,7 +1,7 @@
 """Recorder: runs corpora through an engine, adds up which neurons fire, and keeps a trace.
 
-State is saved every few seconds, together with the sums that belong to it; a recording that was
-interrupted, in the same folder with the same options, goes on there.
+It saves its state every few seconds, together with the sums that belong to it. An interrupted
+recording continues there if it is started again with the same folder and options.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _SUMS = "recording.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class RecordingOptions:
-    model: str  # its name, for the profile
+    model: str  # the model's name, for the profile
     window: int = 512  # tokens in one context
-    max_tokens: int | None = None  # of each corpus
-    trace_bytes: int = 0  # 0: no trace
+    max_tokens: int | None = None  # limit for each corpus
+    trace_bytes: int = 0  # maximum size of the trace; 0: no trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Recording:
     profile: ActivationProfile
     trace_tokens: int
     trace_bytes: int
-    n_new_tokens: int  # of this run
+    n_new_tokens: int  # tokens that this run added
     seconds: float
 
 
@@ -61,15 +61,17 @@ def record(
     options: RecordingOptions,
     progress: Progress,
 ) -> Recording:
-    """Record into `folder`; without corpora on texts that the model writes, or random ids for a
-    synthetic model. Raises InvalidOption for a model without sparsity, a text without tokens, or a
-    folder that holds another recording; HybridError where the disk is full.
+    """Record into `folder`.
+
+    Without corpora it records on texts that the model writes, or on random ids for a synthetic
+    model. Raises InvalidOption for a model without sparsity, a text without tokens, or a folder
+    that holds another recording. Raises HybridError if the disk is full.
     """
     config = engine.config
     if not config.is_sparse:
         raise InvalidOption(
             f"{options.model}: its activation is {config.activation}, which is never exactly zero: "
-            "every neuron fires, there is nothing to record"
+            "every neuron fires, so there is nothing to record"
         )
     options = replace(options, window=min(options.window, engine.n_context))
     if (folder / FILE_NAME).exists():
@@ -113,7 +115,7 @@ class _Recorder:
         self.trace = self._open_trace(trace_state) if options.trace_bytes else None
 
     def _load_state(self) -> dict[str, int]:
-        """Takes over what an earlier run left; returns the state of its trace."""
+        """Load the sums and the state of an earlier run, and return the state of its trace."""
         try:
             state = json.loads((self.folder / _STATE).read_text())
             sums = load_file(self.folder / _SUMS)
@@ -125,7 +127,7 @@ class _Recorder:
                 "or options); choose another folder or delete it"
             )
         if state["serial"] != int(sums.pop("serial")[0]):
-            return {}  # stopped between writing the two: begin anew
+            return {}  # the earlier run stopped between writing the two files: start again
         for name, array in sums.items():
             getattr(self.sums, name)[...] = array
         self.text, self.place = state["text"], state["place"]
@@ -133,7 +135,7 @@ class _Recorder:
         return state["trace"]
 
     def _save_state(self) -> None:
-        """Sums first; the serial number ties the two files together."""
+        """Save the sums first, then the state. The serial number ties the two files together."""
         trace: dict[str, int] = {}
         if self.trace is not None:
             self.trace.flush()
@@ -166,15 +168,15 @@ class _Recorder:
         if capacity < MIN_TRACE_TOKENS:
             least = (gates + MIN_TRACE_TOKENS * n_bytes) / 1e6
             raise InvalidOption(
-                f"--trace-budget: {budget / 1e6:.0f} MB hold no {MIN_TRACE_TOKENS} tokens beside "
-                f"the gate weights; expected at least {least:.0f} MB"
+                f"--trace-budget: {budget / 1e6:.0f} MB have no room for {MIN_TRACE_TOKENS} tokens "
+                f"beside the gate weights; expected at least {least:.0f} MB"
             )
         free = shutil.disk_usage(self.folder).free
         written = state.get("n_records", 0) * n_bytes
         if not self.options.max_tokens and budget - written > free:
             raise InvalidOption(
-                f"--trace-budget: {budget / 1e6:.0f} MB asked for, {free / 1e6:.0f} MB are free in "
-                f"{self.folder}"
+                f"--trace-budget: {budget / 1e6:.0f} MB requested, but {free / 1e6:.0f} MB are "
+                f"free in {self.folder}"
             )
         return TraceWriter(
             self.folder / "trace",
@@ -227,7 +229,7 @@ class _Recorder:
         return Recording(profile, trace_tokens, trace_bytes, n_tokens - before, seconds)
 
     def _tell(self, progress: Progress, done: int, total: int) -> None:
-        """How many tokens there will be is estimated: from what there were, at first from bytes."""
+        """Report progress. The total is estimated from the tokens so far, at first from bytes."""
         n_tokens = self.sums.n_tokens
         estimate = n_tokens * total // done if done and n_tokens else total // 4
         if self.options.max_tokens is not None:
@@ -247,7 +249,7 @@ class _Recorder:
         sums, config = self.sums, self.engine.config
         packed = sums.text_counts[:, :, : config.n_neurons]
         text_counts = packed.copy()
-        if self.orders is not None:  # back to the order of the checkpoint
+        if self.orders is not None:  # profiles count in the order of the checkpoint
             for layer, order in enumerate(self.orders):
                 text_counts[:, layer, order] = packed[:, layer]
         return ActivationProfile(

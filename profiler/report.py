@@ -1,15 +1,16 @@
-"""What a recording found: which neurons are hot, how sparse the layers are, how steady that is.
+"""Show a recording: which neurons are hot, how sparse the layers are, and how stable that is.
 
     python -m profiler.report FOLDER [--plots FOLDER]
 
-Prints a table, one line a layer, and draws four plots (PNG; needs matplotlib):
+The command prints a table with one line per layer, and draws four plots (PNG; needs matplotlib).
+The columns of the table are shares:
 
-sparsity   share of inactive neurons
-carrying   the most frequent neurons that have 80 % of all activations, as a share of the neurons
+sparsity   inactive neurons
+carrying   most frequent neurons that have 80 % of all activations together
 never      neurons that fired for no token
-overlap    share of a token's active neurons that were active for the token before; by chance
-stable     share of the hot 20 % that two texts have in common; 20 % is chance
-hot        share of a text's activations that another text's hot 20 % have; its own have
+overlap    a token's active neurons that were active for the token before; in brackets by chance
+stable     hot 20 % of neurons that two texts have in common; chance is 20 %
+hot        a text's activations that another text's hot 20 % have; in brackets its own hot 20 %
 """
 
 from __future__ import annotations
@@ -36,10 +37,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("profile", type=Path, metavar="FOLDER", help="what profiler.record wrote, or a profile")
-    add("--plots", type=Path, metavar="FOLDER", help="where plots go (beside the profile)")
-    add("--no-plots", action="store_true", help="only the table")
-    add("--json", action="store_true", help="one JSON object as the last line")
+    add(
+        "profile",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that profiler.record wrote, or a profile's file",
+    )
+    add(
+        "--plots",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for the plots (default: that of the profile)",
+    )
+    add("--no-plots", action="store_true", help="print the table only")
+    add("--json", action="store_true", help="also print one JSON object as the last line")
     return parser.parse_args(arguments)
 
 
@@ -86,7 +97,7 @@ def table(summary: ProfileSummary) -> str:
         lines.append(row(f"{layer:5}", lambda value, layer=layer: value[layer]))
     lines.append(row("mean", np.nanmean))
     if summary.stability is None:
-        lines.append("stability of the hot neurons: needs two texts")
+        lines.append("the stability of the hot neurons needs two texts")
     return "\n".join(lines)
 
 
@@ -105,13 +116,13 @@ def as_json(profile: ActivationProfile, summary: ProfileSummary) -> str:
         for name in summary.__slots__
     }
     text = json.dumps({"n_tokens": profile.n_tokens, **values})
-    return text.replace("NaN", "null")  # JSON has none
+    return text.replace("NaN", "null")  # JSON has no NaN
 
 
 def run(args: argparse.Namespace) -> int:
     path = args.profile / FILE_NAME if args.profile.is_dir() else args.profile
     if args.profile.is_dir() and not path.exists():
-        raise InvalidArtifact(f"{args.profile}: holds no {FILE_NAME}; profiler.record writes it")
+        raise InvalidArtifact(f"{args.profile}: has no {FILE_NAME}; profiler.record writes it")
     profile = load_profile(path)
     summary = summarise(profile)
     print(f"{head(profile)}\n\n{table(summary)}\n{positions(summary)}")

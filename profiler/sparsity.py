@@ -1,8 +1,9 @@
-"""How sparse is a model on a text? Prints the share of inactive FFN neurons, layer by layer.
+"""Measure the share of inactive FFN neurons on a text, layer by layer.
 
     python -m profiler.sparsity -m stories --text stories.txt
 
-The text is run through the native engine in windows of the context, each from an empty KV cache.
+The text runs through the native engine in windows of the context size. Each window begins with an
+empty KV cache.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class SparsityReport:
 def measure_sparsity(
     engine: Engine, ids: list[int], *, window: int | None = None
 ) -> SparsityReport:
-    """Run `ids` through the model in windows of at most `window` tokens (the context). Raises
-    ValueError if empty.
+    """Run `ids` through the model in windows of at most `window` tokens (default: the context).
+
+    Raises ValueError if `ids` is empty.
     """
     if not ids:
         raise ValueError("no tokens to measure on")
@@ -51,7 +53,7 @@ def measure_sparsity(
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="profiler.sparsity", description=__doc__.split("\n")[0])
     add_model_options(parser)
-    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file to measure on")
     return parser.parse_args(arguments)
 
 

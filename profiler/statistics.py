@@ -1,4 +1,4 @@
-"""Sums over recorded masks, in numba: compiled once, layers in parallel."""
+"""Adds up recorded masks. numba compiles the loop once, and runs the layers in parallel."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _SIGNATURE = "void(u1[:,:,::1], i8[:,::1], i8[:,::1], i8[::1], i8[::1], i8[::1])
 
 @cache
 def compiled_sums() -> Callable[..., None]:
-    """The compiled loop: adds the masks of one window to the sums.
+    """Return the compiled loop, which adds the masks of one window to the sums.
 
-    Takes seconds where numba finds no cache of an earlier run. Raises MissingPackage.
+    The first call takes seconds if numba finds no cache of an earlier run. Raises MissingPackage if
+    numba is not installed.
     """
     try:
         from numba import njit, prange
@@ -58,12 +59,12 @@ def compiled_sums() -> Callable[..., None]:
 
 
 class ActivationSums:
-    """Running sums of one recording; neurons in the order in which they are packed."""
+    """Running sums of one recording. Neurons are in packed order."""
 
     ARRAYS = ("text_counts", "position_active", "position_tokens", "overlap", "overlap_base")
 
     def __init__(self, n_texts: int, n_layers: int, n_neurons: int) -> None:
-        padded = -(-n_neurons // 8) * 8  # masks are whole bytes
+        padded = -(-n_neurons // 8) * 8  # masks have whole bytes
         self.n_neurons = n_neurons
         self.text_counts = np.zeros((n_texts, n_layers, padded), np.int64)
         self.position_active = np.zeros((n_layers, POSITION_BUCKETS), np.int64)
@@ -76,7 +77,7 @@ class ActivationSums:
         return int(self.position_tokens.sum())
 
     def add(self, masks: NDArray[np.uint8], text: int) -> None:
-        """(n_layers, n, bytes) masks of one window, from its first token on."""
+        """Add the masks (n_layers, n, bytes) of one whole window of `text`."""
         buckets = position_buckets(masks.shape[1])
         self.position_tokens += np.bincount(buckets, minlength=POSITION_BUCKETS)
         compiled_sums()(
@@ -90,6 +91,6 @@ class ActivationSums:
 
 
 def position_buckets(n: int) -> NDArray[np.int64]:
-    """The bucket of each position: powers of two, see POSITION_BUCKETS."""
+    """Return the bucket of each position. Buckets are powers of two: see POSITION_BUCKETS."""
     exponents = np.frexp(np.arange(1, n + 1, dtype=np.float64))[1].astype(np.int64) - 1
     return np.minimum(exponents, POSITION_BUCKETS - 1)

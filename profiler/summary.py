@@ -1,4 +1,4 @@
-"""What an activation profile says, in numbers."""
+"""Computes the figures of an activation profile."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from hybrid.placement.profile import ActivationProfile
 
 Array = NDArray[np.float64]
 
-CARRIED = 0.8  # "x % of the neurons carry 80 % of the activations"
-HOT = 0.2  # share of the neurons that stability is about
+CARRIED = 0.8  # share of the activations for "x % of the neurons carry 80 % of the activations"
+HOT = 0.2  # share of the neurons that count as hot
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileSummary:
-    """Each array has one entry a layer, unless it says otherwise; all are shares."""
+    """Shares. Each array has one entry per layer, unless its comment says otherwise.
 
-    sparsity: Array  # of inactive neurons
-    carrying: Array  # least share of the neurons that has CARRIED of the activations
-    never: Array  # of neurons that never fired
-    overlap: Array  # of a token's active neurons that were active for the token before
-    overlap_by_chance: Array  # the same of independent tokens
-    stability: Array | None  # common to the hot HOT of two texts, median of pairs; one text: None
-    hot_carries: Array | None  # of a text's activations, carried by another text's hot neurons
-    own_hot_carries: Array | None  # and by its own
-    sparsity_by_position: Array  # (buckets,) over all layers; NaN where there was no token
+    The three optional arrays are None if there is only one text.
+    """
+
+    sparsity: Array  # inactive neurons
+    carrying: Array  # fewest neurons that have CARRIED of the activations
+    never: Array  # neurons that never fired
+    overlap: Array  # a token's active neurons that were active for the token before
+    overlap_by_chance: Array  # the same for independent tokens
+    stability: Array | None  # hot neurons that two texts have in common, median of pairs
+    hot_carries: Array | None  # a text's activations carried by another text's hot neurons
+    own_hot_carries: Array | None  # a text's activations carried by its own hot neurons
+    sparsity_by_position: Array  # (buckets,) over all layers; NaN if there was no token
 
 
 def summarise(profile: ActivationProfile) -> ProfileSummary:
@@ -52,20 +55,20 @@ def summarise(profile: ActivationProfile) -> ProfileSummary:
 
 
 def carried(counts: NDArray[np.int64]) -> Array:
-    """Share of the activations that the 1, 2, … most frequent neurons have together."""
+    """Return the share of the activations that the 1, 2, … most frequent neurons have together."""
     total = counts.sum()
     return np.cumsum(np.sort(counts)[::-1]) / (total if total else 1)
 
 
 def carrying_share(counts: NDArray[np.int64], of: float = CARRIED) -> float:
-    """The least share of the neurons that together have `of` of the activations."""
+    """Return the least share of the neurons that together have a share `of` of the activations."""
     if not counts.any():
         return float("nan")
     return float(np.searchsorted(carried(counts), of - 1e-12) + 1) / counts.size
 
 
 def hot_sets(text_counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(n_texts, n_layers, n_neurons) the HOT most frequent neurons of each."""
+    """Return (n_texts, n_layers, n_neurons): the share HOT of most frequent neurons of each."""
     n_hot = max(1, round(HOT * text_counts.shape[2]))
     order = np.argsort(-text_counts, axis=2, kind="stable")[:, :, :n_hot]
     hot = np.zeros(text_counts.shape, np.bool_)
@@ -74,7 +77,7 @@ def hot_sets(text_counts: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def common_share(text_counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(n_texts, n_texts) share of hot neurons that two texts have in common, mean of the layers."""
+    """Return (n_texts, n_texts): the share of hot neurons in common, averaged over the layers."""
     hot = hot_sets(text_counts).astype(np.float64)
     return np.einsum("aln,bln->ab", hot, hot) / hot[0].sum()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Torch's OpenMP threads spin for what comes next, and would take the cores from ours. Read when
-# torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Torch and NumPy compute on one thread each, because their threads would take the cores from ours.
+# Both read these variables when they are loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +29,9 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 @pytest.fixture(scope="session", autouse=True)
 def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests run in an empty folder: in the checkout, `python -m hybrid.run` would find the sources
-    before the installed package.
+    """Run the tests in an empty folder.
+
+    In the checkout, `python -m hybrid.run` would import the sources, not the installed package.
     """
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
@@ -42,8 +44,9 @@ ISAS = kernels.available_isas()
 
 @pytest.fixture(params=slow_except(ISAS, ISAS[0], ISAS[-1]))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once per instruction set that this machine has; the default run takes the
-    slowest and the best one.
+    """Run the test once per instruction set that this machine has.
+
+    The default run takes only the slowest and the best one.
     """
     with kernels.using_isa(request.param):
         assert kernels.active_isa() == request.param
@@ -57,16 +60,16 @@ def format(request: pytest.FixtureRequest) -> Format:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Texts and tokenizers that development machines have and users' do not."""
+    """Folder of texts and tokenizers that only development machines have. Skips without it."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("the development data (../shared/data) is not on this machine")
+        pytest.skip(f"the development data is not on this machine: no folder {folder}")
     return folder
 
 
 @pytest.fixture
 def config() -> dict[str, Any]:
-    """config.json of a tiny MiniCPM."""
+    """Content of the config.json of a tiny MiniCPM."""
     return {
         "architectures": ["MiniCPMForCausalLM"],
         "bos_token_id": 1,

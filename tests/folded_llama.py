@@ -1,5 +1,6 @@
-"""MiniCPM as a Llama: its scales folded into the weights, and FATReLU for transformers, which knows
-neither. Needs torch.
+"""Express a MiniCPM as a Llama for transformers, which knows neither its scales nor FATReLU.
+
+The scales are folded into the weights, and FATReLU is a torch module. Needs torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 
 class FatRelu(torch.nn.Module):
-    """x where x >= threshold, else 0."""
+    """x if x >= threshold, else 0."""
 
     def __init__(self, threshold: float) -> None:
         super().__init__()
@@ -25,7 +26,7 @@ class FatRelu(torch.nn.Module):
 
 
 def fold_scales(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Embedding, residual and logit scales of a MiniCPM folded into an untied Llama's weights."""
+    """Fold a MiniCPM's embedding, residual and logit scales into an untied Llama's weights."""
     branch = config["scale_depth"] / math.sqrt(config["num_hidden_layers"])
     head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
     folded = {

@@ -1,4 +1,4 @@
-"""The one tolerance table."""
+"""The tolerance of all kernel tests, and helpers to compare and quantise arrays."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
 
-# Kernels and their oracle see the same rounded inputs: they differ by the order of fp32 sums alone.
-SUM_ORDER = 3e-6  # of the sum of absolute terms
+# A kernel and its oracle get the same rounded inputs, so only the order of fp32 sums differs.
+SUM_ORDER = 3e-6  # relative to the sum of absolute terms
 
 
 def assert_close(actual: NDArray, expected: NDArray, *, scale: float | NDArray) -> None:
-    """Equal within SUM_ORDER times `scale`, the magnitude of what was summed."""
+    """Assert that both are equal within SUM_ORDER times `scale`, the sum of absolute terms."""
     assert actual.shape == expected.shape
     assert np.isfinite(actual).all()
     error = np.abs(actual - expected)
@@ -20,5 +20,5 @@ def assert_close(actual: NDArray, expected: NDArray, *, scale: float | NDArray) 
 
 
 def quantize_tokens(format: Format, x: NDArray) -> NDArray:
-    """(tokens, n) fp32 → one quantised vector each."""
+    """Quantise (tokens, n) fp32; returns one packed vector per token."""
     return np.stack([_native.quantize(format, token) for token in x])

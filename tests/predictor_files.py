@@ -1,4 +1,4 @@
-"""Predictor files for tests, made without training."""
+"""Write predictor files for tests, without training."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from predictors.predictors import LayerPredictor, LowRank, make_sign, round_bloc
 
 
 def about(engine: Engine, **changes: object) -> dict[str, object]:
+    """Return a file's description of the engine's model, with `changes`."""
     config = engine.config
     return {
         "model": "tiny",
@@ -29,6 +30,7 @@ def about(engine: Engine, **changes: object) -> dict[str, object]:
 
 
 def choice(kind: str, rank: int = 0, margin: float = 0.0) -> Choice:
+    """Return a Choice whose measured figures are made up."""
     return Choice(kind, rank, margin, 0.99, 0.995, 0.5, 0.25, 1.0, 2.0)
 
 
@@ -55,7 +57,7 @@ def write_predictor(
     margin: float = 0.0,
     **changes: object,
 ) -> Path:
-    """One file for recall 0.99: `kinds[layer]` of random predictors."""
+    """Write a file for recall 0.99 with a random predictor of kind `kinds[layer]` per layer."""
     choices, predictors = [], {}
     for layer, kind in enumerate(kinds):
         rank = 12 if kind == "lowrank" else 0
@@ -69,7 +71,10 @@ def write_predictor(
 
 
 def decode_counted(engine: Engine, ids: np.ndarray) -> Session:
-    """A session that decoded three tokens behind `ids`; the bytes it counted are the formula's."""
+    """Prefill `ids`, decode three tokens and return the session.
+
+    Asserts that the bytes which the session counted equal those of the formula.
+    """
     session = engine.open_session()
     session.prefill(ids)
     session.reset_counts()

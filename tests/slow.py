@@ -1,4 +1,4 @@
-"""Which cases of a parametrised test the default run leaves out: `pytest -m slow` runs them."""
+"""Mark cases of a parametrised test as slow: only `pytest -m slow` runs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
-    """Parameters for `pytest.mark.parametrize`: all `values`, those not in `fast` marked slow."""
+    """Return `values` for `pytest.mark.parametrize`. Those that are not in `fast` are slow."""
     return [
         value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values
     ]

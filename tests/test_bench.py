@@ -1,4 +1,7 @@
-"""hybrid.bench: its table, its last line, its errors. Nothing here asserts a time."""
+"""hybrid.bench prints a table and one line of JSON, and refuses bad options.
+
+No test asserts a time.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,7 @@ KEYS = [
 
 @pytest.fixture(autouse=True)
 def small_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the bandwidth on 8 MiB only, which is quick."""
     monkeypatch.setattr(hardware, "STREAM_BYTES", 8 << 20)
 
 
@@ -80,7 +84,7 @@ def test_a_bad_number_of_threads_is_refused_before_anything_is_loaded(capsys, mo
     assert "threads" in capsys.readouterr().err
 
 
-def test_the_share_of_bandwidth_is_given_where_memory_is_the_limit(capsys, monkeypatch):
+def test_the_share_of_bandwidth_is_given_if_the_weights_exceed_the_cache(capsys, monkeypatch):
     monkeypatch.setattr("hybrid.engine.engine.last_level_cache_bytes", lambda: 1 << 20)
     bench.main(["--runs", "1", "-n", "10"])
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -92,13 +96,13 @@ def test_the_share_of_bandwidth_is_given_where_memory_is_the_limit(capsys, monke
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["decode_mbu"] is None
 
 
-@pytest.mark.parametrize(("share", "is_told"), [(0.004, False), (0.12, True)])
-def test_time_that_a_hypervisor_took_is_told(capsys, monkeypatch, share, is_told):
+@pytest.mark.parametrize(("share", "is_reported"), [(0.004, False), (0.12, True)])
+def test_time_that_a_hypervisor_took_is_reported(capsys, monkeypatch, share, is_reported):
     monkeypatch.setattr(bench.StolenTime, "share", lambda self, n_threads: share)
     bench.main(["--runs", "1", "-n", "10"])
     *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last)["stolen_fraction"] == share
-    assert any("hypervisor took 12.0%" in line for line in table) == is_told
+    assert any("hypervisor took 12.0%" in line for line in table) == is_reported
 
 
 def test_the_same_seed_does_the_same_work(capsys):
@@ -144,6 +148,6 @@ def test_more_tokens_than_the_context_holds_are_refused(capsys):
     assert "--tokens 500" in capsys.readouterr().err
 
 
-def test_an_unknown_model_is_one_line(capsys):
+def test_an_unknown_model_gives_one_line_of_error(capsys):
     assert bench.main(["-m", "./no such model"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

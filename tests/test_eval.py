@@ -1,4 +1,4 @@
-"""Perplexity: every token counted once, with the context that its window gives it."""
+"""Perplexity counts every token once, with the context that its window gives it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_each_token_is_predicted_once_from_its_window(engine, window, stride, mo
     step = stride or window // 2
     expected = 0.0
     for target in range(1, len(ids)):
-        first = next(f for f in range(0, len(ids), step) if f + window > target)  # the first to see
+        # The first window that holds the token predicts it.
+        first = next(f for f in range(0, len(ids), step) if f + window > target)
         with engine.open_session() as session:
             session.prefill(ids[first:target])
             expected -= log_softmax(session.logits)[ids[target]]
@@ -76,7 +77,7 @@ def test_the_command_prints_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"), [(b"", "no text"), (b" \n", "no text"), (b"\xff\xfe", "not UTF-8")]
 )
-def test_texts_that_are_none_are_one_line(tmp_path, capsys, content, message):
+def test_a_file_without_text_gives_one_line_of_error(tmp_path, capsys, content, message):
     path = tmp_path / "text"
     path.write_bytes(content)
     assert eval.main(["perplexity", "--text", str(path)]) == 2
@@ -85,6 +86,6 @@ def test_texts_that_are_none_are_one_line(tmp_path, capsys, content, message):
     assert error.count("\n") == 1
 
 
-def test_a_missing_text_is_one_line(capsys):
+def test_a_missing_file_gives_one_line_of_error(capsys):
     assert eval.main(["perplexity", "--text", "/no/such/text"]) == 2
     assert "No such file" in capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""Imports go one way: predictors ← hybrid ← profiler, and within hybrid from the later layers to
-the earlier.
+"""Imports go one way: predictors ← hybrid ← profiler. Within hybrid, a layer imports only itself
+and earlier layers.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ LAYERS = [
         "hybrid.__main__",
     ],
 ]
-# What predictor files are; never what trains them.
+# hybrid reads predictor files, but must not import what trains them.
 READS_PREDICTORS = {"predictors.errors", "predictors.file", "predictors.predictors"}
-# Loaded only where a GPU is asked for.
+# Only these import torch, and they are loaded only if a GPU is requested.
 IMPORTS_TORCH = ("hybrid.kernels.gpu.", "hybrid.engine.gpu.", "hybrid.checking.gpu")
-# Public names and the catalog, the bar; a front-end's own part, where it has one.
+# Every front-end may import the public names, the catalog, the progress bar and the shared options.
+# FRONT_ENDS adds the package that the front-end is the command for, if there is one.
 _USUAL = {"hybrid", "hybrid.hub.catalog", "hybrid.cli.progress_bar", "hybrid.cli.command_line"}
 FRONT_ENDS = {
     "hybrid.run": _USUAL | {"hybrid.cli.closing_line", "hybrid.cli.conversation"},
@@ -60,6 +61,7 @@ FRONT_ENDS = {
 
 
 def layer_of(module: str) -> int:
+    """Return the index of the module's layer in LAYERS."""
     name = module
     while name:
         for index, names in enumerate(LAYERS):
@@ -75,8 +77,9 @@ def module_name(path: Path) -> str:
 
 
 def imports_of(path: Path) -> list[str]:
-    """Modules of ours that a file imports anywhere; `from package import module` counts as the
-    module.
+    """Return torch and our own modules if the file imports them anywhere in it.
+
+    `from package import module` counts as an import of the module.
     """
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -93,7 +96,7 @@ def imports_of(path: Path) -> list[str]:
     ]
 
 
-# What made the bundled model is not installed; an editable install sees it all the same.
+# The scripts that made the bundled model are not installed. An editable install still sees them.
 FILES = [
     path for path in sorted((PACKAGES / "hybrid").rglob("*.py")) if "training" not in path.parts
 ]
@@ -107,7 +110,7 @@ def test_hybrid_imports_only_earlier_layers(path):
         if package == "torch" and module.startswith(IMPORTS_TORCH):
             continue
         if module == "hybrid.setup" and package in ("predictors", "profiler"):
-            continue  # it alone calls them
+            continue  # the setup command alone calls them
         if package == "predictors":
             assert imported in READS_PREDICTORS, f"{module} imports {imported}"
             continue

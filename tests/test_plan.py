@@ -1,4 +1,4 @@
-"""hybrid.plan as a user runs it."""
+"""hybrid.plan prints, explains and saves plans, and refuses bad options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fast_gpu(tmp_path: Path) -> str:
-    """A machine with a GPU that pays even for a small model."""
+    """Write a hardware file with a GPU so fast that it pays even for a small model."""
     path = tmp_path / "my pc.json"
     gpu = {"name": "mine", "vram_bytes": 1 << 30, "context_bytes": 1 << 20}
     gpu |= {"stream_gbs": 900, "gather_gbs": 600, "node_us": 0, "hand_off_us": 0.1}
@@ -32,7 +32,7 @@ def test_plans_are_explained(tmp_path, capsys):
     options = ["-c", "256", "--vram-budget", "7MiB", "--hardware", hardware, "--explain"]
     assert main([*options, "--save", str(tmp_path / "plan.json")]) == 0
     out = capsys.readouterr().out
-    for line in ("GPU     mine: reads 900 GB/s", "CPU only", "whole layers", "hybrid", "head"):
+    for line in ("GPU     mine: streams 900 GB/s", "CPU only", "whole layers", "hybrid", "head"):
         assert line in out
     assert "CUDA takes 1 and torch 0" in out
     plan = load_plan(tmp_path / "plan.json")
@@ -40,7 +40,7 @@ def test_plans_are_explained(tmp_path, capsys):
     assert plan.vram_bytes + (1 << 20) <= 7 << 20
 
 
-def test_json_and_a_modelled_machine(capsys):
+def test_json_output_for_a_modelled_machine(capsys):
     assert main(["--hardware", "ddr4-rtx3050", "--vram-budget", "1g", "--json"]) == 0
     shown = capsys.readouterr()
     summary = json.loads(shown.out)
@@ -49,6 +49,7 @@ def test_json_and_a_modelled_machine(capsys):
     assert "modelled, not measured" in shown.err
 
 
+@pytest.mark.slow
 def test_a_plot_is_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "tps.png"
@@ -59,7 +60,7 @@ def test_a_plot_is_drawn(tmp_path, capsys):
     assert "--plot" in capsys.readouterr().err
 
 
-def test_no_budget_is_the_cpu(capsys):
+def test_a_budget_of_zero_puts_everything_on_the_cpu(capsys):
     assert main(["--hardware", "ddr5-rtx4060", "--vram-budget", "0"]) == 0
     out = capsys.readouterr().out
     assert "all on the CPU" in out
@@ -76,7 +77,7 @@ def test_no_budget_is_the_cpu(capsys):
         (["-m", "none/such"], "none/such"),
     ],
 )
-def test_bad_options_are_one_line(options, message, capsys):
+def test_bad_options_give_one_line_of_error(options, message, capsys):
     with pytest.raises(SystemExit) if "-budget" in options[0] else _returns():
         assert main([*options, "--offline"]) in (1, 2)
     error = capsys.readouterr().err.strip()
@@ -85,6 +86,8 @@ def test_bad_options_are_one_line(options, message, capsys):
 
 
 class _returns:
+    """Stands in for pytest.raises if main() returns instead of raising SystemExit."""
+
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
 

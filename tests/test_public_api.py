@@ -1,4 +1,4 @@
-"""The public surface: its names, its options, what importing it costs."""
+"""The public API: names are documented, options are keyword-only, and importing it is cheap."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import hybrid
 from hybrid import errors
 
 
-def test_all_names_exist_sorted_and_documented():
+def test_all_names_exist_and_are_sorted_and_documented():
     assert hybrid.__all__ == sorted(hybrid.__all__)
     for name in hybrid.__all__:
         assert inspect.getdoc(getattr(hybrid, name)), name
 
 
-def test_no_other_public_names_but_modules():
+def test_all_other_public_names_are_modules():
     public = {name for name in vars(hybrid) if not name.startswith("_")}
     others = public - set(hybrid.__all__)
     assert all(inspect.ismodule(getattr(hybrid, name)) for name in others), others
@@ -32,7 +32,7 @@ def test_options_are_keyword_only():
         assert all(p.kind is not p.VAR_KEYWORD for p in parameters)
 
 
-def test_one_root_exception():
+def test_all_exceptions_have_one_root():
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass)]
     assert all(issubclass(c, hybrid.HybridError) for c in classes)
     tree = inspect.getdoc(errors) or ""
@@ -47,7 +47,7 @@ def test_importing_hybrid_loads_neither_torch_nor_numba():
     assert result.stdout.strip() == "set()"
 
 
-def test_loading_and_running_loads_no_torch_either():
+def test_loading_and_running_a_model_loads_no_torch():
     code = (
         "import sys, hybrid\n"
         "with hybrid.load() as engine: list(engine.generate('a', max_tokens=2))\n"

@@ -1,4 +1,4 @@
-"""The command line: what a user sees, and what a user does wrong."""
+"""hybrid.run prints what a user expects, and answers each mistake with one clear line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Result:
 
 
 def hybrid_run(*arguments: str | Path, stdin: bytes = b"", **environment: str) -> Result:
-    """The command within this process, which takes a tenth of the time of a process of its own."""
+    """Run the command in this process, which takes a tenth of the time of a new process."""
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for name in ("out", "err")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -43,6 +43,7 @@ def hybrid_run(*arguments: str | Path, stdin: bytes = b"", **environment: str) -
 
 
 def hybrid_process(*arguments: str, stdin: bytes = b"") -> Result:
+    """Run the command in a new process."""
     completed = subprocess.run(
         [sys.executable, "-m", "hybrid.run", *arguments],
         input=stdin,
@@ -90,13 +91,13 @@ def test_stop_texts_end_the_story():
     assert "stopped: --max-tokens" not in result.err
 
 
-def test_a_full_context_is_said():
+def test_a_full_context_is_reported():
     result = hybrid_run("-p", "Once upon a time", "-c", "10", "-n", "50", "--seed", "1")
     assert result.code == 0
     assert "stopped: the context is full" in result.err
 
 
-def test_a_dense_model_is_said(tmp_path):
+def test_a_dense_model_is_reported(tmp_path):
     folder = write_model(tmp_path, vocab_size=4096, hidden_act="silu", hidden_act_param=None)
     result = hybrid_run("-m", folder, "-n", "3")
     assert result.code == 0
@@ -105,7 +106,7 @@ def test_a_dense_model_is_said(tmp_path):
 
 
 def test_text_arrives_while_it_is_written(monkeypatch, capfd):
-    """Every piece is flushed at once: a reader sees the story grow."""
+    """Every piece is flushed at once, so that a reader sees the story grow."""
     pieces: list[str] = []
 
     class Recorder(io.TextIOWrapper):
@@ -118,8 +119,8 @@ def test_text_arrives_while_it_is_written(monkeypatch, capfd):
     assert len({piece for piece in pieces if piece}) >= 12
 
 
-def test_many_byte_characters_are_never_split(tmp_path):
-    """Random weights write random bytes: what is printed must be valid UTF-8 all the same."""
+def test_multi_byte_characters_are_never_split(tmp_path):
+    """Random weights write random bytes, but the printed text must still be valid UTF-8."""
     folder = write_model(tmp_path, vocab_size=4096)
     completed = subprocess.run(
         [sys.executable, "-m", "hybrid.run", "-m", folder, "-p", "héllo 用户 🙂", "-n", "200"]
@@ -163,7 +164,7 @@ def test_bad_options_give_one_clear_line_and_code_2(arguments, message):
     assert result.out == ""
 
 
-def test_a_windows_file_is_read_as_it_is_meant(tmp_path):
+def test_a_byte_order_mark_and_crlf_in_a_prompt_file_are_ignored(tmp_path):
     path = tmp_path / "windows.txt"
     path.write_bytes(b"\xef\xbb\xbfThe cat\r\n")
     options = ("-n", "10", "--temp", "0")
@@ -171,19 +172,20 @@ def test_a_windows_file_is_read_as_it_is_meant(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line():
+def test_a_full_disk_gives_one_line_of_error():
     result = shell("{python} -m hybrid.run -n 3 > /dev/full")
     assert result.code == 1
     assert result.err == "hybrid.run: cannot write the text: No space left on device\n"
 
 
-def test_closed_streams_are_no_traceback_and_do_not_mix():
+def test_closed_streams_give_no_traceback_and_do_not_mix():
     assert shell("{python} -m hybrid.run -n 3 >&-").err.startswith("[prompt")
     assert "[prompt" not in shell("{python} -m hybrid.run -n 3 2>&-").out
     assert "input is closed" in shell("{python} -m hybrid.run -f - <&-").err
 
 
 def shell(command: str) -> Result:
+    """Run a shell command in which {python} stands for this Python."""
     completed = subprocess.run(
         ["sh", "-c", command.format(python=sys.executable)], capture_output=True, check=False
     )
@@ -211,8 +213,8 @@ def test_any_text_in_a_prompt_file_is_text(tmp_path: Path, content: bytes) -> No
     assert "generated" in line
 
 
-@pytest.mark.skipif(os.name != "posix", reason="arguments are bytes there")
-def test_a_prompt_that_is_no_unicode_is_refused() -> None:
+@pytest.mark.skipif(os.name != "posix", reason="arguments are bytes only on POSIX")
+def test_a_prompt_that_is_not_unicode_is_refused() -> None:
     result = hybrid_run("-p", os.fsdecode(b"ab\xff"))
     assert result.code == 2
     assert "lone surrogate" in result.err
@@ -235,11 +237,11 @@ def test_a_model_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "options", [("--top-k", "9" * 20), ("-n", "9" * 20, "-c", "8"), ("--seed", "9" * 30, "-n", "2")]
 )
-def test_numbers_beyond_all_bounds_that_mean_something(options: tuple[str, ...]) -> None:
+def test_huge_numbers_are_accepted_if_they_have_a_meaning(options: tuple[str, ...]) -> None:
     assert hybrid_run("-p", "a", *options).code == 0
 
 
-def test_a_prompt_beyond_the_context_is_one_line_with_both_numbers() -> None:
+def test_a_prompt_beyond_the_context_gives_one_line_with_both_numbers() -> None:
     result = hybrid_run("-p", "a b c d e f", "-c", "3")
     assert result.code == 1
     assert "7 tokens, the context holds 3" in result.err
@@ -289,14 +291,14 @@ def test_broken_model_folders_give_one_clear_line_and_code_1(tmp_path, damage, m
 
 
 @pytest.mark.parametrize("name", ["./no-such-folder", "storys", "", "a/b/c"])
-def test_models_that_do_not_exist(name):
+def test_models_that_do_not_exist_are_refused(name):
     result = hybrid_run("-m", name, "--offline")
     assert result.code in (1, 2)
     assert "Traceback" not in result.err
     assert result.err.startswith("hybrid.run: ")
 
 
-def test_a_name_that_is_not_here_says_what_to_do(tmp_path):
+def test_a_model_that_is_not_downloaded_gives_advice_offline(tmp_path):
     result = hybrid_run("-m", "MiniCPM-S-1B", "--offline", HF_HOME=str(tmp_path))
     assert result.code == 1
     assert "openbmb/MiniCPM-S-1B-sft" in result.err
@@ -308,7 +310,7 @@ def without_notes(err: bytes) -> bytes:
 
 
 def start_endless_run(folder: Path) -> subprocess.Popen[bytes]:
-    """A run that writes random text for minutes, killed after one should it hang."""
+    """Start a run that writes random text for minutes. It is killed after a minute if it hangs."""
     write_model(folder, vocab_size=4096, max_position_embeddings=200000)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"eos_token_id": 2', '"eos_token_id": null'))
@@ -334,7 +336,7 @@ def test_ctrl_c_ends_with_a_closing_line_and_code_130(tmp_path):
     assert without_notes(err).startswith(b"[prompt 2 tokens")
 
 
-def test_a_closed_pipe_is_no_traceback(tmp_path):
+def test_a_closed_pipe_gives_no_traceback(tmp_path):
     process = start_endless_run(tmp_path)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -370,7 +372,7 @@ def test_the_bundled_model_is_in_the_package():
     }
 
 
-def test_json_is_one_object_with_all_that_was_done():
+def test_json_output_is_one_object_with_text_tokens_and_stats():
     result = hybrid_run("-p", "Once", "-n", "6", "--seed", "2", "--json", "--logprobs", "2")
     assert result.code == 0
     answer = json.loads(result.out)
@@ -388,7 +390,7 @@ def test_no_stream_writes_the_same_text():
     assert hybrid_run(*options, "--no-stream").out == hybrid_run(*options).out
 
 
-def test_logprobs_stand_below_the_text():
+def test_logprobs_are_printed_below_the_text():
     result = hybrid_run("-p", "Once", "-n", "3", "--temp", "0", "--logprobs", "1")
     *lines, closing = result.err.splitlines()
     assert len(lines) == 3
@@ -407,14 +409,14 @@ def test_mapped_weights_write_the_same_text(tmp_path):
     home = {"HYBRID_HOME": str(tmp_path)}
     expected = hybrid_run(*options).out
     assert hybrid_run(*options, "--no-mmap", **home).out == expected
-    assert not any(tmp_path.rglob("*.safetensors"))  # small: packed anew each time
+    assert not any(tmp_path.rglob("*.safetensors"))  # a small model is packed at each load
     for _ in range(2):
         assert hybrid_run(*options, "--mmap", **home).out == expected
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("option", [["-t", "1.5"], ["--quant", "q5"], ["--nonsense"]])
-def test_a_wrong_option_is_one_line(option):
+def test_a_wrong_option_gives_one_line_of_error(option):
     result = hybrid_run("-p", "a", *option)
     assert result.code == 2
     assert len(result.err.splitlines()) == 1
@@ -436,7 +438,7 @@ def test_an_endless_prompt_file_is_refused_and_not_read():
     assert "at most 4,194,304 bytes" in result.err
 
 
-def test_a_stop_string_that_is_no_unicode_is_refused():
+def test_a_stop_string_that_is_not_unicode_is_refused():
     result = hybrid_run("-p", "a", "--stop", os.fsdecode(b"\xff"))
     assert result.code == 2
     assert "lone surrogate" in result.err

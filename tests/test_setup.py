@@ -1,4 +1,4 @@
-"""Setup: one command from nothing to hot order and a predictor; again it does nothing."""
+"""hybrid.setup makes a profile, a predictor and a plan. A second run does nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_setup_makes_a_model_ready(home, capsys):
     assert "--predictor auto" in out
     with hybrid.load(model, predictor="auto") as engine:
         assert engine.neuron_orders is not None
-        # Which kind pays is a matter of this machine; if none does, that is said.
+        # Which kind pays depends on this machine. If none does, a notice says so.
         prediction = engine.prediction
         assert prediction is not None
         if prediction.n_predicted_layers < engine.config.n_layers:
@@ -52,7 +52,8 @@ def test_setup_makes_a_model_ready(home, capsys):
     assert [path.parent.name for path in home.rglob("*.safetensors")].count("predictors") == 0
 
 
-def test_without_torch_training_free_kinds_are_tried(home, capsys, monkeypatch):
+@pytest.mark.slow
+def test_without_torch_only_training_free_kinds_are_tried(home, capsys, monkeypatch):
     from predictors import train
 
     monkeypatch.setattr(train, "_has_torch", lambda: False)
@@ -63,7 +64,7 @@ def test_without_torch_training_free_kinds_are_tried(home, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_interrupted_setup_goes_on(home, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_setup_continues(home, tmp_path, capsys, monkeypatch):
     from hybrid import setup as module
 
     def interrupt(*_: object) -> None:
@@ -90,7 +91,7 @@ def test_the_bundled_profile_needs_no_recording(home, tmp_path, capsys):
     assert "ready in" in capsys.readouterr().out
 
 
-def test_what_cannot_be_set_up_is_one_line(home, tmp_path, capsys):
+def test_what_cannot_be_set_up_gives_one_line_of_error(home, tmp_path, capsys):
     silu = write_model(tmp_path / "m", vocab_size=4096, hidden_act="silu", hidden_act_param=None)
     assert setup("-m", str(silu)) == 2
     assert "nothing to skip" in capsys.readouterr().err
@@ -102,13 +103,14 @@ def test_what_cannot_be_set_up_is_one_line(home, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_run_says_what_setup_would_bring(home):
+def test_run_recommends_setup(home):
     code = "from hybrid.run import main; main(['-m', 'synthetic:tiny', '-p', 'x', '-n', '2'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "python -m hybrid.setup" in done.stderr
     assert json.dumps(done.stdout)
 
 
+@pytest.mark.slow
 def test_setup_ends_with_a_plan(home, capsys, monkeypatch):
     pytest.importorskip("torch")
     from hybrid.engine.gpu import measurement
@@ -122,7 +124,7 @@ def test_setup_ends_with_a_plan(home, capsys, monkeypatch):
     options = ("-m", "synthetic:tiny", "--no-predictor")
     assert setup(*options, "--vram-budget", "0") == 0
     out = capsys.readouterr().out
-    assert "plan       all on the CPU: as asked" in out
+    assert "plan       all on the CPU: as requested" in out
     assert "exact, the plan" not in out
     assert setup(*options) == 0
     out = capsys.readouterr().out

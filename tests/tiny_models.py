@@ -1,4 +1,4 @@
-"""Small random models as Hugging Face folders."""
+"""Write small random models as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights of such size that activations stay near one; every value is a bf16 value."""
+    """Random weights, scaled so that activations stay near one. Every value is exact in bf16."""
     rng = np.random.default_rng(seed)
     hidden, n_neurons = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
@@ -74,7 +74,8 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
 
 def add_marker_pieces(layout: dict[str, Any]) -> None:
     """Give the bundled tokenizer the pieces that MiniCPM's chat markers need."""
-    # As MiniCPM, pieces may cross any boundary; but "12" is split before it could be one.
+    # As in MiniCPM, pieces may cross any boundary. But digits are split before merging, so that the
+    # piece "12" is never used.
     layout["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}
     vocab, merges = layout["model"]["vocab"], layout["model"]["merges"]
     for piece in ("<", ">", "▁<", "用", "户", "用户", "AI", ")<", "12"):
@@ -83,7 +84,7 @@ def add_marker_pieces(layout: dict[str, Any]) -> None:
 
 
 def write_chat_model(folder: Path, **changes: Any) -> Path:
-    """A random model with MiniCPM's chat template; its answers are noise."""
+    """Write a random model with MiniCPM's chat template. Its answers are noise."""
     write_model(folder, vocab_size=4200, **changes)
     layout = json.loads((STORIES / "tokenizer.json").read_text(encoding="utf-8"))
     add_marker_pieces(layout)
@@ -92,9 +93,10 @@ def write_chat_model(folder: Path, **changes: Any) -> Path:
 
 
 def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A folder with TINY's config and `changes`, random weights and the bundled model's tokenizer.
+    """Write a folder with TINY's config and `changes`, random weights and the bundled tokenizer.
 
-    A vocabulary smaller than the tokenizer's gets no tokenizer.
+    A change to None removes the key. If the vocabulary is smaller than the tokenizer's, the folder
+    gets no tokenizer.
     """
     config = {key: value for key, value in (TINY | changes).items() if value is not None}
     folder.mkdir(parents=True, exist_ok=True)

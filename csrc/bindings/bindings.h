@@ -1,4 +1,4 @@
-// What the bindings share. Only bindings*.cpp know Python: they check every argument, so that the
+// What the bindings share. Only bindings/*.cpp know Python. They check every argument, so that the
 // code below them need not.
 #pragma once
 
@@ -29,8 +29,8 @@ inline bool IsAligned(const void* p, uintptr_t bytes) {
 }
 
 // Runs `compute`, which must not throw, without the GIL. At interpreter exit Python ends a thread
-// that asks for the GIL by unwinding its stack: here that passes, while the destructor of
-// pybind11's own guard would abort the process.
+// that acquires the GIL by unwinding its stack. Here the unwinding passes through; the destructor
+// of pybind11's own guard would abort the process.
 template <typename Compute>
 void WithoutGil(const Compute& compute) {
   PyThreadState* state = PyEval_SaveThread();
@@ -38,10 +38,11 @@ void WithoutGil(const Compute& compute) {
   PyEval_RestoreThread(state);
 }
 
-// Packed rows within a NumPy array, which it keeps alive.
+// Packed rows within a NumPy array. The object keeps the array alive.
 struct PyRows {
-  // Interleaved rows from byte `offset` of `memory` on; or, where `row_stride` is given, rows apart
-  // with their values from `offset` and their scales from `scales_offset` on, gathered or not.
+  // Without `row_stride`, the rows are interleaved, from byte `offset` of `memory` on. With
+  // `row_stride` (bytes), they are row-major or bit-reversed: values from `offset` on, scales from
+  // `scales_offset` on.
   PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int64_t offset,
          std::optional<int64_t> row_stride, int64_t scales_offset, bool is_bit_reversed);
   Format format;
@@ -49,11 +50,11 @@ struct PyRows {
   Bytes memory;
 };
 
-// A predictor of one layer within NumPy arrays, which it keeps alive.
+// A predictor of one layer within NumPy arrays. The object keeps the arrays alive.
 struct PyPredictor {
   PyPredictor(Format format, PredictorKind kind, int32_t size, int32_t n_neurons, Bytes tiles,
               const PyRows* first_matrix);
-  // What it is asked with, for (n, bytes) quantised vectors.
+  // The predictor's inputs for (n, bytes) quantised vectors.
   std::vector<uint8_t> MakeInputs(Format x_format, const Bytes& x, int32_t n_cols) const;
   Format format;  // of the model's weights
   Predictor predictor;
@@ -62,7 +63,7 @@ struct PyPredictor {
   Bytes tiles, rows_memory;
 };
 
-// A preview of the head within a NumPy array, which it keeps alive.
+// A preview of the head within a NumPy array. The object keeps the array alive.
 struct PyPreview {
   PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles);
   Preview preview;

@@ -9,7 +9,7 @@ namespace hybrid {
 
 namespace {
 
-// A driver of this process; its library stays open.
+// The CUDA driver, held by Python. Its library stays open as long as this object lives.
 struct PyDriver {
   explicit PyDriver(const std::string& library) : driver(library) {}
   CudaDriver driver;
@@ -38,13 +38,14 @@ struct PyLink {
              CheckPatience(patience_s)) {}
 
   static uint8_t* CheckFlags(Bytes& flags, int32_t n_slots) {
-    Check(n_slots > 0 && n_slots < (1 << 16), "n_slots must be positive");
-    Check(flags.size() >= DeviceLink::FlagBytes(n_slots), "flags are too short");
+    Check(n_slots > 0 && n_slots < (1 << 16), "n_slots must be from 1 to 65535");
+    Check(flags.size() >= DeviceLink::FlagBytes(n_slots),
+          "flags are too short: each slot needs 128 bytes");
     Check(IsAligned(flags.data(), kFlagStride), "flags must begin at a multiple of 64 bytes");
     return flags.mutable_data();
   }
   static double CheckPatience(double seconds) {
-    Check(seconds > 0 && seconds < 3600, "patience_s must be positive");
+    Check(seconds > 0 && seconds < 3600, "patience_s must be positive and below 3600");
     return seconds;
   }
   Exchange MakeExchange() {
@@ -103,7 +104,8 @@ void BindDevice(py::module_& m) {
           "enqueue_request",
           [](PyLink& l, const PyDriver& driver, uint64_t stream, int32_t slot, bool by_host) {
             l.CheckSlot(slot);
-            Check(by_host || driver.driver.has_memory_operations(), "no memory operations");
+            Check(by_host || driver.driver.has_memory_operations(),
+                  "this driver has no memory operations: use by_host=True");
             int error = 0;
             WithoutGil(
                 [&] { error = l.link.EnqueueRequest(driver.driver, stream, slot, by_host); });
@@ -114,21 +116,24 @@ void BindDevice(py::module_& m) {
           "enqueue_wait",
           [](PyLink& l, const PyDriver& driver, uint64_t stream, int32_t slot, bool by_host) {
             l.CheckSlot(slot);
-            Check(by_host || driver.driver.has_memory_operations(), "no memory operations");
+            Check(by_host || driver.driver.has_memory_operations(),
+                  "this driver has no memory operations: use by_host=True");
             int error = 0;
             WithoutGil([&] { error = l.link.EnqueueWait(driver.driver, stream, slot, by_host); });
             if (error != 0) ThrowCuda(driver.driver, error, "enqueueing a wait");
           },
           py::arg("driver"), py::arg("stream"), py::arg("slot"), py::arg("by_host"))
-      // Answers all slots of one token with the session's segments.
+      // Answers all slots of one token with the session's segments. Returns false if the link
+      // failed.
       .def(
           "serve",
           [](PyLink& l, PySession& s, int64_t token) {
             ExclusiveUse use(s);
             s.CheckTokens(&token, 1);
             Check(l.link.n_slots() == static_cast<int32_t>(s.program.segments().size()),
-                  "a slot for every segment");
-            Check(s.session.exchange().x == l.link.exchange().x, "the session meets another link");
+                  "the link must have one slot for every segment");
+            Check(s.session.exchange().x == l.link.exchange().x,
+                  "the session is connected to another link: call meet first");
             bool is_served = false;
             WithoutGil([&] {
               const int32_t id = static_cast<int32_t>(token);
@@ -147,9 +152,12 @@ void BindDevice(py::module_& m) {
         const Exchange& exchange = link.cast<PyLink&>().link.exchange();
         ExclusiveUse use(s);
         const PyLink& l = link.cast<const PyLink&>();
-        Check(l.x.shape(0) >= kPrefillChunk, "an exchange has rows for a chunk of prefill");
-        Check(l.x.shape(1) == s.program.shape().hidden_size, "an exchange has hidden_size columns");
-        Check(exchange.n_neurons >= s.program.n_neurons(), "an exchange has n_neurons gates");
+        Check(l.x.shape(0) >= kPrefillChunk,
+              "the link's arrays must have at least PREFILL_CHUNK rows");
+        Check(l.x.shape(1) == s.program.shape().hidden_size,
+              "the link's x must have hidden_size columns");
+        Check(exchange.n_neurons >= s.program.n_neurons(),
+              "the link's gates must have at least n_neurons columns");
         s.session.SetExchange(exchange);
         s.keep_link = link;
       },

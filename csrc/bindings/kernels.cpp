@@ -13,7 +13,7 @@ namespace hybrid {
 
 namespace {
 
-constexpr int32_t kMaxCols = 1 << 24;  // keeps every product of sizes far from overflow
+constexpr int32_t kMaxCols = 1 << 24;  // so that no product of sizes overflows
 
 struct Allocation {
   void* pages;
@@ -59,7 +59,7 @@ Bytes MapFile(int file, int64_t n_bytes) {
 void MoveIntoMemory(const Bytes& mapped, int64_t first, int64_t n_bytes, int file) {
   Check(first >= 0 && first % (int64_t{2} << 20) == 0 && n_bytes > 0 &&
             n_bytes <= mapped.nbytes() - first,
-        "part of the mapping, from a huge page on");
+        "the bytes must be part of the mapping and begin at a huge page (2 MiB)");
   int error = 0;
   WithoutGil([&] {
     error = platform::MoveIntoMemory(mapped.data(), static_cast<size_t>(first),
@@ -68,7 +68,8 @@ void MoveIntoMemory(const Bytes& mapped, int64_t first, int64_t n_bytes, int fil
   if (error != 0) ThrowOsError(error);
 }
 
-// (n_rows, n_cols) fp32 -> tiles of interleaved rows; rows missing from the last tile are zeros.
+// (n_rows, n_cols) fp32 -> tiles of interleaved rows. Rows that are missing in the last tile are
+// zeros.
 void PackInterleaved(Format format, const float* w, int32_t n_rows, int32_t n_cols, uint8_t* out) {
   const int64_t value_bytes = ValueBytes(format, n_cols), scale_bytes = ScaleBytes(format, n_cols);
   const int64_t group_values = GroupValueBytes(format), group_scales = GroupScaleBytes(format);
@@ -94,11 +95,13 @@ void PackInterleaved(Format format, const float* w, int32_t n_rows, int32_t n_co
 PyRows::PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int64_t offset,
                std::optional<int64_t> row_stride, int64_t scales_offset, bool is_bit_reversed)
     : format(format), memory(memory) {
-  Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols, "rows or columns out of range");
+  Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols,
+        "sizes out of range: n_rows must be positive, n_cols from 1 to 16777216");
   const auto check = [&](int64_t first, int64_t n, int64_t stride, int64_t n_bytes) {
     Check(first >= 0 && first <= memory.nbytes(), "offset out of range");
     Check(stride >= n_bytes && stride <= memory.nbytes(), "stride out of range");
-    Check(first + (n - 1) * stride + n_bytes <= memory.nbytes(), "rows beyond the array");
+    Check(first + (n - 1) * stride + n_bytes <= memory.nbytes(),
+          "the rows extend beyond the array");
     Check(IsAligned(memory.data() + first, 2) && stride % 2 == 0, "rows must be 2-byte aligned");
     return memory.data() + first;
   };
@@ -127,17 +130,18 @@ PyPredictor::PyPredictor(Format format, PredictorKind kind, int32_t size, int32_
                          Bytes tiles, const PyRows* first_matrix)
     : format(format), n_neurons(n_neurons), tiles(tiles) {
   predictor = {kind, size, tiles.data()};
-  Check(size > 0 && size <= kMaxCols && n_neurons > 0, "predictor sizes");
+  Check(size > 0 && size <= kMaxCols && n_neurons > 0,
+        "size and n_neurons must be positive, size at most 16777216");
   Check(tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
             tiles.shape(0) ==
                 (n_neurons + kPredictTile - 1) / kPredictTile * PredictTileBytes(predictor),
         "tiles must be (bytes of all tiles,)");
   Check((first_matrix != nullptr) == (kind == PredictorKind::kLowRank),
-        "a low-rank predictor has a first matrix");
+        "a low-rank predictor needs a first matrix, a sign predictor has none");
   if (first_matrix == nullptr) return;
   Check(size % kRowTile == 0 && first_matrix->rows.n_rows == size &&
             first_matrix->format == PredictorFormat(format),
-        "first matrix must be (rank, hidden), in q4, or bf16 for bf16");
+        "the first matrix must be (rank, hidden), bf16 for a bf16 model, otherwise q4");
   rows = first_matrix->rows;
   rows_memory = first_matrix->memory;
 }
@@ -145,7 +149,7 @@ PyPredictor::PyPredictor(Format format, PredictorKind kind, int32_t size, int32_
 PyPreview::PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles)
     : preview{tiles.data(), n_rows, n_cols}, tiles(tiles) {
   Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols && n_cols % kPreviewCols == 0,
-        "preview sizes");
+        "preview sizes: n_rows and n_cols must be positive, n_cols a multiple of 16");
   Check(tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
             tiles.shape(0) == CountTiles(preview) * PreviewTileBytes(preview),
         "tiles must be (bytes of all tiles,)");
@@ -153,10 +157,10 @@ PyPreview::PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles)
 
 std::vector<uint8_t> PyPredictor::MakeInputs(Format x_format, const Bytes& x,
                                              int32_t n_cols) const {
-  Check(x_format == format, "predictor of another format");
+  Check(x_format == format, "the predictor and the gate rows must have the same format");
   const bool is_low_rank = predictor.kind == PredictorKind::kLowRank;
   Check(is_low_rank ? rows.n_cols == n_cols : predictor.size == PaddedCols(format, n_cols) / 32,
-        "predictor of another width");
+        "the predictor and the gate rows must have the same width");
   const int64_t n = x.shape(0), n_bytes = PredictorInputBytes(predictor);
   std::vector<float> z(static_cast<size_t>(n * predictor.size));
   std::vector<uint8_t> inputs(static_cast<size_t>(n * n_bytes));
@@ -187,23 +191,23 @@ void BindKernels(py::module_& m) {
         if (error != 0) ThrowOsError(error);
       },
       py::arg("memory"));
-  // These two throw OSError, too, as platform.h says.
+  // These two throw OSError too. platform.h says when.
   m.def("map_file", &MapFile, py::arg("file"), py::arg("n_bytes"));
   m.def("move_into_memory", &MoveIntoMemory, py::arg("mapped"), py::arg("first"),
         py::arg("n_bytes"), py::arg("file"));
   m.def(
       "padded_cols",
       [](Format format, int32_t n_cols) {
-        Check(n_cols > 0 && n_cols <= kMaxCols, "n_cols out of range");
+        Check(n_cols > 0 && n_cols <= kMaxCols, "n_cols must be from 1 to 16777216");
         return PaddedCols(format, n_cols);
       },
       py::arg("format"), py::arg("n_cols"));
 
-  // Places of a gathered row's groups, the first one's first.
+  // The places of the groups of a bit-reversed row, in natural order of the groups.
   m.def(
       "group_places",
       [](Format format, int32_t n_cols) {
-        Check(n_cols > 0 && n_cols <= kMaxCols, "n_cols out of range");
+        Check(n_cols > 0 && n_cols <= kMaxCols, "n_cols must be from 1 to 16777216");
         std::vector<int32_t> places(static_cast<size_t>(CountGroups(format, n_cols)));
         for (size_t i = 1; i < places.size(); ++i)
           places[i] = NextPlace(places[i - 1], static_cast<int32_t>(places.size()));
@@ -272,7 +276,8 @@ void BindKernels(py::module_& m) {
       "dequantize",
       [](const PyRows& rows, int32_t row, float scale) {
         Check(row >= 0 && row < rows.rows.n_rows, "row out of range");
-        Check(rows.rows.layout != RowLayout::kBitReversed, "gathered rows");
+        Check(rows.rows.layout != RowLayout::kBitReversed,
+              "bit-reversed rows cannot be dequantised");
         Floats out(rows.rows.n_cols);
         ActiveKernels().dequantize(rows.format, rows.rows, row, scale, out.mutable_data());
         return out;
@@ -281,7 +286,8 @@ void BindKernels(py::module_& m) {
   m.def(
       "gemm",
       [](const PyRows& rows, const Bytes& x, int32_t first, int32_t last) {
-        Check(0 <= first && first <= last && last <= rows.rows.n_rows, "row range");
+        Check(0 <= first && first <= last && last <= rows.rows.n_rows,
+              "row range: 0 <= first <= last <= n_rows must hold");
         Check(x.ndim() == 2 && x.shape(1) == VectorBytes(rows.format, rows.rows.n_cols) &&
                   IsAligned(x.data(), 4),
               "x must be quantised vectors");
@@ -299,7 +305,7 @@ void BindKernels(py::module_& m) {
         return out;
       },
       py::arg("rows"), py::arg("x"), py::arg("first"), py::arg("last"));
-  // (logits, largest logit of each tile).
+  // Returns (logits, the largest logit of each tile).
   m.def(
       "preview_logits",
       [](const PyPreview& p, const Floats& x) {
@@ -315,12 +321,13 @@ void BindKernels(py::module_& m) {
         return py::make_tuple(logits, maxima);
       },
       py::arg("preview"), py::arg("x"));
-  // (n_rows,) dot products of some rows; zeros for the others.
+  // Returns (n_rows,) dot products of the given rows, and zeros for the others.
   m.def(
       "gather_dots",
       [](const PyRows& rows, const std::vector<int32_t>& indices, const Bytes& x) {
-        Check(rows.rows.layout == RowLayout::kRowMajor, "rows must stand apart");
-        for (const int32_t row : indices) Check(row >= 0 && row < rows.rows.n_rows, "row range");
+        Check(rows.rows.layout == RowLayout::kRowMajor, "rows must be row-major");
+        for (const int32_t row : indices)
+          Check(row >= 0 && row < rows.rows.n_rows, "row range: an index is beyond the rows");
         Check(x.ndim() == 1 && x.shape(0) == VectorBytes(rows.format, rows.rows.n_cols) &&
                   IsAligned(x.data(), 4),
               "x must be a quantised vector");
@@ -338,14 +345,18 @@ void BindKernels(py::module_& m) {
          int32_t last, Activation activation, float threshold, bool computes_all,
          const PyPredictor* predictor) {
         const Format format = gate.format;
-        Check(0 <= first && first <= last && last <= gate.rows.n_rows, "neuron range");
-        Check(up.format == format && down.format == format, "formats differ");
+        Check(0 <= first && first <= last && last <= gate.rows.n_rows,
+              "neuron range: 0 <= first <= last <= n_neurons must hold");
+        Check(up.format == format && down.format == format,
+              "gate, up and down must have the same format");
         Check(up.rows.n_rows == gate.rows.n_rows && down.rows.n_rows == gate.rows.n_rows,
-              "neurons differ");
-        Check(up.rows.n_cols == gate.rows.n_cols, "gate and up widths differ");
+              "gate, up and down must have the same number of rows");
+        Check(up.rows.n_cols == gate.rows.n_cols,
+              "gate and up must have the same number of columns");
         Check(up.rows.layout == RowLayout::kRowMajor && down.rows.layout == RowLayout::kRowMajor,
-              "up and down rows must stand apart");
-        Check(x.ndim() == 2 && x.shape(0) <= kTokenTile, "at most kTokenTile tokens");
+              "up and down rows must be row-major");
+        Check(x.ndim() == 2 && x.shape(0) <= kTokenTile,
+              "x must be (tokens, bytes) of at most 64 tokens");
         Check(x.shape(1) == VectorBytes(format, gate.rows.n_cols) && IsAligned(x.data(), 4),
               "x must be quantised vectors");
         const int64_t padded = PaddedCols(format, down.rows.n_cols);
@@ -370,9 +381,10 @@ void BindKernels(py::module_& m) {
         std::vector<uint8_t> inputs;
         std::vector<int32_t> predicted(static_cast<size_t>(last - first + 1));
         if (predictor != nullptr) {
-          Check(!computes_all && predictor->n_neurons == gate.rows.n_rows, "predictor");
+          Check(!computes_all && predictor->n_neurons == gate.rows.n_rows,
+                "a predictor needs one score per gate row and excludes computes_all");
           Check(gate.rows.layout == RowLayout::kBitReversed,
-                "gate rows that a predictor names must be gathered");
+                "gate rows that a predictor selects must be bit-reversed");
           inputs = predictor->MakeInputs(format, x, gate.rows.n_cols);
           args.predictor = &predictor->predictor;
           args.predictor_inputs = inputs.data();
@@ -396,7 +408,7 @@ void BindKernels(py::module_& m) {
         Check(partials.ndim() == 2 && x.ndim() == 1, "partials must be (pieces, padded), x (n,)");
         const int32_t n = static_cast<int32_t>(x.shape(0));
         Check(partials.shape(0) > 0 && partials.shape(1) == PaddedCols(format, n),
-              "partials must be padded");
+              "partials must have n columns, padded to whole groups");
         const auto n_pieces = static_cast<int32_t>(partials.shape(0));
         Check(n_pieces <= kMaxPieces && (n_pieces & (n_pieces - 1)) == 0,
               "partials must be of 1, 2, 4, 8 or 16 pieces");
@@ -421,13 +433,14 @@ void BindKernels(py::module_& m) {
   m.def(
       "attend_span",
       [](const Floats& q, const Halves& k, const Halves& v) {
-        Check(q.ndim() == 2 && k.ndim() == 3 && v.ndim() == 2, "shapes of q, k and v");
+        Check(q.ndim() == 2 && k.ndim() == 3 && v.ndim() == 2,
+              "q and v must have 2 dimensions, k must have 3");
         Check(q.shape(1) % kHeadAlign == 0 && k.shape(1) == q.shape(1) && v.shape(1) == q.shape(1),
-              "head_stride");
+              "q, k and v must have the same head_stride, a multiple of 16");
         const py::ssize_t n = v.shape(0);
         Check(n > 0 && n <= kSpan && k.shape(2) == kKeyTile &&
                   k.shape(0) == (n + kKeyTile - 1) / kKeyTile,
-              "span");
+              "v must have from 1 to 256 positions, and k as many in tiles of 64");
         Floats max(q.shape(0)), sum(q.shape(0)), out({q.shape(0), q.shape(1)});
         float scores[kHeadTile * kSpan];
         ActiveKernels().attend_span({q.data(), k.data(), v.data(), static_cast<int32_t>(q.shape(0)),

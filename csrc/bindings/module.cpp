@@ -1,4 +1,4 @@
-// The Python module: enumerations, constants, and what the other bindings*.cpp add.
+// The Python module: enumerations, constants, and what the other bindings/*.cpp add.
 
 #include <pybind11/native_enum.h>
 

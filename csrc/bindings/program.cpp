@@ -15,7 +15,8 @@ namespace {
 
 using Tokens = py::array_t<int64_t, py::array::c_style>;
 
-// In a forked child the workers do not exist: the pool can be neither joined nor destroyed there.
+// In a forked child the workers do not exist, so the pool can be neither joined nor destroyed
+// there.
 struct FreeInOwnProcess {
   void operator()(ThreadPool* pool) const {
     if (platform::ProcessId() == pool->process_id()) delete pool;
@@ -24,7 +25,7 @@ struct FreeInOwnProcess {
 
 constexpr int64_t kReadPiece = int64_t{1} << 18;  // floats: 1 MiB
 
-// Reads all of `memory` once, in pieces handed out to the pool's threads. Returns its sum.
+// Reads all of `memory` once, in pieces for the pool's threads. Returns the sum of its floats.
 double ReadMemory(ThreadPool& pool, const Floats& memory) {
   struct Context {
     const float* floats;
@@ -32,7 +33,8 @@ double ReadMemory(ThreadPool& pool, const Floats& memory) {
     const KernelTable* kernels;
     std::vector<double> sums;
   } context{memory.data(), memory.size() / 128 * 128, &ActiveKernels(), {}};
-  Check(context.n > 0 && context.n / kReadPiece < (1 << 20), "memory: from 128 floats to 1 TiB");
+  Check(context.n > 0 && context.n / kReadPiece < (1 << 20),
+        "memory must have from 128 floats to 1 TiB");
   context.sums.resize(static_cast<size_t>((context.n + kReadPiece - 1) / kReadPiece));
   Job job;
   job.context = &context;
@@ -84,7 +86,8 @@ void BindProgram(py::module_& m) {
       .def(
           "read",
           [](ThreadPool& pool, const Floats& memory) {
-            Check(platform::ProcessId() == pool.process_id(), "made before a fork");
+            Check(platform::ProcessId() == pool.process_id(),
+                  "the thread pool was made before a fork; make a new one in this process");
             return ReadMemory(pool, memory);
           },
           py::arg("memory"));
@@ -136,7 +139,7 @@ void BindProgram(py::module_& m) {
               const PyPredictor& of = predictor.cast<const PyPredictor&>();
               Check(of.format == p.program.shape().format &&
                         of.n_neurons == gate.cast<const PyRows&>().rows.n_rows,
-                    "predictor of another format or size");
+                    "the predictor must have the program's format and one score per gate row");
               op.has_predictor = true;
               op.predictor = of.predictor;
               op.d = of.rows;
@@ -181,7 +184,7 @@ void BindProgram(py::module_& m) {
             ExclusiveUse use(s);
             s.CheckAlone();
             Check(tokens.ndim() == 1 && tokens.shape(0) > 0, "tokens must be (n,), n > 0");
-            // A copy, so that nobody can change what was checked.
+            // Copy the tokens, so that no other thread can change them after the check.
             const std::vector<int64_t> given(tokens.data(), tokens.data() + tokens.shape(0));
             s.CheckTokens(given.data(), tokens.shape(0));
             const std::vector<int32_t> ids(given.begin(), given.end());
@@ -217,7 +220,7 @@ void BindProgram(py::module_& m) {
             s.CheckExchange();
             Check(tokens.ndim() == 1 && tokens.shape(0) > 0 && tokens.shape(0) <= kPrefillChunk,
                   "tokens must be (n,), n from 1 to PREFILL_CHUNK");
-            Check(!is_decode || tokens.shape(0) == 1, "decode takes one token");
+            Check(!is_decode || tokens.shape(0) == 1, "decode takes exactly one token");
             const std::vector<int32_t> ids(tokens.data(), tokens.data() + tokens.shape(0));
             s.CheckTokens(tokens.data(), tokens.shape(0));
             float* out = nullptr;
@@ -239,7 +242,7 @@ void BindProgram(py::module_& m) {
             ExclusiveUse use(s);
             Check(segment == s.next_segment &&
                       segment < static_cast<int32_t>(s.program.segments().size()),
-                  "segments run in order, after begin");
+                  "segments must run in order, after begin");
             WithoutGil([&] { s.session.RunSegment(segment); });
             ++s.next_segment;
           },
@@ -248,7 +251,7 @@ void BindProgram(py::module_& m) {
            [](PySession& s) {
              ExclusiveUse use(s);
              Check(s.next_segment == static_cast<int32_t>(s.program.segments().size()),
-                   "not all segments have run");
+                   "end was called before all segments have run");
              s.session.End();
              s.next_segment = -1;
            })
@@ -257,11 +260,11 @@ void BindProgram(py::module_& m) {
           [](PySession& s, int32_t position) {
             ExclusiveUse use(s);
             Check(position >= 0 && position <= s.session.position(),
-                  "position is beyond the session's");
+                  "position is negative or beyond the session's position");
             s.session.Truncate(position);
           },
           py::arg("position"))
-      // A view of the session's own memory: overwritten by the next call.
+      // A view of the session's own memory. The next call overwrites it.
       .def_property_readonly("logits",
                              [](py::object self) {
                                const PySession& s = self.cast<const PySession&>();

@@ -1,4 +1,5 @@
-// Programs and sessions as Python holds them, with what their pointers lead to.
+// Programs and sessions as Python holds them, together with the objects that their pointers lead
+// to.
 #pragma once
 
 #include <atomic>
@@ -10,7 +11,7 @@
 
 namespace hybrid {
 
-// A recorded program together with the arrays that its pointers lead to.
+// A recorded program, together with the arrays that its pointers lead to.
 struct PyProgram {
   PyProgram(Format format, int32_t hidden_size, int32_t n_heads, int32_t n_kv_heads,
             int32_t head_dim, float rms_norm_eps, Floats rope_cos, Floats rope_sin)
@@ -21,7 +22,7 @@ struct PyProgram {
           "rope tables must be (context, head_dim / 2)");
     Check(rope_sin.ndim() == 2 && rope_sin.shape(0) == rope_cos.shape(0) &&
               rope_sin.shape(1) == head_dim / 2,
-          "rope tables must be alike");
+          "rope_cos and rope_sin must have the same shape");
     keep_alive.append(rope_cos);
     keep_alive.append(rope_sin);
   }
@@ -29,7 +30,7 @@ struct PyProgram {
     Rows* slots[] = {&op.a, &op.b, &op.c};
     for (size_t i = 0; i < rows.size(); ++i) {
       const PyRows& matrix = rows[i].cast<const PyRows&>();
-      Check(matrix.format == program.shape().format, "rows of another format");
+      Check(matrix.format == program.shape().format, "all rows must have the program's format");
       *slots[i] = matrix.rows;
       keep_alive.append(rows[i]);
     }
@@ -45,7 +46,7 @@ struct PyProgram {
   py::list keep_alive;
 };
 
-// A session, what it points to, and the flag that keeps its calls apart.
+// A session, what it points to, and the flag that allows only one call at a time.
 struct PySession {
   PySession(py::object program, py::object pool, int32_t n_context, bool is_dense, bool is_timed)
       : keep_program(program),
@@ -57,7 +58,7 @@ struct PySession {
 
   static int32_t CheckContext(Program& program, int32_t n_context) {
     Check(n_context > 0 && n_context <= program.shape().max_context,
-          "context must be within the rope tables");
+          "n_context must be from 1 to the length of the rope tables");
     program.Seal();
     return n_context;
   }
@@ -65,7 +66,7 @@ struct PySession {
   void CheckTokens(const int64_t* tokens, int64_t n) const {
     Check(n <= session.n_context() - session.position(), "the context is full");
     for (int64_t i = 0; i < n; ++i)
-      Check(tokens[i] >= 0 && tokens[i] < program.vocab_size(), "token beyond the vocabulary");
+      Check(tokens[i] >= 0 && tokens[i] < program.vocab_size(), "a token is beyond the vocabulary");
   }
 
   Observation Observe(int32_t n, Bytes& masks, std::optional<Halves>& inputs) const {
@@ -80,33 +81,34 @@ struct PySession {
     return {n, masks.mutable_data(), inputs ? inputs->mutable_data() : nullptr};
   }
 
-  // For calls that take the whole program at once.
+  // For calls that run the whole program at once.
   void CheckAlone() const {
     Check(program.segments().size() == 1 && !program.segments()[0].sends_x,
-          "the program has hand-offs: run its segments");
+          "the program has hand-offs: call begin, run_segment and end instead");
   }
   void CheckExchange() const {
     Check(session.exchange().x != nullptr || program.segments().size() == 1,
-          "the program has hand-offs, and the session meets no link");
+          "the program has hand-offs, but the session has no link: call meet first");
   }
 
-  py::object keep_program, keep_pool;  // first: they must outlive the session
+  py::object keep_program, keep_pool;  // declared first: they must outlive the session
   py::object keep_link = py::none(), keep_logits = py::none();
-  int32_t next_segment = -1;  // of a call in pieces; -1: none is running
+  int32_t next_segment = -1;  // of a call that runs segment by segment; -1: there is none
   Program& program;
   ThreadPool& pool;
   Session session;
   std::atomic<bool> is_busy{false};
 };
 
-// Holds a session for one call. Throws ValueError where another thread holds it, RuntimeError in a
-// process forked after the session was opened: a lock of its pool may have been held at that
-// moment.
+// Holds a session for one call. Throws ValueError if another thread holds it. Throws RuntimeError
+// in a process that was forked after the session was opened: at that moment another thread may have
+// held a lock of the pool.
 class ExclusiveUse {
  public:
   explicit ExclusiveUse(PySession& s) : s_(s) {
     if (platform::ProcessId() != s.pool.process_id())
-      throw std::runtime_error("the session was opened before a fork; load the model again here");
+      throw std::runtime_error(
+          "the session was opened before a fork; load the model again in this process");
     Check(!s.is_busy.exchange(true), "the session is in use by another thread");
   }
   ~ExclusiveUse() { s_.is_busy.store(false); }

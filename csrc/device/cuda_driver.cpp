@@ -8,12 +8,12 @@ namespace hybrid {
 
 namespace {
 
-// CUstreamBatchMemOpParams: a union of 48 bytes, of which these two forms are used.
+// CUstreamBatchMemOpParams is a union of 48 bytes, of which these two forms are used.
 struct MemoryOperation {
   uint32_t operation;
   uint32_t unused;
   uint64_t address;
-  uint64_t value;  // 32 bits of it
+  uint64_t value;  // only 32 bits are used
   uint32_t flags;
   uint32_t more_unused;
   uint64_t alias;
@@ -23,7 +23,7 @@ static_assert(sizeof(MemoryOperation) == 48, "as in cuda.h");
 
 constexpr uint32_t kWait32 = 1, kWrite32 = 2;  // CUstreamBatchMemOpType
 constexpr uint32_t kWaitEqual = 1;             // CU_STREAM_WAIT_VALUE_EQ
-// A write is preceded by a system-wide fence unless asked otherwise.
+// By default a system-wide fence precedes a write.
 constexpr uint32_t kWriteDefault = 0;
 
 }  // namespace

@@ -10,11 +10,11 @@ namespace hybrid {
 
 namespace {
 
-constexpr int64_t kSpinNs = 2'000'000;  // then a wait sleeps between its looks
+constexpr int64_t kSpinNs = 2'000'000;  // after this time, a wait sleeps between its checks
 constexpr auto kNap = std::chrono::microseconds(50);
 
-// Waits for `is_done`, at most so long. Looks at the clock now and then only, and tells what it
-// says.
+// Waits until `is_done`, at most `patience_ns`. It reads the clock only now and then, and passes
+// each reading to `tell`. Returns false if the time is over.
 template <typename Done, typename Tell>
 bool SpinUntil(const Done& is_done, int64_t patience_ns, const Tell& tell) {
   const int64_t started = platform::Nanoseconds();
@@ -77,7 +77,8 @@ bool DeviceLink::AwaitRequest(int32_t slot) {
   const bool is_there = SpinUntil(
       [&] { return request.load(std::memory_order_acquire) != 0 || error() != Error::kNone; },
       patience_ns_,
-      // Who waits is alive: it is the device that does not answer.
+      // A thread that waits here is alive. If the wait is long, it is the device that does not
+      // answer.
       [&](int64_t now) { alive_ns_.store(now, std::memory_order_relaxed); });
   if (!is_there) Abandon(Error::kNoRequest);
   request.store(0, std::memory_order_relaxed);
@@ -87,7 +88,8 @@ bool DeviceLink::AwaitRequest(int32_t slot) {
 
 void DeviceLink::AwaitAnswer(int32_t slot) {
   std::atomic<uint32_t>& ack = Flag(2 * slot + 1);
-  // The watchdog ends this wait where nobody answers; twice its patience, should it be lost too.
+  // If nobody answers, the watchdog ends this wait. The limit is twice its patience, in case the
+  // watchdog fails too.
   SpinUntil([&] { return ack.load(std::memory_order_acquire) != 0; }, 2 * patience_ns_,
             [](int64_t) {});
   if (error() == Error::kNone) ack.store(0, std::memory_order_relaxed);
@@ -107,7 +109,8 @@ void DeviceLink::Abandon(Error error) {
 void DeviceLink::Watch() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stop_) {
-    // Also wakes by itself: Arm holds no lock, so that it never waits.
+    // The watchdog also wakes without a notification: Arm holds no lock, so that it never waits,
+    // and a notification may be missed.
     wake_.wait_for(lock, std::chrono::nanoseconds(patience_ns_ / 4));
     const int64_t alive = alive_ns_.load();
     if (alive != 0 && platform::Nanoseconds() - alive > patience_ns_) Abandon(Error::kNoAnswer);

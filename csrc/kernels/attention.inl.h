@@ -1,6 +1,6 @@
-// Attention over one span of the context: scores, a softmax relative to the span's own maximum,
-// weighted values. Spans are merged by the caller in index order, so the result does not depend on
-// who computed which.
+// Attention over one span of the context, in three steps: scores, a softmax relative to the span's
+// own maximum, and weighted values. The caller merges spans in index order, so the result does not
+// depend on which thread computed which span.
 #pragma once
 
 #include <math.h>
@@ -12,10 +12,10 @@
 namespace hybrid {
 namespace {
 
-// exp(x) for x <= 0, by 2^n * exp(r) with |r| <= ln(2)/2 and a Taylor polynomial of degree 6 (error
-// < 2e-7). Below -87 it stays at exp(-87), which no sum in fp32 sees.
+// exp(x) for x <= 0, as 2^n * exp(r) with |r| <= ln(2)/2 and a Taylor polynomial of degree 6 (error
+// < 2e-7). Below -87 the result stays at exp(-87), which changes no sum in fp32.
 inline F32 Exp(F32 x) {
-  x = Max(Set(-87.0f), x);  // in this order a NaN stays one
+  x = Max(Set(-87.0f), x);  // in this order of arguments a NaN stays NaN
   const F32 n = Round(Mul(x, Set(1.44269504f)));
   F32 r = Fma(n, Set(-0.693359375f), x);
   r = Fma(n, Set(2.12194440e-4f), r);
@@ -29,14 +29,14 @@ inline F32 Exp(F32 x) {
   return Mul(y, Pow2(n));
 }
 
-constexpr int32_t kSums = kLanes == 16 ? 4 : 2;  // a head: as many as there are registers for
+constexpr int32_t kSums = kLanes == 16 ? 4 : 2;  // registers per head: as many as fit
 
-// scores[head] of kSums * kLanes keys from `first` on. Lanes are keys, so no sum runs across
-// lanes; a key is read once for all heads.
+// scores[head] of kSums * kLanes keys from `first` on. The lanes of a register are keys, so no sum
+// runs across lanes. A key is read once for all heads.
 template <int kHeads>
 inline void ScoreKeys(const AttendSpanArgs& a, const float* q, int32_t first, float* scores) {
   const uint16_t* k = a.k + int64_t{first / kKeyTile * kKeyTile} * a.head_stride + first % kKeyTile;
-  const uint16_t* v = a.v + int64_t{first} * a.head_stride;  // this many values are read next
+  const uint16_t* v = a.v + int64_t{first} * a.head_stride;  // values, which are read next
   F32 sum[kHeads][kSums];
 #pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h)
@@ -61,7 +61,8 @@ inline void ScoreKeys(const AttendSpanArgs& a, const float* q, int32_t first, fl
     for (int i = 0; i < kSums; ++i) Store(scores + h * kSpan + first + i * kLanes, sum[h][i]);
 }
 
-// Scores become exp(score - max); returns their sum. Lanes beyond n are scratch up to kSpan.
+// Replaces scores by exp(score - max) and returns their sum. Scores beyond n, up to kSpan, are
+// scratch.
 inline float Exponentiate(float* scores, int32_t n, float* largest) {
   const int32_t padded = RoundUp(n, kLanes);
   for (int32_t i = n; i < padded; ++i) scores[i] = -INFINITY;
@@ -78,8 +79,8 @@ inline float Exponentiate(float* scores, int32_t n, float* largest) {
   return ReduceAdd(sum_lanes);
 }
 
-// out[head] = sum over i of scores[head][i] * v[i], for kParts registers of a value from dimension
-// `first` on: many independent sums, so that no addition waits for the one before.
+// out[head] = sum over i of scores[head][i] * v[i], for kParts registers of a value, from dimension
+// `first` on. The sums are many and independent, so no addition waits for the one before.
 template <int kHeads, int kParts>
 inline void WeighSpan(const AttendSpanArgs& a, const float* scores, int32_t first, float* out) {
   F32 sum[kHeads][kParts];

@@ -1,4 +1,4 @@
-// Sums of rows, each times a factor: what active neurons add to a partial sum.
+// Adds rows, each times a factor, to a vector: what active neurons add to a partial sum.
 #pragma once
 
 #include "kernels/dot.inl.h"
@@ -8,10 +8,10 @@
 namespace hybrid {
 namespace {
 
-// Adds several rows at once: y[col] = (... (y[col] + a0 w0[col]) + a1 w1[col]) ... Every row is one
-// fused multiply-add in turn, so how rows are grouped changes no bit, only how often y is loaded.
-// Takes `n_groups` groups of each row, and calls `between` before each, with as many rows as its
-// neurons have, up rows included.
+// Adds several rows at once: y[col] = (... (y[col] + a0 w0[col]) + a1 w1[col]) ... Each row is one
+// fused multiply-add, one after the other. How rows are grouped therefore changes no bit, only how
+// often y is loaded. Takes `n_groups` groups of each row. Before each group it calls `between` with
+// 2 * kRows: each neuron has an up row and a down row.
 template <int kRows, typename Between>
 inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y, Between& between) {
   F32 factor[kRows];
@@ -30,8 +30,9 @@ inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y, Betwe
   }
 }
 
-// q8 and q4: words of four bytes, whose fields (bytes or nibbles) become floats in place,
-// multiplied by what their place is worth. y is in that order and unit, see kernels.h.
+// q8 and q4: words of four bytes. Their fields (bytes or nibbles) become floats without a shift, so
+// a float is its field times the value of the field's position. y is in that order and unit; see
+// PartialColumn in kernels.h.
 template <Format kFormat, int kRows, typename Between>
 inline void AxpyBlocks(RowAt* w, int32_t n_groups, const float* a, float* y, Between& between) {
   constexpr int kFields = WordFields(kFormat), kBits = 32 / kFields;

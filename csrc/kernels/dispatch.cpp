@@ -23,7 +23,7 @@ extern const KernelTable kAvx512VnniBf16Kernels;
 
 namespace {
 
-// Every ISA that the project knows, worst first; a table is null where the compiler could not build
+// Every ISA that the project knows, slowest first. A table is null if the compiler could not build
 // it.
 struct Target {
   const char* name;

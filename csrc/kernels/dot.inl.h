@@ -1,13 +1,13 @@
-// Dot products of packed rows with quantised vectors: a register tile of kRows rows by kTokens
+// Dot products of packed rows with quantised vectors, in register tiles of kRows rows by kTokens
 // tokens.
 //
-// Each (row, token) pair owns one vector accumulator and sums its groups in order, whatever the
-// tile: so a result does not depend on how rows and tokens were tiled, and prefill equals decode to
-// the last bit.
+// Each (row, token) pair has its own vector accumulator, which sums the groups of the row in order.
+// A result therefore does not depend on how rows and tokens were tiled, and prefill equals decode
+// to the last bit.
 //
-// One token alone is a matter of memory. Hardware prefetches only what is first touched in rising
-// order (docs/log.md): so a tile of interleaved rows is read strictly so, and InOrder() keeps the
-// compiler from moving its loads.
+// With a single token, memory bandwidth is the limit. The hardware prefetches only addresses that
+// are first touched in rising order (docs/log.md). A tile of interleaved rows is therefore read
+// strictly in that order, and InOrder() keeps the compiler from reordering its loads.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -40,10 +40,10 @@ struct SelectType<false, Yes, No> {
 template <bool kCondition, typename Yes, typename No>
 using Select = typename SelectType<kCondition, Yes, No>::Type;
 
-// Where one row's groups lie, those of gathered rows aside.
+// Where the groups of one row lie, for layouts with a fixed step from group to group.
 struct RowAt {
   const uint8_t *values, *scales;    // of the first group
-  int64_t values_step, scales_step;  // bytes to the next
+  int64_t values_step, scales_step;  // bytes to the next group
 };
 
 template <Format kFormat>
@@ -58,7 +58,7 @@ inline RowAt At(const Rows& rows, int32_t row) {
           rows.scales + tile * rows.scales_stride + in_tile * kScales, kStep, kStep};
 }
 
-// Rows of one computation, stepping from group to group: any rows,
+// The rows of one computation, which step from group to group. AnyRows takes any rows.
 template <Format kFormat, int kRows>
 class AnyRows {
  public:
@@ -82,11 +82,12 @@ class AnyRows {
  private:
   RowAt at_[kRows];
   int64_t values_offset_ = 0, scales_offset_ = 0;
-  const int32_t n_groups_;  // of gathered rows
+  const int32_t n_groups_;  // of bit-reversed rows; 0 for the other layouts
   int32_t place_ = 0;
 };
 
-// or one tile, with a single pointer: with four, the same loads come at half the speed.
+// OneTile takes the rows of one tile, with a single pointer: with four pointers, the same loads run
+// at half the speed.
 template <Format kFormat>
 class OneTile {
  public:
@@ -104,9 +105,10 @@ struct Nothing {
   void operator()(int32_t) const {}
 };
 
-// Brings what lies some KB behind the rows that one token meets into L2, as fast as they are
-// computed: beside computation, hardware alone does not read far enough ahead (docs/log.md). It is
-// what the thread meets next, nearly always; where a matrix ends it is not, and no fault either.
+// Prefetches into L2 what lies some KB behind the rows that one token needs, at the speed at which
+// the rows are computed. The hardware alone does not read far enough ahead during computation
+// (docs/log.md). Those bytes are nearly always what the thread needs next. At the end of a matrix
+// they are not, and a prefetch of an invalid address is no fault.
 template <Format kFormat>
 class StreamPrefetcher {
  public:
@@ -121,8 +123,8 @@ class StreamPrefetcher {
   int32_t credit_ = 0;  // bytes
 };
 
-// With one token, `between` is called after each row's share of a group, with the number of rows:
-// for what should be done evenly meanwhile.
+// With one token, `between` is called after each row's part of a group, with the number of rows. It
+// does work that should be spread evenly over the computation, such as prefetching.
 template <int kRows, int kTokens, typename Source, typename Between>
 inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
                         Between& between) {
@@ -168,8 +170,8 @@ inline auto LoadWeights(const uint8_t* w) {
     return LoadQ4Weights(w);
 }
 
-// One line of q8 values, or two of q4: the first from the low nibbles, the second, half a group
-// further, from the high ones.
+// Adds the dot products of one line of values. A q4 line meets two lines of x: the first one
+// belongs to the low nibbles, the second one, half a group further, to the high nibbles.
 template <Format kFormat, typename Weights>
 inline I32 DotLine(I32 dot, const Weights& w, const uint8_t* x) {
   if constexpr (kFormat == Format::kQ8)
@@ -203,8 +205,8 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
       for (int r = 0; r < kRows; ++r) dot[r][t] = Start<kFormat>(correction);
     }
     if constexpr (kTokens == 1) {
-      // x is loaded for every row anew: loads of weights alone, back to back, reach the cache out
-      // of order, and q8 then comes at two thirds of the speed.
+      // x is loaded anew for every row. Loads of weights alone, back to back, reach the cache out
+      // of order, and q8 then runs at two thirds of the speed.
       InOrder();
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -247,11 +249,12 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
     for (int t = 0; t < kTokens; ++t) out[r][t] = AddBlocks(sum[r][t]);
 }
 
-// Which rows a computation takes: any; neighbours, row[0] and those behind it, with what comes
-// after them prefetched where there is one token; or such neighbours that are a tile.
+// Which rows a computation takes. kAny: any rows. kNeighbours: row[0] and the rows behind it; for
+// one token, the memory behind them is prefetched. kTile: as kNeighbours, and the rows are one
+// tile.
 enum class Take { kAny, kNeighbours, kTile };
 
-// kRows rows with kTokens tokens.
+// Dot products of kRows rows with kTokens tokens.
 template <int kRows, int kTokens, Take kTake, typename Between>
 inline void DotTile(Format format, const Rows& rows, const int32_t* row, const uint8_t* const* x,
                     float (*out)[kTokens], Between& between) {
@@ -279,7 +282,7 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
     dot(FormatConstant<Format::kQ4>{});
 }
 
-// kRows rows with kTokens tokens from `token` on, to a.out.
+// Dot products of kRows rows with kTokens tokens from `token` on, stored in a.out.
 template <int kRows, int kTokens, Take kTake>
 inline void DotTokens(const GemmArgs& a, int32_t first, int32_t token) {
   const uint8_t* x[kTokens];
@@ -309,7 +312,8 @@ inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token
   }
 }
 
-// Brings rows that come next into L2, in equal shares, between the computations of others.
+// Prefetches the rows that come next into L2, in equal shares between the computations of other
+// rows.
 class RowPrefetcher {
  public:
   RowPrefetcher(const GemmArgs& a, int32_t first, int32_t last, int32_t n_shares) {
@@ -328,7 +332,7 @@ class RowPrefetcher {
   int64_t share_ = 0;
 };
 
-// Blocks of rows that stay in L1 while all tokens pass. q8 and q4 take two tokens a tile: their
+// Blocks of rows that stay in L1 while all tokens pass. q8 and q4 take two tokens per tile: their
 // integers, scales and sums then fit the registers.
 template <int kTokens>
 inline void GemmTiles(const GemmArgs& a) {

@@ -1,6 +1,6 @@
-// All kernels, compiled once per ISA by target_<isa>.cpp, which names that ISA's vocabulary in
-// HYBRID_SIMD. Everything here has internal linkage: code inlined into one target must never be
-// merged with another's.
+// All kernels. target_<isa>.cpp compiles this file once per ISA and names that ISA's vocabulary in
+// HYBRID_SIMD. Everything here has internal linkage: the linker must never merge code that was
+// inlined into one target with another target's.
 #pragma once
 
 #include "kernels/attention.inl.h"

@@ -1,7 +1,7 @@
-// Rounds weights to a format and lays them out as packed rows, bit for bit as weights/formats.py
-// does.
+// Rounds weights to a format and lays them out as packed rows, with the same bits as
+// hybrid/weights/formats.py.
 //
-// Plain loops over blocks of 32: the compiler makes vectors of them.
+// The code is plain loops over blocks of 32, which the compiler vectorises.
 #pragma once
 
 #include <math.h>
@@ -15,7 +15,8 @@
 namespace hybrid {
 namespace {
 
-// Of 32 floats; compared as integers, so that a NaN is the largest of all.
+// The largest magnitude of 32 floats. They are compared as integers, so that a NaN counts as the
+// largest of all.
 inline float LargestMagnitude(const float* x) {
   uint32_t largest = 0;
   for (int i = 0; i < kBlock; ++i) {
@@ -29,10 +30,11 @@ inline float LargestMagnitude(const float* x) {
   return magnitude;
 }
 
-// Where q4's value of largest magnitude may be mapped; beyond -8 it is clipped and others gain.
+// The integers to which a q4 block may map its value of largest magnitude. Beyond -8 that value is
+// clipped, and the other values gain precision.
 constexpr float kQ4Extremes[] = {-8.0f, 7.0f, -7.5f, -8.5f, -9.0f};
 
-// Rounds kGroupBlocks scales to fp16; `rounded` receives what they are read back as.
+// Rounds kGroupBlocks scales to fp16. `rounded` receives them as they are read back.
 inline void RoundScales(const float* scales, uint16_t* halves, float* rounded) {
   float lanes[16] = {};
   uint16_t lane_halves[16];
@@ -43,7 +45,7 @@ inline void RoundScales(const float* scales, uint16_t* halves, float* rounded) {
   memcpy(rounded, lanes, kGroupBlocks * sizeof(float));
 }
 
-// The sum of 32 floats in the one order that the oracle has too.
+// The sum of 32 floats, in the same order as the oracle's sum.
 inline float SumBlock(const float* x) {
   float sums[8];
   for (int i = 0; i < 8; ++i) sums[i] = (x[i] + x[8 + i]) + (x[16 + i] + x[24 + i]);
@@ -54,7 +56,7 @@ inline float SumBlock(const float* x) {
 inline float RoundTo(float w, float scale, float least, float most) {
   if (scale == 0.0f) return 0.0f;
   const float q = rintf(w / scale);
-  return q >= least ? q > most ? most : q : least;  // a NaN shows in the scale
+  return q >= least ? q > most ? most : q : least;  // a NaN in w already shows in the scale
 }
 
 // One group: `q` receives kGroup integers in natural order, `halves` kGroupBlocks scales.
@@ -73,7 +75,7 @@ inline void RoundGroupQ4(const float* w, float* q, uint16_t* halves) {
   float extremes[kGroupBlocks], best_errors[kGroupBlocks];
   for (int block = 0; block < kGroupBlocks; ++block) {
     const float largest = LargestMagnitude(w + block * kBlock);
-    extremes[block] = largest;  // with the sign of the first that has it
+    extremes[block] = largest;  // with the sign of the first value of this magnitude
     for (int i = kBlock - 1; i >= 0; --i)
       if (fabsf(w[block * kBlock + i]) == largest) extremes[block] = w[block * kBlock + i];
     best_errors[block] = INFINITY;
@@ -99,7 +101,7 @@ inline void RoundGroupQ4(const float* w, float* q, uint16_t* halves) {
       memcpy(q + block * kBlock, candidate, sizeof(candidate));
     }
   }
-  // Then the scale that fits these integers best.
+  // Then find the scale that fits these integers best.
   float scales[kGroupBlocks], rounded[kGroupBlocks];
   uint16_t fitted[kGroupBlocks];
   for (int block = 0; block < kGroupBlocks; ++block) {

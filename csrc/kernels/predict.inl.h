@@ -1,6 +1,7 @@
-// Which neurons may fire? Scores of all neurons of a piece from a small copy of what the gate
-// knows, tiles of kPredictTile neurons at a time: lanes are neurons, so that nothing is summed
-// across lanes, and a tile's lines are read in rising order.
+// Which neurons may fire? A predictor computes a score for every neuron of a piece from a small
+// copy of what the gate knows, one tile of kPredictTile neurons at a time (layout: kernels.h). The
+// lanes of a register are neurons, so nothing is summed across lanes. The lines of a tile are read
+// in rising order.
 #pragma once
 
 #include <math.h>
@@ -13,7 +14,7 @@
 namespace hybrid {
 namespace {
 
-// Bits of a tile's neurons that are predicted to fire for one token.
+// Bit i: neuron i of the tile is predicted to fire for one token.
 inline uint32_t PredictLowRank(const Predictor& p, const uint8_t* tile, const uint8_t* input) {
   constexpr int kRegisters = kPredictTile / kLanes;
   const int32_t n_lines = PredictLines(p) - 1;
@@ -22,7 +23,7 @@ inline uint32_t PredictLowRank(const Predictor& p, const uint8_t* tile, const ui
   int32_t wide_correction;
   memcpy(&scale, tail, sizeof(scale));
   memcpy(&wide_correction, tail + sizeof(scale), sizeof(wide_correction));
-  // Four sums a register: one would wait for itself.
+  // Four sums per register: with a single sum, each addition would wait for the one before.
   I32 wide[kRegisters], dots[4][kRegisters];
   for (int r = 0; r < kRegisters; ++r) {
     wide[r] =
@@ -79,7 +80,8 @@ inline uint32_t PredictSign(const Predictor& p, const uint8_t* tile, const uint8
   return bits;
 }
 
-// Of neurons [first, last) of tile `index`; bit i is that of neuron kPredictTile * index + i.
+// Bit i: neuron kPredictTile * index + i is predicted to fire. Only neurons in [first, last) have
+// bits.
 inline uint32_t PredictTile(const SparseFfnArgs& a, int32_t index, int32_t token) {
   const Predictor& p = *a.predictor;
   const uint8_t* tile = p.tiles + index * PredictTileBytes(p);
@@ -92,7 +94,7 @@ inline uint32_t PredictTile(const SparseFfnArgs& a, int32_t index, int32_t token
   return bits;
 }
 
-// The sign bits of a quantised vector's values, in the order in which they stand.
+// The sign bits of a quantised vector's values, in the order in which the values are stored.
 inline void SignBits(Format format, const uint8_t* x, int32_t n_cols, uint8_t* words) {
   const int32_t padded = PaddedCols(format, n_cols), step = format == Format::kBf16 ? 2 : 1;
   const uint8_t* high = x + step - 1;  // little-endian
@@ -104,8 +106,8 @@ inline void SignBits(Format format, const uint8_t* x, int32_t n_cols, uint8_t* w
   }
 }
 
-// (n,) floats -> int8 with one scale, which is returned: a NaN where any is, so that all that is
-// computed with it becomes one.
+// (n,) floats -> int8 with one scale, which is returned. The scale is NaN if any float is NaN, so
+// that everything computed from it becomes NaN.
 inline float RoundToInt8(const float* x, int32_t n, uint8_t* out) {
   float largest = 0.0f;
   bool has_nan = false;

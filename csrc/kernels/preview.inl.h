@@ -1,5 +1,6 @@
-// Logits of all rows of the head from a copy of it in 2 bits, and of some rows in full. As in
-// predict.inl.h lanes are rows, and a tile's lines are read in rising order.
+// Estimated logits of all rows of the head, from a copy of the head in 2 bits (layout: kernels.h),
+// and exact logits of chosen rows. As in predict.inl.h, the lanes of a register are rows, and the
+// lines of a tile are read in rising order.
 #pragma once
 
 #include <math.h>
@@ -28,12 +29,13 @@ void MakePreviewInput(const float* x, int32_t n, uint8_t* out) {
   memcpy(out + n, tail, sizeof(tail));
 }
 
-// One tile's logits to `logits` (kPredictTile,). Returns the largest: a NaN where all are, as they
-// are where the input is; none alone can be.
+// Writes one tile's logits to `logits` (kPredictTile,). Returns the largest. It is NaN if the input
+// holds a NaN: then all logits are NaN. A single logit alone can never be NaN.
 inline float PreviewTile(const Preview& p, const uint8_t* tile, const uint8_t* input,
                          const float (&tail)[3], float* logits) {
   constexpr int kRegisters = kPredictTile / kLanes;
-  I32 dots[kRegisters][4];  // a sum a field: one would wait for itself
+  // One sum per 2-bit field: with a single sum, each addition would wait for the one before.
+  I32 dots[kRegisters][4];
 #pragma GCC unroll 2
   for (int r = 0; r < kRegisters; ++r)
 #pragma GCC unroll 4
@@ -84,8 +86,8 @@ void PreviewTiles(const Preview& p, int32_t first, int32_t last, const uint8_t* 
   }
 }
 
-// Brings rows that stand apart into L2 at the pace at which others are computed, and a quarter
-// faster: more prefetches at once than a core can have outstanding would be lost (docs/log.md).
+// Prefetches separate rows into L2, a quarter faster than the pace at which rows are computed. A
+// faster prefetch would be lost: a core can have only so many misses outstanding (docs/log.md).
 class RowsAhead {
  public:
   RowsAhead(Format format, const Rows& matrix, const int32_t* rows, int32_t n)

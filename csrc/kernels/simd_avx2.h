@@ -1,4 +1,4 @@
-// The vocabulary for AVX2 + FMA + F16C, using AVX-VNNI instructions where the target has them. See
+// The vocabulary for AVX2 + FMA + F16C. It uses AVX-VNNI instructions if the target has them. See
 // simd_scalar.h for what each word means.
 #pragma once
 
@@ -79,14 +79,14 @@ using Q8Weights = __m256i;
 inline Q8Weights LoadQ8Weights(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-// Weights are used as they are stored, 128 too large: the sum starts at the correction.
+// Weights are used as they are stored, 128 too large. The sum starts at the correction instead.
 inline I32 StartQ8(const int32_t* corrections) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections));
 }
 inline I32 DotQ8(I32 sum, Q8Weights w, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 inline I32 DotQ4(I32 sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 #else
-// For maddubs: |w| as uint8; the sign moves to x.
+// maddubs takes one unsigned operand: |w| as uint8. The sign of w is transferred to x.
 struct Q8Weights {
   __m256i magnitude, sign;
 };
@@ -181,7 +181,7 @@ inline uint32_t NotNegative(F32 a) {
 inline I32 ZeroWords() { return _mm256_setzero_si256(); }
 inline I32 AddWords(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 BroadcastWord(const uint8_t* p) { return BroadcastX(p); }
-// Bits of a nibble by table; a word's bytes are then added up.
+// Counts the bits of each nibble by a table, then adds up the bytes of each word.
 inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {
   const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2,
                                          1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);

@@ -1,5 +1,5 @@
-// The vocabulary for AVX-512 F/BW/DQ/VL, using VNNI and BF16 instructions where the target has
-// them. See simd_scalar.h for what each word means.
+// The vocabulary for AVX-512 F/BW/DQ/VL. It uses VNNI and BF16 instructions if the target has them.
+// See simd_scalar.h for what each word means.
 #pragma once
 
 #include <immintrin.h>
@@ -12,8 +12,9 @@ namespace hybrid {
 namespace {
 
 constexpr int32_t kLanes = 16;
-constexpr int32_t kLine =
-    64;  // two steps of a group: even steps sum in lanes 0-7, odd ones in 8-15, until BlockSums
+// Two 32-byte steps of a group. Until BlockSums, even steps sum in lanes 0-7, odd steps in lanes
+// 8-15.
+constexpr int32_t kLine = 64;
 
 using F32 = __m512;
 using I32 = __m512i;
@@ -71,7 +72,7 @@ inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
 #ifdef __AVX512VNNI__
 using Q8Weights = __m512i;
 inline Q8Weights LoadQ8Weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
-// Weights are used as they are stored, 128 too large: the sum starts at the correction.
+// Weights are used as they are stored, 128 too large. The sum starts at the correction instead.
 inline I32 StartQ8(const int32_t* corrections) {
   return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections)));
 }
@@ -136,8 +137,8 @@ inline F32 LoadWeightScales(const uint16_t* p) {
       _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-// Half a register: the even and odd steps' sums of a block are added as integers, so that a float
-// operation serves a whole group.
+// Half a register. The sums of the even and the odd steps of a block are added as integers, so that
+// one float operation serves a whole group.
 using Blocks = __m256;
 inline Blocks ZeroBlocks() { return _mm256_setzero_ps(); }
 inline Blocks BlockSums(I32 a) {
@@ -189,7 +190,7 @@ inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {
   return _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(a, b)));
 }
 #else
-// Bits of a nibble by table; a word's bytes are then added up.
+// Counts the bits of each nibble by a table, then adds up the bytes of each word.
 inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {
   const __m512i table =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));

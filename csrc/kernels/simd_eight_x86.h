@@ -1,5 +1,5 @@
-// Words for eight lanes of 32 bits, a group's eight blocks at once: the same for AVX2 and AVX-512.
-// See simd_scalar.h for what each word means.
+// The words of the vocabulary that always have eight lanes of 32 bits: a group's eight blocks at
+// once. They are the same for AVX2 and AVX-512. See simd_scalar.h for what each word means.
 #pragma once
 
 #include <immintrin.h>
@@ -53,7 +53,7 @@ inline void Transpose(I32x8 (&rows)[8]) {
   for (int i = 0; i < 8; ++i) rows[i] = _mm256_castps_si256(floats[i]);
 }
 
-constexpr int32_t kWordOfLane[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // as packs leaves them
+constexpr int32_t kWordOfLane[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // the order that packs leaves
 inline I32x8 RoundBlock(const float* x, float factor, I32x8* sums) {
   const __m256 limit = _mm256_set1_ps(127.0f),
                magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));

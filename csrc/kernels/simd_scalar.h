@@ -1,5 +1,5 @@
-// The vocabulary in portable C++: eight lanes in an array, no intrinsics. Slow, plain, the same
-// everywhere.
+// The vocabulary in portable C++: eight lanes in an array, no intrinsics. It is slow and plain, and
+// gives the same results everywhere. Its comments define what each word means on every ISA.
 #pragma once
 
 #include <math.h>
@@ -12,7 +12,7 @@ namespace hybrid {
 namespace {
 
 constexpr int32_t kLanes = 8;
-constexpr int32_t kLine = 32;  // bytes of q8 values that one step takes
+constexpr int32_t kLine = 32;  // bytes of q8 values per step
 
 struct F32 {
   float v[kLanes];
@@ -94,7 +94,7 @@ inline float ReduceMax(F32 a) {
   return max;
 }
 
-// bf16 rows: 2 * kLanes weights a step.
+// bf16 rows: 2 * kLanes weights per step.
 inline Bf16s LoadBf16s(const uint16_t* p) {
   Bf16s y;
   memcpy(y.v, p, sizeof(y.v));
@@ -108,14 +108,14 @@ inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
   return sum;
 }
 
-// q8 rows: kLine bytes a step, eight blocks at a time; lane b sums block b.
+// q8 rows: kLine bytes per step, eight blocks at a time. Lane b sums block b.
 inline XBytes LoadX(const uint8_t* p) {
   XBytes y;
   memcpy(y.v, p, kLine);
   return y;
 }
-// The sum of a block begins at 0, or at what undoes the offset of weights that are used as stored:
-// `corrections` holds -128 times each block's sum of x.
+// The initial value of a block's sum. It is 0, or, on ISAs that use weights as they are stored, the
+// value that undoes their offset. `corrections` holds -128 times each block's sum of x.
 inline I32 StartQ8(const int32_t*) {
   I32 y;
   for (int i = 0; i < kLanes; ++i) y.v[i] = 0;
@@ -132,8 +132,9 @@ inline I32 DotQ8(I32 sum, Q8Weights w, XBytes x) {
     sum.v[i / 4] += (static_cast<int32_t>(w.v[i]) - 128) * static_cast<int8_t>(x.v[i]);
   return sum;
 }
-// Four fields of two bits, from the lowest; where the ISA allows they stay in their places, worth
-// 4^field. Of their dot products SumOfFields makes what the fields themselves would sum up to.
+// Four 2-bit fields of each byte, from the lowest. On some ISAs LoadTwoBits leaves the fields in
+// their positions, so that field f counts 4^f-fold. SumOfFields corrects this: it returns the sum
+// of the dot products of the fields themselves.
 inline I32 SumOfFields(const I32 (&dots)[4]) {
   I32 sum = dots[0];
   for (int field = 1; field < 4; ++field)
@@ -161,7 +162,7 @@ inline I32 DotQ4(I32 sum, XBytes w, XBytes x) {
 }
 inline F32 LoadWeightScales(const uint16_t* p) { return LoadFp16(p); }
 
-// What a group's eight blocks sum up to, one float lane each, whatever the width of I32.
+// The sums of a group's eight blocks, one float lane per block, whatever the width of I32.
 using Blocks = F32;
 inline Blocks ZeroBlocks() { return Zero(); }
 inline Blocks BlockSums(I32 a) { HYBRID_LANES(static_cast<float>(a.v[i])); }
@@ -172,7 +173,7 @@ inline Blocks FmaBlocks(Blocks dots, Blocks w_scale, Blocks x_scale, Blocks sum)
 }
 inline float AddBlocks(Blocks a) { return ReduceAdd(a); }
 
-// kLanes little-endian words of four bytes, and what is left of them 16 bits further up.
+// kLanes little-endian words of four bytes. HighHalf shifts each word right by 16 bits.
 inline I32 LoadWords(const uint8_t* p) {
   I32 y;
   memcpy(y.v, p, sizeof(y.v));
@@ -183,14 +184,15 @@ inline I32 HighHalf(I32 a) {
     a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> 16);
   return a;
 }
-// 2^23 + (a & mask) - bias, with a mask of at most 16 low bits: exact, since they are the low bits
+// 2^23 + (a & mask) - bias. This is exact: the mask has at most 16 low bits, which are the low bits
 // of that float.
 inline F32 Field(I32 a, int32_t mask, float bias) {
   HYBRID_LANES(static_cast<float>((1 << 23) + (a.v[i] & mask)) - bias);
 }
 
-// Predictors: lanes are neurons. Four bytes of x in every lane; the start of sums of products with
-// weights that are 128 too large, `correction` being -128 times the sum of x.
+// For predictors, in which lanes are neurons. BroadcastX loads four bytes of x into every lane.
+// StartWords is the initial value of sums of products with weights that are 128 too large;
+// `correction` is -128 times the sum of x.
 inline XBytes BroadcastX(const uint8_t* p) {
   XBytes y;
   for (int i = 0; i < kLine; i += 4) memcpy(y.v + i, p, 4);
@@ -198,7 +200,7 @@ inline XBytes BroadcastX(const uint8_t* p) {
 }
 inline I32 StartWords(int32_t) { return StartQ8(nullptr); }
 inline F32 ToFloat(I32 a) { HYBRID_LANES(static_cast<float>(a.v[i])); }
-// Bit i: lane i is 0 or more, or not a number.
+// Bit i: lane i is 0 or more, or NaN.
 inline uint32_t NotNegative(F32 a) {
   uint32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(!(a.v[i] < 0.0f)) << i;
@@ -236,7 +238,8 @@ inline void Store8(void* p, I32x8 x) { memcpy(p, x.v, sizeof(x.v)); }
 inline F32x8 Add8(F32x8 a, F32x8 b) { return Add(a, b); }
 inline I32x8 Add8(I32x8 a, I32x8 b) { return AddWords(a, b); }
 inline F32x8 Mul8(F32x8 a, float b) { return Mul(a, Set(b)); }
-// Lane by lane the larger of |a| and |b|, compared as integers: a NaN is the largest of all.
+// Lane by lane, the larger of |a| and |b|. They are compared as integers, so that a NaN counts as
+// the largest of all.
 inline F32x8 LargerMagnitude(F32x8 a, F32x8 b) {
   for (int i = 0; i < kLanes; ++i) {
     uint32_t bits[2];
@@ -257,8 +260,9 @@ inline void Transpose(X8 (&rows)[8]) {
       rows[j].v[i] = value;
     }
 }
-// x[i] * factor of a block, rounded to int8; what lies beyond 127, and NaNs, become 0. Lane l holds
-// the bytes of the elements from 4 * kWordOfLane[l] on; the lanes of `sums` add up to their sum.
+// The values x[i] * factor of a block, rounded to int8. A value beyond 127, or a NaN, becomes 0.
+// Lane l holds the bytes of the elements from 4 * kWordOfLane[l] on. The lanes of `sums` add up to
+// the sum of the integers.
 constexpr int32_t kWordOfLane[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 inline I32x8 RoundBlock(const float* x, float factor, I32x8* sums) {
   I32x8 words;

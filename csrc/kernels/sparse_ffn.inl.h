@@ -1,7 +1,11 @@
-// Gate first: all gate rows are read, and a neuron that turns out inactive stops after that one dot
-// product; its up and down rows are never touched. Those that fire are listed, and their bundles
-// come into L2 meanwhile. Then `down` of each is added to the partial sum of its token and piece,
-// in fp32.
+// The sparse FFN, gate first, in two steps.
+//
+// FindActive computes the gates: all of them, or those that a predictor selects. An inactive neuron
+// costs only this one dot product; its up and down rows are never read. The neurons that fire are
+// listed, and their bundles (up row and down row) are prefetched into L2 meanwhile.
+//
+// AddActive computes the up dot product of every listed neuron and adds its down row, in fp32, to
+// the partial sum of the neuron's token and piece.
 #pragma once
 
 #include <math.h>
@@ -16,9 +20,9 @@
 namespace hybrid {
 namespace {
 
-constexpr int32_t kNeuronTile = 4;   // active neurons that are added at once
-constexpr int32_t kRowsAhead = 8;    // gate rows between one's prefetch and its use
-constexpr int32_t kGateBlock = 256;  // gate rows that are computed at once for many tokens
+constexpr int32_t kNeuronTile = 4;   // active neurons that are added together
+constexpr int32_t kRowsAhead = 8;    // gate rows between the prefetch of a row and its use
+constexpr int32_t kGateBlock = 256;  // gate rows per block, for several tokens
 
 inline int32_t Least(int32_t a, int32_t b) { return a < b ? a : b; }
 
@@ -37,10 +41,10 @@ inline float Activate(Activation activation, float gate) {
   return activation == Activation::kSilu ? gate / (1.0f + expf(-gate)) : gate;
 }
 
-// What one token's computation prefetches into L2 meanwhile, a few lines at a time: gate rows that
-// a predictor names, some ahead of the one in use, and bundles (a neuron's up and down rows) of
-// neurons that turned out active. The pace matters: a burst stalls everything behind it, and what
-// goes beyond the misses that a core can have outstanding is dropped (docs/log.md).
+// Prefetches into L2, a few cache lines at a time, while one token is computed. It prefetches gate
+// rows that a predictor selected, some rows ahead of the one in use. It also prefetches the bundles
+// of neurons that are active. The pace matters: a burst stalls everything behind it, and a prefetch
+// beyond the misses that a core can have outstanding is dropped (docs/log.md).
 class Prefetcher {
  public:
   Prefetcher(const SparseFfnArgs& a, int32_t first_bundle)
@@ -49,19 +53,22 @@ class Prefetcher {
         bundle_bytes_(2 * RowBytes(a.up, a.format)),
         bundle_{first_bundle, 0} {}
 
-  // How many bundles to be ahead of the one in use: at least a tile, at most part of L2.
+  // How many bundles to be ahead of the one in use: as many as fit kBytesAhead, which is a part of
+  // L2, but at least a tile.
   int32_t n_ahead() const {
     const int64_t n = kBytesAhead / bundle_bytes_;
     return n < kNeuronTile ? kNeuronTile : static_cast<int32_t>(n);
   }
   int64_t bundle_bytes() const { return bundle_bytes_; }
   int32_t next_bundle() const { return bundle_.next; }
-  // Predicted rows, and bundles of the list, before these ends may be prefetched now.
+  // From now on, predicted rows before `row_end` and bundles of the list before `bundle_end` may be
+  // prefetched.
   void Allow(int32_t row_end, int32_t bundle_end) {
     row_end_ = row_end;
     bundle_end_ = bundle_end;
   }
-  // After `n_rows` rows' shares of a group: as many bytes as those have, and a quarter more.
+  // To be called after the parts of a group of `n_rows` rows were computed. It prefetches as many
+  // bytes as those parts have, and a quarter more.
   void operator()(int32_t n_rows) {
     credit_ += n_rows * GroupValueBytes(a_.format) * 5 / 4;
     Issue(credit_);
@@ -102,7 +109,7 @@ class Prefetcher {
   Cursor row_{0, 0}, bundle_;
 };
 
-// Appends one neuron to the list for every token that it fires for.
+// The list of active (neuron, token) pairs, as it grows.
 struct ActiveList {
   const SparseFfnArgs& a;
   int32_t n_listed = 0;
@@ -114,8 +121,8 @@ struct ActiveList {
     a.active[n_listed] = {neuron, token, fires ? gate : 0.0f};
     n_listed += fires || a.computes_all;
   }
-  // Of those that are new: long before a bundle is prefetched line by line, its pages are looked
-  // up.
+  // Prefetches the first and the last line of new bundles, so that their pages are looked up long
+  // before the bundles are prefetched line by line.
   void Touch() {
     for (; n_touched < n_listed; ++n_touched) {
       const uint8_t* bundle = a.up.values + a.active[n_touched].neuron * a.up.values_stride;
@@ -125,8 +132,8 @@ struct ActiveList {
   }
 };
 
-// Lists the predicted neurons: one pass over the predictor's tiles, without a branch on
-// what they say; while the last of them are read, the first gate rows are prefetched.
+// Lists the predicted neurons in one pass over the predictor's tiles, without a branch on their
+// results. While the last tiles are read, the first gate rows are prefetched. Returns how many.
 int32_t NamePredicted(const SparseFfnArgs& a, Prefetcher& prefetcher) {
   constexpr int64_t kAhead = 4096;  // bytes of tiles
   constexpr int32_t kLastTiles = 4;
@@ -144,7 +151,7 @@ int32_t NamePredicted(const SparseFfnArgs& a, Prefetcher& prefetcher) {
       predicted[n] = tile * kPredictTile + i;
       n += static_cast<int32_t>(bits >> i & 1);
     }
-    // Long before a row is prefetched line by line, its page is looked up.
+    // Looks up a row's page long before the row is prefetched line by line.
     for (; n_touched < n; ++n_touched)
       PrefetchL2(a.gate.values + predicted[n_touched] * a.gate.values_stride);
     if (tile + kLastTiles < end) continue;
@@ -154,9 +161,9 @@ int32_t NamePredicted(const SparseFfnArgs& a, Prefetcher& prefetcher) {
   return n;
 }
 
-// Of one token, gate rows of the predicted neurons alone. All are named first: then rows are
-// prefetched at the pace at which they are computed, since a burst of prefetches stalls everything
-// behind it (docs/log.md).
+// For one token: computes the gates of the predicted neurons only. All predictions come first. Then
+// rows are prefetched at the pace at which they are computed, since a burst of prefetches stalls
+// everything behind it (docs/log.md).
 ActiveCounts FindPredicted(const SparseFfnArgs& a) {
   Prefetcher prefetcher(a, 0);
   const int32_t n = NamePredicted(a, prefetcher);
@@ -181,14 +188,14 @@ ActiveCounts FindPredicted(const SparseFfnArgs& a) {
 
 ActiveCounts FindActive(const SparseFfnArgs& a);
 
-// Gates that are there already, then those of the neurons behind them.
+// Lists the neurons whose gates are given, then computes the gates of the neurons behind them.
 ActiveCounts FindGiven(const SparseFfnArgs& a) {
   const int32_t last = a.n_given < a.last ? a.n_given : a.last;
   ActiveCounts counts = {0, 0, 0, 0};
   for (int32_t token = 0; token < a.n_tokens; ++token) {
     const float* gates = a.given_gates + token * a.given_stride;
     for (int32_t neuron = a.first; neuron < last; ++neuron) {
-      const bool fires = gates[neuron] != 0.0f;  // a NaN does
+      const bool fires = gates[neuron] != 0.0f;  // a NaN fires
       a.active[counts.n_listed] = {neuron, token, gates[neuron]};
       counts.n_listed += fires || a.computes_all;
       counts.n_active += fires;
@@ -203,8 +210,9 @@ ActiveCounts FindGiven(const SparseFfnArgs& a) {
   return {counts.n_listed + found.n_listed, counts.n_active + found.n_active, found.n_predicted, 0};
 }
 
-// Of one token, tiles of gate rows; of more, blocks, token by token: then a token's neurons stand
-// together in the list. In both, a token's neurons rise.
+// For one token, gate rows are computed in tiles. For several tokens they are computed in blocks,
+// and each block is listed token by token: the neurons of a token are then neighbours in the list.
+// In both cases the neuron ids of a token rise.
 ActiveCounts FindActive(const SparseFfnArgs& a) {
   if (a.n_given > a.first) return FindGiven(a);
   if (a.predictor != nullptr && a.n_tokens == 1) return FindPredicted(a);
@@ -247,7 +255,7 @@ inline int32_t PieceEnd(const SparseFfnArgs& a, int32_t piece) {
   return piece + 1 < a.n_pieces ? a.piece_ends[piece] : a.last;
 }
 
-// kNeurons different neurons that are active for one token, to its partial sum.
+// Adds kNeurons different neurons that are active for one token to its partial sum.
 template <int kNeurons, typename Between>
 inline void AddNeurons(const SparseFfnArgs& a, const Active* active, float* out, Between& between) {
   int32_t rows[kNeurons];
@@ -260,8 +268,8 @@ inline void AddNeurons(const SparseFfnArgs& a, const Active* active, float* out,
   Axpy<kNeurons>(a.format, a.down, rows, values, out, between);
 }
 
-// A tile of the list from `active` on. Returns how many of its pairs, which are of one token and
-// piece.
+// Adds a tile of the list, from `active` on. Returns how many pairs it added; they all belong to
+// one token and one piece.
 template <typename Between>
 inline int32_t AddTile(const SparseFfnArgs& a, const Active* active, int32_t n_left, int32_t piece,
                        Between& between) {
@@ -293,9 +301,9 @@ void AddActive(const SparseFfnArgs& a, const ActiveCounts& found) {
   int32_t piece = 0;
   for (int32_t i = 0; i < n;) {
     const Active* active = a.active + i;
-    if (i > 0 && active[0].token != active[-1].token) piece = 0;  // a token's neurons rise
+    if (i > 0 && active[0].token != active[-1].token) piece = 0;  // neuron ids of a token rise
     while (active[0].neuron >= PieceEnd(a, piece)) ++piece;
-    if (a.n_tokens > 1) {  // bundles come again and again: prefetching costs more than it brings
+    if (a.n_tokens > 1) {  // bundles are reused: prefetching costs more than it gains
       i += AddTile(a, active, n - i, piece, nothing);
     } else {
       prefetcher.Allow(0, Least(i + kNeuronTile + prefetcher.n_ahead(), n));

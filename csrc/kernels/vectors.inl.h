@@ -1,4 +1,4 @@
-// Everything that works on one vector: norm, quantisation, dequantisation, sums of partials, fp16.
+// Kernels that work on one vector: norm, quantisation, dequantisation, sums of partials, fp16.
 #pragma once
 
 #include <math.h>
@@ -12,14 +12,15 @@
 namespace hybrid {
 namespace {
 
-// Where natural column `col` stands in a packed row.
+// The position of natural column `col` in a packed row.
 inline int32_t ColumnOrder(Format format, int32_t col) {
   if (format == Format::kBf16) return col;
   const int32_t in_group = col % kGroup, block = in_group / kBlock, element = in_group % kBlock;
   return col - in_group + element / 4 * kBlock + block * 4 + element % 4;
 }
 
-// Where the natural columns of a group of partial sums stand.
+// For each natural column of a group: its position among the partial sums, and the unit of that
+// sum.
 struct PartialColumns {
   int32_t index[kGroup];
   float unit[kGroup];
@@ -36,7 +37,7 @@ constexpr PartialColumns MakePartialColumns(Format format) {
 template <Format kFormat>
 constexpr PartialColumns kPartialColumns = MakePartialColumns(kFormat);
 
-// Of a group; in `values` four elements of a block stay together (see ColumnOrder).
+// Quantises one group. In `values`, four elements of a block stay together (see ColumnOrder).
 inline void QuantizeGroup(const float* x, uint8_t* values, float* scales, int32_t* corrections) {
   F32x8 largest[kGroupBlocks];
 #pragma GCC unroll 8
@@ -52,7 +53,7 @@ inline void QuantizeGroup(const float* x, uint8_t* values, float* scales, int32_
     for (int32_t i = 0; i < half; ++i) largest[i] = LargerMagnitude(largest[i], largest[i + half]);
   float magnitudes[kGroupBlocks];
   Store8(magnitudes, largest[0]);
-  // A NaN or an infinity in x shows in the block's scale; its integers become 0.
+  // A NaN or an infinity in x shows in the block's scale. The integers of that block become 0.
   float factors[kGroupBlocks];
 #pragma GCC unroll 8
   for (int32_t block = 0; block < kGroupBlocks; ++block) {
@@ -99,7 +100,7 @@ void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
 
 template <Format kFormat>
 inline void DequantizeBlocks(const Rows& rows, int32_t row, float scale, float* out) {
-  // As a row that is added to zero, then put into natural order.
+  // The row is added to zero, as in the FFN, and then brought into natural order.
   float packed[kGroup];
   const float one = 1.0f;
   RowAt w = At<kFormat>(rows, row);
@@ -123,7 +124,7 @@ void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float
   }
 }
 
-// x[c] += scale * the sum that belongs to natural column c, of one group.
+// x[c] += scale * the sum that belongs to natural column c, for one group.
 template <Format kFormat>
 inline void AddNatural(const float* sums, int32_t n, float scale, float* x) {
   const PartialColumns& columns = kPartialColumns<kFormat>;
@@ -131,7 +132,8 @@ inline void AddNatural(const float* sums, int32_t n, float scale, float* x) {
     for (int32_t i = 0; i < n; ++i) x[i] += scale * (sums[columns.index[i]] * columns.unit[i]);
     return;
   }
-  // The same element of all blocks stands together: eight elements of eight blocks at once.
+  // The same element of all eight blocks is contiguous: take eight elements of eight blocks at
+  // once.
   for (int32_t first = 0; first < kBlock; first += 8) {
     F32x8 rows[kGroupBlocks];
     for (int32_t i = 0; i < 8; ++i)
@@ -218,7 +220,7 @@ void ToFp16(const float* x, int32_t n, uint16_t* out) {
 }
 
 float Read(const float* x, int64_t n) {
-  constexpr int kSums = 8;  // enough for additions in flight not to limit
+  constexpr int kSums = 8;  // so many that the latency of additions does not limit the speed
   F32 sums[kSums];
   for (int i = 0; i < kSums; ++i) sums[i] = Zero();
   for (int64_t at = 0; at < n; at += kSums * kLanes)

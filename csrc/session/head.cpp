@@ -1,4 +1,5 @@
-// Session: the head, and what of it is computed in full where it has a preview.
+// Session: the head. With a preview, all logits are estimated first, and only the shortlist's rows
+// are computed in full.
 
 #include <algorithm>
 #include <functional>
@@ -30,7 +31,7 @@ void Session::RunShortlist(const Phase& phase, const Op& op, int32_t piece,
   scratch.bytes[kStageHead] += n * RowBytes(op.a, program_.shape().format);
 }
 
-// All tokens where asked for, else the last one.
+// Computes the logits of all tokens if the caller wants them, otherwise those of the last token.
 void Session::RunHeadTokens(const Op& op, int32_t piece) {
   const ProgramShape& shape = program_.shape();
   const int64_t x_bytes = VectorBytes(shape.format, shape.hidden_size);
@@ -60,7 +61,7 @@ void Session::RunHeadTokens(const Op& op, int32_t piece) {
   if (wants_logits_) std::copy(row + first, row + last, logits_ + first);
 }
 
-// Pieces are rows of the last token, or tokens.
+// A piece is a range of rows for the last token, or one token if all logits are wanted.
 void Session::RunShortlistTokens(const Phase& phase, const Op& op, int32_t piece,
                                  ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
@@ -95,8 +96,8 @@ float Session::LikelyOnce(const Phase& phase, const Op& op, ThreadScratch& scrat
   return scratch.likely;
 }
 
-// The logit that a share of the tiles holds or exceeds, as every fourth of them says: that is found
-// in a few microseconds.
+// The shortlist's limit: the logit that one of kShortlistShare tiles reaches. It is found from
+// every fourth tile, which takes a few microseconds.
 float Session::LikelyLogit(const Op& op, const float* maxima, ThreadScratch& scratch) const {
   constexpr int32_t kStep = 4;
   const int32_t n_tiles = CountTiles(op.preview);
@@ -107,7 +108,8 @@ float Session::LikelyLogit(const Op& op, const float* maxima, ThreadScratch& scr
   return *nth;
 }
 
-// Computes in full what of a piece's rows is likely by its preview. Returns how many rows.
+// Computes in full those of a piece's rows whose previewed logit is at least `likely`. Returns how
+// many.
 int64_t Session::Shortlist(const Op& op, int32_t piece, float likely, const uint8_t* x,
                            const float* maxima, float* logits, ThreadScratch& scratch) const {
   const int32_t first = piece * kShortlistRows,

@@ -1,4 +1,4 @@
-// Session: what a piece of each prefill phase computes.
+// Session: what one piece of each prefill phase computes.
 
 #include <algorithm>
 
@@ -13,7 +13,7 @@ void Session::RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece,
                 head_stride = program_.head_stride();
   const int32_t group = shape.n_heads / shape.n_kv_heads, attention = shape.n_heads * head_dim;
   const int64_t x_bytes = VectorBytes(shape.format, hidden);
-  const int32_t first_token = piece * kTokensPerPiece;  // of the phases cut by tokens alone
+  const int32_t first_token = piece * kTokensPerPiece;  // for phases that are cut by tokens only
   const int32_t last_token = std::min(first_token + kTokensPerPiece, n_tokens_);
   float* floats = scratch.floats.get();
   switch (phase.kind) {

@@ -10,8 +10,8 @@
 namespace hybrid {
 
 namespace {
-// Every run of pieces begins and ends with a wait for memory, so few threads take two at once;
-// towards the end single ones, so that all end together (docs/log.md).
+// Every run of pieces begins and ends with a wait for memory, so few threads take two pieces at
+// once. Towards the end they take single pieces, so that all threads end together (docs/log.md).
 std::vector<int32_t> FfnRuns(int32_t n_threads) {
   std::vector<int32_t> runs = {0};
   while (runs.back() < kFfnPieces)
@@ -56,15 +56,16 @@ Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bo
   const ProgramShape& shape = program.shape();
   const int32_t group = shape.n_heads / shape.n_kv_heads, n_spans = CeilDiv(n_context, kSpan);
   const int64_t rows = std::max({shape.head_dim, kOutputRows, kHeadRows});
-  // A piece's dot products for all tokens; or a norm; or one KV head's spans with their maxima and
-  // sums; or the maxima of a preview's tiles.
+  // The largest of these uses: a piece's dot products for all tokens; a norm; one KV head's spans
+  // with their maxima and sums; the maxima of a preview's tiles.
   const int64_t n_floats = std::max({rows * kPrefillChunk, int64_t{shape.hidden_size},
                                      int64_t{CeilDiv(program.vocab_size(), kPredictTile)},
                                      int64_t{shape.n_heads} * shape.head_dim,
                                      int64_t{n_spans} * group * (program.head_stride() + 2)});
   const int64_t vector_bytes =
       VectorBytes(shape.format, std::max(shape.hidden_size, shape.n_heads * shape.head_dim));
-  // Pieces begin at multiples of 8 neurons. Prefill takes them one by one, decode several at once.
+  // Pieces begin at multiples of 8 neurons, hence the 8. Prefill takes one piece at a time, decode
+  // takes several.
   const int64_t n_neurons = program.n_neurons();
   const int64_t n_pairs =
       std::max(int64_t{CeilDiv(program.n_neurons(), kFfnPieces) + 8} * kPrefillChunk, n_neurons);
@@ -182,7 +183,8 @@ void Session::RunPhases(int32_t first, int32_t last) {
     return session.CountPieces(
         (*session.phases_)[static_cast<size_t>(session.first_phase_ + phase)]);
   };
-  job.is_dealt = [](void* context, int32_t phase) {  // neurons may stand by falling frequency
+  // Neurons may be sorted by falling frequency: later pieces of an FFN are then lighter.
+  job.is_dealt = [](void* context, int32_t phase) {
     const Session& session = *static_cast<Session*>(context);
     return (*session.phases_)[static_cast<size_t>(session.first_phase_ + phase)].kind ==
            PhaseKind::kFfn;
@@ -201,8 +203,8 @@ void Session::RunPhases(int32_t first, int32_t last) {
   if (is_timed_) timed_wall_ += platform::Nanoseconds() - started;
 }
 
-// Of decode, since prefill computes more than it reads: the first weights of the thread's share of
-// the next phase that streams any.
+// For decode only, since prefill computes more than it reads: the first weights of the thread's
+// share of the next phase that streams weights.
 Ahead Session::ReadNext(int32_t phase, int32_t thread, int32_t n_threads) const {
   constexpr int64_t kMostBytes = 64 << 10;
   const auto of_rows = [&](const Rows& rows, int32_t row) {

@@ -1,4 +1,4 @@
-// Session: what a piece of each decode phase computes, and what both decode and prefill do.
+// Session: what one piece of each decode phase computes, and what decode and prefill share.
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +11,7 @@ namespace hybrid {
 
 namespace {
 
-// Where the time of a phase counts, or what of it the phase does not count itself.
+// The stage to which the time of a phase is added, except for time that the phase itself has added.
 Stage StageOf(PhaseKind kind, OpKind op) {
   switch (kind) {
     case PhaseKind::kQkv:
@@ -81,7 +81,8 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       const int32_t span = piece / shape.n_kv_heads, kv_head = piece % shape.n_kv_heads;
       const int32_t head = kv_head * group;
       const int64_t row = int64_t{span} * shape.n_heads + head;
-      // Threads take neighbouring pieces, as long as they can.
+      // Threads take neighbouring pieces as long as they can, so the next piece is probably this
+      // thread's.
       const int32_t next = piece + 1, n_pieces = CountPieces(phase);
       const void* next_bytes =
           next < n_pieces ? static_cast<const void*>(
@@ -131,8 +132,8 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
   }
 }
 
-// The normed and quantised input of a decode phase. Every thread makes its own, once an operation:
-// cheaper than a phase of its own, and equal on all threads.
+// The normed and quantised input of a decode phase. Every thread computes its own, once per
+// operation: that is cheaper than a phase for it, and all threads get equal results.
 const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch) {
   const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
   if (scratch.x_serial != serial) {
@@ -152,8 +153,8 @@ const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch
   return scratch.x.get();
 }
 
-// The next operation's norm, where there is one: every thread reads it as soon as the next phase
-// begins, at first at the pace of single misses.
+// Prefetches the next operation's norm, if it has one. Every thread reads the norm as soon as the
+// next phase begins, and without the prefetch it would begin at the pace of single misses.
 void Session::PrefetchNorm(int32_t op) const {
   const float* norm = op < program_.n_ops() ? program_.op(op).norm : nullptr;
   if (norm == nullptr) return;
@@ -161,7 +162,7 @@ void Session::PrefetchNorm(int32_t op) const {
   for (int32_t i = 0; i < program_.shape().hidden_size; i += kLine) platform::Prefetch(norm + i);
 }
 
-// What the operation's predictor is asked with, of all tokens of the call.
+// The inputs of the operation's predictor, for all tokens of the call.
 const uint8_t* Session::PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
                                             ThreadScratch& scratch) {
   const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
@@ -195,7 +196,7 @@ const uint8_t* Session::MergeHeadsOnce(const Phase& phase, ThreadScratch& scratc
   return scratch.x.get();
 }
 
-// Rope and the places where a projected head goes: q to scratch, k and v to the cache.
+// Applies rope to a projected head and stores it: q in scratch memory, k and v in the cache.
 void Session::FinishHead(const Op& op, int32_t head, const float* values, int32_t position,
                          int32_t token, ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
@@ -221,7 +222,8 @@ void Session::FinishHead(const Op& op, int32_t head, const float* values, int32_
   for (int32_t i = 0; i < head_dim; ++i) key[i * kKeyTile] = scratch.key[i];
 }
 
-// Where a key will be written, before it is computed: its elements are misses all.
+// Prefetches the place where a key will be written, before the key is computed: each of its
+// elements would be a cache miss.
 void Session::PrefetchKey(const Op& op, int32_t head) const {
   const ProgramShape& shape = program_.shape();
   const int32_t kv_head = head - shape.n_heads;
@@ -230,14 +232,14 @@ void Session::PrefetchKey(const Op& op, int32_t head) const {
   for (int32_t i = 0; i < shape.head_dim; ++i) platform::Prefetch(key + i * kKeyTile);
 }
 
-// The first element of a key; the next are kKeyTile apart.
+// The first element of a key. The stride to the next element is kKeyTile.
 uint16_t* Session::KeyAt(int32_t layer, int32_t kv_head, int32_t position) const {
   const int32_t at = position % kSpan;
   return KvSpan(layer, kv_head, position / kSpan) +
          at / kKeyTile * kKeyTile * program_.head_stride() + at % kKeyTile;
 }
 
-// The keys of a span, in tiles; its values follow them.
+// The keys of a span, in tiles. The values of the span follow them.
 uint16_t* Session::KvSpan(int32_t layer, int32_t kv_head, int32_t span) const {
   const int64_t index =
       (int64_t{span} * program_.n_layers() + layer) * program_.shape().n_kv_heads + kv_head;
@@ -309,9 +311,10 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_pie
   return counts;
 }
 
-// A piece's partial sum is there. Whoever brings the last one of every second place adds those up,
-// and whoever then comes second with such a half adds it to x: in the order of sum_partials and
-// add_partials over all places, so that every number of threads gives the same bits.
+// To be called when a piece's partial sum is done. The places form two halves, even and odd. The
+// thread that brings the last partial sum of a half adds that half up. The thread that is second to
+// do so adds both halves to x. The order is that of sum_partials and add_partials over all places,
+// so every number of threads gives the same bits.
 void Session::AddPartial(const Op& op, int32_t piece) {
   const ProgramShape& shape = program_.shape();
   const int32_t padded = PaddedCols(shape.format, shape.hidden_size), half = PlaceOf(piece) % 2;
@@ -326,7 +329,7 @@ void Session::AddPartial(const Op& op, int32_t piece) {
                          op.is_split ? 1.0f : op.scale, op.is_split ? exchange_.y : x_.get());
 }
 
-// Pieces begin at multiples of 8 neurons: no two write to the same byte.
+// Pieces begin at multiples of 8 neurons, so no two pieces write to the same byte of a mask.
 void Session::ObserveActive(const Op& op, const Active* active, int32_t n_listed) {
   const int64_t n_bytes = CeilDiv(program_.n_neurons(), 8);
   uint8_t* masks =

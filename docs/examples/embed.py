@@ -1,4 +1,4 @@
-"""hybrid inside another program: load once, stream an answer, look at what it cost.
+"""Use hybrid inside another program: load a model, stream an answer, and print its statistics.
 
 python docs/examples/embed.py "The little robot"
 """

@@ -1,5 +1,6 @@
-"""Is all well with a model on this machine? `model` runs the checks of `setting` and `arithmetic`
-in order; `hybrid.selfcheck` prints them.
+"""Checks whether a model works correctly on this machine.
+
+`model` runs the checks of `setting` and `arithmetic` in order; `hybrid.selfcheck` prints them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What the engine computes: against itself, against the oracle, and against what is known of the
-model.
-"""
+"""Compares what the engine computes with itself, with the oracle, and with published figures."""
 
 from __future__ import annotations
 
@@ -19,13 +17,14 @@ from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
 from hybrid.progress import Progress
 
-ACTIVE_TOLERANCE = 0.03  # the text is short, and not the one that the authors measured on
-POOR_LOSS = 0.5  # of log(vocab), what guessing costs: no trained model is so poor at plain English
-PERPLEXITY_TOLERANCE = 0.1  # of it; q4 moves it by 2 %
-BLUNT = 0.25  # rounding that moves logits by such a share of their deviation hides faults
+ACTIVE_TOLERANCE = 0.03  # the text is short, and is not the one that the authors measured on
+POOR_LOSS = 0.5  # share of log(vocab), the loss of guessing; trained models do better on English
+PERPLEXITY_TOLERANCE = 0.1  # share of the perplexity; q4 changes it by 2 %
+BLUNT = 0.25  # if rounding changes logits by this share of their deviation, it hides faults
 REPORT = (
-    "Run it again with HYBRID_ISA=scalar: if all is well then, the kernels of this instruction set "
-    "are broken; else weights were damaged on the way into memory. Please report it either way."
+    "Run it again with HYBRID_ISA=scalar. If all checks pass then, the kernels of this instruction "
+    "set are broken; else the weights were damaged while they were loaded. Please report it in "
+    "either case."
 )
 
 
@@ -33,18 +32,18 @@ def check_prefill(one_by_one: Logits, at_once: Logits) -> Check:
     name, n = "prefill = decode", len(at_once)
     if not np.isfinite(at_once).all():
         message = "The engine computes logits that are not finite."
-        return Check(name, "failed", message, "See what the oracle says below.")
+        return Check(name, "failed", message, "See the result of the oracle below.")
     if np.array_equal(one_by_one, at_once):
         return Check(name, "ok", f"Bit-equal over {n} positions.", figures={"positions": n})
-    message = f"{n} positions at once give other logits than one by one: a fault of the kernels."
+    message = f"{n} positions give other logits at once than one by one: the kernels are faulty."
     return Check(name, "failed", message, REPORT)
 
 
 def check_other_threads(logits: Logits, again: Logits, n_threads: int, other: int) -> Check:
     name = f"{n_threads} = {other} threads"
     if np.array_equal(logits, again, equal_nan=True):
-        return Check(name, "ok", "The number of threads changes no bit.")
-    message = "The number of threads changes the logits: a fault of the kernels or of the memory."
+        return Check(name, "ok", "The number of threads does not change a single bit.")
+    message = "The number of threads changes the logits: the kernels or the memory are faulty."
     return Check(name, "failed", message, REPORT)
 
 
@@ -56,16 +55,17 @@ def check_active_fraction(config: ModelConfig, run: Run, entry: CatalogEntry | N
         if not config.is_sparse:
             message = "SiLU: no neuron is ever zero, so none is skipped."
             return Check("active neurons", "ok", message, figures=figures)
-        message = f"{active:.1%} of FFN neurons; nothing published to compare with."
+        message = f"{active:.1%} of FFN neurons; there is no published figure to compare with."
         return Check("active neurons", "ok", message, figures=figures)
     figures["expected"] = expected
     message = f"{active:.1%} of FFN neurons; its authors published {expected:.1%}"
     if abs(active - expected) <= ACTIVE_TOLERANCE:
         return Check("active neurons", "ok", f"{message}.", figures=figures)
-    message += f", and more than {ACTIVE_TOLERANCE * 100:.0f} points apart is no accident."
+    message += f"; a difference of more than {ACTIVE_TOLERANCE * 100:.0f} points is an error."
     advice = (
-        "Wrong scales, threshold or activation: compare the architecture above with the model's "
-        "card, fetch config.json again; else report it with this output."
+        "The scales, the threshold or the activation are wrong. Compare the architecture above "
+        "with the model's card, and download config.json again. If that does not help, report it "
+        "with this output."
     )
     return Check("active neurons", "failed", message, advice, figures)
 
@@ -74,7 +74,7 @@ def check_text(config: ModelConfig, run: Run, ids: list[int], entry: CatalogEntr
     loss, guessing = comparison.mean_loss(run.logits, ids), math.log(config.vocab_size)
     message = (
         f"Perplexity {math.exp(min(loss, 700)):.4g} on a plain text of {len(ids)} tokens; guessing "
-        f"would have {config.vocab_size}."
+        f"would give {config.vocab_size}."
     )
     figures: dict[str, float] = {"loss": loss, "guessing": guessing}
     expected = entry.expected_perplexity if entry else None
@@ -82,13 +82,13 @@ def check_text(config: ModelConfig, run: Run, ids: list[int], entry: CatalogEntr
         figures["expected_perplexity"] = expected
         message = f"{message[:-1]}, and {expected:.4g} is expected."
         if not abs(math.exp(min(loss, 700)) / expected - 1) <= PERPLEXITY_TOLERANCE:
-            advice = "Weights, scales or tokenizer are not those of this model: install it again."
+            advice = "Weights, scales or tokenizer are of another model: install this one again."
             return Check("text", "failed", message, advice, figures)
     if loss <= POOR_LOSS * guessing:
         return Check("text", "ok", message, figures=figures)
     advice = (
-        "A trained model does far better: wrong weights, scales or tokenizer. (Weights that are "
-        "random on purpose do no better.)"
+        "A trained model does far better, so the weights, scales or tokenizer are wrong. (Weights "
+        "that are random on purpose do no better.)"
     )
     return Check("text", "failed" if entry else "warning", message, advice, figures)
 
@@ -96,15 +96,13 @@ def check_text(config: ModelConfig, run: Run, ids: list[int], entry: CatalogEntr
 def check_oracle(
     checkpoint: Checkpoint, quant: Quant, run: Run, ids: list[int], progress: Progress
 ) -> Check:
-    """Engine against the NumPy oracle, which reads the weights itself, from the checkpoint."""
+    """Compare the engine with the NumPy oracle, which reads the checkpoint's weights itself."""
     format, started = Format[quant], time.perf_counter()
     n_neurons = checkpoint.config.n_neurons
     oracle, unrounded = comparison.run_oracles(checkpoint, format, ids, progress=progress)
     seconds = time.perf_counter() - started
     if not np.isfinite(oracle.logits).all() or not oracle.logits.std() > 0:
-        message = (
-            "The oracle, too, computes no usable logits: the weights or the config are broken."
-        )
+        message = "The oracle also computes no usable logits: the weights or the config are broken."
         return Check("oracle", "failed", message, "Download the model again.")
     yardstick = comparison.compare(unrounded, oracle, n_neurons)
     bound = comparison.bounds(yardstick)
@@ -128,14 +126,14 @@ def check_oracle(
     }
     message = (
         f"Over {len(ids)} positions logits differ by {found.rms:.2%} of their deviation (bound "
-        f"{bound.rms:.2%}), at most {found.largest:.2%} ({bound.largest:.2%}), most at position "
-        f"{found.worst_position}; at least {found.flips:.3%} of masks flipped ({bound.flips:.3%}); "
-        f"likeliest token equal at {n_equal}, at {n_clear_equal} of the {n_clear} where it is "
-        f"clear. {seconds:.0f} s."
+        f"{bound.rms:.2%}), at most by {found.largest:.2%} (bound {bound.largest:.2%}), at "
+        f"position {found.worst_position}. At least {found.flips:.3%} of the masks flipped (bound "
+        f"{bound.flips:.3%}). The likeliest token is equal at {n_equal} positions, and at "
+        f"{n_clear_equal} of the {n_clear} positions that have a clear one. {seconds:.0f} s."
     )
     if not comparison.is_within(found, bound) or n_clear_equal < n_clear:
         return Check("oracle", "failed", message, REPORT, figures)
     if yardstick.rms > BLUNT:
-        advice = "Rounding alone moves the logits so far that a fault could hide: try --quant bf16."
+        advice = "Rounding alone changes the logits enough to hide a fault: try --quant bf16."
         return Check("oracle", "warning", message, advice, figures)
     return Check("oracle", "ok", message, figures=figures)

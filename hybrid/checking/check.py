@@ -1,4 +1,4 @@
-"""What a check says."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Figures = Mapping[str, float | int | str]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     verdict: Verdict
     message: str  # one line of plain English
-    advice: str = ""  # what to do, where the verdict is not ok
+    advice: str = ""  # what to do, if the verdict is not ok
     figures: Figures = field(default_factory=dict)

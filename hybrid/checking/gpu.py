@@ -1,12 +1,16 @@
-"""Everything that hybrid wants to know of a GPU, unattended, in under eight minutes:
+"""Checks and measures a GPU, unattended, in under eight minutes:
 
-    python hybrid/checking/gpu.py -o checks.json
+    python -m hybrid.selfcheck --gpu -o checks.json
 
-Correctness: the kernels against torch, every kind of plan against the CPU engine, ten thousand
-replays, a thread that never answers. Speed: hand-offs by each mechanism (quiet, and with every core
-busy), kernels, one token of a 1 B model all on the GPU, and split at a quarter, half and three
-quarters of its bytes, against whole layers and the CPU alone, as predicted and as measured. What
-fails is written down, and the next check runs. Please send us the file.
+Correctness: the kernels are compared with torch, and every kind of plan with the CPU engine. Ten
+thousand replays must give the same answer, and a thread that never answers must be detected.
+
+Speed: hand-offs are timed with each mechanism, on an idle machine and with every core busy. So are
+the kernels, and tokens of a 1 B model: all on the GPU, on the CPU alone, and split at a quarter,
+half and three quarters of its bytes, hybrid and by whole layers. The file has predicted and
+measured times.
+
+A failed check is recorded, and the next one runs. Please send us the file.
 """
 
 from __future__ import annotations
@@ -29,11 +33,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import hybrid
-from hybrid.engine.engine import Quant
+from hybrid.engine.engine import Engine, Quant
 from hybrid.engine.gpu import measurement
 from hybrid.engine.gpu.device import Device, HostDevice
 from hybrid.engine.loading import planning
+from hybrid.hub.loading import load
 from hybrid.kernels import Format, ThreadPool, active_isa
 from hybrid.placement.hardware import default_threads
 from hybrid.placement.plan import ON_CPU, LayerPlacement, PlacementPlan, whole_plan
@@ -42,12 +46,12 @@ from hybrid.placement.solver import alternatives
 LIMIT_S = 480.0
 REPLAYS = 10_000
 CONTEXT = 512
-BOUND = 2e-2  # of the largest logit: see tests/engine/gpu/test_hybrid.py
-KERNEL_TESTS = Path("tests/kernels/gpu/test_triton.py")  # in a checkout
+BOUND = 2e-2  # share of the largest logit: see tests/engine/gpu/test_hybrid.py
+KERNEL_TESTS = Path("tests/kernels/gpu/test_triton.py")  # exists only in a checkout
 
 
 class Checks:
-    """Runs checks one after the other and keeps what they return."""
+    """Runs checks one after the other, and writes their results to a file after each."""
 
     def __init__(self, out: Path, limit_s: float, report: Callable[[str], None]) -> None:
         self.out, self.ends, self.report = out, time.monotonic() + limit_s, report
@@ -89,7 +93,7 @@ def environment(device: Device) -> dict[str, Any]:
 
 
 def hand_offs(device: Device, pool: ThreadPool, n: int = 52) -> dict[str, Any]:
-    """µs of one hand-off: median and 99th percentile of many tokens."""
+    """Measure the µs of one hand-off: median, 99th percentile and best of 200 replays."""
     found: dict[str, Any] = {}
     for mechanism in device.mechanisms:
         loop = measurement.HandOffLoop(device, pool, mechanism, n)
@@ -103,7 +107,7 @@ def hand_offs(device: Device, pool: ThreadPool, n: int = 52) -> dict[str, Any]:
 
 
 def busy_hand_offs(device: Device, pool: ThreadPool) -> dict[str, Any]:
-    """The same while every core has another thing to do."""
+    """Measure the same while another process keeps every core busy."""
     processes = [
         multiprocessing.Process(target=_spin, daemon=True) for _ in range(os.cpu_count() or 1)
     ]
@@ -122,7 +126,7 @@ def _spin() -> None:
 
 
 def replays(device: Device, pool: ThreadPool, n: int) -> dict[str, Any]:
-    """Tokens whose every answer must be the same, by the mechanism that is used."""
+    """Replay hand-offs with the mechanism in use, and count wrong answers; all must be zero."""
     mechanism = device.mechanisms[0]
     loop = measurement.HandOffLoop(device, pool, mechanism, 8)
     n_wrong = 0
@@ -136,10 +140,10 @@ def replays(device: Device, pool: ThreadPool, n: int) -> dict[str, Any]:
 
 
 def lost_thread(device: Device, pool: ThreadPool) -> dict[str, Any]:
-    """Nobody answers: the GPU must go on, and the link must say so."""
+    """Check that the GPU continues if no thread answers, and that the link reports an error."""
     mechanism = device.mechanisms[0]
     if mechanism == "synchronise":
-        return {"skipped": "no flags here"}
+        return {"skipped": "this mechanism has no flags"}
     loop = measurement.HandOffLoop(device, pool, mechanism, 4, patience_s=0.5)
     with device.on_stream():
         recording = device.record(loop.launch)
@@ -156,7 +160,7 @@ def lost_thread(device: Device, pool: ThreadPool) -> dict[str, Any]:
 
 
 def kernels(device: Device, n_rows: int) -> dict[str, Any]:
-    """GB/s of each backend and format, rows streamed and rows skipped; µs of a node."""
+    """Measure GB/s of each backend and format, with and without skipped rows, and µs per node."""
     from hybrid.kernels.gpu.torch_kernels import TorchKernels
 
     backends = {"torch": TorchKernels()}
@@ -170,7 +174,7 @@ def kernels(device: Device, n_rows: int) -> dict[str, Any]:
 
 
 def plans_of(plan: PlacementPlan) -> dict[str, PlacementPlan]:
-    """Every kind of split, for a model of any number of layers."""
+    """Return every kind of split, for a model with any number of layers."""
     n, n_layers = plan.n_neurons, len(plan.layers)
     some = n // 3 // 64 * 64
     whole = LayerPlacement(True, n, n)
@@ -193,10 +197,10 @@ def plans_of(plan: PlacementPlan) -> dict[str, PlacementPlan]:
 
 
 def every_plan(model: str, quant: Quant, folder: Path) -> dict[str, Any]:
-    """Teacher-forced logits of each kind of plan against the CPU engine's."""
+    """Compare the teacher-forced logits of each kind of plan with the CPU engine's."""
 
-    def logits(**options: Any) -> tuple[np.ndarray, hybrid.Engine]:
-        with hybrid.load(model, quant=quant, context_size=CONTEXT, **options) as engine:
+    def logits(**options: Any) -> tuple[np.ndarray, Engine]:
+        with load(model, quant=quant, context_size=CONTEXT, **options) as engine:
             ids = np.random.default_rng(0).integers(3, engine.config.vocab_size, 90)
             session = engine.open_session()
             rows = [*session.prefill(ids[:64], all_logits=True)]  # type: ignore[misc]
@@ -226,9 +230,7 @@ def every_plan(model: str, quant: Quant, folder: Path) -> dict[str, Any]:
 def decode_ms(
     model: str, quant: Quant, threads: int, n: int = 64, **options: Any
 ) -> dict[str, Any]:
-    with hybrid.load(
-        model, quant=quant, threads=threads, context_size=CONTEXT, **options
-    ) as engine:
+    with load(model, quant=quant, threads=threads, context_size=CONTEXT, **options) as engine:
         engine.wait_for_weights()
         ids = np.random.default_rng(1).integers(3, engine.config.vocab_size, 3 * n + 40)
         session = engine.open_session()
@@ -254,12 +256,12 @@ def decode_ms(
 def splits(
     model: str, quant: Quant, threads: int, device: Device, folder: Path, shares: tuple[float, ...]
 ) -> dict[str, Any]:
-    """The CPU alone, all on the GPU, and at shares of the model's bytes hybrid against whole
-    layers: measured and predicted in one run.
+    """Measure and predict decoding for several plans.
+
+    These are CPU only, all on the GPU, and, for each share of the model's bytes, hybrid and whole
+    layers.
     """
-    with hybrid.load(
-        model, quant=quant, threads=threads, context_size=CONTEXT, device="cpu"
-    ) as engine:
+    with load(model, quant=quant, threads=threads, context_size=CONTEXT, device="cpu") as engine:
         spec = engine.spec
     backend, _ = planning.decode_kernels(device)
     machine = planning.measured_gpu(device, backend, spec, None)
@@ -294,9 +296,9 @@ def splits(
 
 
 def kernel_tests(*before: str) -> dict[str, Any]:
-    """The Triton tests on this GPU, perhaps under a tool; only a checkout has them."""
+    """Run the Triton tests on this GPU, under the tool `before` if given. Needs a checkout."""
     if not KERNEL_TESTS.is_file():
-        return {"skipped": f"there is no {KERNEL_TESTS} here: run this in a checkout"}
+        return {"skipped": f"there is no {KERNEL_TESTS}: run this in a checkout"}
     if before and shutil.which(before[0]) is None:
         return {"skipped": f"{before[0]} is not installed"}
     command = [*before, sys.executable, "-P", "-m", "pytest", "-q", "-x", str(KERNEL_TESTS)]
@@ -314,8 +316,8 @@ def check_gpu(
 ) -> list[str]:
     """Run all checks, write their results to `out`, and return the names of those that failed.
 
-    `report` is given one line for each check that is done. A rehearsal tries this program itself,
-    on the CPU with a small model. Raises DeviceUnavailable.
+    `report` receives one line per finished check. A rehearsal tests this program itself, on the CPU
+    with a small model. Raises DeviceUnavailable if there is no usable GPU.
     """
     if is_rehearsal:
         device: Device = HostDevice()

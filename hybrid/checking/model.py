@@ -1,8 +1,8 @@
-"""Is all well with a model on this machine? One check after the other, each with a verdict.
+"""Checks whether a model works correctly on this machine: a list of checks, each with a verdict.
 
-What it is for: the first run on real weights. It finds damaged downloads, broken weights, kernels
-that compute something else than the oracle, and, by sparsity and by how well a plain text is
-predicted, scales and activations that config.json or we got wrong. It never prints.
+It is meant for the first run on real weights. It finds damaged downloads, broken weights, and
+kernels that differ from the oracle. The sparsity and the loss on a plain text also reveal wrong
+scales and activations, whether the fault is in config.json or in our code. It never prints.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ENGLISH = (
     "coat and went out of the door. It was a sunny day, and the birds were singing in the trees."
 )
 CHINESE = "从前有一个小女孩,她和妈妈一起住在森林旁边的一座小房子里。有一天,妈妈给了她一篮面包。"
-N_CHINESE = 20  # positions of the 64, where the vocabulary is MiniCPM's
+N_CHINESE = 20  # of the 64 positions, if the vocabulary is MiniCPM's
 
 
 def check_model(
@@ -44,9 +44,9 @@ def check_model(
     offline: bool = False,
     progress: Progress = ignore_progress,
 ) -> Iterator[Check]:
-    """The checks, each as soon as it is done; ends early where a model cannot be used at all.
+    """Yield each check as soon as it is done. Ends early if the model cannot be used at all.
 
-    Raises InvalidOption; every other error of ours is a failed check.
+    Raises InvalidOption. Every other HybridError becomes a failed check.
     """
     stage = "files"
     try:
@@ -72,7 +72,7 @@ def check_model(
             run, at_once = comparison.run_native(engine, ids)
             n_threads = engine.n_threads
         yield arithmetic.check_prefill(run.logits, at_once)
-        # A second load, not a second pool: only so is it certain that threads change no weights.
+        # Load again rather than use a second pool, to prove that threads change no weights either.
         other = 2 if n_threads == 1 else 1
         with load(model, threads=other, quant=quant, device="cpu", offline=offline) as engine:
             again = engine.open_session().prefill(np.asarray(ids, np.int64), all_logits=True)
@@ -87,15 +87,15 @@ def check_model(
         raise
     except HybridError as error:
         yield Check(
-            stage, "failed", str(error), "The rest cannot be checked before this is mended."
+            stage, "failed", str(error), "The rest cannot be checked before this is repaired."
         )
     except MemoryError:
-        advice = "Try --quant q4, close other programs, or take a machine with more memory."
+        advice = "Try --quant q4, close other programs, or use a machine with more memory."
         yield Check(stage, "failed", "Out of memory.", advice)
 
 
 def find_entry(model: str | Path, folder: Path) -> CatalogEntry | None:
-    """The catalog's entry of a model, also where it is a repository's copy in a folder."""
+    """Return a model's entry in the catalog, even if it is a copy of a repository in a folder."""
     text = str(model).casefold()
     for entry in catalog():
         names = [entry.name.casefold()]
@@ -109,7 +109,7 @@ def find_entry(model: str | Path, folder: Path) -> CatalogEntry | None:
 
 
 def text_ids(engine: Engine) -> list[int]:
-    """The first N_POSITIONS of the text, as far as the context goes."""
+    """Return the ids of the text's first N_POSITIONS, or fewer if the context is smaller."""
     n = min(N_POSITIONS, engine.n_context)
     ids = engine.tokenizer.encode(ENGLISH)
     if engine.tokenizer.has_chat_template and n == N_POSITIONS:  # MiniCPM's vocabulary

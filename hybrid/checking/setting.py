@@ -1,4 +1,4 @@
-"""Before anything is computed: the files, what config.json says, and the machine."""
+"""Checks before anything is computed: the files, the contents of config.json, and the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hybrid.weights.packing import packed_layout
 
 
 def check_files(folder: Path) -> Check:
-    """Hashes whatever has a known checksum, even what was found well before: disks forget."""
+    """Hash every file with a known checksum, even if it was verified before: disks can fail."""
     known, wrong = 0, []
     for path in sorted(folder.iterdir()):
         etag = checksum.known_etag(path) if path.is_file() else None
@@ -28,11 +28,11 @@ def check_files(folder: Path) -> Check:
                 wrong.append(path)
     figures = {"checked": known, "wrong": len(wrong)}
     if wrong:
-        message = f"Damaged, the checksum is another: {', '.join(path.name for path in wrong)}."
+        message = f"The checksum is wrong: {', '.join(path.name for path in wrong)}."
         paths = " ".join(str(path.resolve()) for path in wrong)
         return Check("files", "failed", message, f"Remove {paths} and download again.", figures)
     if not known:
-        message = f"{folder}: nothing there tells the files' checksums, so none was checked."
+        message = f"{folder}: the files' checksums are not known, so none was checked."
         return Check("files", "ok", message, figures=figures)
     return Check("files", "ok", f"{known} files match their checksums.", figures=figures)
 
@@ -42,9 +42,9 @@ def check_architecture(config: ModelConfig) -> Check:
     message = (
         f"{config.family}: {config.n_layers} layers of {config.hidden_size} with "
         f"{config.n_neurons} neurons, {config.n_heads} heads ({config.n_kv_heads} for keys and "
-        f"values), {config.vocab_size} tokens; {activation.get(config.activation, 'SiLU')}; scales "
-        f"of embedding {config.embedding_scale:g}, branches {config.residual_scale:.4g}, logits "
-        f"{config.logit_scale:.4g}."
+        f"values), {config.vocab_size} tokens; {activation.get(config.activation, 'SiLU')}; "
+        f"scales: embedding {config.embedding_scale:g}, branches {config.residual_scale:.4g}, "
+        f"logits {config.logit_scale:.4g}."
     )
     figures: Figures = {
         "activation": config.activation,
@@ -54,8 +54,11 @@ def check_architecture(config: ModelConfig) -> Check:
         "logit_scale": config.logit_scale,
     }
     if config.family == "minicpm" and config.embedding_scale == 1.0:
-        advice = "MiniCPM's config.json gives scale_emb, scale_depth and dim_model_base: fetch it."
-        return Check("architecture", "warning", message + " No scales!", advice, figures)
+        advice = (
+            "MiniCPM's own config.json has scale_emb, scale_depth and dim_model_base: download it."
+        )
+        message += " The config has no scales."
+        return Check("architecture", "warning", message, advice, figures)
     return Check("architecture", "ok", message, figures=figures)
 
 
@@ -67,7 +70,7 @@ def check_isa() -> Check:
     best, active = available_isas()[-1], active_isa()
     figures: Figures = {"best": best, "active": active}
     if active != best:
-        message = f"{active}, although {best} is there: HYBRID_ISA caps it."
+        message = f"{active}, although the CPU has {best}: HYBRID_ISA caps it."
         return Check("instruction set", "warning", message, "Unset HYBRID_ISA.", figures)
     if "avx2" not in available_isas():
         message = (
@@ -75,15 +78,15 @@ def check_isa() -> Check:
         )
         advice = "If the CPU has AVX2, install hybrid again on this machine."
         return Check("instruction set", "warning", message, advice, figures)
-    return Check("instruction set", "ok", f"{active}, the best of this CPU.", figures=figures)
+    return Check("instruction set", "ok", f"{active}, the best that this CPU has.", figures=figures)
 
 
 def check_memory(config: ModelConfig, quant: Quant) -> Check:
     weights, oracle = packed_layout(config, Format[quant]).n_bytes, oracle_bytes(config)
     available = available_memory_bytes()
     message = (
-        f"{weights / 1e9:.2f} GB of weights in {quant}, then {oracle / 1e9:.2f} GB for the oracle; "
-        f"{available / 1e9:.1f} GB are free."
+        f"The weights in {quant} need {weights / 1e9:.2f} GB, then the oracle needs "
+        f"{oracle / 1e9:.2f} GB; {available / 1e9:.1f} GB are free."
     )
     figures: Figures = {
         "weight_bytes": weights,
@@ -91,7 +94,7 @@ def check_memory(config: ModelConfig, quant: Quant) -> Check:
         "available_bytes": available,
     }
     if max(weights, oracle) > available:
-        advice = "Close other programs, or try --quant q4: else the system may swap or end hybrid."
+        advice = "Close other programs or try --quant q4; else the system may swap or end hybrid."
         return Check("memory", "warning", message, advice, figures)
     return Check("memory", "ok", message, figures=figures)
 
@@ -101,6 +104,6 @@ def check_threads(n_threads: int) -> Check:
     message = f"{n_threads} for {cores} physical cores."
     figures: Figures = {"threads": n_threads, "physical_cores": cores}
     if n_threads > cores:
-        advice = f"More threads than cores only wait for one another: -t {cores}."
+        advice = f"More threads than cores only wait for one another: use -t {cores}."
         return Check("threads", "warning", message, advice, figures)
     return Check("threads", "ok", message, figures=figures)

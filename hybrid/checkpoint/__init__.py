@@ -1,7 +1,7 @@
-"""Bytes on disk to named tensors: opening a model's folder, its config and its weights.
+"""Opens a model's folder and reads its files as a config and named tensors.
 
-Owns reading and validating what others wrote, and making up what synthetic models have instead.
-Quantising and packing is `hybrid.weights`' job.
+This package reads and validates files that others wrote, and makes the weights of synthetic models.
+`hybrid.weights` quantises and packs them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ def open_checkpoint(
     *,
     use_mmap: bool = True,
 ) -> Checkpoint:
-    """Open a model's folder; every tensor is found, and its type and shape checked, before return.
+    """Open a model's folder. Finds every tensor and checks its type and shape before it returns.
 
-    `format` is what the weights will be packed to, which a synthetic model is calibrated for: the
-    first time this takes a minute, told to `progress`. `use_mmap` is that of `hf.open_checkpoint`.
+    `format` is the format that the weights will be packed to. A synthetic model is calibrated for
+    it, which takes a minute the first time and is reported to `progress`. `use_mmap` is that of
+    `hf.open_checkpoint`.
 
     Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
     """

@@ -1,7 +1,7 @@
-"""A model's folder as Hugging Face lays it out: config.json, and weights in one file or in shards.
+"""A model's folder in Hugging Face's layout: config.json, and weights in one file or in shards.
 
-Owns which files are read and in what order. What a config says and what tensors are called is
-`families`; how a file holds them is `safetensors_file` and `torch_bin`.
+This file decides which files are read, and in what order. `hybrid.model.families` knows the configs
+and the names of tensors. `safetensors` and `torch_bin` read the weight files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hybrid.errors import EngineClosed, InvalidCheckpoint, InvalidOption, ModelN
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import expected_tensors, parse_config, parse_token_ids
 
-# In the order of preference: a safetensors file cannot hold a program, and is validated whole.
+# The preferred format first: a safetensors file cannot hold a program, and all of it is validated.
 _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
     ("model.safetensors", SafetensorsFile),
     ("pytorch_model.bin", TorchBin),
@@ -34,13 +34,13 @@ _MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
 
 
 class Readable(Protocol):
-    """A tensor that is in a file, or is made when it is asked for."""
+    """A tensor that is in a file, or is made when it is read."""
 
     def fp32(self) -> np.ndarray: ...
 
 
 class SourceFile(NamedTuple):
-    """What tells one state of a file from another."""
+    """What identifies the state of a file."""
 
     name: str
     n_bytes: int
@@ -53,7 +53,7 @@ class SourceFile(NamedTuple):
 
 
 class Checkpoint:
-    """A model's config and its weights, mapped. The arrays that it gave out survive `close`."""
+    """A model's config and its mapped weights. Arrays that it returned stay valid after `close`."""
 
     def __init__(
         self,
@@ -68,14 +68,15 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.sources = sources  # the files that the weights come from
-        self.is_synthetic = is_synthetic  # random weights, for measurements of speed
-        self.notices = notices  # one line each, for a user to see
+        self.is_synthetic = is_synthetic  # random weights, to measure speed
+        self.notices = notices  # one line each, for the user
         self._tensors: Mapping[tuple[str, int | None], Readable] | None = tensors
 
     def read(self, role: str, layer: int | None = None) -> np.ndarray:
-        """The float32 weights of a role, such as "embedding", or "gate" of a layer.
+        """Return the float32 weights of a role, such as "embedding", or "gate" of a layer.
 
-        A new array, or a read-only view of the file where that holds contiguous float32.
+        This is a new array, or a read-only view of the file if it holds contiguous float32. Raises
+        EngineClosed after `close`, and InvalidOption for an unknown role or layer.
         """
         if self._tensors is None:
             raise EngineClosed(f"{self.folder}: this checkpoint was closed; open it again")
@@ -92,11 +93,12 @@ class Checkpoint:
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 of what the model is, wherever its folder lies: its numbers, and the size and
-        some evenly spread blocks of each file with weights. Raises InvalidCheckpoint where one
-        cannot be read.
+        """SHA-256 that identifies the model, independent of its folder.
+
+        It covers the config, and the size and some evenly spread blocks of each file of weights.
+        Raises InvalidCheckpoint if a file cannot be read.
         """
-        config = replace(self.config, bos_id=None, eos_ids=())  # of the text, not of the weights
+        config = replace(self.config, bos_id=None, eos_ids=())  # they do not affect the weights
         digest = hashlib.sha256(repr(config).encode())
         for name, n_bytes, _ in self.sources:
             digest.update(f"\0{name}\0{n_bytes}\0".encode())
@@ -125,16 +127,16 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
-    """Open a model's folder; every tensor is found, and its type and shape checked, before return.
+    """Open a model's folder. Finds every tensor and checks its type and shape before it returns.
 
-    Without `use_mmap` weights are read when asked for, and a file that shrinks meanwhile is an
-    error; in a mapping it would end the process.
+    Without `use_mmap` weights are read from the file when they are needed, and a file that shrinks
+    is an error. If a mapped file shrinks, the process ends.
 
     Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
     """
     if not folder.is_dir():
         raise ModelNotFound(f"{folder}: is not a folder; expected one with config.json and weights")
-    # Before they are opened: a file that is replaced meanwhile must not pass for the new one.
+    # Recorded before the files are opened, so that old weights never get a newer file's state.
     present = {path: SourceFile.of(path) for path in folder.iterdir() if path.is_file()}
     config = read_config(folder)
     weights = _open_weights(folder, use_mmap=use_mmap)
@@ -143,7 +145,7 @@ def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
         tensor = weights.tensor(name)
         if tensor.shape != shape:
             raise InvalidCheckpoint(
-                f"{folder}: tensor {name!r} has shape {tensor.shape}, expected {shape} by "
+                f"{folder}: tensor {name!r} has shape {tensor.shape}, expected {shape} from "
                 "config.json; the files are of different models, or broken"
             )
         tensors[role, layer] = tensor
@@ -158,7 +160,7 @@ def read_config(folder: Path) -> ModelConfig:
     generation_path = folder / "generation_config.json"
     if generation_path.name in _file_names(folder):
         eos = read_json(generation_path).get("eos_token_id")
-        if eos is not None:  # generation is this file's subject, so it wins
+        if eos is not None:  # this file is about generation, so it overrides config.json
             eos_ids = parse_token_ids(eos, "eos_token_id", config.vocab_size, generation_path)
             config = replace(config, eos_ids=eos_ids)
     return config
@@ -189,11 +191,11 @@ class _Shards:
             isinstance(shard, str) for shard in weight_map.values()
         ):
             raise InvalidCheckpoint(
-                f"{index}: expected an object weight_map, from tensors' names to files' names"
+                f"{index}: expected an object weight_map that maps tensor names to file names"
             )
         self._shard_of: dict[str, str] = weight_map
         shards = set(weight_map.values())
-        # Only names in the folder's own list can pass: no "../", no absolute path.
+        # Only names in the folder's own listing pass, so "../" and absolute paths cannot.
         missing = sorted(shards - _file_names(index.parent))
         if missing:
             raise InvalidCheckpoint(
@@ -219,7 +221,7 @@ def _file_names(folder: Path) -> set[str]:
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidCheckpoint(
-            f"{path}: is missing, or is no regular file; download the whole model"
+            f"{path}: is missing, or is not a regular file; download the whole model"
         )
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:

@@ -1,10 +1,14 @@
-"""One `.safetensors` file: its header, and its tensors mapped.
+"""One `.safetensors` file: reads its header and maps its tensors.
 
-The safetensors library judges the file (header size, JSON, holes, overlaps, sizes, overflows); its
-NumPy reader knows no bfloat16 and copies, so the mapping is done here. Left for us by every version
-from 0.4.3 to 0.8: a header of up to 100 MB, a name that occurs twice (the library takes the last
-one), an entry written as an array instead of an object, types that we do not compute with, and
-shapes that hold nothing.
+The safetensors library validates the file (header size, JSON, holes, overlaps, sizes, overflows).
+Its NumPy reader does not know bfloat16 and copies, so the mapping is done here. Versions 0.4.3 to
+0.8 of the library accept the following, which is checked here:
+
+- a header of up to 100 MB
+- a name that occurs twice; the library uses the last one
+- an entry that is an array instead of an object
+- types that we do not compute with
+- shapes without elements
 """
 
 from __future__ import annotations
@@ -18,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint
 
-# Read, a header takes twenty times its size in memory; one of 100,000 tensors has 10 MB.
+# A parsed header takes twenty times its size in memory. A header of 100,000 tensors has 10 MB.
 _MAX_HEADER_BYTES = 32 << 20
 
 
 class SafetensorsFile:
-    """Raises `InvalidCheckpoint` where the file is broken anywhere, not only where it is read."""
+    """An open file. Raises `InvalidCheckpoint` if any part of it is broken, even an unused one."""
 
     def __init__(self, path: Path, *, use_mmap: bool = True) -> None:
         self._path, self._use_mmap = path, use_mmap
@@ -32,7 +36,7 @@ class SafetensorsFile:
         n_header = int.from_bytes(self._buffer[:8], "little")
         if n_header > _MAX_HEADER_BYTES:
             raise InvalidCheckpoint(
-                f"{path}: is not a safetensors file, or a broken one: its header would have "
+                f"{path}: is not a safetensors file, or is broken: its header would have "
                 f"{n_header:,} bytes, expected at most {_MAX_HEADER_BYTES:,}; download it again"
             )
         try:

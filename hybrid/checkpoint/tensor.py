@@ -1,7 +1,8 @@
-"""Tensor: a named array that lies in a mapped file, and the mapping itself.
+"""Tensor: a named array in a mapped file, and the mapping itself.
 
-Owns what all weight files have in common. Where in a file a tensor lies is each format's module.
-Mappings are never closed by hand: an array keeps its file mapped, the last one to go unmaps it.
+This file has what all weight files have in common. The module of each format knows where in a file
+a tensor is. Mappings are never closed explicitly: arrays keep their file mapped, and freeing the
+last array unmaps it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 
 DType = Literal["F32", "F16", "BF16"]
 
-# Files are little-endian, whatever the machine. NumPy has no bfloat16: its bits stay integers.
+# Files are little-endian on every machine. NumPy has no bfloat16, so its bits stay integers.
 _ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -33,9 +34,8 @@ _HTML_STARTS = (b"<!doctype", b"<html", b"<?xml")
 class Tensor:
     name: str
     dtype: DType
-    data: np.ndarray  # mapped, read-only; uint16 bit patterns where dtype is BF16
-    # Where to read the values instead of touching the mapping: a file, the first byte in it, its
-    # inode.
+    data: np.ndarray  # mapped, read-only; uint16 bit patterns if dtype is BF16
+    # Without mmap, read the values from here instead: the file, the first byte in it, its inode.
     unmapped: tuple[Path, int, int] | None = None
 
     @property
@@ -43,7 +43,7 @@ class Tensor:
         return self.data.shape
 
     def fp32(self) -> np.ndarray:
-        """The values as contiguous float32: a view of the file where it already holds that."""
+        """Return the values as contiguous float32; a view of the file if it already holds that."""
         data = self.data if self.unmapped is None else self._read(*self.unmapped)
         if self.dtype == "BF16":
             bits = data.astype(np.uint32, order="C")
@@ -52,7 +52,11 @@ class Tensor:
         return np.require(data, np.float32, ["C", "A"])
 
     def _read(self, path: Path, begin: int, inode: int) -> np.ndarray:
-        """A file that shrinks is an error here; in a mapping it would end the process."""
+        """Read the values from the file.
+
+        Raises InvalidCheckpoint if the file was replaced or shrinks. If a mapped file shrinks, the
+        process ends.
+        """
         itemsize, strides = self.data.itemsize, self.data.strides
         n = 1 + sum(
             (size - 1) * stride // itemsize
@@ -66,24 +70,24 @@ class Tensor:
         except OSError as error:
             raise InvalidCheckpoint(f"{path}: cannot be read: {error}") from error
         if values.size < n:
-            raise InvalidCheckpoint(f"{path}: became shorter while it was read; fetch it again")
+            raise InvalidCheckpoint(f"{path}: became shorter while it was read; download it again")
         return np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
 
 
 class WeightFile(Protocol):
-    """A file, or several that belong together, from which tensors are asked for by name."""
+    """A file, or several that belong together, from which tensors are read by name."""
 
     paths: tuple[Path, ...]
 
     def tensor(self, name: str) -> Tensor:
-        """Raises `InvalidCheckpoint` or `UnsupportedModel` where it is missing or unusable."""
+        """Return a tensor. Raises `InvalidCheckpoint` or `UnsupportedModel` if it is unusable."""
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Map a file read-only, after a look at whether it is a weight file at all."""
+    """Map a file read-only. Raises InvalidCheckpoint if it cannot be a weight file."""
     if not path.is_file():  # a pipe or a device would block
         raise InvalidCheckpoint(
-            f"{path}: is missing, or a link to a file that is; download the model again"
+            f"{path}: is missing, or is a link to a missing file; download the model again"
         )
     try:
         with path.open("rb") as file:
@@ -115,9 +119,10 @@ def map_tensor(
     strides: tuple[int, ...] | None = None,
     use_mmap: bool = True,
 ) -> Tensor:
-    """The tensor whose first element is at byte `begin`; strides count elements, if not contiguous.
+    """Return the tensor whose first element is at byte `begin`.
 
-    The caller has checked that all elements lie where they may.
+    `strides` count elements; None means contiguous. The caller has checked that all elements are
+    inside the file.
     """
     element_type = _ELEMENT_TYPES.get(dtype)
     if element_type is None:

@@ -1,9 +1,9 @@
-"""One `pytorch_model.bin`: the zip file that `torch.save` writes, read without torch.
+"""One `pytorch_model.bin`: reads the zip file that `torch.save` writes, without torch.
 
-The zip holds `data.pkl`, a pickle that describes the tensors, and one stored member per storage. A
-pickle is a program, and Python's own unpickler runs whatever it names. Here nothing can run: the
-few operations that `torch.save` writes are interpreted on plain values, and a global is a name that
-is looked up in a fixed list, never imported. The storages are mapped from the zip as they lie.
+The zip holds `data.pkl`, a pickle that describes the tensors, and one uncompressed member per
+storage. A pickle is a program, and Python's own unpickler runs whatever it names. Nothing can run
+here. The few operations that `torch.save` writes are interpreted on plain values. A global is a
+name that is looked up in a fixed list and never imported. The storages are mapped from the zip.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint
 
-# These bound the time and memory of the interpreter below; 1,000 tensors need 0.3 MB.
+# These limits bound the time and memory of the interpreter below. 1,000 tensors need 0.3 MB.
 _MAX_PICKLE_BYTES = 4 << 20
 _MAX_DIMENSIONS = 8
 
-_STORAGES = {  # type of elements, bytes of each
+_STORAGES = {  # element type, bytes per element
     "torch.FloatStorage": ("F32", 4),
     "torch.HalfStorage": ("F16", 2),
     "torch.BFloat16Storage": ("BF16", 2),
-    # Not computed with, but harmless in a file: position ids, masks.
+    # Never computed with, but harmless in a file, such as position ids and masks.
     "torch.DoubleStorage": ("F64", 8),
     "torch.LongStorage": ("I64", 8),
     "torch.IntStorage": ("I32", 4),
@@ -58,7 +58,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A tensor as the pickle describes it; offset and strides count elements."""
+    """A tensor as the pickle describes it. The offset and the strides count elements."""
 
     storage: _Storage
     offset: int
@@ -67,7 +67,10 @@ class _Entry:
 
 
 class TorchBin:
-    """Raises `InvalidCheckpoint` where the zip or its pickle is broken; storages when asked for."""
+    """An open file. Raises `InvalidCheckpoint` if the zip or its pickle is broken.
+
+    Storages are checked when a tensor is read.
+    """
 
     def __init__(self, path: Path, *, use_mmap: bool = True) -> None:
         self._path, self._use_mmap = path, use_mmap
@@ -98,12 +101,12 @@ class TorchBin:
         last = entry.offset + sum(
             (size - 1) * stride for size, stride in zip(entry.shape, entry.strides, strict=True)
         )
-        # The product too: with a stride of 0 a few bytes would make a tensor of any size.
+        # Check the product too: with a stride of 0 a few bytes would make a tensor of any size.
         needed = max(last + 1, math.prod(entry.shape))
         if not needed <= storage.n_elements <= n_bytes // storage.itemsize:
             raise InvalidCheckpoint(
-                f"{self._path}: tensor {name!r} needs {needed:,} elements of {storage.dtype}, its "
-                f"storage claims {storage.n_elements:,} and holds {n_bytes:,} bytes"
+                f"{self._path}: tensor {name!r} needs {needed:,} elements of {storage.dtype}, but "
+                f"its storage claims {storage.n_elements:,} and holds {n_bytes:,} bytes"
             )
         begin += entry.offset * storage.itemsize
         return map_tensor(
@@ -119,7 +122,7 @@ class TorchBin:
 
     def _find_members(self) -> dict[str, zipfile.ZipInfo]:
         path = self._path
-        if self._buffer[:1] == b"\x80":  # a bare pickle
+        if self._buffer[:1] == b"\x80":  # a pickle without a zip
             raise InvalidCheckpoint(
                 f"{path}: is in torch's format from before version 1.6; load it with torch and "
                 "save it again, or convert it to safetensors"
@@ -127,7 +130,7 @@ class TorchBin:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-        except Exception as error:  # a broken zip raises half a dozen types
+        except Exception as error:  # a broken zip raises half a dozen types of errors
             raise InvalidCheckpoint(
                 f"{path}: is not the whole zip file of torch.save ({error}); download it again"
             ) from error
@@ -137,7 +140,7 @@ class TorchBin:
         return by_name
 
     def _locate(self, member_name: str) -> tuple[int, int]:
-        """Where a member's bytes lie in the file: (begin, n_bytes)."""
+        """Return where a member's bytes are in the file: (begin, n_bytes)."""
         member = self._members.get(member_name)
         if member is None:
             raise InvalidCheckpoint(f"{self._path}: has no member {member_name!r} in the zip file")
@@ -149,14 +152,14 @@ class TorchBin:
             )
         header = member.header_offset
         local = self._buffer[header : header + 30] if header >= 0 else b""
-        # The data begin after the local header's own name and padding, not the directory's.
+        # The data begins after the name and padding of the local header, not of the directory.
         begin = header + 30 + int.from_bytes(local[26:28], "little")
         begin += int.from_bytes(local[28:30], "little")
         is_sound = local[:4] == b"PK\x03\x04" and member.compress_size == member.file_size
         if not is_sound or begin + member.file_size > len(self._buffer):
             raise InvalidCheckpoint(
-                f"{self._path}: member {member_name!r} does not lie inside the file of "
-                f"{len(self._buffer):,} bytes; it is broken or cut off: download it again"
+                f"{self._path}: member {member_name!r} is not inside the file of "
+                f"{len(self._buffer):,} bytes, which is broken or cut off: download it again"
             )
         return begin, member.file_size
 
@@ -182,8 +185,11 @@ def _read_pickle(pickle: bytes, path: Path) -> dict[str, Any]:
 
 
 def _interpret(pickle: bytes, path: Path) -> object:
-    """Run the pickle on plain values. Values are built and kept, never called, hashed or compared
-    (deep nesting would overflow the C stack); only strings and integers become keys."""
+    """Interpret the pickle on plain values.
+
+    Values are built and kept, but never called, hashed or compared, because deep nesting would
+    overflow the C stack. Only strings and integers become keys.
+    """
     stack: list[Any] = []
     marks: list[int] = []  # stack heights
     memo: dict[int, Any] = {}
@@ -251,7 +257,7 @@ def _interpret(pickle: bytes, path: Path) -> object:
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_reduce(function, arguments))
-            case "BUILD":  # attributes of the OrderedDict: modules' versions
+            case "BUILD":  # attributes of the OrderedDict: versions of the modules
                 stack.pop()
                 _expect(stack[-1], dict)
             case other:
@@ -264,14 +270,14 @@ def _interpret(pickle: bytes, path: Path) -> object:
 
 def _expect(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+        raise TypeError(f"expected a {kind.__name__}, found a {type(value).__name__}")
     return value
 
 
 def _set_items(target: Any, keys_and_values: list[Any]) -> None:
     keys = keys_and_values[::2]
     if any(type(key) not in (str, int) for key in keys):
-        raise TypeError("a key that is neither text nor number")
+        raise TypeError("a key is neither a string nor an integer")
     _expect(target, dict).update(zip(keys, keys_and_values[1::2], strict=True))
 
 
@@ -289,7 +295,7 @@ def _storage(persistent_id: object) -> _Storage:
     match persistent_id:
         case ("storage", _Global(name=kind), str(key), _, int(n_elements)) if kind in _STORAGES:
             return _Storage(key, *_STORAGES[kind], n_elements)
-    raise ValueError("a reference that is not to a storage")
+    raise ValueError("a reference does not lead to a storage")
 
 
 def _reduce(function: object, arguments: object) -> dict[Any, Any] | _Entry:
@@ -304,4 +310,4 @@ def _reduce(function: object, arguments: object) -> dict[Any, Any] | _Entry:
         ) if len(shape) == len(strides) <= _MAX_DIMENSIONS:
             if all(type(count) is int and count >= 0 for count in (offset, *shape, *strides)):
                 return _Entry(storage, offset, shape, strides)
-    raise ValueError("a call with arguments that torch.save does not write")
+    raise ValueError("a call has arguments that torch.save does not write")

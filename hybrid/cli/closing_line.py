@@ -1,4 +1,4 @@
-"""The closing line: what one answer cost, after its text."""
+"""The closing line, which follows an answer: its speeds, memory and settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ _stream_gbs: dict[Engine, float | None] = {}
 
 
 def measured_stream_gbs(engine: Engine) -> float | None:
-    """The memory's bandwidth, measured once a process; None where there is no room for that."""
+    """Return the memory bandwidth in GB/s, measured once per engine.
+
+    Returns None if there is not enough memory to measure it.
+    """
     if engine not in _stream_gbs:
         try:
             _stream_gbs[engine] = engine.measure_stream_gbs()
@@ -27,7 +30,7 @@ def closing_line(engine: Engine, generation: Generation) -> str:
     decode = f"generated {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
     if stats.decode_steps and not engine.plan.uses_gpu:
         decode += f", {stats.decode_gbs:.1f} GB/s"
-        # A small model's weights stay in the CPU's cache: memory bandwidth says nothing there.
+        # A small model's weights stay in the CPU's cache, so memory bandwidth is no limit.
         if not engine.fits_in_cache and (stream := measured_stream_gbs(engine)):
             decode += f" ({stats.decode_gbs / stream:.0%} of bandwidth)"
     parts = [f"{prompt}, {stats.prefill_tps:.1f} tok/s", decode]

@@ -1,4 +1,4 @@
-"""What the command lines share: how options are refused, errors shown, and streams set up."""
+"""What all commands share: common options, one-line errors, and the set-up of the streams."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hybrid.cli.progress_bar import progress_bar
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but a wrong option is one line, not the whole usage."""
+    """argparse's parser, but a wrong option prints one line instead of the whole usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -29,8 +29,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def printable(text: str) -> str:
-    """One line without control characters: names in it come from files and cannot be trusted with
-    a terminal.
+    """Return `text` as one line without control characters.
+
+    Names in it may come from files, which must not be able to control the terminal.
     """
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
@@ -41,40 +42,66 @@ def printable(text: str) -> str:
 def add_model_options(
     parser: argparse.ArgumentParser, quants: Sequence[str] = ("q8", "q4", "bf16")
 ) -> None:
-    """What every command that opens a model takes; `open_engine` reads it."""
+    """Add the options of every command that opens a model; `open_engine` reads them."""
     add = parser.add_argument
-    add("-m", "--model", default="stories", help="a name, a Hugging Face repo id, or a folder")
-    add("-t", "--threads", type=int, help="threads (the physical cores)")
-    add("--quant", choices=quants, default="q8", help="weight format (q8)")
+    add(
+        "-m",
+        "--model",
+        default="stories",
+        help="a model's name, a Hugging Face repo id, or a folder (default: stories)",
+    )
+    add("-t", "--threads", type=int, help="number of threads (default: the physical cores)")
+    add("--quant", choices=quants, default="q8", help="weight format (default: q8)")
     add("--offline", action="store_true", help="never use the network")
 
 
 def add_predictor_options(parser: argparse.ArgumentParser) -> None:
-    """For commands whose text or speed a predictor changes; `open_engine` reads them."""
+    """Add the options of commands that can use a predictor; `open_engine` reads them."""
     add = parser.add_argument
     add(
         "--predictor",
         default="exact",
         metavar="{exact,auto,FILE}",
-        help="which gates are computed: all, or those that a predictor names; with one, logits of "
-        "unlikely tokens of a large vocabulary are estimates (exact)",
+        help="compute every gate (exact) or those that a predictor names; a predictor leaves "
+        "estimated logits for unlikely tokens of a large vocabulary (default: exact)",
     )
-    add("--recall", type=float, default=0.99, help="of the predictor (0.99)")
+    add(
+        "--recall",
+        type=float,
+        default=0.99,
+        help="share of the active neurons that the predictor must find (default: 0.99)",
+    )
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """For commands that can use a GPU; `open_engine` reads them."""
+    """Add the options of commands that can use a GPU; `open_engine` reads them."""
     add = parser.add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (auto)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run; auto uses a GPU if there is a VRAM budget or a plan (default: auto)",
+    )
     add(
         "--vram-budget",
         type=byte_size,
         metavar="SIZE",
-        help="VRAM that the process may take, such as 1GiB; what does not fit stays on the CPU",
+        help="VRAM that the process may use, such as 1GiB; the rest of the model stays on the CPU "
+        "(default: the plan's; all that is free with --device cuda)",
     )
-    add("--plan", type=Path, metavar="FILE", help="a plan that hybrid.plan saved")
+    add(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="plan that hybrid.plan saved (default: the one of hybrid.setup, if there is one)",
+    )
     mechanisms = ("auto", "memory-operations", "host-functions", "synchronise")
-    add("--hand-offs", choices=mechanisms, default="auto", help="how GPU and CPU meet (measured)")
+    add(
+        "--hand-offs",
+        choices=mechanisms,
+        default="auto",
+        help="how GPU and CPU wait for each other; auto is the fastest measured (default: auto)",
+    )
 
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -83,7 +110,7 @@ _UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_bytes(text: str) -> int:
-    """ "2GiB" → 2147483648. Raises ValueError."""
+    """Return the number of bytes, such as 2147483648 for "2GiB". Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
     unit = match[2].upper() if match else ""
     if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] >= 2**63:
@@ -92,7 +119,7 @@ def parse_bytes(text: str) -> int:
 
 
 def byte_size(text: str) -> int:
-    """The type of an option."""
+    """Parse an option's number of bytes; for argparse's `type`."""
     try:
         return parse_bytes(text)
     except ValueError as error:
@@ -100,7 +127,7 @@ def byte_size(text: str) -> int:
 
 
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What they mean to `load`."""
+    """Return the device options as arguments of `load`."""
     return {
         "device": args.device,
         "vram_budget": args.vram_budget,
@@ -111,14 +138,16 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_engine(args: argparse.Namespace, **options: Any) -> Iterator[tuple[Engine, Progress]]:
-    """The model that the options name, and the bar on which fetching and packing it
-    showed, for what comes after. `options` are further ones of `load`.
+    """Open the model that the options name. Yields its engine and a progress bar.
+
+    The bar has shown downloading and packing, and the caller may use it for later work. `options`
+    are further arguments of `load`.
     """
     if "predictor" in args:
         named = args.predictor in ("exact", "auto")
         options["predictor"] = args.predictor if named else Path(args.predictor)
         options["recall"] = args.recall
-    # Only commands that say so use a GPU.
+    # Only commands with the device options may use a GPU.
     options |= device_options(args) if "vram_budget" in args else {"device": "cpu"}
     with (
         progress_bar() as progress,
@@ -135,7 +164,7 @@ def open_engine(args: argparse.Namespace, **options: Any) -> Iterator[tuple[Engi
 
 
 def read_text(path: Path) -> str:
-    """A text that --text names. Raises InvalidOption where it cannot be read or is empty."""
+    """Read the text that --text names. Raises InvalidOption if it is unreadable or empty."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -148,11 +177,11 @@ def read_text(path: Path) -> str:
 
 
 def run_command(program: str, command: Callable[[], int]) -> int:
-    """The exit code of `command`; its errors become one line on standard error.
+    """Run `command` and return its exit code. Its errors become one line on standard error.
 
-    0 done, 1 a model or file could not be used, 2 a bad option, 130 interrupted.
+    0 success, 1 a model or file could not be used, 2 a bad option, 130 interrupted.
     """
-    # A closed stream is None in Python, and print(file=None) would go to the other one.
+    # A closed stream is None in Python, and print(file=None) would write to standard output.
     sys.stdout = sys.stdout or open_null()
     sys.stderr = sys.stderr or open_null()
     for stream in (sys.stdout, sys.stderr):
@@ -170,7 +199,7 @@ def run_command(program: str, command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stdout = open_null()  # the reader has gone (`| head`): Python must not flush at exit
+        sys.stdout = open_null()  # the reader is gone (`| head`): Python must not flush at exit
         return 1
     except OSError as error:
         sys.stdout = open_null()

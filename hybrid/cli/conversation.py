@@ -1,7 +1,8 @@
-"""`hybrid.run -i`: a conversation, or a text written together, in the terminal.
+"""`hybrid.run -i`: a chat in the terminal, or a text that the user and the model write together.
 
-With a chat template each line is a message. Without one each line goes on with the text so far, and
-the model goes on with that. Either way the KV cache stays, so a turn costs its own tokens only.
+With a chat template each line is a message. Without one each line continues the text so far, and
+the model continues from there. In both cases the KV cache is kept, so a message costs only its own
+tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import psutil
 from hybrid import ChatMessage, ContextOverflow, Engine, Generation, InvalidOption
 
 HELP = """\
-/reset  begin anew        /stats  tokens, speeds, memory
-/quit   leave (or Ctrl-D) Ctrl-C  stops the answer"""
+/reset  start again         /stats  show tokens, speeds and memory
+/quit   leave (or Ctrl-D)   Ctrl-C  stop the answer"""
 
 
 class Conversation:
-    """The turns so far, and the session that holds their keys and values."""
+    """The messages so far, and the session that holds their keys and values."""
 
     def __init__(
         self,
@@ -44,11 +45,11 @@ class Conversation:
         if system is not None:
             self.opening = [{"role": "system", "content": system}]
         self.messages = list(self.opening)
-        self.text_ids: list[int] = []  # of a text written together
+        self.text_ids: list[int] = []  # without a chat: the text so far
         self.last: Generation | None = None
 
     def run(self, first: str = "") -> None:
-        """Read lines until /quit or the end of the input; `first` is answered before."""
+        """Answer `first`, if it is not empty, then read lines until /quit or the input's end."""
         with suppress(ImportError):
             import readline  # noqa: F401 - arrow keys and history in input()
         if sys.stdin is None:
@@ -56,10 +57,10 @@ class Conversation:
         is_terminal = sys.stdin.isatty()
         if is_terminal:
             kind = "Chat" if self.is_chat else "Write a text together: you begin"
-            print(f"{kind}. /help shows what else there is.", file=sys.stderr)
+            print(f"{kind}. /help shows the commands.", file=sys.stderr)
         if first:
             if not self.is_chat:
-                print(first, end="", flush=True)  # a text reads as one
+                print(first, end="", flush=True)  # prompt and continuation are one text
             self.answer(first)
         while True:
             try:
@@ -74,20 +75,20 @@ class Conversation:
             self.obey(line)
 
     def obey(self, line: str) -> None:
-        """One line of input: a command or a message."""
+        """Handle one line of input: a command or a message."""
         command = line.strip()
         if not command:
             return
         if command == "/reset":
             self.session.reset()
             self.messages, self.text_ids, self.last = list(self.opening), [], None
-            print("(begun anew)", file=sys.stderr)
+            print("(started again)", file=sys.stderr)
         elif command == "/stats":
             print(self.stats(), file=sys.stderr)
         elif command == "/help":
             print(HELP, file=sys.stderr)
         elif command.startswith("/") and " " not in command and "/" not in command[1:]:
-            print(f"({command} is no command)\n{HELP}", file=sys.stderr)
+            print(f"({command} is not a command)\n{HELP}", file=sys.stderr)
         else:
             self.answer(line)
 
@@ -95,7 +96,7 @@ class Conversation:
         try:
             generation = self.begin(line)
         except ContextOverflow as error:
-            print(f"({error}; /reset begins anew)", file=sys.stderr)
+            print(f"({error}; /reset starts again)", file=sys.stderr)
             return
         except InvalidOption as error:  # such as a line that is not UTF-8
             print(f"({error})", file=sys.stderr)
@@ -116,7 +117,7 @@ class Conversation:
         if generation.finish_reason == "cancelled":
             print("(stopped)", file=sys.stderr)
         elif generation.context_is_full:
-            print("(stopped: the context is full; /reset begins anew)", file=sys.stderr)
+            print("(stopped: the context is full; /reset starts again)", file=sys.stderr)
         elif generation.finish_reason == "length":
             print(f"(stopped after --max-tokens {self.options['max_tokens']})", file=sys.stderr)
         if self.is_verbose:
@@ -148,7 +149,7 @@ class Conversation:
 
 
 def read_line(prompt: str) -> str:
-    """As `input`; the prompt never goes into a file that takes the text."""
+    """Like `input`, but the prompt is never written into a file that receives the text."""
     if prompt and not sys.stdout.isatty():
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
@@ -157,7 +158,7 @@ def read_line(prompt: str) -> str:
 
 @contextmanager
 def interrupts(generation: Generation) -> Iterator[None]:
-    """Ctrl-C ends the answer between two tokens, and nothing else."""
+    """Make Ctrl-C end the answer between two tokens, and nothing else."""
 
     def cancel(signal_number: int, frame: FrameType | None) -> None:
         generation.cancel()

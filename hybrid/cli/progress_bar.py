@@ -1,8 +1,8 @@
-"""A bar on the terminal for the work that `hybrid.progress` tells of. For front-ends.
+"""A progress bar on the terminal for `hybrid.progress`. For front-ends.
 
-Short work shows nothing and costs nothing: tqdm is imported when a task has taken a while. If
-standard error is no terminal, a long task writes one line when it is known to be long, and one when
-it has ended.
+Short work shows nothing and costs nothing, because tqdm is imported only after a task has taken a
+while. If standard error is not a terminal, a long task writes one line when it proves to be long,
+and one line when it ends.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import IO, Any, Protocol
 
 from hybrid.progress import Progress
 
-_DRAW_AFTER_S = 0.5  # a bar that only flashes up tells nobody anything
-_WRITE_AFTER_S = 2.0  # in a log, a line stays
+_DRAW_AFTER_S = 0.5  # a bar that only flashes up is useless
+_WRITE_AFTER_S = 2.0  # longer than for a bar, because a line in a log stays
 _REDRAW_S = 0.1
-_WIDE = 72  # columns; in fewer, amounts, speed and remaining time do not fit into one line
+_WIDE = 72  # columns that a line with amounts, speed and remaining time needs
 
 
 @contextlib.contextmanager
 def progress_bar(stream: IO[str] | None = None) -> Iterator[Progress]:
-    """A Progress that draws a bar on `stream` (standard error by default) while a task takes long;
-    at the end the bar is gone.
+    """Yield a Progress that draws a bar on `stream` (default: standard error) for a long task.
+
+    At the end the bar is removed.
     """
     stream = stream or sys.stderr
     view: _View
@@ -43,7 +44,7 @@ def progress_bar(stream: IO[str] | None = None) -> Iterator[Progress]:
 
 
 class _View(Protocol):
-    """Shows one task after the other; from any thread, but one call at a time."""
+    """Shows one task after the other. Any thread may call it, but only one at a time."""
 
     def begin(self, task: str, done: int, total: int) -> None: ...
     def go_on(self, done: int, total: int) -> None: ...
@@ -52,12 +53,12 @@ class _View(Protocol):
 
 
 class _Watch:
-    """The Progress: hands a task to its view once it takes long, even if nothing is heard of it."""
+    """The Progress: shows a task in its view once it takes long, even if the task never reports."""
 
     def __init__(self, view: _View, patience_s: float) -> None:
         self._view = view
         self._patience_s = patience_s
-        self._lock = threading.Lock()  # between the thread that works and the timer's
+        self._lock = threading.Lock()  # shared by the working thread and the timer's thread
         self._timer: threading.Timer | None = None
         self._task: str | None = None  # None between two tasks
         self._done = self._total = 0
@@ -143,7 +144,7 @@ def _open_line(stream: IO[str] | None, name: str, unit: str, done: int, total: i
 
         @property
         def format_dict(self) -> dict[str, Any]:
-            """What the format below names, beside tqdm's own fields."""
+            """tqdm's own fields, and those that `bar_format` below adds."""
             fields: dict[str, Any] = super().format_dict
             rate = fields["rate"]
             if rate is None and fields["elapsed"] > 0:
@@ -162,14 +163,14 @@ def _open_line(stream: IO[str] | None, name: str, unit: str, done: int, total: i
         total=max(total, 1),
         file=stream,
         leave=False,
-        ncols=width - 1,  # a full last column would begin another line
+        ncols=width - 1,  # text in the last column would start a new line
         bar_format="{desc} {bar} {percentage:3.0f}% " + wide,
         mininterval=_REDRAW_S,
     )
 
 
 class _Lines:
-    """For logs and pipes."""
+    """Two lines per long task, for logs and pipes."""
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
@@ -191,7 +192,7 @@ class _Lines:
         pass
 
     def _write(self, line: str) -> None:
-        # Nobody reads, or the disk of the log is full: no reason to end the work.
+        # A closed pipe or a full disk must not end the work.
         with contextlib.suppress(OSError, ValueError):
             if self._stream:
                 self._stream.write(line + "\n")
@@ -199,12 +200,13 @@ class _Lines:
 
 
 def _is_terminal(stream: IO[str] | None) -> bool:
-    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")  # cannot go back in a line
+    # Dumb terminals cannot move the cursor back to redraw a line.
+    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
     return stream is not None and stream.isatty() and not is_dumb
 
 
 def _name_and_unit(task: str) -> tuple[str, str]:
-    """ "recording, tokens" → what is done, and what is counted: bytes where nothing is named."""
+    """Split "recording, tokens" into the task's name and its unit; the default unit is bytes."""
     name, _, unit = task.rpartition(", ")
     return (name, unit) if name else (task, "bytes")
 

@@ -1,4 +1,4 @@
-"""Engine: a loaded model. It owns weights and threads; each generation has its own session."""
+"""Engine: a loaded model. It owns weights and threads; each sequence has its own session."""
 
 from __future__ import annotations
 
@@ -51,26 +51,27 @@ Quant = Literal["bf16", "q8", "q4"]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an engine has done since it was loaded; generations count once they have ended."""
+    """Counts and times since an engine was loaded. A generation counts once it has ended."""
 
     load_s: float = 0.0
-    weight_bytes: int = 0  # packed
-    is_mapped: bool = False  # whether some weights are a mapped file, not memory of our own
-    is_copying: bool = False  # whether those are on their way into memory
-    is_locked: bool = False  # whether they are kept from leaving memory
+    weight_bytes: int = 0  # of the packed weights
+    is_mapped: bool = False  # some weights are in a mapped file, not yet in memory of our own
+    is_copying: bool = False  # mapped weights are being copied into memory in the background
+    is_locked: bool = False  # the system cannot move the weights out of memory
     n_generations: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompts: taken from a session's KV cache
+    cached_tokens: int = 0  # prompt tokens that a session's KV cache already held
     generated_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
 
 class Engine:
-    """A model, ready to generate. Open it with `hybrid.load`; close it, or use it in a `with`
+    """A model, ready to generate. Open it with `hybrid.load`. Close it, or use it in a `with`
     statement.
 
-    Generations may run from several threads at once; they take turns at the cores, token by token.
+    Generations may run from several threads at once. They use the cores alternately, one token at
+    a time.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Engine:
         home: Path | None = None,
         progress: Progress = ignore_progress,
     ) -> None:
-        """Load the Hugging Face folder; see `hybrid.load` for the options and errors. Packed models
-        are kept in `home`, hybrid's own folder, and profiles looked for, where it is given.
+        """Load a Hugging Face folder. `hybrid.load` describes the options and errors.
+
+        `home` is hybrid's own folder: packed models are kept there, and profiles, predictors and
+        plans are looked for there. None keeps nothing.
         """
         started = time.perf_counter()
         check_isa_cap()
@@ -154,17 +157,16 @@ class Engine:
             frequencies=frequencies,
             prediction=self.prediction,
         )
-        self.spec: ModelSpec = spec  # what a plan is made for
+        self.spec: ModelSpec = spec  # what a placement plan is made for
         decision = decide(request, spec, home)
         executor, self.plan, plan_notices = open_executor(
             decision, spec, loaded.model, predicted_layers, predictors, home
         )
-        # Whether decode computes only the likeliest logits in full, the others from a preview.
+        # Whether all logits are estimated from a preview and only the likeliest computed in full.
         self.previews_head: bool = loaded.model.preview is not None and not (
             self.plan.is_head_on_gpu
         )
-        # Per layer the neurons of the checkpoint in the order in which they are packed; None: as
-        # they stand there.
+        # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
         self.neuron_orders: NeuronOrders | None = orders
         self.folder, self.config, self.quant = folder, config, quant
         self.n_threads, self.n_context = n_threads, n_context
@@ -194,12 +196,12 @@ class Engine:
 
     @property
     def device_name(self) -> str:
-        """The GPU that is in use, or "cpu"."""
+        """The name of the GPU in use, or "cpu"."""
         return self._device_name
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """One line each, which a user should see: what is slower, or not applied, and why."""
+        """Lines that a user should see: what is slower or was not applied, and why."""
         return self._notices + (() if self._copying is None else self._copying.notices)
 
     @property
@@ -212,27 +214,31 @@ class Engine:
             return replace(self._stats, is_mapped=is_mapped, is_copying=is_copying)
 
     def wait_for_weights(self) -> None:
-        """Until they have moved from their file into memory, which they do while they are used,
-        for the first seconds: whoever measures speed waits for it.
+        """Wait until all weights have been copied from their file into memory.
+
+        The copy runs in the background for the first seconds, while the engine is already in use.
+        Call this before measuring speed.
         """
         if self._copying is not None:
             self._copying.wait()
 
     @property
     def fits_in_cache(self) -> bool:
-        """Whether the weights are under four times the CPU's last-level cache: then much of them
-        may stay there, and speed is not a question of memory bandwidth.
+        """Whether the weights are smaller than four times the CPU's last-level cache.
+
+        Then much of them may stay in the cache, and memory bandwidth does not limit the speed.
         """
         return self._stats.weight_bytes < 4 * (last_level_cache_bytes() or 0)
 
     def measure_stream_gbs(self) -> float:
-        """Memory bandwidth in GB/s, measured now with the engine's threads, in half a second and
-        1 GiB of memory. Raises OutOfMemory.
+        """Measure the memory bandwidth in GB/s with the engine's threads.
+
+        This takes half a second and 1 GiB of memory. Raises OutOfMemory, EngineClosed.
         """
         try:
             return measure_stream_gbs(self._open().pool)
         except MemoryError:
-            raise OutOfMemory("measuring the memory's bandwidth needs 1 GiB of memory") from None
+            raise OutOfMemory("measuring the memory bandwidth needs 1 GiB of free memory") from None
 
     def expected_decode_bytes(
         self,
@@ -243,10 +249,12 @@ class Engine:
         n_gates: int | None = None,
         n_shortlisted: int = 0,
     ) -> int:
-        """Bytes of weights and KV cache that decoding tokens from a position on reads, by the
-        model's sizes: what `Session.decode_bytes` must have counted. `n_active` pairs of neuron and
-        token fire; the predictor asks for the gates of `n_gates` of them, where there is one, and
-        `n_shortlisted` rows of a previewed head are computed in full.
+        """Compute from the model's sizes the bytes of weights and KV cache that decode reads.
+
+        `Session.decode_bytes` must have counted the same number for decoding `n_tokens` tokens from
+        `first_position` on. `n_active` is the number of (neuron, token) pairs that fire. `n_gates`
+        is the number of pairs whose gate is computed: those that the predictor names, or None for
+        all. `n_shortlisted` is the number of rows of a previewed head that are computed in full.
         """
         predictor_bytes = 0
         if n_gates is not None and self.prediction is not None:
@@ -280,12 +288,14 @@ class Engine:
     ) -> Generation:
         """Continue a prompt; iterate over the result for its text.
 
-        A text prompt is put into the model's chat template where it has one, unless `raw`; token
-        ids are taken as they stand. Sampling options that are None take the model's own defaults;
-        temperature 0 is greedy. The text ends before the first of the `stop` strings. `logprobs`
-        asks for each token's log-probability and for those of so many likeliest ones. With a
-        `session` of this engine, what its KV cache holds of the prompt is not computed again. Work
-        begins with the first iteration. Raises InvalidOption, ContextOverflow, EngineClosed.
+        A text prompt is put into the model's chat template, if the model has one and `raw` is
+        false. Token ids are used unchanged. Sampling options that are None take the model's own
+        defaults; temperature 0 is greedy. The text ends before the first of the `stop` strings.
+        `logprobs` requests each token's log-probability, and those of that many likeliest tokens.
+        With a `session` of this engine, the part of the prompt that its KV cache holds is not
+        computed again. Work begins with the first iteration.
+
+        Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory.
         """
         return self._begin(
             self._checked_prompt(prompt, raw=raw),
@@ -311,14 +321,13 @@ class Engine:
         logprobs: int | None = None,
         seed: int | None = None,
     ) -> Generation:
-        """Answer the last of `messages`, such as `[{"role": "user", "content": "Hello"}]`; roles
-        are "system" (first only), "user" and "assistant".
+        """Answer the last of `messages`, such as `[{"role": "user", "content": "Hello"}]`.
 
-        With a `session`, hand in the whole conversation each time: only what is new is computed.
-        Options and errors are those of `generate`; a model without a chat template that hybrid
-        knows raises InvalidOption.
+        Roles are "system" (first only), "user" and "assistant". With a `session`, pass the whole
+        conversation each time: only what is new is computed. Options and errors are those of
+        `generate`. Raises InvalidOption if hybrid knows no chat template of the model.
         """
-        # Copies: a conversation that the caller edits in place is another one.
+        # Copy the messages, because the caller may edit the conversation in place later.
         try:
             messages = tuple(messages)
         except TypeError:
@@ -338,10 +347,11 @@ class Engine:
         )
 
     def open_session(self, *, dense: bool = False, timed: bool = False) -> Session:
-        """A new, empty sequence with a KV cache of its own; weights and threads are shared.
+        """Open a new, empty sequence with its own KV cache; weights and threads are shared.
 
-        `dense` computes all neurons and gives the same results: to see what skipping brings.
-        `timed` measures where time goes (`Session.stage_seconds`), for a percent of it.
+        `dense` computes all neurons and gives the same results, to show what skipping saves.
+        `timed` measures where time goes (`Session.stage_seconds`) and costs one percent of time.
+        Raises OutOfMemory, EngineClosed.
         """
         try:
             executor = self._open()
@@ -350,11 +360,11 @@ class Engine:
         except MemoryError:
             raise OutOfMemory(
                 f"a context of {self.n_context} tokens does not fit into memory; "
-                "ask for a smaller context_size"
+                "choose a smaller context_size"
             ) from None
 
     def close(self) -> None:
-        """Give back weights and threads as soon as running generations have ended."""
+        """Free weights and threads as soon as running generations have ended."""
         if self._executor is not None:
             self._executor.close()
         self._executor = None
@@ -377,8 +387,8 @@ class Engine:
             raise EngineClosed("the engine is closed; load the model again")
         if os.getpid() != self._process_id:
             raise EngineClosed(
-                "the engine was loaded before this process was forked, and its threads stayed "
-                "behind; load the model in the child"
+                "the engine was loaded before this process was forked, and the child has none of "
+                "its threads; load the model in the child"
             )
         return self._executor
 
@@ -398,7 +408,7 @@ class Engine:
             logprobs = checked_count("logprobs", logprobs, MAX_LOGPROBS, least=0)
         executor = self._open()
         if session is not None and session._engine is not executor:
-            raise InvalidOption("session: it belongs to another engine")
+            raise InvalidOption("session: belongs to another engine")
         return Generation(
             self.open_session() if session is None else session,
             self.tokenizer,
@@ -447,8 +457,10 @@ class Engine:
         )
 
     def _chat_ids(self, messages: Sequence[ChatMessage], session: Session | None) -> list[int]:
-        """The conversation's ids; where it goes on from the session's last answer, those of the
-        session and the new turn's.
+        """Return the conversation's ids.
+
+        If the conversation continues the session's last answer, only the new messages are encoded
+        and appended to the session's ids.
         """
         known = None if session is None else session.chat
         if known is not None:
@@ -470,12 +482,12 @@ class Engine:
     def _checked_length(self, ids: list[int]) -> list[int]:
         if not ids:
             raise InvalidOption(
-                "prompt: it is empty, and this model has no token to begin a text with"
+                "prompt: it is empty, and this model has no token that begins a text"
             )
         if len(ids) > self.n_context:
             advice = "shorten the prompt"
             if self.n_context < self.config.max_context:
-                advice += f" or ask for a larger context (up to {self.config.max_context})"
+                advice += f" or choose a larger context (up to {self.config.max_context})"
             raise ContextOverflow(
                 f"the prompt has {len(ids)} tokens, the context holds {self.n_context}; {advice}"
             )

@@ -1,4 +1,4 @@
-"""Generation: one answer while it is being written, an iterator of pieces of text."""
+"""Generation: one answer while it is being generated, as an iterator of pieces of text."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from hybrid.text.tokenizer import ChatMessage, Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
-RECENT = 64  # tokens that the repeat penalty looks back
-PROMPT_PART = 4 * PREFILL_CHUNK  # prompt tokens that are run between two looks at cancellation
+RECENT = 64  # tokens that the repeat penalty looks at
+PROMPT_PART = 4 * PREFILL_CHUNK  # prompt tokens that run between two checks for cancellation
 
 
 @dataclass(slots=True)
 class GenerationStats:
-    """Counts and times of one generation; times exclude what the consumer of the text does between
-    pieces.
+    """Counts and times of one generation.
+
+    Times exclude what the consumer of the text does between pieces.
     """
 
     prompt_tokens: int
-    cached_tokens: int = 0  # of the prompt: they were in the session's KV cache already
-    prefilled_tokens: int = 0  # of the prompt: computed now
+    cached_tokens: int = 0  # prompt tokens that the session's KV cache already held
+    prefilled_tokens: int = 0  # prompt tokens that were computed
     generated_tokens: int = 0  # without the end-of-sequence token
     prefill_s: float = 0.0
     decode_s: float = 0.0
     decode_steps: int = 0  # forward passes of one token; the first token comes from prefill
-    decode_bytes: int = 0  # of weights and KV cache, read by these passes
-    active_fraction: float | None = None  # of FFN neurons, over decode; over prefill before that
+    decode_bytes: int = 0  # of weights and KV cache that these passes read
+    active_fraction: float | None = None  # of FFN neurons, in decode; before decode, in prefill
 
     @property
     def prefill_tps(self) -> float:
@@ -55,7 +56,7 @@ class GenerationStats:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A generated token and what the model, before any sampling option, thought of it."""
+    """A generated token with its log-probability by the model, before any sampling option."""
 
     token: int
     text: str
@@ -66,19 +67,20 @@ class TokenLogprobs:
 class Generation:
     """The text of one answer as an iterator of pieces; a piece never splits a character.
 
-    `text`, `tokens`, `logprobs` and `stats` grow with it. `finish_reason` is None while it is being
-    written, then "stop" (the model ended it, or a stop string came), "length" (max_tokens, or the
-    context is full) or "cancelled". One thread may iterate; any may cancel.
+    `text`, `tokens`, `logprobs` and `stats` grow during the iteration. `finish_reason` is None
+    until the answer ends. Then it is "stop" (the model ended the answer, or a stop string came),
+    "length" (`max_tokens` was reached, or the context is full) or "cancelled". One thread may
+    iterate; any thread may cancel.
     """
 
-    prompt: list[int]  # its ids
-    tokens: list[int]  # generated, without the end-of-sequence token
+    prompt: list[int]  # token ids
+    tokens: list[int]  # generated ids, without the end-of-sequence token
     text: str
-    logprobs: list[TokenLogprobs] | None  # None unless asked for
+    logprobs: list[TokenLogprobs] | None  # None unless requested
     finish_reason: FinishReason | None
-    context_is_full: bool  # whether that is why it ended
+    context_is_full: bool  # whether a full context ended the answer
     stats: GenerationStats
-    seed: int  # repeats this generation
+    seed: int  # the same seed repeats this generation
 
     def __init__(
         self,
@@ -107,10 +109,10 @@ class Generation:
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.stream(prompt)
         self._max_tokens, self._eos_ids = max_tokens, eos_ids
         self._stop, self._n_top = stop, logprobs
-        self._held = ""  # text that may turn out to begin a stop string
-        self._n_neurons = n_neurons  # of all layers
+        self._held = ""  # text that may be the beginning of a stop string
+        self._n_neurons = n_neurons  # summed over all layers
         self._owns_session, self._on_end = owns_session, on_end
-        self._messages = messages  # the chat that this answers
+        self._messages = messages  # the conversation that this answers
         self._is_prefilled = self._is_cancelled = self._is_over = False
         self._ticket = object()
         session.hand_to(self._ticket)
@@ -123,7 +125,7 @@ class Generation:
             raise StopIteration
         try:
             piece = self._advance()
-        except BaseException:  # KeyboardInterrupt: tokens and text may be out of step
+        except BaseException:  # after a KeyboardInterrupt, tokens and text may disagree
             self.close()
             raise
         self.text += piece
@@ -134,10 +136,10 @@ class Generation:
         return piece
 
     def _advance(self) -> str:
-        """The next piece of text; "" where there is no more."""
+        """Return the next piece of text, or "" if the answer has ended."""
         piece = ""
         with self._session.step(self._ticket) as is_mine:
-            if not is_mine:  # the session was closed, reset, or given another prompt
+            if not is_mine:  # the session was closed, was reset, or got another prompt
                 self._is_cancelled = True
             elif not self._is_prefilled:
                 self._prefill()
@@ -150,11 +152,11 @@ class Generation:
         return piece
 
     def cancel(self) -> None:
-        """End the generation before its next token; may be called from another thread."""
+        """End the generation before its next token. Any thread may call this."""
         self._is_cancelled = True
 
     def close(self) -> None:
-        """End the generation here; a session that was opened for it alone gives its memory back."""
+        """End the generation now. If it opened its own session, that session frees its memory."""
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
         self._end()
@@ -170,10 +172,11 @@ class Generation:
         self._on_end(self.stats)
 
     def _keep_chat(self) -> None:
-        """Note in the session which ids stand for the conversation, this answer included.
+        """Store in the session which ids stand for the conversation, this answer included.
 
-        Encoding the answer's text might split it differently, and all of the KV cache from there
-        on would be lost. Not where a stop string cut the text: the ids say more than it.
+        Encoding the answer's text again might split it differently, and the KV cache from there on
+        would be lost. Nothing is stored if a stop string cut the text, because the ids then hold
+        more than the text.
         """
         with self._session.step(self._ticket) as is_mine:
             said = self._tokenizer.continue_text(self.prompt, self.tokens)
@@ -182,7 +185,7 @@ class Generation:
                 self._session.chat = (*self._messages, answer), [*self.prompt, *self.tokens]
 
     def _prefill(self) -> None:
-        """Run the prompt, in parts, so that cancelling and Ctrl-C need not wait for all of it."""
+        """Run the prompt in parts, so that cancelling and Ctrl-C do not wait for all of it."""
         session, started = self._session, time.perf_counter()
         self.stats.cached_tokens = n_before = session.keep_common_prefix(self.prompt)
         session.reset_counts()
@@ -196,7 +199,7 @@ class Generation:
         self._is_prefilled = session.position == len(self.prompt)
 
     def _step(self) -> str:
-        """Sample a token and, where another shall follow, run it; returns what became certain."""
+        """Sample a token and, if another is to follow, decode it. Return the completed text."""
         if self._is_cancelled:
             self.finish_reason = "cancelled"
             return ""
@@ -220,7 +223,7 @@ class Generation:
         return self._detokenizer.push(token)
 
     def _until_stop(self, piece: str) -> str:
-        """The part of the text so far that is certain to stand before any stop string."""
+        """Return the text so far that cannot be part of a stop string. Hold back the rest."""
         is_last = self.finish_reason is not None
         text = self._held + piece + (self._detokenizer.finish() if is_last else "")
         self._held = ""

@@ -1,4 +1,4 @@
-"""Checks of what a caller asks of an engine, and the model's own defaults."""
+"""Checks of the options that callers give to an engine, and the model's own defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hybrid.errors import InvalidCheckpoint, InvalidOption
 from hybrid.model.config import ModelConfig
 from hybrid.text.sampling import SamplingParams
 
-DEFAULT_CONTEXT = 4096  # positions, where the model allows as many
+DEFAULT_CONTEXT = 4096  # positions, or the model's maximum if that is smaller
 MAX_LOGPROBS = 100
 MAX_THREADS = 1024
 
@@ -32,8 +32,9 @@ def check_options(
     seed: int | None = None,
     threads: int | None = None,
 ) -> None:
-    """Raises InvalidOption for what `Engine.generate` or `load` would refuse of any model: to be
-    told so before a model is fetched.
+    """Check options that do not depend on the model, so that errors come before a download.
+
+    Raises InvalidOption for values that `load` or `Engine.generate` would refuse for any model.
     """
     checked_count("max_tokens", max_tokens)
     SamplingParams(
@@ -52,7 +53,7 @@ def check_options(
 
 
 def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
-    """A prompt of token ids. Raises InvalidOption."""
+    """Return a prompt of token ids as a list. Raises InvalidOption."""
     expected = f"text, or token ids from 0 to {vocab_size - 1}"
     if isinstance(prompt, (bytes, bytearray, memoryview)) or not isinstance(prompt, Iterable):
         raise InvalidOption(f"prompt: expected {expected}, found {type(prompt).__name__}")
@@ -67,7 +68,10 @@ def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
 
 
 def read_default_sampling(folder: Path) -> SamplingParams:
-    """The model's own sampling defaults, from generation_config.json where there is one."""
+    """Return the model's sampling defaults, from generation_config.json if it exists.
+
+    Raises InvalidCheckpoint if that file is broken.
+    """
     path = folder / "generation_config.json"
     if not path.exists():
         return SamplingParams()
@@ -91,17 +95,17 @@ def checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     try:
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
     except TypeError:
-        raise InvalidOption(f"stop: expected a string, or some, found {stop!r}") from None
+        raise InvalidOption(f"stop: expected a string or several strings, found {stop!r}") from None
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise InvalidOption(f"stop: expected strings that are not empty, found {string!r}")
+            raise InvalidOption(f"stop: expected non-empty strings, found {string!r}")
         if not string.isascii() and string != string.encode(errors="ignore").decode():
             raise InvalidOption(f"stop: expected valid Unicode, found a lone surrogate: {string!a}")
     return strings
 
 
 def checked_context(context_size: int | None, config: ModelConfig) -> int:
-    """Positions of a context; None takes the default. Raises InvalidOption."""
+    """Return the positions of a context; None takes the default. Raises InvalidOption."""
     if context_size is None:
         context_size = min(config.max_context, DEFAULT_CONTEXT)
     return checked_count("context_size", context_size, config.max_context)
@@ -110,7 +114,7 @@ def checked_context(context_size: int | None, config: ModelConfig) -> int:
 def checked_count(
     name: str, value: SupportsIndex, largest: int | None = None, *, least: int = 1
 ) -> int:
-    """An integer from `least` to `largest`. Raises InvalidOption."""
+    """Return `value` as an integer from `least` to `largest`. Raises InvalidOption."""
     try:
         if isinstance(value, bool):
             raise TypeError

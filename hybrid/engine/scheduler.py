@@ -1,8 +1,8 @@
-"""The scheduler: which device computes what of a layer, and when they meet. It executes no
-arithmetic: `forward` calls it, and it calls the CPU's side and the GPU's.
+"""Scheduler: which device computes which part of a layer, and when they exchange data.
 
-In a layer whose FFN is split, the GPU finds which neurons fire and asks the CPU to begin with the
-cold ones; it adds up the hot ones meanwhile; both sums meet once, in `finish_ffn`.
+It does no arithmetic: `forward` calls it, and it calls the CPU's side and the GPU's side. In a
+layer whose FFN is split, the GPU computes its gates and signals the CPU to begin with the cold
+neurons. Meanwhile the GPU adds up the hot neurons. `finish_ffn` adds both partial sums.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from hybrid.model.forward import forward
 from hybrid.model.weights import LayerWeights, ModelWeights
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
 
-Place = Literal["cpu", "gpu"]  # where the residual stream is
+Place = Literal["cpu", "gpu"]  # the device that holds the residual stream
 
 
 class Scheduler:
-    """`forward.Operations` over two sides. Each of them may stay silent: while the CPU's program is
-    recorded, the GPU's side does; while the GPU's work is, the CPU's.
+    """`forward.Operations` over two sides, of which one may be `SILENT`.
+
+    The GPU's side is silent while the CPU's program is recorded. The CPU's side is silent while the
+    GPU's work is launched or recorded.
     """
 
     def __init__(self, plan: PlacementPlan, cpu: Any, gpu: Any) -> None:
@@ -61,7 +63,7 @@ class Scheduler:
         return "gpu"
 
     def _split_ffn(self, weights: LayerWeights[Any], layer: int, placement: LayerPlacement) -> None:
-        # The CPU begins as soon as it can: where it needs no gate of the GPU's, before those.
+        # The CPU begins as early as possible: before the GPU's gates, unless it needs some of them.
         needs_gates = placement.n_gate > placement.n_hot
         if needs_gates:
             self.gpu.find_active(layer)
@@ -101,7 +103,7 @@ class Scheduler:
 
 
 class Silent:
-    """A side that takes everything and does nothing."""
+    """A side that accepts every call and does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None

@@ -1,4 +1,4 @@
-"""Session: one sequence of tokens over an engine's weights, with a KV cache of its own."""
+"""Session: one sequence of tokens that uses an engine's weights and has its own KV cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hybrid.text.tokenizer import ChatMessage
 
 
 class NativeSession(Protocol):
-    """What computes: `kernels.Session`, or `gpu_executor.HybridSession` over two devices."""
+    """The session that computes: `kernels.Session`, or `engine.gpu.session.HybridSession`."""
 
     def prefill(
         self,
@@ -50,8 +50,9 @@ class NativeSession(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Which neurons fired for some tokens, layer by layer, in the order in which they are packed
-    (`Engine.neuron_orders`).
+    """Which neurons fired for some tokens, in each layer.
+
+    Neurons are in packed order (`Engine.neuron_orders`).
     """
 
     masks: NDArray[np.uint8]  # (n_layers, n, ceil(n_neurons / 8)): bit i % 8 of byte i / 8
@@ -59,53 +60,55 @@ class Observation:
 
 
 class Session:
-    """A sequence and its KV cache; open it with `Engine.open_session`.
+    """A sequence and its KV cache. Open it with `Engine.open_session`.
 
-    Two ways to use it. Hand it to `Engine.generate` or `Engine.chat`, again and again: what a new
-    prompt shares with the tokens that are already here is not computed again. Or feed it ids
-    with `prefill` and `decode` and look at `logits`.
+    Either pass it to `Engine.generate` or `Engine.chat` repeatedly: the prefix that a new prompt
+    shares with the session's tokens is not computed again. Or append ids with `prefill` and
+    `decode`, and read `logits`.
 
-    Sessions of one engine may run on several threads at once; one session serves one at a time.
+    Sessions of one engine may run on several threads at once. One session serves one thread at a
+    time.
     """
 
     def __init__(self, native: NativeSession, config: ModelConfig, engine: object = None) -> None:
         self._native: NativeSession | None = native
         self._config = config
-        self._engine = engine  # whose weights these are; compared by identity
+        self._engine = engine  # the executor that owns the weights; compared by identity
         self._tokens: list[int] = []
-        self._lock = threading.RLock()  # held for each call into the native session
-        self._owner: object = None  # the generation that is running on it
-        # The last conversation, its answer included, and the ids that stand for it.
+        self._lock = threading.RLock()  # held during each call into the native session
+        self._owner: object = None  # identifies the generation that uses this session
+        # The last conversation, including its answer, and the ids that stand for it.
         self.chat: tuple[tuple[ChatMessage, ...], list[int]] | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The ids in the KV cache."""
+        """The token ids in the KV cache."""
         return tuple(self._tokens)
 
     @property
     def position(self) -> int:
-        """How many tokens there are; the next one stands at this position."""
+        """The number of tokens, which is the position of the next token."""
         return len(self._tokens)
 
     @property
     def n_context(self) -> int:
-        """How many tokens the KV cache can hold."""
+        """The number of tokens that the KV cache can hold."""
         return self._open().n_context
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """(vocab,) logits that the latest `prefill` or `decode` left: of the token that follows,
-        until something is truncated. A read-only view, overwritten by the next call.
+        """(vocab,) logits of the next token, from the latest `prefill` or `decode`.
+
+        `truncate` does not update them. This is a read-only view that the next call overwrites.
         """
         return self._open().logits
 
     def prefill(
         self, tokens: Sequence[int] | NDArray[np.integer], *, all_logits: bool = False
     ) -> NDArray[np.float32] | None:
-        """Append tokens. Returns the logits (n, vocab) of all of them where asked for.
+        """Append tokens. With `all_logits`, return the logits (n, vocab) of all of them.
 
-        Raises ContextOverflow where they do not fit, EngineClosed, and ValueError for ids that the
+        Raises ContextOverflow if they do not fit, EngineClosed, and ValueError for ids that the
         vocabulary does not have.
         """
         return self._prefill(tokens, all_logits)
@@ -113,8 +116,9 @@ class Session:
     def observe(
         self, tokens: Sequence[int] | NDArray[np.integer], *, inputs: bool = False
     ) -> Observation:
-        """Append tokens as `prefill` does and tell which neurons fired for each, and with `inputs`
-        for what. Raises as `prefill` does.
+        """Append tokens as `prefill` does, and return which neurons fired for each token.
+
+        With `inputs`, also return the normed inputs of the FFNs. Raises the errors of `prefill`.
         """
         config, n = self._config, len(tokens)
         masks = np.zeros((config.n_layers, n, -(-config.n_neurons // 8)), np.uint8)
@@ -141,7 +145,7 @@ class Session:
             return logits
 
     def decode(self, token: int) -> None:
-        """Append one token. Raises as `prefill` does."""
+        """Append one token. Raises the errors of `prefill`."""
         with self._lock:
             native = self._in_step()
             self._check_room(1)
@@ -149,22 +153,21 @@ class Session:
             self._tokens.append(int(token))
 
     def truncate(self, position: int) -> None:
-        """Forget all tokens from `position` on. Raises ValueError where there are fewer."""
+        """Forget all tokens from `position` on. Raises ValueError if there are fewer tokens."""
         with self._lock:
             self._in_step().truncate(position)
             del self._tokens[position:]
 
     def reset(self) -> None:
-        """Forget everything: the next prompt begins a new text. A generation that is running on
-        this session ends.
-        """
+        """Forget all tokens and the conversation. A generation that uses this session ends."""
         with self._lock:
             self._owner = self.chat = None
             self.truncate(0)
 
     def keep_common_prefix(self, tokens: Sequence[int]) -> int:
-        """Forget all but what `tokens` begin with, their last one excluded, since its logits are
-        wanted. Returns how many tokens were kept.
+        """Keep the common prefix with `tokens`, forget the rest, and return how many were kept.
+
+        The last of `tokens` is never kept, because its logits must be computed.
         """
         with self._lock:
             n = 0
@@ -177,57 +180,61 @@ class Session:
 
     @property
     def active_counts(self) -> list[int]:
-        """Per layer: (neuron, token) pairs that fired since the last `reset_counts`."""
+        """Per layer: number of (neuron, token) pairs that fired since the last `reset_counts`."""
         return self._open().active_counts
 
     @property
     def predicted_counts(self) -> list[int]:
-        """Per layer: (neuron, token) pairs whose gate was computed since the last `reset_counts`:
-        those that the predictor named, or all.
+        """Per layer: number of (neuron, token) pairs whose gate was computed.
+
+        Those are the pairs that the predictor named, or all pairs if there is no predictor. Counted
+        since the last `reset_counts`.
         """
         return self._open().predicted_counts
 
     @property
     def shortlisted_count(self) -> int:
-        """Rows of a previewed head that were computed in full since the last `reset_counts`."""
+        """Number of shortlisted rows of a previewed head since the last `reset_counts`."""
         return self._open().shortlisted_count
 
     @property
     def decode_bytes(self) -> dict[str, int]:
-        """Bytes of weights and KV cache that `decode` has read since the last `reset_counts`, by
-        the part of the model, as the native program counted them.
+        """Bytes of weights and KV cache that `decode` read, by part of the model.
+
+        The native program counts them, since the last `reset_counts`.
         """
         with self._lock:
             return self._open().decode_bytes
 
     @property
     def stage_seconds(self) -> dict[str, float]:
-        """Where the time of `prefill` and `decode` went since the last `reset_counts`, by the part
-        of the model and `waiting`, all threads together; zeros unless the session was opened with
-        `timed=True`.
+        """Seconds of `prefill` and `decode` by part of the model, and of `waiting`.
+
+        They are sums over all threads since the last `reset_counts`. They are zero unless the
+        session was opened with `timed=True`.
         """
         with self._lock:
             return self._open().stage_seconds
 
     def reset_counts(self) -> None:
-        """Begin `active_counts`, `decode_bytes` and `stage_seconds` anew."""
+        """Set all counts, `decode_bytes` and `stage_seconds` to zero."""
         with self._lock:
             self._open().reset_counts()
 
     def close(self) -> None:
-        """Give the KV cache back, as soon as a call that runs on another thread has ended."""
+        """Free the KV cache, once a call that runs on another thread has ended."""
         with self._lock:
             self._native = self._owner = None
 
     def hand_to(self, owner: object) -> None:
-        """Make `owner`, any object, that of the generation that runs here; the one before ends."""
+        """Make `owner` (any object) the session's owner. The generation before it then ends."""
         with self._lock:
             self._open()
             self._owner = owner
 
     @contextmanager
     def step(self, owner: object) -> Iterator[bool]:
-        """Hold the session for one step of `owner`; yields False where it is another's by now."""
+        """Lock the session for one step of `owner`. Yields False if it is closed or not its own."""
         with self._lock:
             yield self._native is not None and self._owner is owner
 
@@ -248,8 +255,10 @@ class Session:
         return self._native
 
     def _in_step(self) -> NativeSession:
-        """The native session, without tokens of a call that KeyboardInterrupt cut off before they
-        were noted here: those count as never given.
+        """Return the native session, after removing tokens that this object does not know.
+
+        A KeyboardInterrupt can end a call before its tokens are stored here. Such tokens count as
+        never appended.
         """
         native = self._open()
         if native.position > len(self._tokens):

@@ -1,5 +1,7 @@
-"""How good is a model? Its perplexity on a text, its accuracy on multiple-choice questions; through
-the native engine, or in fp32 through the oracle, to compare with other implementations.
+"""Measures a model's perplexity on a text, and its accuracy on multiple-choice questions.
+
+The model runs on the native engine, or in fp32 on the oracle, to compare with other
+implementations.
 """
 
 from hybrid.evaluation.choices import Accuracy, Question, measure_choices, read_questions

@@ -1,8 +1,8 @@
-"""Multiple-choice questions: which of some continuations does a model find likeliest?
+"""Multiple-choice questions: measures how often a model finds the right continuation likeliest.
 
-Scored as EleutherAI's lm-evaluation-harness does (https://github.com/EleutherAI/lm-evaluation-harness):
+The scores are those of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness):
 plain, by the continuation's log-likelihood ("acc"), and normalised by its length in characters
-("acc_norm"). Files are JSONL in the forms in which the sets are published.
+("acc_norm"). Files are JSONL in the forms in which the data sets are published.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from hybrid.progress import Progress, ignore_progress
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A context and continuations of it; each begins with the space that separates it."""
+    """A context and its possible continuations. Each begins with the space that separates it."""
 
     context: str
     choices: tuple[str, ...]
-    answer: int  # index of the right one
-    line: int  # of the file
+    answer: int  # index of the right choice
+    line: int  # line number in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Accuracy:
     n_questions: int
     plain: float  # share of questions whose likeliest choice is right
     normalised: float  # the same by log-likelihood per character
-    chance: float
+    chance: float  # expected share of a random guess
 
     @property
     def plain_error(self) -> float:
@@ -52,7 +52,7 @@ class Accuracy:
 
 
 def _hellaswag(row: dict[str, Any], label: str | None) -> tuple[str, list[str], int]:
-    """{ctx or ctx_a and ctx_b, endings, label, activity_label}, cleaned as the harness does."""
+    """{ctx or ctx_a and ctx_b, endings, label, activity_label}, cleaned as in the harness."""
 
     def clean(text: str) -> str:
         text = text.strip().replace(" [title]", ". ")
@@ -68,7 +68,7 @@ def _hellaswag(row: dict[str, Any], label: str | None) -> tuple[str, list[str], 
 
 
 def _piqa(row: dict[str, Any], label: str | None) -> tuple[str, list[str], int]:
-    """{goal, sol1, sol2, label}; published with the labels in a file of their own."""
+    """{goal, sol1, sol2, label}; the labels are published in a separate file."""
     answer = int(row["label"] if label is None else label)
     return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], answer
 
@@ -105,14 +105,16 @@ _TELLTALES = {"endings": "hellaswag", "goal": "piqa", "answerKey": "arc", "conte
 def read_questions(
     path: Path, form: str = "auto", *, labels: Path | None = None, limit: int | None = None
 ) -> list[Question]:
-    """Questions of a JSONL file; `labels` has one answer a line, where the file has none. Raises
-    InvalidOption, which names the line, for what is not in the form.
+    """Read the questions of a JSONL file.
+
+    `labels` is a separate file with one answer per line, if `path` has none. Raises InvalidOption,
+    which names the line, if a question is not in the form.
     """
     lines = _lines(path)
     answers = None if labels is None else _lines(labels)
     if answers is not None and len(answers) != len(lines):
         raise InvalidOption(
-            f"--labels {labels}: has {len(answers)} lines, expected the file's {len(lines)}"
+            f"--labels {labels}: has {len(answers)} lines, expected {len(lines)} as in --file"
         )
     questions = []
     for index, (number, line) in enumerate(lines[:limit]):
@@ -135,14 +137,14 @@ def read_questions(
         if not is_text or len(choices) < 2 or not all(choices):
             raise InvalidOption(f"{where}: expected a context and two choices or more, all texts")
         if not 0 <= answer < len(choices):
-            raise InvalidOption(f"{where}: answer {answer} is none of {len(choices)} choices")
+            raise InvalidOption(f"{where}: answer {answer} is not one of {len(choices)} choices")
         spaced = tuple(choice if choice[0].isspace() else f" {choice}" for choice in choices)
         questions.append(Question(context, spaced, answer, number))
     return questions
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """Lines that are not empty, with their numbers."""
+    """Return the lines that are not empty, with their numbers. Raises InvalidOption."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -151,7 +153,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         raise InvalidOption(f"{path}: not UTF-8 text (byte {error.start})") from error
     lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise InvalidOption(f"{path}: there is nothing in it")
+        raise InvalidOption(f"{path}: is empty")
     return lines
 
 
@@ -159,7 +161,7 @@ def _form_of(row: dict[str, Any], where: str) -> str:
     for field, form in _TELLTALES.items():
         if field in row:
             return form
-    raise InvalidOption(f"{where}: no known form; expected one of {', '.join(FORMS)} (--form)")
+    raise InvalidOption(f"{where}: unknown form; expected one of {', '.join(FORMS)} (--form)")
 
 
 def measure_choices(
@@ -168,7 +170,7 @@ def measure_choices(
     *,
     progress: Progress = ignore_progress,
 ) -> Accuracy:
-    """Raises InvalidOption for a question that is too long for the context."""
+    """Score all questions. Raises InvalidOption for a question longer than the context."""
     n_plain = n_normalised = 0
     with engine.open_session() as session:
         for index, question in enumerate(questions):
@@ -186,22 +188,24 @@ def measure_choices(
 def log_likelihoods(
     engine: Engine | Fp32Engine, session: EvaluatedSession, question: Question
 ) -> list[float]:
-    """Of each choice after the context. Context and choice are tokenised together, and what the
-    context alone does not have counts as the choice, as the harness does.
+    """Return the log-likelihood of each choice after the context.
+
+    As in the harness, context and choice are tokenised together. The tokens that follow as many as
+    the context alone has count as the choice.
     """
     context = engine.tokenizer.encode(question.context)
     sequences = [engine.tokenizer.encode(question.context + choice) for choice in question.choices]
     longest = max(map(len, sequences))
     if longest > engine.n_context:
         raise InvalidOption(
-            f"line {question.line}: has {longest} tokens, the context {engine.n_context}"
+            f"line {question.line}: has {longest} tokens, but the context has {engine.n_context}"
         )
     session.reset()
     n_read, read = 0, context[:0]
     likelihoods = []
     for ids in sequences:
-        # All but the last token of the context are common to the choices, unless tokenising
-        # together changed them.
+        # All tokens of the context but the last are common to the choices, unless tokenising them
+        # together with a choice changed them.
         n_context = max(1, min(len(context), len(ids) - 1))
         n_common = 0
         while n_common < min(n_read, n_context - 1) and read[n_common] == ids[n_common]:

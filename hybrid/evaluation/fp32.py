@@ -1,4 +1,4 @@
-"""Fp32Engine: the oracle, as far as evaluation needs an engine. Slow, and without any rounding."""
+"""Fp32Engine: the oracle as an engine for evaluation. It is slow, and rounds nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hybrid.text.tokenizer import Tokenizer
 
 
 class EvaluatedSession(Protocol):
-    """What evaluation asks of a sequence; `hybrid.Session` has it."""
+    """The methods of a sequence that evaluation needs; `hybrid.Session` has them."""
 
     def reset(self) -> None: ...
     def truncate(self, position: int) -> None: ...
@@ -51,12 +51,12 @@ class _Fp32Session:
 
 
 class Fp32Engine:
-    """A model's folder in fp32. Takes four bytes a weight, and as long as NumPy needs."""
+    """A model's folder in fp32. It takes four bytes per weight, and runs at NumPy's speed."""
 
     is_synthetic = False
 
     def __init__(self, folder: Path) -> None:
-        """Raises what opening a checkpoint raises."""
+        """Read the weights. Raises what `open_checkpoint` raises."""
         with open_checkpoint(folder) as checkpoint:
             self.config = checkpoint.config
             self.is_synthetic = checkpoint.is_synthetic

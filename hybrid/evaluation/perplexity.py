@@ -1,4 +1,4 @@
-"""How well does a model predict a text?"""
+"""Perplexity: measures how well a model predicts a text."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
 from hybrid.progress import Progress, ignore_progress
 
-CHUNK = 256  # tokens whose logits are held at once
+CHUNK = 256  # tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """What predicting a text costs."""
+    """The loss of predicting a text."""
 
-    nats: float  # all tokens together
-    n_tokens: int  # predicted
-    n_bytes: int  # of the text, in UTF-8
+    nats: float  # loss of all tokens together
+    n_tokens: int  # number of predicted tokens
+    n_bytes: int  # bytes of the text in UTF-8
     window: int
     stride: int
 
     @property
     def perplexity(self) -> float:
-        """e to the mean loss per token; depends on the tokenizer."""
+        """e to the power of the mean loss per token. It depends on the tokenizer."""
         return math.exp(min(self.nats / self.n_tokens, 700.0))
 
     @property
     def bits_per_byte(self) -> float:
-        """Loss per byte of text: to compare models with different tokenizers."""
+        """Loss per byte of text, to compare models with different tokenizers."""
         return self.nats / math.log(2) / self.n_bytes
 
 
@@ -47,20 +47,27 @@ def measure_perplexity(
     stride: int | None = None,
     progress: Progress = ignore_progress,
 ) -> Perplexity:
-    """Windows have at most `window` tokens (the context) and begin `stride` tokens apart (half a
-    window). The text begins with the model's beginning-of-text token, where it has one.
+    """Measure how well the model predicts `text`, window by window.
 
-    Raises InvalidOption for sizes that do not fit and a text of fewer than two tokens.
+    A window has at most `window` tokens (default: the context). It begins `stride` tokens after the
+    one before (default: half a window). The text begins with the model's beginning-of-text token,
+    if it has one.
+
+    Raises InvalidOption for sizes that do not fit, and for a text of fewer than two tokens.
     """
     window = engine.n_context if window is None else window
     if not 2 <= window <= engine.n_context:
-        raise InvalidOption(f"window: expected 2 to the context's {engine.n_context}, not {window}")
+        raise InvalidOption(
+            f"window: expected 2 to {engine.n_context}, the context size, found {window}"
+        )
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride < window:
-        raise InvalidOption(f"stride: expected 1 to {window - 1}, below the window, not {stride}")
+        raise InvalidOption(
+            f"stride: expected 1 to {window - 1}, less than the window, found {stride}"
+        )
     ids = np.asarray(engine.tokenizer.encode(text), np.int64)
     if ids.size < 2:
-        raise InvalidOption("the text has no token that could be predicted from another")
+        raise InvalidOption("the text has fewer than two tokens, so there is nothing to predict")
     nats = 0.0
     with engine.open_session() as session:
         for first, scored, last in windows(ids.size, window, stride):
@@ -71,7 +78,7 @@ def measure_perplexity(
 
 
 def _losses(session: EvaluatedSession, ids: NDArray[np.int64], scored: int) -> float:
-    """Nats of the tokens of one window from `scored` on."""
+    """Return the loss in nats of a window's tokens from `scored` on."""
     session.reset()
     if scored > 1:
         session.prefill(ids[: scored - 1])
@@ -85,7 +92,10 @@ def _losses(session: EvaluatedSession, ids: NDArray[np.int64], scored: int) -> f
 
 
 def windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(first token, first that is predicted, end) of each window; predicted ones follow on."""
+    """Yield (first token, first predicted token, end) of each window.
+
+    The predicted tokens of a window follow directly after those of the window before.
+    """
     scored = 1
     for first in range(0, n_tokens, stride):
         last = min(first + window, n_tokens)

@@ -1,7 +1,7 @@
-"""A model's name -> a folder on this machine.
+"""Finds the folder on this machine that belongs to a model's name.
 
-Owns the names that hybrid knows, what else counts as a name, and where hybrid keeps its own
-files. Getting a repository onto the machine is `download`'s job, reading it `checkpoint`'s.
+This file owns the names that hybrid knows, the rules for other names, and the place of hybrid's own
+files. `download` gets a repository onto the machine, and `checkpoint` reads it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class CatalogEntry:
     repo_id: str | None  # on the Hugging Face Hub; None: bundled with the package
     description: str
     expected_active_fraction: float | None  # 1 - the sparsity that its authors published
-    expected_perplexity: float | None = None  # of the self-check's text, in bf16
+    expected_perplexity: float | None = None  # on the self-check's text, in bf16
 
 
 _CATALOG = (
-    CatalogEntry("stories", None, "bundled: tiny, tells stories, for a first try", 0.078, 10.16),
+    CatalogEntry("stories", None, "bundled: a tiny model that tells stories", 0.078, 10.16),
     CatalogEntry(
         "MiniCPM-S-1B",
         "openbmb/MiniCPM-S-1B-sft",
-        "1.4 B parameters, chat in English and Chinese, FATReLU; 2.7 GB",
+        "1.4 B parameters with FATReLU, chats in English and Chinese; 2.7 GB",
         0.1211,
     ),
     CatalogEntry(
@@ -65,7 +65,11 @@ def catalog() -> tuple[CatalogEntry, ...]:
 
 
 def hybrid_home() -> Path:
-    """Where hybrid keeps its own files: `HYBRID_HOME`, else `hybrid` in the user's cache folder."""
+    """Return the folder of hybrid's own files.
+
+    It is `HYBRID_HOME`, or `hybrid` in the user's cache folder if that is not set. Raises
+    InvalidOption if a home directory is needed and there is none.
+    """
     home = os.environ.get("HYBRID_HOME")
     if home:
         return _expand_user(home)
@@ -75,14 +79,17 @@ def hybrid_home() -> Path:
 def resolve(
     model: str | Path, *, offline: bool = False, progress: Progress = ignore_progress
 ) -> Path:
-    """The folder of a model's files, downloaded first where they are not on this machine.
+    """Return the folder of a model's files. Downloads them first if this machine lacks them.
 
-    A string is, in this order: a name of the catalog or of a synthetic model such as
-    "synthetic:MiniCPM-S-1B" (in any case), an existing folder, a repository `owner/name` on the
-    Hugging Face Hub. So a name of the catalog wins over a folder
-    of that name in the working directory: write `./stories` for the folder. A `Path` is always
-    a folder. Nothing is asked of the network where the model is complete on this machine, and
-    `progress` is called only where something is fetched.
+    The meanings of a string are tried in this order:
+
+    - a name of the catalog, or of a synthetic model such as "synthetic:MiniCPM-S-1B", in any case
+    - an existing folder
+    - a repository `owner/name` on the Hugging Face Hub
+
+    So a name of the catalog wins over a folder of that name in the working directory: write
+    `./stories` for the folder. A `Path` is always a folder. If the model is complete on this
+    machine, the network is not used. `progress` is called only during a download.
 
     Raises ModelNotFound or DownloadFailed, and InvalidOption for what cannot be a name at all.
     """
@@ -121,8 +128,10 @@ def resolve(
 
 
 def expected_active_fraction(model: str | Path) -> float | None:
-    """The share of neurons that are active per token by a model's authors, or by the recipe of a
-    synthetic one; None where there is no such figure. Fetches and makes nothing.
+    """Return the expected share of active neurons per token, or None if it is not known.
+
+    It comes from the model's authors, or from the recipe of a synthetic model. Neither downloads
+    nor makes a model.
     """
     text = os.fspath(model)
     if isinstance(model, str):
@@ -151,10 +160,10 @@ def _bundled(entry: CatalogEntry) -> Path:
 def _expand_user(path: str) -> Path:
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # nobody's home, as in a container under an unknown user id
+    except RuntimeError as error:  # no home, as in a container under an unknown user id
         raise InvalidOption(
             f"{path!r} needs a home directory and there is none; write the path without ~, and "
-            "set HYBRID_HOME to a folder that hybrid may write"
+            "set HYBRID_HOME to a folder that hybrid may write to"
         ) from error
 
 
@@ -162,7 +171,7 @@ def _not_found(text: str) -> str:
     close = difflib.get_close_matches(text.casefold(), _BY_NAME, n=1)
     hint = f" Did you mean {_BY_NAME[close[0]].name!r}?" if close else ""
     return (
-        f"no model {text!r}: neither a name of the catalog, nor an existing folder, nor a Hugging "
-        f"Face repository owner/name.{hint} The catalog: "
+        f"no model {text!r}: it is neither a name of the catalog, nor an existing folder, nor a "
+        f"Hugging Face repository owner/name.{hint} The catalog: "
         + ", ".join([entry.name for entry in _CATALOG] + synthetic.synthetic_names())
     )

@@ -1,8 +1,8 @@
-"""Is a file in huggingface_hub's cache what the hub meant to send?
+"""Verifies files in huggingface_hub's cache against their checksums.
 
-In that cache an etag names the bytes, and it is their checksum: the SHA-256 of a large file, git's
-SHA-1 of a small one. Hashing gigabytes takes seconds, so an empty file named after the etag, the
-stamp, remembers that the bytes matched.
+In that cache each file is named by its etag, which is a checksum: the SHA-256 of a large file, or
+git's SHA-1 of a small one. Hashing gigabytes takes seconds. So an empty file named after the etag,
+the stamp, records that the bytes matched.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from hybrid.errors import DownloadFailed
 
 
 def is_checksum(etag: str) -> bool:
-    """Whether an etag is one of the two checksums (and safe as a file name)."""
+    """Return whether an etag is one of the two checksums, and so is safe as a file name."""
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) is not None
 
 
 def check_link(link: Path, stamps: Path) -> None:
     """Check a cached file that another program may have fetched."""
     if not link.is_symlink():
-        return  # nothing here tells its checksum; a file of ours was checked when it came
+        return  # its checksum is not known here; our own downloads were checked on arrival
     blob = link.parent / link.readlink()
     if is_checksum(blob.name):
         check(blob, blob.name, link.name, stamps)
 
 
 def check(path: Path, etag: str, name: str, stamps: Path) -> None:
-    """Compare the bytes with their checksum, unless a stamp younger than the file says so."""
+    """Compare the bytes with their checksum, unless a stamp younger than the file exists.
+
+    Removes the file and raises DownloadFailed if they differ.
+    """
     stamp = stamps / etag
     with contextlib.suppress(OSError):
         if stamp.stat().st_mtime_ns >= path.stat().st_mtime_ns:
@@ -42,16 +45,17 @@ def check(path: Path, etag: str, name: str, stamps: Path) -> None:
         todo = f"Remove {path} and run" if path.exists() else f"{path} was removed: run"
         raise DownloadFailed(
             f"{name} is corrupt: expected the checksum {etag}, found {actual}. {todo} the same "
-            "again to fetch it anew."
+            "command again to download it again."
         )
-    with contextlib.suppress(OSError):  # a read-only HYBRID_HOME only costs hashing it again
+    with contextlib.suppress(OSError):  # with a read-only HYBRID_HOME it is hashed again next time
         stamps.mkdir(parents=True, exist_ok=True)
         stamp.touch()
 
 
 def known_etag(path: Path) -> str | None:
-    """The checksum that huggingface_hub noted for a file, in its cache or in the folder that
-    `hf download --local-dir` filled; None where nothing tells it.
+    """Return the checksum that huggingface_hub recorded for a file, or None if there is none.
+
+    The record is in its cache, or in the folder that `hf download --local-dir` filled.
     """
     if path.is_symlink():
         etag = path.readlink().name
@@ -65,7 +69,7 @@ def known_etag(path: Path) -> str | None:
 
 
 def digest(path: Path, etag: str) -> str:
-    """The file's own checksum, of the kind that `etag` is."""
+    """Compute the file's checksum, of the same kind as `etag`."""
     hasher = hashlib.sha256()
     if len(etag) == 40:
         header = b"blob %d\0" % path.stat().st_size

@@ -1,13 +1,13 @@
-"""A repository on the Hugging Face Hub -> a complete, verified folder in huggingface_hub's cache.
+"""Downloads a repository of the Hugging Face Hub into huggingface_hub's cache and verifies it.
 
-Owns which files a model needs, when a cached copy is complete, and how a file gets into the
-cache. huggingface_hub speaks to the server (endpoint, token, proxies, retries). The file it writes
-to is ours, because its own download starts at zero after an interruption, and because it shows a
-bar of its own where a caller should be told. The cache is laid out as huggingface_hub does it, so
-that other programs find the model there:
+This file knows which files a model needs, when a cached copy is complete, and how a file gets into
+the cache. huggingface_hub speaks to the server (endpoint, token, proxies, retries), but it writes
+into a file object of ours. Its own download would start at zero after an interruption, and would
+draw its own bar instead of reporting to the caller. The cache has huggingface_hub's layout, so that
+other programs find the model there:
 
     models--owner--name/
-    ├── blobs/<etag>                 the bytes; <etag>.incomplete while they come
+    ├── blobs/<etag>                 the bytes; <etag>.incomplete during the download
     ├── snapshots/<commit>/<file>    a link to the blob
     └── refs/main                    the commit
 """
@@ -34,7 +34,7 @@ from hybrid.progress import Progress, ignore_progress
 
 REQUIRED = ("config.json", "tokenizer.json")
 OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-WEIGHTS = (  # the first one there is taken; an index names its shards
+WEIGHTS = (  # the first that exists is used; an index names its shards
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -58,25 +58,27 @@ class _RemoteFile:
         return self.blob.with_name(f"{self.etag}.incomplete")
 
     def present_bytes(self) -> int:
-        """How much of it is on this machine; 0 where the whole is not known."""
+        """Return how many of its bytes are on this machine; 0 if its size is not known."""
         size = self.size or 0
         if self.blob.exists() or self.link.is_file():
             return size
         with contextlib.suppress(FileNotFoundError):
             n_bytes = self.partial.stat().st_size
-            return n_bytes if n_bytes <= size else 0  # too long: begun anew
+            return n_bytes if n_bytes <= size else 0  # a partial file that is too long is discarded
         return 0
 
 
 def fetch(
     repo_id: str, *, offline: bool, stamps: Path, progress: Progress = ignore_progress
 ) -> Path:
-    """The folder of a repository's model files, from the cache if complete, else downloaded.
+    """Return the folder of a repository's model files. Downloads what the cache lacks.
 
-    Each file is checked against its checksum once; `stamps` is the folder that remembers which.
-    A complete copy is used as it is: the network is not asked whether there is a newer one.
-    `progress` is told the bytes of all files together, those that were here before included; what
-    it raises passes through.
+    Each file is checked against its checksum once; the folder `stamps` records which files were. A
+    complete copy is used as it is, without looking for a newer one on the network. `progress`
+    receives the bytes of all files together, including those that were here before. Its exceptions
+    pass through.
+
+    Raises ModelNotFound, DownloadFailed or InvalidCheckpoint.
     """
     with hub_errors(repo_id, "the settings of huggingface_hub"):
         from huggingface_hub import constants, try_to_load_from_cache
@@ -84,7 +86,7 @@ def fetch(
     try:
         with hub_errors(repo_id, "the cached copy"):
             config = try_to_load_from_cache(repo_id, REQUIRED[0])
-        missing = [f"{REQUIRED[0]} and all else"]
+        missing = [f"{REQUIRED[0]} and all other files"]
         if isinstance(config, str):
             folder = Path(config).parent
             missing = _missing(folder, stamps)
@@ -93,7 +95,7 @@ def fetch(
         if offline or constants.HF_HUB_OFFLINE:
             raise ModelNotFound(
                 f"{repo_id} is not complete on this machine (missing in {cache}: "
-                f"{', '.join(missing)}), and offline=True or HF_HUB_OFFLINE forbids the network. "
+                f"{', '.join(missing)}), and offline=True or HF_HUB_OFFLINE forbids a download. "
                 + advice(repo_id)
             )
         return _download(repo_id, cache, stamps, progress)
@@ -101,13 +103,13 @@ def fetch(
         raise raised.error from None
     except OSError as error:
         raise DownloadFailed(
-            f"cannot keep {repo_id} in {cache}: {error}. Make room or grant access there, or set "
+            f"cannot store {repo_id} in {cache}: {error}. Make room or grant access there, or set "
             "HF_HOME to another folder."
         ) from error
 
 
 def _missing(folder: Path, stamps: Path) -> list[str]:
-    """What a cached copy lacks; what it has is checked."""
+    """Return the files that a cached copy lacks, after checking those that it has."""
     present = {path.name for path in folder.iterdir() if path.is_file()}
     files, missing = _select(present)
     if not missing:
@@ -121,7 +123,7 @@ def _missing(folder: Path, stamps: Path) -> list[str]:
 
 
 def _select(available: Collection[str]) -> tuple[list[str], list[str]]:
-    """(the files to take, the weights or their index last; what is missing)."""
+    """Return the files to use, with the weights or their index last, and the missing ones."""
     weights = [name for name in WEIGHTS if name in available][:1]
     missing = [name for name in REQUIRED if name not in available]
     if not weights:
@@ -130,7 +132,7 @@ def _select(available: Collection[str]) -> tuple[list[str], list[str]]:
 
 
 def _shards(weights: Path) -> list[str]:
-    """The files that an index of weights names; none if `weights` is no index."""
+    """Return the files that an index of weights names; none if `weights` is not an index."""
     if not weights.name.endswith(_INDEX):
         return []
     try:
@@ -138,7 +140,7 @@ def _shards(weights: Path) -> list[str]:
         if shards and all(re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) for name in shards):
             return shards
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass  # not JSON, or not of this shape: said below
+        pass  # not JSON, or not of this shape: reported below
     raise InvalidCheckpoint(
         f"{weights} is broken: expected a JSON object whose weight_map gives each tensor the name "
         "of a .safetensors or .bin file beside it"
@@ -155,7 +157,7 @@ def _download(repo_id: str, cache: Path, stamps: Path, progress: Progress) -> Pa
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise DownloadFailed(
             f"{constants.ENDPOINT} does not answer like a Hugging Face Hub: {repo_id} has the "
-            f"commit {commit!r}, expected 40 hex digits. Check HF_ENDPOINT."
+            f"commit {commit!r}; expected 40 hex digits. Check HF_ENDPOINT."
         )
     storage = cache / f"models--{repo_id.replace('/', '--')}"
     snapshot = storage / "snapshots" / commit
@@ -165,7 +167,7 @@ def _download(repo_id: str, cache: Path, stamps: Path, progress: Progress) -> Pa
     names, missing = _select(listed)
     if not missing:
         files = [_locate(repo_id, name, snapshot) for name in names]
-        if names[-1].endswith(_INDEX):  # fetched first: it knows which files there are yet
+        if names[-1].endswith(_INDEX):  # first, because it names the files that follow
             _fetch_files(files[-1:], stamps, ignore_progress)
             shards = _shards(snapshot / names[-1])
             missing = [shard for shard in shards if shard not in listed]
@@ -177,7 +179,7 @@ def _download(repo_id: str, cache: Path, stamps: Path, progress: Progress) -> Pa
     files += [_locate(repo_id, shard, snapshot) for shard in shards]
     _fetch_files(files, stamps, progress)
 
-    # Only now: a ref to an unfinished snapshot would hide an older complete one.
+    # Last, because a ref to an unfinished snapshot would hide an older complete one.
     ref = storage / "refs" / "main"
     ref.parent.mkdir(exist_ok=True)
     temporary = ref.with_name(f"main.{uuid.uuid4().hex}.tmp")
@@ -237,20 +239,21 @@ def _fetch_file(file: _RemoteFile, stamps: Path, tally: Tally) -> None:
 
 
 def _stream(file: _RemoteFile, tally: Tally) -> None:
-    """Append to the partial file what it lacks."""
+    """Append the missing bytes to the partial file."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     options: dict[str, Any] = {}
-    if "_tqdm_bar" in inspect.signature(http_get).parameters:  # 0.30 to 2.4 have it, later ones may
+    # Versions 0.30 to 2.4 have this parameter; later ones may drop it.
+    if "_tqdm_bar" in inspect.signature(http_get).parameters:
         options["_tqdm_bar"] = SilentBar()
-    # Compressed on the way, a file would have neither a known length nor ranges.
+    # A compressed transfer would have neither a known length nor ranges.
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     with ToldFile(
         file.partial, file.size, lambda n_bytes: tally.file_has(file.name, n_bytes)
     ) as stream:
         if file.size is None or stream.tell() > file.size:
-            stream.seek(0)  # its position tells its length
+            stream.seek(0)  # ToldFile reports its position as the length
             stream.truncate()
         with hub_errors(file.repo_id, file.name):
             http_get(
@@ -265,10 +268,10 @@ def _stream(file: _RemoteFile, tally: Tally) -> None:
 
 
 def _link(file: _RemoteFile) -> None:
-    """Show the blob in the snapshot; the blob itself moves there if the disk has no links."""
+    """Link the blob into the snapshot. Moves the blob there if the disk has no links."""
     if file.link.is_file():
         return
-    file.link.unlink(missing_ok=True)  # it led to a blob that was removed
+    file.link.unlink(missing_ok=True)  # a dangling link to a blob that was removed
     try:
         file.link.symlink_to(os.path.relpath(file.blob, file.link.parent))
     except OSError:

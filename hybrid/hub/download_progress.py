@@ -1,7 +1,7 @@
-"""The bytes of all files that are fetched together, counted as they are written, for one Progress.
+"""Counts the bytes of all files of one download while they are written, for one Progress.
 
-huggingface_hub counts too, but each file for itself, from zero at every attempt, for a bar that it
-draws: it gets a bar that does nothing.
+huggingface_hub counts each file separately, starts from zero at every attempt, and draws a bar of
+its own. It gets a bar that does nothing.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from hybrid.progress import Progress
 
 
 class CallerRaised(BaseException):
-    """Carries what the caller's Progress raised past `except Exception` and `except OSError`: it
-    is neither the network nor the disk."""
+    """Carries an error of the caller's Progress past `except Exception` and `except OSError`.
+
+    Such an error comes neither from the network nor from the disk.
+    """
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
 
 class Tally:
-    """Adds up (bytes here, bytes in all) of each file, and tells a Progress."""
+    """Adds up the bytes that are here and the sizes of all files, and reports to a Progress."""
 
     def __init__(self, task: str, sizes: dict[str, tuple[int, int]], progress: Progress) -> None:
         self._task = task
@@ -32,7 +34,7 @@ class Tally:
         self._tell()
 
     def file_has(self, name: str, n_bytes: int) -> None:
-        n_bytes = min(n_bytes, self._sizes[name])  # a size of 0 stands for an unknown one
+        n_bytes = min(n_bytes, self._sizes[name])  # an unknown size is 0
         if n_bytes != self._done[name]:
             self._done[name] = n_bytes
             self._tell()
@@ -48,8 +50,11 @@ class Tally:
 
 
 class ToldFile(io.BufferedWriter):
-    """A file to append to, that tells its length whenever it is written to. It takes `max_bytes`:
-    huggingface_hub looks at what came when all has come, and a server may go on for ever."""
+    """A file opened for appending that reports its length after each write.
+
+    It accepts at most `max_bytes`. huggingface_hub checks the size only at the end, and a server
+    may send for ever. Raises OSError beyond that.
+    """
 
     def __init__(
         self, path: Path, max_bytes: int | None, tell_length: Callable[[int], None]
@@ -68,7 +73,7 @@ class ToldFile(io.BufferedWriter):
 
 
 class SilentBar:
-    """Stands where huggingface_hub would make a progress bar of its own."""
+    """A bar that shows nothing, in place of huggingface_hub's own."""
 
     def update(self, n_bytes: int) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What the user reads when huggingface_hub fails: our own words, and what to do."""
+"""Error messages for failures of huggingface_hub: what is wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _DISK_ERRORS = (
 
 @contextlib.contextmanager
 def hub_errors(repo_id: str, what: str) -> Iterator[None]:
-    """Say in our own words what went wrong in huggingface_hub.
+    """Convert any error of huggingface_hub into a HybridError with our own message.
 
-    It raises errors of requests, httpx or httpx2, as its version has it, and of its own; a
-    proxy's login page in place of JSON makes it raise yet others. Hence `Exception`, and hence
-    nothing but calls of huggingface_hub belongs under this.
+    Depending on its version it raises errors of requests, httpx or httpx2, and its own. If a proxy
+    answers with a login page instead of JSON, it raises yet others. So this catches `Exception`,
+    and may enclose nothing but calls of huggingface_hub.
     """
     try:
         yield
@@ -36,21 +36,21 @@ def _explain(error: Exception, repo_id: str, what: str) -> HybridError:
     if status in (401, 403, 404):
         return ModelNotFound(
             f"the hub does not give {what} of {repo_id} (HTTP {status}): there is no such "
-            "repository, or it is private or gated. Check the name; for a private or gated one, "
-            f"ask for access at https://huggingface.co/{repo_id} and set HF_TOKEN."
+            "repository, or it is private or gated. Check the name. For a private or gated one, "
+            f"request access at https://huggingface.co/{repo_id} and set HF_TOKEN."
         )
     reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return DownloadFailed(
-        f"cannot fetch {what} of {repo_id} ({reason}). Try again: what has come is kept. "
+        f"cannot fetch {what} of {repo_id} ({reason}). Try again: downloaded parts are kept. "
         + advice(repo_id)
     )
 
 
 def advice(repo_id: str) -> str:
-    """How to get a repository onto a machine that cannot fetch it now."""
+    """Say how to get a repository onto a machine that cannot download it now."""
     folder = repo_id.rpartition("/")[2]
     return (
-        "Where the hub can be reached, run `hf download "
-        f"{repo_id} --local-dir {folder}`, copy the folder to this machine and pass it: "
+        "On a machine that can reach the hub, run `hf download "
+        f"{repo_id} --local-dir {folder}`. Copy the folder to this machine and pass it as "
         f"-m /path/to/{folder}. Or set HF_ENDPOINT to a mirror that this machine can reach."
     )

@@ -1,4 +1,4 @@
-"""load: a model's name or folder → an Engine."""
+"""`load` opens a model by its name or folder and returns an Engine."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ def load(
 ) -> Engine:
     """Load a model and return its Engine.
 
-    `model` is a name from the catalog ("stories" is bundled), a Hugging Face repo id, or a folder;
-    names are fetched where they are not on this machine, unless `offline`. `threads` defaults to
-    the physical cores, `context_size` (in tokens) to 4096 or what the model was trained for.
-    `quant`: "q8", "q4" or "bf16".
+    `model` is a name from the catalog ("stories" is bundled), a Hugging Face repo id, or a folder.
+    A model that is not on this machine is downloaded, unless `offline`. `threads` defaults to the
+    physical cores. `context_size` (in tokens) defaults to 4096, or to the length that the model was
+    trained for if that is less. `quant` is "q8", "q4" or "bf16".
 
-    A large model is packed once and kept under HYBRID_HOME (the user's cache folder). From there it
-    is mapped, which takes no time, and moves into memory while it is already in use, or stays
-    mapped with `mmap`: then several processes share it. A file that shrinks while it is mapped ends
-    the process. None moves it where it fits; only False reads the checkpoint itself without mapping
-    it, too. `mlock` keeps the weights from being swapped out or, where mapped, dropped, and has
-    them in memory before `load` returns; where the system allows no such amount, `Engine.notices`
-    says so.
+    A large model is packed once and kept under HYBRID_HOME (default: the user's cache folder). Its
+    packed file is first mapped, which takes no time, and then copied into memory while the model is
+    already in use. With `mmap=True` it stays mapped, so that several processes share it. A file
+    that shrinks while it is mapped ends the process. With `mmap=None` the file is copied if it fits
+    into memory. With `mmap=False` even the checkpoint is read without mapping it. `mlock` keeps the
+    weights from being swapped out or, if mapped, dropped. They are then in memory before `load`
+    returns. If the system does not allow to lock so much, `Engine.notices` says so.
 
-    `profile` says which neurons are hot; they are packed first, which changes no result beyond the
-    rounding of sums: "auto" takes the one that `hybrid.setup` recorded or that lies in the model's
-    folder, "none" leaves the neurons in their order, a path names another one.
+    `profile` says which neurons are hot. They are packed first, which changes results only by the
+    rounding of sums. "auto" uses the profile that `hybrid.setup` recorded, or the one in the
+    model's folder. "none" leaves the neurons in their order. A path names another profile.
 
-    `predictor` names the neurons whose gates are computed at all, so that a token reads less; it
-    misses at most about 1 - `recall` of those that fire, so the text is no longer exactly the
-    model's. "exact" computes every gate; "auto" takes the predictor that `hybrid.setup` made for
-    this model, and exact where there is none; a path names a file of `predictors.train`, of this
-    very model and neuron order. `Engine.prediction` says what is in use. With a predictor and a
-    large vocabulary (`Engine.previews_head`) only the likeliest tokens' logits are the model's, the
-    others are estimates from a copy of the head in 2 bits.
+    `predictor` names the neurons whose gates are computed, so that a token reads fewer bytes. It
+    misses at most about 1 - `recall` of the neurons that fire, so the text is no longer exactly the
+    model's. "exact" computes every gate. "auto" uses the predictor that `hybrid.setup` made for
+    this model, or computes every gate if there is none. A path names a file of `predictors.train`,
+    which must be for the same model and neuron order. `Engine.prediction` says what is in use. With
+    a predictor and a large vocabulary (`Engine.previews_head`) only the likeliest tokens have the
+    model's own logits. The others are estimates from the preview, a 2-bit copy of the head.
 
-    `device`: "cpu", "cuda", or "auto", which uses a GPU where one is asked for by `vram_budget` or
-    `plan`, or by the plan that `hybrid.setup` made. `vram_budget` is what the whole process may
-    take of the GPU's memory, in bytes; what does not fit stays on the CPU, by the plan of least
-    predicted time. `plan` is a file of `hybrid.plan`; `Engine.plan` says what is where. `hand_offs`
-    forces how GPU and CPU wait for each other: "memory-operations", "host-functions" or
-    "synchronise", instead of what measured fastest. PyTorch is loaded only where a GPU is used.
+    `device` is "cpu", "cuda" or "auto". "auto" uses a GPU if `vram_budget` or `plan` requests one,
+    or if `hybrid.setup` made a plan. `vram_budget` is the GPU memory in bytes that the whole
+    process may use. The plan with the least predicted time decides what goes there, and the rest
+    stays on the CPU. `plan` is a file of `hybrid.plan`; `Engine.plan` says what is where.
+    `hand_offs` forces how GPU and CPU wait for each other: "memory-operations", "host-functions" or
+    "synchronise". "auto" uses what measured fastest. PyTorch is loaded only if a GPU is used.
 
-    `progress` is told how far downloading and packing are.
+    `progress` is called during downloading and packing.
 
     Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, InvalidArtifact, UnsupportedModel,
     InvalidOption, OutOfMemory, DeviceUnavailable, DeviceFailed.
@@ -90,7 +90,7 @@ def load(
 
 
 def _home() -> Path | None:
-    """None where this user has no home to keep anything in."""
+    """Return hybrid's folder, or None if this user has no home directory."""
     try:
         return hybrid_home()
     except InvalidOption:

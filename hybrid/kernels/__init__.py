@@ -1,9 +1,9 @@
-"""The compiled kernels and the instruction set that they run on.
+"""The compiled kernels, and the instruction set that they run on.
 
-The kernel contract (layouts, arguments, sums) stands in `csrc/kernels/kernels.h`; `reference.py` is
-its oracle. The active instruction set is process-wide: the best one of this CPU, chosen at import,
-capped by the environment variable HYBRID_ISA (tests and bug reports; it never raises what the CPU
-can do).
+The kernel contract (layouts, arguments, sums) is in `csrc/kernels/kernels.h`; `reference.py` is its
+oracle. The active instruction set is process-wide. It is chosen at import: the best one of this
+CPU, capped by the environment variable HYBRID_ISA. The cap is for tests and bug reports; it never
+selects an instruction set that the CPU lacks.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ _isa_cap = os.environ.get("HYBRID_ISA", "").lower()
 
 
 def check_isa_cap() -> None:
-    """Raises UnsupportedIsa where HYBRID_ISA names no instruction set that hybrid knows.
+    """Raise UnsupportedIsa if HYBRID_ISA names no instruction set that hybrid knows.
 
-    Not raised at import: a program that embeds hybrid must be able to import it.
+    The import itself never raises it: a program that embeds hybrid must be able to import it.
     """
     if _isa_cap and not _is_cap_applied:
         raise UnsupportedIsa(
@@ -76,15 +76,16 @@ def active_isa() -> str:
 
 @contextmanager
 def using_isa(isa: str) -> Iterator[None]:
-    """Run the body on another instruction set: for tests. Raises UnsupportedIsa where it is not
-    available.
+    """Run the body on another instruction set, for tests.
+
+    Raises UnsupportedIsa if that instruction set is not available.
     """
     before = active_isa()
     try:
         _native.set_isa(isa)
     except ValueError:
         raise UnsupportedIsa(
-            f"instruction set {isa!r} is not available here; there are: "
+            f"instruction set {isa!r} is not available here; available are: "
             + ", ".join(available_isas())
         ) from None
     try:

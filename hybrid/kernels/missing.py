@@ -1,4 +1,4 @@
-"""What is said if the compiled kernels are missing: in a checkout they always are."""
+"""The error if the compiled kernels are missing, as they always are in a plain checkout."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def refuse(error: ImportError) -> NoReturn:
-    """Raises ImportError. A process that is `python -m hybrid…` ends with one line instead, since
-    nobody else can be told, and a traceback hides what to do.
+    """Raise ImportError, or end a process that is `python -m hybrid…` with one line.
+
+    Such a process has no caller that could handle the error, and a traceback would hide what to do.
     """
     message = _explain(error)
     arguments = sys.orig_argv

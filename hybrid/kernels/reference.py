@@ -1,8 +1,8 @@
 """What every kernel computes, in plain NumPy fp32: the oracle of all tests.
 
-Quantised arithmetic is emulated by rounding: `round_activation` and `weights.quant.round_weights`
-give the fp32 values that a format's activations and weights stand for, and the same plain
-mathematics runs on those.
+Quantised arithmetic is emulated by rounding. `round_activation` and `weights.formats.round_weights`
+give the fp32 values that a format's activations and weights stand for. The same plain mathematics
+then runs on those values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from hybrid.kernels._native import BLOCK, Activation, Format
 
-# Of what 2 bits leave out of a normally distributed weight, in scales squared (csrc's constant).
+# The variance of what 2 bits leave out of a normally distributed weight, in scales squared. It is
+# kPreviewVariance of csrc/kernels/kernels.h.
 PREVIEW_VARIANCE = 0.107
 
 Array = NDArray[np.float32]
@@ -30,10 +31,10 @@ def bf16_values(bits: NDArray[np.uint16]) -> Array:
 
 
 def round_activation(format: Format | None, x: Array) -> Array:
-    """The values that (…, n) activations have once quantised; `None` leaves fp32.
+    """The values of (…, n) activations after quantisation; `None` leaves them in fp32.
 
-    bf16: rounded. q8 and q4: blocks of 32 along n, int8 = round(x * 127 / max|x|), one fp32 scale
-    each.
+    bf16: the values are rounded to bf16. q8 and q4: blocks of 32 along n, with
+    int8 = round(x * 127 / max|x|) and one fp32 scale per block.
     """
     if format is None:
         return x
@@ -50,13 +51,13 @@ def round_activation(format: Format | None, x: Array) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Over the last axis, as in Llama."""
+    """The norm over the last axis, as in Llama."""
     inverse = 1.0 / np.sqrt(np.mean(x * x, -1, keepdims=True, dtype=np.float32) + np.float32(eps))
     return weight * (x * inverse.astype(np.float32))
 
 
 def rope_tables(head_dim: int, theta: float, n_positions: int) -> tuple[Array, Array]:
-    """cos and sin (n_positions, head_dim / 2); angles in fp32, as the models were trained."""
+    """cos and sin (n_positions, head_dim / 2). Angles are in fp32, as in the models' training."""
     inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     angles = np.outer(np.arange(n_positions, dtype=np.float32), inverse.astype(np.float32))
     return np.cos(angles), np.sin(angles)
@@ -77,7 +78,7 @@ def softmax(scores: Array) -> Array:
 def attention(q: Array, k: Array, v: Array, first_position: int) -> Array:
     """Causal attention of (tokens, heads, head_dim) queries over (context, kv_heads, head_dim).
 
-    Query t stands at position `first_position + t` and sees positions up to its own.
+    Query t is at position `first_position + t` and sees the positions up to its own.
     """
     n_tokens, n_heads, head_dim = q.shape
     group = n_heads // k.shape[1]
@@ -101,8 +102,9 @@ def fires(activation: Activation, gate: Array, threshold: float) -> NDArray[np.b
 def neuron_values(
     gate: Array, up: Array, x: Array, activation: Activation, threshold: float
 ) -> tuple[Array, NDArray[np.bool_]]:
-    """(tokens, n_neurons) each: act(gate x) * up x, the weight of a neuron's down row, 0 where
-    it is inactive; and the mask of active neurons.
+    """The weights of the neurons' down rows, and the mask of active neurons.
+
+    Both are (tokens, n_neurons). A weight is act(gate x) * up x, or 0 if the neuron is inactive.
     """
     g = x @ gate.T
     active = fires(activation, g, threshold)
@@ -123,9 +125,10 @@ def sparse_ffn(
 
 
 def preview_logits(codes: NDArray[np.uint8], scales: Array, x: Array) -> Array:
-    """Logits (rows,) of a head's rows in 2 bits for x (n_cols,), which is rounded to int8. As of
-    all rows together their probabilities are right on average: noise of variance v in a logit makes
-    of its probability exp(v / 2) times as much.
+    """Logits (rows,) of a head's rows in 2 bits for x (n_cols,), which is rounded to int8.
+
+    Noise of variance v in a logit makes its probability exp(v / 2) times as large on average. So
+    v / 2 is subtracted: the probabilities of all rows together are then right on average.
     """
     largest = np.float32(np.abs(x).max())
     integers = np.rint(x * (np.float32(127) / largest if largest > 0 else np.float32(0)))

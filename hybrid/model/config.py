@@ -1,4 +1,4 @@
-"""ModelConfig: the numbers of one transformer. Reading them from a file is `checkpoint`'s job."""
+"""ModelConfig: the numbers of one transformer. `checkpoint` reads them from files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Activation = Literal["relu", "fatrelu", "silu"]
 class ModelConfig:
     """One decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated FFN.
 
-    The FFN is `down(act(gate x) * up x)`. A neuron fires where `gate x > 0` (relu), where
-    `gate x >= threshold` (fatrelu), always (silu).
+    The FFN is `down(act(gate x) * up x)`. A neuron fires if `gate x > 0` (relu), if
+    `gate x >= threshold` (fatrelu), or always (silu).
     """
 
     family: str  # "minicpm" or "llama"
@@ -43,10 +43,10 @@ class ModelConfig:
 
     @property
     def attention_size(self) -> int:
-        """What all query heads have together: the width of the output projection."""
+        """Width of all query heads together, which is the width of the output projection."""
         return self.n_heads * self.head_dim
 
     @property
     def qkv_size(self) -> int:
-        """Rows of the joined q, k and v projections."""
+        """Number of rows of the joined q, k and v projections."""
         return self.attention_size + 2 * self.n_kv_heads * self.head_dim

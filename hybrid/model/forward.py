@@ -1,8 +1,8 @@
 """The transformer, written once.
 
-Three users of this one definition: the reference executes it in NumPy, the CPU executor records it
-into a native program, the GPU executor captures it into a CUDA graph. Each brings its own
-operations; operations are fused stages:
+This one definition has three users. The reference executes it in NumPy. The CPU executor records
+it into a native program. The GPU executor captures it into a CUDA graph. Each user has its own
+operations. Operations are fused stages:
 
     embed   x = embedding[token] * scale
     qkv     norm, q k v projections, rope, KV-cache write
@@ -35,7 +35,7 @@ class Operations(Protocol[Matrix, X, Q, Logits]):
 def forward(
     ops: Operations[Matrix, X, Q, Logits], weights: ModelWeights[Matrix], config: ModelConfig
 ) -> Logits:
-    """Logits of the tokens that `ops` holds."""
+    """Run the model over the tokens that `ops` holds. Return their logits."""
     x = ops.embed(weights, config.embedding_scale)
     for layer, layer_weights in enumerate(weights.layers):
         q = ops.qkv(x, layer_weights, layer)

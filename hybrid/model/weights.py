@@ -1,5 +1,7 @@
-"""ModelWeights: the tensors of one model, by the part that they play. What a matrix *is* depends on
-the executor: a NumPy array for the reference, packed rows for the CPU.
+"""ModelWeights: the tensors of one model, by role.
+
+The type of a matrix depends on the executor: a NumPy array for the reference, packed rows for the
+CPU.
 """
 
 from __future__ import annotations
@@ -32,5 +34,5 @@ class ModelWeights(Generic[Matrix]):
     embedding: Matrix  # vocab rows of hidden
     layers: Sequence[LayerWeights[Matrix]]
     norm: NDArray[np.float32]  # (hidden,)
-    head: Matrix  # vocab rows of hidden; the embedding itself where they are tied
-    preview: Preview | None = None  # of the head, where one is used
+    head: Matrix  # vocab rows of hidden; the embedding itself if they are tied
+    preview: Preview | None = None  # of the head, if one is used

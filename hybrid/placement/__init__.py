@@ -1,1 +1,1 @@
-"""What this machine is, and (later) what goes where on it."""
+"""Measure this machine, and decide which device holds which part of a model."""

@@ -1,6 +1,7 @@
-"""What finding a token's active neurons costs on this machine: all gate rows, or a predictor and
-the rows that it names. Measured with the kernels themselves, on one thread, so that predictors are
-chosen by time and not by bytes.
+"""Measure what finding a token's active neurons costs on this machine.
+
+The engine computes all gate rows, or runs a predictor and computes the rows that it names. Both are
+measured with the real kernels on one thread, so that predictors are chosen by time, not by bytes.
 """
 
 from __future__ import annotations
@@ -18,25 +19,28 @@ from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
 from hybrid.weights.packed_rows import matrix_bytes, pack_bit_reversed, pack_bundles, pack_matrix
 from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, make_sign
 
-RANKS = (20, 36, 68, 132, 260, 516)  # whole lines of the kernels' layout
-_PREDICTED = 0.25  # share of rows while gathering is measured
+RANKS = (20, 36, 68, 132, 260, 516)  # ranks that fill whole lines of the kernels' layout
+_PREDICTED = 0.25  # share of rows that is named while the cost of a named row is measured
 _ROUNDS = 5
 
 
 class GateCosts(TypedDict):
-    """Nanoseconds for one layer of `n_neurons`, one token, one thread."""
+    """Nanoseconds for one layer of `n_neurons` neurons, for one token on one thread."""
 
     exact_ns: float  # all gate rows
     named_row_ns: float  # each row that a predictor names
-    lowrank_ns: dict[str, float]  # by rank: both matrices, naming no neuron
-    sign_ns: float
+    lowrank_ns: dict[str, float]  # by rank: both matrices, if no neuron is named
+    sign_ns: float  # if no neuron is named
 
 
 def measure_gate_costs(
     format: Format, hidden_size: int, n_neurons: int, n_layers: int
 ) -> GateCosts:
-    """Takes a few seconds. Weights are random, in as many copies as the model has layers, or as
-    reach beyond the cache, and are passed in turn: so they come from where the model's come from.
+    """Measure the costs, which takes a few seconds.
+
+    Weights are random. There are as many copies as the model has layers, or as many as exceed the
+    cache, and they are used one after the other. So they are read from memory or cache as the
+    model's own weights are.
     """
     rng = np.random.default_rng(0)
     gate = rng.standard_normal((n_neurons, hidden_size), np.float32)
@@ -44,7 +48,7 @@ def measure_gate_costs(
     up, down = pack_bundles(format, gate[:1].repeat(n_neurons, 0), gate[:1].repeat(n_neurons, 0))
 
     def seconds(copies: list[tuple[Rows, Predictor | None]]) -> float:
-        """Of one layer; no neuron fires."""
+        """Return the seconds for one layer in which no neuron fires."""
 
         def run(gate: Rows, predictor: Predictor | None) -> None:
             _native.sparse_ffn(
@@ -89,7 +93,7 @@ def measure_gate_costs(
 def _best(
     run: Callable[[Rows, Predictor | None], None], copies: list[tuple[Rows, Predictor | None]]
 ) -> float:
-    """Seconds of one call, in the best of some rounds over all copies."""
+    """Return the seconds of one call, from the best of several rounds over all copies."""
     best = np.inf
     for _ in range(_ROUNDS):
         started = time.perf_counter()

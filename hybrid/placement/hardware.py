@@ -1,4 +1,4 @@
-"""This machine: cores, caches, memory, and how fast it reads memory."""
+"""Hardware of this machine: cores, caches, memory and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import psutil
 
 from hybrid.kernels import ThreadPool, _native
 
-STREAM_BYTES = 1 << 30  # far beyond any cache
+STREAM_BYTES = 1 << 30  # far larger than any cache
 STREAM_PASSES = 5
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use: more threads only compete for the same memory
-    bandwidth.
+    """Return the number of physical cores that this process may use.
+
+    More threads would only compete for the same memory bandwidth.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))
 
 
 def last_level_cache_bytes() -> int | None:
-    """The size of the largest cache, or None where the system does not say."""
+    """Return the size of the largest cache, or None if the system does not report it."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         try:
@@ -38,7 +39,7 @@ def last_level_cache_bytes() -> int | None:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be had without swapping, a container's limit included."""
+    """Return the memory that is free without swapping, within a container's limit."""
     available = psutil.virtual_memory().available
     try:  # https://docs.kernel.org/admin-guide/cgroup-v2.html
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -51,13 +52,13 @@ def available_memory_bytes() -> int:
 
 
 def measure_stream_gbs(pool: ThreadPool) -> float:
-    """Memory bandwidth in GB/s (1e9 bytes): the best of several read-only SIMD passes over
-    huge-page memory, by the threads of `pool`.
+    """Measure the memory bandwidth in GB/s (1e9 bytes) with the threads of `pool`.
 
-    Takes about half a second and 1 GiB. Raises MemoryError.
+    It is the best of several read-only SIMD passes over huge-page memory. This takes about half a
+    second and 1 GiB. Raises MemoryError.
     """
     memory = _native.allocate_bytes(STREAM_BYTES).view(np.float32)
-    memory[:] = 1.0  # untouched pages would all be one page of zeros
+    memory[:] = 1.0  # untouched pages would all map to one page of zeros
     best = float("inf")
     for _ in range(STREAM_PASSES):
         started = time.perf_counter()

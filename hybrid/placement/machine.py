@@ -1,5 +1,7 @@
-"""Machine: what the time model needs to know of the hardware. Measured in some seconds, kept in a
-JSON file per machine, format and model shape; or modelled, for machines that are not here.
+"""Machine: the speeds of the hardware that the time model needs.
+
+They are measured in some seconds and kept in a JSON file per machine, format and model shape.
+Machines that are not at hand are modelled.
 """
 
 from __future__ import annotations
@@ -17,33 +19,33 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class CpuSpeeds:
-    """Of all threads together, in one weight format."""
+    """Speeds of all threads together, in one weight format."""
 
     stream_gbs: float  # rows that every token reads
-    gather_gbs: float  # up and down rows of active neurons, here and there
+    gather_gbs: float  # up and down rows of active neurons, which are scattered
     kv_gbs: float  # keys and values
-    layer_us: float  # what a layer costs besides: waiting between its phases
+    layer_us: float  # fixed cost of a layer: waiting between its phases
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSpeeds:
-    """Of one GPU, in one weight format."""
+    """Speeds of one GPU, in one weight format."""
 
     name: str
-    vram_bytes: int  # free, once a context is there
+    vram_bytes: int  # free VRAM after this process has created its context
     context_bytes: int  # what CUDA and torch take for themselves
     stream_gbs: float
     gather_gbs: float  # rows of which some are skipped
-    node_us: float  # a kernel more in a graph
-    hand_off_us: float  # the CPU's turn, if it had nothing to do
-    mechanism: str = "modelled"  # of hand-offs (engine.device)
-    torch_bytes: int = 0  # of context_bytes, torch's share
+    node_us: float  # cost of one more kernel in a graph
+    hand_off_us: float  # cost of a hand-off in which the CPU computes nothing
+    mechanism: str = "modelled"  # of hand-offs (engine.gpu.device)
+    torch_bytes: int = 0  # torch's share of context_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     name: str
-    quant: str  # the format that speeds are of
+    quant: str  # the weight format of the speeds
     n_threads: int
     isa: str
     ram_bytes: int
@@ -52,7 +54,7 @@ class Machine:
     is_modelled: bool = False
 
     def save(self, path: Path) -> None:
-        """Write the file; it appears under its name only once it is complete. Raises OSError."""
+        """Write the file. It appears under its name only when it is complete. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         try:
@@ -64,24 +66,25 @@ class Machine:
 
 
 def read_overrides(path: Path) -> dict[str, Any]:
-    """Fields of a machine, `cpu` and `gpu` as objects: all of them, or those to be replaced. Raises
-    InvalidArtifact.
+    """Read fields of a machine from a JSON file: all of them, or only those to be replaced.
+
+    `cpu` and `gpu` are objects. Raises InvalidArtifact.
     """
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidArtifact(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise InvalidArtifact(f"{path}: is no JSON ({error})") from error
+        raise InvalidArtifact(f"{path}: is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise InvalidArtifact(f"{path}: expected an object of a machine's fields")
+        raise InvalidArtifact(f"{path}: expected a JSON object with a machine's fields")
     if values.pop("version", VERSION) != VERSION:
-        raise InvalidArtifact(f"{path}: is of another version; measure the machine again")
+        raise InvalidArtifact(f"{path}: has another version; measure the machine again")
     return values
 
 
 def override(machine: Machine, values: dict[str, Any], path: Path) -> Machine:
-    """The machine with some fields replaced. Raises InvalidArtifact."""
+    """Return the machine with some fields replaced. Raises InvalidArtifact."""
     try:
         own = dict(values)
         if "cpu" in own:
@@ -94,7 +97,7 @@ def override(machine: Machine, values: dict[str, Any], path: Path) -> Machine:
 
 
 def load_machine(path: Path) -> Machine:
-    """A machine that `Machine.save` wrote. Raises InvalidArtifact."""
+    """Read a machine that `Machine.save` wrote. Raises InvalidArtifact."""
     values = read_overrides(path)
     missing = {f.name for f in fields(Machine)} - {"gpu", "is_modelled"} - values.keys()
     if missing:
@@ -118,8 +121,10 @@ def _speeds(kind: type, before: object, values: Any) -> Any:
 
 
 def _modelled(name: str, memory: float, gpu: str, vram_gbs: float) -> Machine:
-    """Bandwidths in GB/s as data sheets give them, times the shares that kernels reach: the CPU's
-    as measured on ours; the GPU's, and its latencies, as others report them (docs/log.md).
+    """Model a machine from the bandwidths in its data sheets, in GB/s.
+
+    Each bandwidth is multiplied by the share that kernels reach. The CPU's shares were measured on
+    our machine. The GPU's shares and latencies are those that others report (docs/log.md).
     """
     return Machine(
         name=name,

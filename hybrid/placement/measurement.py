@@ -1,5 +1,7 @@
-"""Measuring this machine's CPU for the time model: a short program of the model's own shape, with
-random weights, as many layers as reach beyond the caches, replayed by the real threads.
+"""Measure this machine's CPU for the time model.
+
+The real threads run a short program of the model's own shape with random weights. It has as many
+layers as are needed to exceed the caches.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from hybrid.weights.packing import PackedModel, pack_model, packed_layout, view_
 _VOCAB = 512
 _CONTEXT = 256  # positions that attention reads
 _TOKENS, _ROUNDS = 16, 3
-_CACHES = 16  # as large as so many last-level caches: what stays in one hardly shows
+# The weights are as large as this many last-level caches. So those that stay in a cache hardly
+# count.
+_CACHES = 16
 _ACTIVE_AT = 1.175  # a normal variable exceeds it in 12 % of all cases
 
 
 def measure_cpu(config: ModelConfig, format: Format, pool: ThreadPool) -> CpuSpeeds:
-    """Takes a few seconds, and some hundred MB. Raises MemoryError."""
+    """Measure the CPU's speeds. It takes a few seconds and some hundred MB. Raises MemoryError."""
     config = _shape(config, format)
     model = _random_model(config, format)
     cos, sin = rope_tables(config.head_dim, config.rope_theta, _CONTEXT + _TOKENS * _ROUNDS + 1)
@@ -43,7 +47,8 @@ def measure_cpu(config: ModelConfig, format: Format, pool: ThreadPool) -> CpuSpe
         rope_cos=cos,
         rope_sin=sin,
     )
-    # Nothing is added to the residual stream: every layer sees the same x, so as many fire in each.
+    # Scales of 0 add nothing to the residual stream. So every layer sees the same x, and about the
+    # same number of neurons fires in each.
     program.embed(model.embedding, 1.0)
     for layer, weights in enumerate(model.layers):
         program.qkv(weights.attention_norm, weights.qkv, layer)
@@ -83,13 +88,16 @@ def measure_cpu(config: ModelConfig, format: Format, pool: ThreadPool) -> CpuSpe
 def measured_machine(
     config: ModelConfig, format: Format, pool: ThreadPool, home: Path | None, *, again: bool = False
 ) -> Machine:
-    """This machine's CPU, as measured once and kept in `home`. Raises MemoryError."""
+    """Return this machine with its CPU. Speeds are measured once and kept in `home`.
+
+    `again` measures them again. Raises MemoryError.
+    """
     path = None if home is None else machine_path(home, config, format, pool.n_threads)
     if path is not None and path.is_file() and not again:
         try:
             return load_machine(path)
         except InvalidArtifact:
-            pass  # measured anew, and written over
+            pass  # a broken file is measured anew and overwritten
     machine = Machine(
         name=platform.node() or "this machine",
         quant=format.name,
@@ -104,14 +112,14 @@ def measured_machine(
 
 
 def machine_path(home: Path, config: ModelConfig, format: Format, n_threads: int) -> Path:
-    """Where a machine's speeds for models of this shape are kept."""
+    """Return where a machine's speeds for models of this shape are kept."""
     shape = (*astuple(replace(config, eos_ids=())), format.name, n_threads, active_isa())
     key = json.dumps([platform.node(), *shape])
     return home / "machines" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def save_quietly(machine: Machine, path: Path) -> None:
-    """A home that cannot be written costs a measurement each time, nothing else."""
+    """Save the machine and ignore OSError. If it cannot be saved, it is measured each time."""
     try:
         machine.save(path)
     except OSError:
@@ -119,7 +127,7 @@ def save_quietly(machine: Machine, path: Path) -> None:
 
 
 def _shape(config: ModelConfig, format: Format) -> ModelConfig:
-    """As many layers as the caches do not hold, at most all."""
+    """Return the config with as many layers as exceed the caches, at most all of them."""
     config = replace(config, vocab_size=_VOCAB, has_tied_head=True)
     one = packed_layout(replace(config, n_layers=1), format).n_bytes
     far = max(_CACHES * (last_level_cache_bytes() or 0), 64 << 20)
@@ -127,7 +135,7 @@ def _shape(config: ModelConfig, format: Format) -> ModelConfig:
 
 
 class _Random:
-    """A checkpoint of random weights, one layer."""
+    """A checkpoint of one layer with random weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -151,7 +159,7 @@ class _Random:
 
 
 def _random_model(config: ModelConfig, format: Format) -> PackedModel:
-    """One layer's bytes, in as many places as there are layers."""
+    """Return a model in which every layer is a copy of one random layer."""
     single = replace(config, n_layers=1)
     one = pack_model(_Random(single), format).embedding.memory
     source, layout = packed_layout(single, format), packed_layout(config, format)

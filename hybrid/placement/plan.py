@@ -1,6 +1,7 @@
-"""PlacementPlan: which part of each layer lives on the GPU. A few integers per layer, since neurons
-stand in falling activation frequency: hot ones are a prefix. Deciding the integers is `solver`'s
-job, moving the bytes the executors'.
+"""PlacementPlan: which part of each layer is on the GPU.
+
+A plan is a few integers per layer, because neurons are packed by falling activation frequency and
+hot neurons are a prefix. `solver` decides the integers; the executors copy the bytes.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from hybrid.model.config import ModelConfig
 
 VERSION = 1
 FILE_NAME = "placement_plan.json"
-BUCKET = 64  # neurons: n_gate and n_hot are multiples of it, or all of a layer
+BUCKET = 64  # neurons; n_gate and n_hot are multiples of it, or all neurons of a layer
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlacement:
-    """One layer. Off the GPU: all of it is computed on the CPU, and the counts are 0.
+    """Placement of one layer. If it is not on the GPU, the CPU computes all of it; counts are 0.
 
-    On the GPU: attention with its KV cache, the gates of neurons [0, n_gate), up and down of
-    neurons [0, n_hot). The CPU computes the rest: it is told which of [n_hot, n_gate) fire, and
-    finds out itself (all gates, or those that its predictor names) from n_gate on.
+    If it is, the GPU holds attention with its KV cache, the gates of neurons [0, n_gate), and the
+    up and down rows of neurons [0, n_hot). The CPU computes the rest. For neurons [n_hot, n_gate)
+    the GPU tells the CPU which fire. From n_gate on the CPU computes the gates itself: all of them,
+    or those that its predictor names.
     """
 
     is_on_gpu: bool = False
@@ -40,20 +42,20 @@ ON_CPU = LayerPlacement()
 
 @dataclass(frozen=True, slots=True)
 class PlacementPlan:
-    """Where the layers and the head of one model live, for one format and context."""
+    """Devices of the layers and the head of one model, for one format and context."""
 
     model_hash: str  # Checkpoint.weights_hash
-    order_hash: str  # weights.packed.order_hash: which neurons the prefixes are
+    order_hash: str  # weights.packing.order_hash: the neuron order that prefixes refer to
     quant: str  # "bf16", "q8" or "q4"
-    n_context: int  # positions that GPU layers keep keys and values for
+    n_context: int  # positions for which GPU layers have a KV cache
     n_neurons: int  # per layer
     layers: tuple[LayerPlacement, ...]
     is_head_on_gpu: bool = False
-    vram_budget: int = 0  # bytes that it was made for, all of the process
+    vram_budget: int = 0  # bytes of the whole process that the plan was made for
     vram_bytes: int = 0  # bytes of its tensors: weights, KV cache, buffers
-    context_bytes: int = 0  # what CUDA and torch take besides
-    torch_bytes: int = 0  # of those, torch's share
-    hand_offs: str = ""  # the mechanism that was fastest when measured (engine.device)
+    context_bytes: int = 0  # bytes that CUDA and torch take besides the tensors
+    torch_bytes: int = 0  # torch's share of context_bytes
+    hand_offs: str = ""  # the mechanism that measured fastest (engine.gpu.device)
 
     @property
     def uses_gpu(self) -> bool:
@@ -68,11 +70,11 @@ class PlacementPlan:
         return layer.is_on_gpu and layer.n_hot == self.n_neurons
 
     def is_split(self, layer: LayerPlacement) -> bool:
-        """Whether both devices work on this layer's FFN, or the CPU alone on it."""
+        """Whether attention is on the GPU and the CPU computes some or all of the FFN."""
         return layer.is_on_gpu and layer.n_hot < self.n_neurons
 
     def summary(self) -> str:
-        """One line: what is where."""
+        """Return one line that says which parts are on the GPU."""
         if not self.uses_gpu:
             return "plan: all on the CPU"
         whole = sum(self.is_whole(layer) for layer in self.layers)
@@ -93,7 +95,7 @@ class PlacementPlan:
         return f"plan: on the GPU {where} ({self.vram_bytes / 2**20:.0f} MiB); the rest on the CPU"
 
     def save(self, path: Path) -> None:
-        """Write the file; it appears under its name only once it is complete. Raises OSError."""
+        """Write the file. It appears under its name only when it is complete. Raises OSError."""
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
@@ -106,13 +108,13 @@ class PlacementPlan:
 def cpu_plan(
     config: ModelConfig, quant: str, n_context: int, model_hash: str, order_hash: str
 ) -> PlacementPlan:
-    """All on the CPU."""
+    """Return the plan with everything on the CPU."""
     layers = (ON_CPU,) * config.n_layers
     return PlacementPlan(model_hash, order_hash, quant, n_context, config.n_neurons, layers)
 
 
 def whole_plan(plan: PlacementPlan) -> PlacementPlan:
-    """The same model, all on the GPU."""
+    """Return a plan for the same model with everything on the GPU."""
     layer = LayerPlacement(True, plan.n_neurons, plan.n_neurons)
     return replace(plan, layers=(layer,) * len(plan.layers), is_head_on_gpu=True)
 
@@ -124,23 +126,25 @@ def split_active(active: NDArray[np.intp], n_hot: int) -> tuple[NDArray[np.intp]
 
 
 def load_plan(path: Path) -> PlacementPlan:
-    """Read a plan. Raises InvalidArtifact where it is none, broken or of another version."""
+    """Read a plan. Raises InvalidArtifact if the file is no plan, broken, or of another version."""
     try:
         fields: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidArtifact(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise InvalidArtifact(f"{path}: is no placement plan ({error}); make it anew") from error
+        raise InvalidArtifact(
+            f"{path}: is not a placement plan ({error}); make a new one"
+        ) from error
     if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
         raise InvalidArtifact(
-            f"{path}: expected a plan of version {VERSION}; make it anew with hybrid.plan"
+            f"{path}: expected a plan of version {VERSION}; make a new one with hybrid.plan"
         )
     try:
         layers = tuple(LayerPlacement(**layer) for layer in fields.pop("layers"))
         plan = PlacementPlan(layers=layers, **fields)
         _check_values(plan)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InvalidArtifact(f"{path}: is broken ({error}); make it anew") from error
+        raise InvalidArtifact(f"{path}: is broken ({error}); make a new one") from error
     return plan
 
 
@@ -171,7 +175,7 @@ def _check_values(plan: PlacementPlan) -> None:
         if not 0 <= layer.n_hot <= layer.n_gate <= plan.n_neurons:
             raise ValueError(f"layer {index}: expected n_hot <= n_gate <= n_neurons, found {layer}")
         if not layer.is_on_gpu and layer.n_gate:
-            raise ValueError(f"layer {index}: is on the CPU, with neurons on the GPU")
+            raise ValueError(f"layer {index}: is on the CPU, but has neurons on the GPU")
 
 
 def check_plan(
@@ -184,11 +188,11 @@ def check_plan(
     model_hash: str,
     order_hash: str,
 ) -> None:
-    """Raises InvalidArtifact unless the plan is of this model, format, order and context."""
-    again = "make it anew with hybrid.plan"
+    """Raises InvalidArtifact unless the plan fits this model, format, neuron order and context."""
+    again = "make a new one with hybrid.plan"
     for what, expected, found in (
         ("layers", config.n_layers, len(plan.layers)),
-        ("neurons a layer", config.n_neurons, plan.n_neurons),
+        ("neurons per layer", config.n_neurons, plan.n_neurons),
         ("format", quant, plan.quant),
         ("model hash", model_hash[:12], plan.model_hash[:12]),
         ("neuron order", order_hash[:12], plan.order_hash[:12]),
@@ -197,6 +201,6 @@ def check_plan(
             raise InvalidArtifact(f"{path}: {what}: expected {expected}, found {found}; {again}")
     if plan.uses_gpu and plan.n_context < n_context:
         raise InvalidArtifact(
-            f"{path}: is for a context of {plan.n_context} positions, asked for are {n_context}; "
-            f"{again}, or ask for a smaller context"
+            f"{path}: is for a context of {plan.n_context} positions, but {n_context} are "
+            f"requested; {again}, or choose a smaller context"
         )

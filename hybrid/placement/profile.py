@@ -1,7 +1,7 @@
 """ActivationProfile: how often each FFN neuron of a model fired on some texts.
 
-`profiler.record` writes it; packing takes its neuron order from it, placement its frequencies.
-Neurons stand in the order of the checkpoint. The file is described in docs/formats.md.
+`profiler.record` writes it. Packing takes the neuron order from it, and placement takes the
+frequencies. Neurons are in the checkpoint's order. docs/formats.md describes the file.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ POSITION_BUCKETS = 16  # bucket b holds positions 2^b - 1 to 2^(b+1) - 2 of a wi
 
 @dataclass(frozen=True, slots=True)
 class ActivationProfile:
-    """Counts of one recording; sums over its tokens."""
+    """Counts of one recording, summed over its tokens."""
 
     model_hash: str  # Checkpoint.weights_hash of the model
     n_tokens: int
-    counts: NDArray[np.int64]  # (n_layers, n_neurons) tokens that the neuron fired for
-    text_counts: NDArray[np.int64]  # (n_texts, n_layers, n_neurons) the same, text by text
+    counts: NDArray[np.int64]  # (n_layers, n_neurons) tokens for which the neuron fired
+    text_counts: NDArray[np.int64]  # (n_texts, n_layers, n_neurons) the same per text
     position_active: NDArray[np.int64]  # (n_layers, POSITION_BUCKETS) active neurons
     position_tokens: NDArray[np.int64]  # (POSITION_BUCKETS,) tokens
-    overlap: NDArray[np.int64]  # (n_layers,) active neurons that were active a token before, too
-    overlap_base: NDArray[np.int64]  # (n_layers,) active neurons of tokens that have one before
+    overlap: NDArray[np.int64]  # (n_layers,) active neurons that also fired one token before
+    overlap_base: NDArray[np.int64]  # (n_layers,) active neurons of tokens with a token before
     about: dict[str, Any]  # model, quant, window, texts with their hashes, versions
 
     @property
     def frequency(self) -> NDArray[np.float64]:
-        """(n_layers, n_neurons) share of tokens that each neuron fired for."""
+        """(n_layers, n_neurons) share of tokens for which each neuron fired."""
         return self.counts / self.n_tokens
 
     @property
@@ -49,11 +49,11 @@ class ActivationProfile:
         return 1.0 - self.frequency.mean(1)
 
     def neuron_orders(self) -> list[NDArray[np.intp]]:
-        """Per layer the neurons by falling frequency; equal ones as they stand."""
+        """Return per layer the neurons by falling frequency. Equal ones keep their order."""
         return [np.argsort(-counts, kind="stable") for counts in self.counts]
 
     def save(self, path: Path) -> None:
-        """Write the file; it appears under its name only once it is complete. Raises OSError."""
+        """Write the file. It appears under its name only when it is complete. Raises OSError."""
         about = {
             **self.about,
             "version": VERSION,
@@ -69,7 +69,7 @@ class ActivationProfile:
             temporary.unlink(missing_ok=True)
 
 
-# Per array its dimensions: T texts, L layers, N neurons, B buckets.
+# Dimensions of each array: T texts, L layers, N neurons, B buckets.
 _SHAPES = {
     "counts": "LN",
     "text_counts": "TLN",
@@ -81,14 +81,18 @@ _SHAPES = {
 
 
 def load_profile(path: Path) -> ActivationProfile:
-    """Read a profile. Raises InvalidArtifact where it is none, broken or of another version."""
+    """Read a profile. Raises InvalidArtifact if the file is no profile, broken, or of another
+    version.
+    """
     if not path.is_file():
         raise InvalidArtifact(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = (file.metadata() or {}).get(_METADATA)
             if metadata is None:
-                raise InvalidArtifact(f"{path}: is no activation profile; profiler.record makes it")
+                raise InvalidArtifact(
+                    f"{path}: is not an activation profile; make one with profiler.record"
+                )
             about = json.loads(metadata)
             if not isinstance(about, dict) or about.get("version") != VERSION:
                 raise InvalidArtifact(
@@ -117,11 +121,11 @@ def load_profile(path: Path) -> ActivationProfile:
 def check_profile(
     profile: ActivationProfile, path: Path, model_hash: str, n_layers: int, n_neurons: int
 ) -> None:
-    """Raises InvalidArtifact unless the profile is of this very model."""
+    """Raises InvalidArtifact unless the profile was recorded with this model."""
     if profile.counts.shape != (n_layers, n_neurons):
         found = " x ".join(map(str, profile.counts.shape))
         raise InvalidArtifact(
-            f"{path}: is of a model of {found} neurons; this one has {n_layers} x {n_neurons}"
+            f"{path}: is for a model of {found} neurons; this one has {n_layers} x {n_neurons}"
         )
     if profile.model_hash != model_hash:
         raise InvalidArtifact(
@@ -131,15 +135,16 @@ def check_profile(
 
 
 def profile_path(home: Path, model_hash: str) -> Path:
-    """Where `hybrid.setup` keeps the profile of a model, in hybrid's own folder."""
+    """Return where `hybrid.setup` keeps the profile of a model, in hybrid's own folder."""
     return home / "profiles" / f"{model_hash[:32]}.safetensors"
 
 
 def find_profile(
     folder: Path, home: Path | None, model_hash: str, n_layers: int, n_neurons: int
 ) -> tuple[ActivationProfile | None, tuple[str, ...]]:
-    """The profile of a model that setup recorded, else the one in the model's own folder; and a
-    notice for each that is there but cannot be used.
+    """Return the profile that `hybrid.setup` recorded, else the one in the model's folder.
+
+    Also returns a notice for each profile that exists but cannot be used.
     """
     notices: list[str] = []
     kept = () if home is None else (profile_path(home, model_hash),)

@@ -1,4 +1,4 @@
-"""How many bytes each part of a model takes, on either device: the one place that counts them."""
+"""Sizes of each part of a model in bytes, on CPU and GPU. No other module computes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybrid.weights import preview
 from hybrid.weights.formats import BLOCK, row_bytes
 
 _T = _native.PREFILL_CHUNK
-MAX_SPLITS = 16  # partial sums that the GPU's kernels leave (kernels.triton_kernels)
+MAX_SPLITS = 16  # most partial sums that the GPU's kernels write (kernels.gpu.triton_kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +22,14 @@ class ModelSizes:
     format: Format
     n_context: int
     n_splits: int = MAX_SPLITS
-    rows_per_count: int = 8  # of the counters of neurons that fired; 0: one for all
+    rows_per_count: int = 8  # neurons per counter of those that fired; 0: one counter for all
 
     def cpu_row(self, n_cols: int) -> int:
-        """Of a packed row."""
+        """Return the bytes of a packed row on the CPU."""
         return sum(row_bytes(self.format, n_cols))
 
     def gpu_row(self, n_cols: int) -> int:
-        """Of a row on the GPU, without padding."""
+        """Return the bytes of a row on the GPU, without padding."""
         if self.format is Format.bf16:
             return 2 * n_cols
         values = n_cols if self.format is Format.q8 else n_cols // 2
@@ -37,12 +37,12 @@ class ModelSizes:
 
     @property
     def neuron(self) -> int:
-        """Gate, up or down row of one neuron, on the GPU."""
+        """One neuron's gate, up or down row on the GPU."""
         return self.gpu_row(self.config.hidden_size)
 
     @property
     def attention(self) -> int:
-        """Projections of one layer, on the GPU."""
+        """The attention projections of one layer on the GPU."""
         c = self.config
         return c.qkv_size * self.gpu_row(c.hidden_size) + c.hidden_size * self.gpu_row(
             c.attention_size
@@ -56,7 +56,10 @@ class ModelSizes:
         )
 
     def cpu_head(self, *, is_previewed: bool) -> int:
-        """What a token reads of the head on the CPU."""
+        """Return the bytes of the head that one token reads on the CPU.
+
+        A previewed head counts as its preview and the expected shortlist.
+        """
         c = self.config
         n_bytes = c.vocab_size * self.cpu_row(c.hidden_size)
         if not (is_previewed and preview.pays(c.vocab_size)):
@@ -66,28 +69,29 @@ class ModelSizes:
 
     @property
     def head(self) -> int:
-        """The head and its norm and logits, on the GPU."""
+        """The head with its norm and logits on the GPU."""
         c = self.config
         return c.vocab_size * (self.neuron + 4) + 4 * c.hidden_size
 
     def kv(self, n_positions: int) -> int:
-        """fp16 keys and values of one layer."""
+        """Return the bytes of one layer's fp16 keys and values."""
         return 2 * 2 * self.config.n_kv_heads * self.config.head_dim * n_positions
 
     @property
     def resident(self) -> int:
-        """What a layer takes on the GPU before any of its neurons: attention, KV cache, norms."""
+        """A layer on the GPU without its neurons: attention, KV cache and norms."""
         return self.attention + self.kv(self.n_context) + 2 * 4 * self.config.hidden_size
 
     def layer(self, placement: LayerPlacement) -> int:
-        """One layer on the GPU."""
+        """Return the bytes of one layer on the GPU."""
         if not placement.is_on_gpu:
             return 0
         return self.resident + (placement.n_gate + 2 * placement.n_hot) * self.neuron
 
     def buffers(self, n_values: int | None = None) -> int:
-        """What a sequence's pass needs besides, and the rope tables. `n_values`: of the widest hot
-        set.
+        """Return the bytes of the buffers of one sequence's pass, and of the rope tables.
+
+        `n_values` is the size of the largest hot set of any layer; None counts all neurons.
         """
         c = self.config
         hidden, attention = c.hidden_size, c.attention_size
@@ -110,7 +114,7 @@ class ModelSizes:
         )
 
     def plan(self, plan: PlacementPlan) -> int:
-        """All tensors that a plan puts on the GPU, with one sequence's cache and buffers."""
+        """Return the bytes of all tensors of a plan, with one sequence's KV cache and buffers."""
         if not plan.uses_gpu:
             return 0
         widest = max(layer.n_hot for layer in plan.layers)

@@ -1,8 +1,9 @@
-"""Which part of each layer goes to the GPU: the plan of least predicted time within a budget.
+"""Solver: finds the placement plan with the least predicted time within a VRAM budget.
 
-Two ways. `solve_milp` is a mixed-integer program (scipy's HiGHS) over layers and buckets of
-neurons. `solve_greedy` tries runs of layers before the head and fills what is left with the rows
-that save most: it needs no scipy, and checks the other. `solve` takes the better of both.
+There are two methods. `solve_milp` solves a mixed-integer program (scipy's HiGHS) over layers and
+buckets of neurons. `solve_greedy` tries runs of layers before the head, and fills the remaining
+budget with the rows that save most. It needs no scipy, and serves as a check of the other. `solve`
+takes the better plan of both.
 """
 
 from __future__ import annotations
@@ -15,33 +16,34 @@ import numpy as np
 from hybrid.placement.plan import BUCKET, ON_CPU, LayerPlacement, PlacementPlan, whole_plan
 from hybrid.placement.time_model import HOT_NODES, TimeModel, buckets
 
-MIP_GAP = 1e-3  # of the predicted time
+MIP_GAP = 1e-3  # accepted distance from the optimum, as a share of the predicted time
 TIME_LIMIT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A way to run the model, and its predicted time."""
+    """A plan with a name and its predicted time."""
 
     name: str
     plan: PlacementPlan
-    seconds: float
+    seconds: float  # per token
 
 
 def solve(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> PlacementPlan:
-    """The fastest plan whose tensors take at most `budget` bytes (what CUDA needs for itself is not
-    in it). `cpu_only` says which model it is.
+    """Return the fastest plan whose tensors take at most `budget` bytes.
+
+    The budget excludes what CUDA needs for itself. `cpu_only` identifies the model.
     """
     return best(alternatives(model, cpu_only, budget)).plan
 
 
 def best(alternatives: list[Alternative]) -> Alternative:
-    """The fastest; of equals, the one with least on the GPU."""
+    """Return the fastest alternative. Among equals it is the one that uses least VRAM."""
     return min(alternatives, key=lambda a: (a.seconds, a.plan.vram_bytes))
 
 
 def alternatives(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> list[Alternative]:
-    """CPU only, whole layers, hybrid, all on the GPU: each at its best, where it fits."""
+    """Return the best plan of each kind that fits: CPU only, whole layers, hybrid, all on GPU."""
 
     def named(name: str, plan: PlacementPlan) -> Alternative:
         return Alternative(name, plan, model.plan(plan))
@@ -68,8 +70,11 @@ def alternatives(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> list
 
 
 def solve_greedy(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> PlacementPlan | None:
-    """The best of: the head, the last m layers' attention (with all their gates, or without), and
-    up and down rows, or whole neurons, by what they save per byte.
+    """Return the best plan of a greedy search, or None if nothing fits.
+
+    The search combines the head (or not) with the last m layers: whole, or their attention with all
+    gates, or without gates. Then it adds up and down rows, or whole neurons, by time saved per
+    byte.
     """
     n = cpu_only.n_neurons
     starts = (LayerPlacement(True, n, 0), LayerPlacement(True, 0, 0), _whole(cpu_only))
@@ -78,7 +83,7 @@ def solve_greedy(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> Plac
 
 
 def solve_milp(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> PlacementPlan | None:
-    """None where scipy is not installed, or nothing fits."""
+    """Solve the mixed-integer program. Return None if scipy is missing or nothing fits."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import coo_matrix
@@ -120,7 +125,7 @@ def _runs(
     budget: int,
     placements: tuple[LayerPlacement, ...],
 ) -> Iterator[PlacementPlan]:
-    """The head, or not, with the last m layers in each of some placements, as far as they fit."""
+    """Yield plans that fit: with or without the head, and the last m layers in one placement."""
     n_layers = len(cpu_only.layers)
     for head in (True, False):
         for placement in placements:
@@ -136,17 +141,19 @@ def _runs(
 
 
 def _fill(model: TimeModel, plan: PlacementPlan, budget: int) -> PlacementPlan:
-    """Put hot rows into what is left of the budget, those first that save most time per byte, each
-    layer only as far as its GPU stays the faster half.
+    """Fill the rest of the budget with hot rows, those first that save most time per byte.
+
+    A layer gets more rows only while they save time, so only until its GPU part takes longer than
+    its CPU part.
     """
     layers, sizes = list(plan.layers), model.sizes
-    # Buffers grow with the widest hot set: counted as if it were all.
+    # Buffers grow with the largest hot set. Assume that it holds all neurons.
     room = budget - sum(sizes.layer(layer) for layer in layers) - sizes.buffers()
     room -= sizes.head if plan.is_head_on_gpu else 0
     steps = buckets(plan.n_neurons)
 
     def step_of(layer: int) -> tuple[float, LayerPlacement, int] | None:
-        """What the layer's next rows save per byte, and cost in bytes."""
+        """Return what the layer's next rows save per byte, the new placement, and their bytes."""
         now = layers[layer]
         if not now.is_on_gpu or now.n_hot == plan.n_neurons:
             return None
@@ -173,18 +180,21 @@ def _fill(model: TimeModel, plan: PlacementPlan, budget: int) -> PlacementPlan:
 
 
 class _Program:
-    """The mixed-integer program: per layer three exclusive choices (whole; split with all gates;
-    split with gates of the hot neurons alone), the share of each bucket that is hot, and the times
-    that are maxima.
+    """The mixed-integer program.
+
+    Each layer has three exclusive choices: whole, split with all gates, or split with the gates of
+    hot neurons only. Continuous variables are the hot share of each bucket, and the FFN times,
+    which are maxima over both devices.
     """
 
     def __init__(self, model: TimeModel, cpu_only: PlacementPlan, budget: int) -> None:
         self.model, self.cpu_only = model, cpu_only
         self.steps = buckets(cpu_only.n_neurons)
         self.n_layers, n_steps = len(cpu_only.layers), len(self.steps)
-        # A layer's variables: choices, buckets of either split, its FFN's time, switches up, down.
+        # A layer's variables: its choices, the buckets of both splits, its FFN's time, and the
+        # switches of the residual stream to the GPU (up) and to the CPU (down) before it.
         self.width = 3 + 2 * n_steps + 3
-        self.n = self.n_layers * self.width + 3  # the head's choice, switches before it
+        self.n = self.n_layers * self.width + 3  # the head's choice and the switches before it
         self.room = budget - model.sizes.buffers()
         self.cost, self.upper = np.zeros(self.n), np.ones(self.n)
         self.integrality = np.zeros(self.n)
@@ -193,7 +203,7 @@ class _Program:
         for layer in range(self.n_layers):
             self._layer(layer, memory)
         self._head(memory)
-        # In MiB and microseconds: coefficients near one.
+        # Units are MiB and microseconds, so that coefficients are near one.
         self._add({i: b / 2**20 for i, b in memory.items()}, -np.inf, self.room / 2**20)
 
     def _at(self, layer: int, index: int) -> int:
@@ -227,7 +237,7 @@ class _Program:
         self._add({whole: 1.0, all_gates: 1.0, own_gates: 1.0}, 0.0, 1.0)
 
         hot_time, cold_time = {time: 1.0}, {time: 1.0}
-        # What the CPU's turn costs where nothing is hot.
+        # Cost of the CPU's segment, hand-off included, if no neuron is hot.
         for split, gates in ((all_gates, n), (own_gates, 0)):
             bare = model.layer(layer, LayerPlacement(True, gates, 0))
             cold_time[split] = -bare.cold * 1e6
@@ -260,7 +270,7 @@ class _Program:
         self._switch([head], [self._at(self.n_layers - 1, i) for i in range(3)], up, down)
 
     def _switch(self, here: list[int], before: list[int], up: int, down: int) -> None:
-        """up >= here - before, down >= before - here."""
+        """Add the constraints up >= here - before and down >= before - here."""
         self.cost[[up, down]] = self.model.switch * 1e6
         difference = {i: 1.0 for i in here} | {i: -1.0 for i in before}
         self._add({up: 1.0} | {i: -v for i, v in difference.items()}, 0.0, np.inf)
@@ -277,7 +287,7 @@ class _Program:
         return rows, columns, values, [r[1] for r in self._rows], [r[2] for r in self._rows]
 
     def read(self, x: np.ndarray) -> PlacementPlan:
-        """The plan of a solution, its hot sets rounded down."""
+        """Return the plan of a solution, with hot sets rounded down to buckets."""
         n, n_steps = self.cpu_only.n_neurons, len(self.steps)
         layers = []
         for layer in range(self.n_layers):

@@ -1,5 +1,7 @@
-"""What a hypervisor takes of a virtual machine's processors: no measurement of ours can see it, and
-each is wrong by it."""
+"""Stolen time: processor time that a hypervisor takes from a virtual machine.
+
+Our timings cannot see it, so every timing is wrong by it.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,20 @@ import psutil
 
 
 def _stolen_s() -> float:
-    """Of all processors, since the machine started; Linux alone tells, to 10 ms."""
+    """Return stolen seconds of all processors since boot. Only Linux reports them, to 10 ms."""
     return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 class StolenTime:
-    """Counts from when it is made."""
+    """Measures stolen time since its construction."""
 
     def __init__(self) -> None:
         self._stolen_s, self._started = _stolen_s(), time.perf_counter()
 
     def share(self, n_threads: int) -> float:
-        """Of the time of `n_threads` processors, 1 at most; 0 where the system does not tell."""
+        """Return the stolen share of the time of `n_threads` processors, at most 1.
+
+        It is 0 if the system does not report it.
+        """
         elapsed = time.perf_counter() - self._started
         return min((_stolen_s() - self._stolen_s) / (n_threads * elapsed), 1.0)

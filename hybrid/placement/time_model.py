@@ -1,5 +1,7 @@
-"""How long a token takes under a plan: bytes over measured bandwidths, and what every layer, kernel
-and hand-off costs besides. The solver minimises this, `hybrid.plan` prints it.
+"""Time model: predicts how long a token takes under a plan.
+
+The time is bytes over measured bandwidths, plus fixed costs per layer, kernel and hand-off. The
+solver minimises it, and `hybrid.plan` prints it.
 """
 
 from __future__ import annotations
@@ -13,26 +15,27 @@ from hybrid.placement.machine import Machine
 from hybrid.placement.plan import BUCKET, LayerPlacement, PlacementPlan
 from hybrid.placement.sizes import ModelSizes
 
-# Kernels of a decode graph (engine/gpu/operations.py): norm, qkv, rope, attention and its merge,
-# output; norm, gates; up, down; merge; the head's norm, rows, copy.
+# Kernels per part of a decode graph (engine/gpu/operations.py). Attention: norm, qkv, rope,
+# attention, its merge, output. Gates: norm, gates. Hot: up, down. Merge: merge. Head: norm, rows,
+# copy.
 ATTENTION_NODES, GATE_NODES, HOT_NODES, MERGE_NODES, HEAD_NODES = 6, 2, 2, 1, 3
 
 
 @dataclass(frozen=True, slots=True)
 class PredictorCost:
-    """A layer's predictor on the CPU: bytes that it reads, share of gates that it names."""
+    """Cost of a layer's predictor on the CPU."""
 
-    n_bytes: int
-    predicted_fraction: float
+    n_bytes: int  # bytes that the predictor reads per token
+    predicted_fraction: float  # share of the neurons whose gates it names
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """Seconds of one layer of one token; `hot` and `cold` run at once."""
+    """Seconds of one layer for one token. `hot` and `cold` run at the same time."""
 
-    before: float  # attention, and what must be known before the FFN is split
+    before: float  # attention, and the GPU's gates
     hot: float
-    cold: float  # the CPU's turn, hand-off included; 0 where it has none
+    cold: float  # the CPU's segment with its hand-off; 0 if it has none
     after: float
 
     @property
@@ -52,18 +55,20 @@ class TimeModel:
         n_positions: int = 512,
         predictors: tuple[PredictorCost | None, ...] | None = None,
     ) -> None:
-        """`frequencies` (n_layers, n_neurons), in the order in which neurons are packed: the share
-        of tokens that each fires for. `n_positions`: of context that a token attends to.
+        """`frequencies` (n_layers, n_neurons): share of tokens for which each neuron fires.
+
+        Neurons are in packed order. `n_positions` is the number of positions that a token attends
+        to.
         """
         self.machine, self.sizes, self.n_positions = machine, sizes, n_positions
         self.frequencies = frequencies
         self.predictors = predictors or (None,) * sizes.config.n_layers
         zero = np.zeros((len(frequencies), 1))
-        # [layer, n]: neurons before n that a token finds active.
+        # [layer, n]: expected number of active neurons among the first n.
         self._active = np.concatenate((zero, frequencies.cumsum(1)), 1)
 
     def plan(self, plan: PlacementPlan) -> float:
-        """Seconds per token."""
+        """Return the seconds per token."""
         total, on_gpu = 0.0, False
         for layer, placement in enumerate(plan.layers):
             total += self.layer(layer, placement).total
@@ -76,7 +81,7 @@ class TimeModel:
 
     @property
     def switch(self) -> float:
-        """The residual stream goes to the other device."""
+        """Seconds to send the residual stream to the other device."""
         return 0.0 if self.machine.gpu is None else self.machine.gpu.hand_off_us * 1e-6
 
     def head(self, is_on_gpu: bool) -> float:
@@ -113,11 +118,11 @@ class TimeModel:
         return LayerTime(before, hot, cold, MERGE_NODES * gpu.node_us * 1e-6)
 
     def active(self, layer: int, first: int, last: int) -> float:
-        """Neurons of [first, last) that a token finds active."""
+        """Return the expected number of active neurons in [first, last)."""
         return float(self._active[layer, last] - self._active[layer, first])
 
     def cold_gates(self, layer: int, first: int, last: int) -> float:
-        """The CPU finds which of the neurons fire."""
+        """Return the seconds that the CPU needs to find the active neurons of [first, last)."""
         row, cpu = self.sizes.cpu_row(self.sizes.config.hidden_size), self.machine.cpu
         predictor = self.predictors[layer]
         if predictor is None or first == last:
@@ -127,24 +132,24 @@ class TimeModel:
         return (share * predictor.n_bytes / cpu.stream_gbs + named) * 1e-9
 
     def cold_rows(self, layer: int, first: int, last: int) -> float:
-        """Up and down rows of the neurons that fire, on the CPU."""
+        """Return the seconds for up and down rows of active neurons on the CPU."""
         row = self.sizes.cpu_row(self.sizes.config.hidden_size)
         n_bytes = 2 * row * self.active(layer, first, last)
         return n_bytes / self.machine.cpu.gather_gbs * 1e-9
 
     def hot_rows(self, layer: int, first: int, last: int) -> float:
-        """The same on the GPU."""
+        """Return the seconds for up and down rows of active neurons on the GPU."""
         assert self.machine.gpu is not None
         n_bytes = 2 * self.sizes.neuron * self.active(layer, first, last)
         return n_bytes / self.machine.gpu.gather_gbs * 1e-9
 
 
 def flat_frequencies(n_layers: int, n_neurons: int, mean: float) -> NDArray[np.float64]:
-    """Every neuron equally hot: what is known where nothing was recorded."""
+    """Return equal frequencies for all neurons, for models without a profile."""
     return np.full((n_layers, n_neurons), mean)
 
 
 def buckets(n_neurons: int, n_buckets: int = 15) -> list[tuple[int, int]]:
-    """Ranges of neurons that begin at multiples of BUCKET."""
+    """Return about `n_buckets` ranges of neurons that begin at multiples of BUCKET."""
     step = max(1, round(n_neurons / BUCKET / n_buckets)) * BUCKET
     return [(first, min(first + step, n_neurons)) for first in range(0, n_neurons, step)]

@@ -1,8 +1,8 @@
-"""SamplingParams and Sampler: from logits to the next token.
+"""SamplingParams and Sampler choose the next token from the logits.
 
-Order: repeat penalty, temperature, top-k, top-p over what top-k kept, min-p over what is left.
-Equal logits at a cut: lowest ids stay. Nothing here sorts the whole vocabulary unless the
-distribution is flat.
+The steps are, in this order: repeat penalty, temperature, top-k, top-p over what top-k kept, min-p
+over what is left. If logits are equal at a cut, the lowest ids are kept. The whole vocabulary is
+sorted only if the distribution is flat.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from hybrid.errors import HybridError, InvalidOption
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 
-BLOCK = 256  # logits that are looked at together
+BLOCK = 256  # logits per block of the two-step searches below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen. Raises InvalidOption for a value out of range."""
 
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int = 0  # keep the k most likely tokens; 0: all
-    top_p: float = 0.95  # keep the fewest tokens that hold this probability; 1: all
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 0  # keep the k likeliest tokens; 0: all
+    top_p: float = 0.95  # keep the fewest tokens that have this probability together; 1: all
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
     repeat_penalty: float = 1.0  # above 1: recent tokens become less likely; 1: off
-    seed: int | None = None  # None: drawn from the system
+    seed: int | None = None  # None: a random seed of the operating system
 
     def __post_init__(self) -> None:
         if not (
@@ -55,26 +55,26 @@ class SamplingParams:
 
 
 class Sampler:
-    """Draws tokens. The same seed and logits give the same tokens, in any process."""
+    """Draws tokens. The same seed and logits give the same tokens in any process."""
 
-    seed: int  # the one in use, also where none was asked for
+    seed: int  # the seed in use, even if the parameters give none
 
     def __init__(self, params: SamplingParams) -> None:
         self.seed = secrets.randbits(32) if params.seed is None else int(params.seed)
         self._params = params
         self._random = random.Random(self.seed)
-        # Kept, since fresh memory of this size costs more than what is done in it.
+        # Kept between calls, because allocating this much costs more than the work in it.
         self._weights = np.empty(0, np.float32)
 
     def sample(self, logits: Floats, recent: Sequence[int] = ()) -> int:
-        """The next token for `logits` (vocab,), which are not changed; -inf bans a token.
+        """Return the next token for `logits` (vocab,), which are not changed; -inf bans a token.
 
-        `recent` are the tokens that the repeat penalty is for: each positive logit among them is
-        divided by it, each negative one multiplied (CTRL, https://arxiv.org/abs/1909.05858).
+        The repeat penalty applies to the tokens of `recent`. It divides their positive logits and
+        multiplies their negative ones (CTRL, https://arxiv.org/abs/1909.05858).
 
-        Raises HybridError where a logit is NaN or +inf, or every token is banned.
+        Raises HybridError if a logit is NaN or +inf, or if every token is banned.
         """
-        top = logits.max()  # NaN where any is
+        top = logits.max()  # NaN if any logit is
         if not np.isfinite(top):
             problem = "every token is banned (-inf)" if top < 0 else f"found {top}"
             raise HybridError(
@@ -92,7 +92,7 @@ class Sampler:
             top = logits.max()
         if params.temperature == 0:
             return int(logits.argmax())
-        ids: Ids | None = None  # of the tokens that are left; None: all of them
+        ids: Ids | None = None  # ids of the tokens that are left; None: all of them
         if params.top_k > 0:
             ids = _largest(logits, params.top_k)
             logits = logits[ids]
@@ -110,16 +110,16 @@ class Sampler:
 
 
 def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
-    """Natural logarithms of the probabilities (vocab,)."""
+    """Return the natural logarithms of the probabilities (vocab,)."""
     shifted = logits.astype(np.float64) - float(logits.max())
     result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
     return result
 
 
 def _weigh(logits: Floats, top: np.float32, temperature: float, out: Floats) -> Floats:
-    """Probabilities up to a factor, in `out`; the largest is 1."""
-    # Any gap between logits that matters is already 0 or infinite at these bounds; beyond them
-    # fp32 would make 0/0 of it.
+    """Write probabilities up to a factor into `out`; the largest is 1."""
+    # At these bounds any gap between logits is already 0 or infinite. Beyond them fp32 would
+    # compute 0/0.
     temperature = min(max(temperature, 1e-30), 1e30)
     with np.errstate(over="ignore", under="ignore"):
         np.subtract(logits, top, out=out)
@@ -128,13 +128,14 @@ def _weigh(logits: Floats, top: np.float32, temperature: float, out: Floats) -> 
 
 
 def _largest(values: Floats, n: int) -> Ids:
-    """Indices of the `n` largest, ascending; of equal values the first ones."""
+    """Return the indices of the `n` largest values, ascending; of equal values the first ones."""
     if n >= values.size:
         return np.arange(values.size)
     ids = np.arange(values.size)
     n_blocks = values.size // BLOCK
     if n < n_blocks:
-        # n blocks hold a value of at least the n-th largest of their maxima: so do the n largest.
+        # n blocks have a maximum of at least the n-th largest block maximum. So n values are at
+        # least as large, and smaller values cannot be among the n largest.
         largest = values[: n_blocks * BLOCK].reshape(n_blocks, BLOCK).max(1)
         ids = np.flatnonzero(values >= np.partition(largest, n_blocks - n)[n_blocks - n])
         values = values[ids]
@@ -143,17 +144,17 @@ def _largest(values: Floats, n: int) -> Ids:
 
 
 def _from_cut(values: Floats, n: int, cut: np.float32) -> Ids:
-    """As `_largest`, where `cut` is the n-th largest value."""
+    """Like `_largest`, if `cut` is known to be the n-th largest value."""
     kept = values > cut
     kept[np.flatnonzero(values == cut)[: n - np.count_nonzero(kept)]] = True
     return np.flatnonzero(kept)
 
 
 def _nucleus(weights: Floats, top_p: float) -> Ids:
-    """Indices, ascending, of the fewest largest weights whose sum is at least top_p of all."""
+    """Return the indices, ascending, of the fewest largest weights that sum to top_p of all."""
     total = weights.sum(dtype=np.float64)
-    # Weights below (1 - top_p) / n of the total hold less than 1 - top_p together, so the rest
-    # reaches top_p without them. Half of that bound, so that no rounding matters.
+    # Weights below (1 - top_p) / n of the total sum to less than 1 - top_p of it. So the others
+    # reach top_p without them. The bound is halved so that rounding does not matter.
     likely = np.flatnonzero(weights >= 0.5 * (1 - top_p) * total / weights.size)
     falling = np.sort(weights[likely])[::-1]
     n = min(_find(falling, top_p * total, "left") + 1, likely.size)
@@ -162,18 +163,19 @@ def _nucleus(weights: Floats, top_p: float) -> Ids:
 
 
 def _draw(weights: Floats, uniform: float) -> int:
-    """The index whose share of the weights' sum holds `uniform` in [0, 1)."""
+    """Return the index whose share of the weights' sum contains `uniform` in [0, 1)."""
     drawn = _find(weights, uniform * weights.sum(dtype=np.float64), "right")
     if drawn < weights.size and weights[drawn] > 0:
         return drawn
-    return int(np.flatnonzero(weights)[-1])  # the product rounded up to the whole sum
+    return int(np.flatnonzero(weights)[-1])  # `uniform` times the sum was rounded up to the sum
 
 
 def _find(weights: Floats, point: float, side: Literal["left", "right"]) -> int:
-    """The first index whose running sum reaches `point` ("left") or exceeds it ("right"); the
-    number of weights where none does.
+    """Return the first index whose running sum reaches `point` ("left") or exceeds it ("right").
+
+    Returns the number of weights if there is none.
     """
-    # First the block of weights, then the one in it: running sums are slow.
+    # Search the block first, then inside it, because running sums over all weights are slow.
     sums = np.add.reduceat(weights, np.arange(0, weights.size, BLOCK), dtype=np.float64).cumsum()
     block = int(np.searchsorted(sums, point, side=side))
     first = block * BLOCK
@@ -193,7 +195,7 @@ def _is_real(value: object) -> bool:
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond the floats
+    except OverflowError:  # an integer too large for a float
         return False
 
 

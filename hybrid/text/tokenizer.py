@@ -1,8 +1,9 @@
-"""Tokenizer: text ↔ token ids, MiniCPM's chat template, and text from a stream of ids.
+"""Tokenizer: converts text to token ids and back, streams text, applies MiniCPM's chat template.
 
-BPE is the `tokenizers` library's work; decoding is done here, on bytes. The library turns a whole
-run of byte tokens into U+FFFD while its last character is incomplete: text already streamed would
-change. Here an incomplete character is one U+FFFD; valid UTF-8 decodes as in the library.
+The `tokenizers` library does the BPE. Decoding is done here, on bytes. If the last character of a
+run of byte tokens is incomplete, the library decodes the whole run as U+FFFD. Text that was already
+streamed would then change. Here only the incomplete character becomes one U+FFFD. Valid UTF-8
+decodes as in the library.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tokenizers
 
 from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
 
-# The layout of a converted SentencePiece vocabulary, as all models that we run have it.
+# The layout of a converted SentencePiece vocabulary, which all supported models have.
 _NORMALIZER = {
     "type": "Sequence",
     "normalizers": [
@@ -36,19 +37,19 @@ _DECODER = {
         {"type": "Strip", "content": " ", "start": 1, "stop": 0},
     ],
 }
-_MAX_FILE_BYTES = 64 << 20  # the tokenizers of 250,000 pieces have 20 MB
+_MAX_FILE_BYTES = 64 << 20  # a tokenizer of 250,000 pieces has 20 MB
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 _USER, _ASSISTANT = "<用户>", "<AI>"
 _MARKER_START = re.compile("<(?=用户>|AI>)")
-# Stands for the "<" of a marker that a message spells out. Checked text has no lone surrogate.
+# Replaces the "<" of a marker that a message contains. Checked text has no lone surrogate.
 _ESCAPED = "\ud800"
 
 Role = Literal["system", "user", "assistant"]
 
 
 class ChatMessage(TypedDict):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: Role
     content: str
@@ -58,15 +59,15 @@ class Tokenizer:
     """A model's vocabulary and chat template. Immutable, so threads may share it."""
 
     vocab_size: int
-    notices: tuple[str, ...]  # one line each, for the front-end to show
+    notices: tuple[str, ...]  # one line each; front-ends show them
     has_chat_template: bool
 
     @classmethod
     def from_folder(cls, folder: Path, *, vocab_size: int, bos_id: int | None) -> Tokenizer:
-        """Read `tokenizer.json` and, where there is one, the chat template's kind.
+        """Read `tokenizer.json`, and the kind of the chat template if there is one.
 
-        Raises InvalidCheckpoint where a file is missing, broken or has ids that the model lacks,
-        UnsupportedModel where it is not BPE with SentencePiece's spaces and byte fallback.
+        Raises InvalidCheckpoint if a file is missing, broken or has ids that the model lacks.
+        Raises UnsupportedModel if it is not BPE with SentencePiece's spaces and byte fallback.
         """
         return cls(folder, vocab_size, bos_id)
 
@@ -82,45 +83,51 @@ class Tokenizer:
         self._bpe.encode_special_tokens = True  # "</s>" in a text is four characters, not an id
         self._bpe.no_truncation()
         self._bpe.no_padding()
-        # Encodes text that goes on after other text: the same BPE, but no "▁" is put before it.
+        # Encodes text that follows other text: the same BPE, but it puts no "▁" before the text.
         self._continuation = tokenizers.Tokenizer(bpe.model)
         self._continuation.normalizer = tokenizers.normalizers.Replace(" ", "▁")
         self._continuation.pre_tokenizer = bpe.pre_tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """BOS, if the model has one, and the text: ordinary tokens only, whatever it spells."""
+        """Return BOS, if the model has one, and the text's tokens.
+
+        The text becomes ordinary tokens only, even if it contains the name of a special token.
+        """
         checked = _checked_text(text, "text")
         return self._bos + self._bpe.encode(checked, add_special_tokens=False).ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Text that goes on after other text: no BOS, and no space put before it."""
+        """Return the tokens of text that follows other text, without BOS or a leading space."""
         return self._continuation.encode(_checked_text(text, "text")).ids
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """`<用户>question<AI>answer<用户>question<AI>`: contents stripped, system text first.
+        """Return the ids of `<用户>question<AI>answer<用户>question<AI>`.
 
-        Text without markers encodes as the whole string would. A marker inside a content decodes
-        to the same text, but not from the ids of a marker, so a user cannot forge a turn. A last
-        message of the assistant is an answer to go on with.
+        Contents are stripped, and system text comes first. Text without markers has the same ids as
+        the whole string. A marker inside a content gets other ids that decode to the same text, so
+        a user cannot forge a message. If the last message is the assistant's, the model continues
+        it.
+
+        Raises InvalidOption if the model has no known chat template, or for invalid messages.
         """
         if not self.has_chat_template:
             raise InvalidOption(
-                "no chat template that hybrid knows; it completes text: use generate()"
+                "the model has no chat template that hybrid knows; use generate() to complete text"
             )
         first, *rest = _render_chat(messages).split(_ESCAPED)
         ids = self._bos + self._bpe.encode(first, add_special_tokens=False).ids
         return ids + self._encode_escaped(rest)
 
     def encode_next_message(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The ids that follow an answer of the model: `<用户>question<AI>`, without BOS.
+        """Return the ids that follow an answer of the model: `<用户>question<AI>`, without BOS.
 
-        The answer's own tokens stay as the model wrote them, so a KV cache keeps all of them.
+        The answer's own tokens stay as the model generated them, so the KV cache keeps all of them.
         """
         first, *rest = _render_chat(messages).split(_ESCAPED)
         return self._continuation.encode(first).ids + self._encode_escaped(rest)
 
     def _encode_escaped(self, parts: Sequence[str]) -> list[int]:
-        """Texts that each follow a "<" which begins no marker."""
+        """Encode texts, each with a "<" before it that does not begin a marker."""
         ids: list[int] = []
         for part in parts:
             ids.append(self._escaped_id)
@@ -128,20 +135,20 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`: special tokens skipped, one leading space removed."""
+        """Return the text of `ids`, without special tokens and without one leading space."""
         return self._join(ids).decode("utf-8", errors="replace").removeprefix(" ")
 
     def continue_text(self, context: Sequence[int], tokens: Sequence[int]) -> str:
-        """The text that `tokens` add to that of `context`, as a stream of them gives it."""
+        """Return the text that `tokens` add to that of `context`, as streaming them gives it."""
         detokenizer = self.stream(context)
         return "".join([detokenizer.push(token) for token in tokens]) + detokenizer.finish()
 
     def decode_token(self, token: int) -> str:
-        """What one token adds to a text, its space included; U+FFFD for a part of a character."""
+        """Return what one token adds to a text, with its space; U+FFFD for part of a character."""
         return self._join((token,)).decode("utf-8", errors="replace")
 
     def stream(self, context: Sequence[int]) -> StreamingDetokenizer:
-        """A detokenizer for the tokens that follow `context`."""
+        """Return a detokenizer for the tokens that follow `context`."""
         return StreamingDetokenizer(self, context)
 
     def _join(self, ids: Sequence[int]) -> bytes:
@@ -152,10 +159,10 @@ class Tokenizer:
 
 
 class StreamingDetokenizer:
-    """Turns tokens into text as they come, never splitting a character.
+    """Converts tokens into text one by one, and never splits a character.
 
-    All pushes and `finish` together are what `decode(context + tokens)` has beyond the *certain*
-    text of the context: its decoded text without a last character that is still incomplete.
+    All pushes and `finish` together give what `decode(context + tokens)` has beyond the *certain*
+    text of the context. That is the context's text without a last character that is incomplete.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
@@ -166,11 +173,11 @@ class StreamingDetokenizer:
         self._is_at_start = not before  # decode() removes the space before a text's first word
 
     def push(self, token: int) -> str:
-        """The text that `token` makes certain; "" while a character is incomplete."""
+        """Return the text that `token` makes certain; "" while a character is incomplete."""
         return self._emit(self._tokenizer._join((token,)), is_last=False)
 
     def finish(self) -> str:
-        """What is left: U+FFFD for an incomplete character, else ""."""
+        """Return what is left: U+FFFD for an incomplete character, else ""."""
         return self._emit(b"", is_last=True)
 
     def _emit(self, piece: bytes, *, is_last: bool) -> str:
@@ -182,12 +189,12 @@ class StreamingDetokenizer:
 
 
 def _load_bpe(path: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The library's tokenizer and the JSON that it was made from."""
+    """Return the library's tokenizer and the JSON that it was made from."""
     text = _read_text(path)
     layout = _parse_json(path, text)
     model = layout.get("model")
     if not isinstance(model, dict):
-        raise InvalidCheckpoint(f"{path}: expected a tokenizer's model, found {model!r:.40}")
+        raise InvalidCheckpoint(f"{path}: expected an object `model`, found {model!r:.40}")
     if (
         model.get("type") != "BPE"
         or not model.get("byte_fallback")
@@ -201,22 +208,22 @@ def _load_bpe(path: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, dict[s
     try:
         bpe = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
-        raise InvalidCheckpoint(f"{path}: not a tokenizer: {error}; fetch it again") from error
+        raise InvalidCheckpoint(f"{path}: not a tokenizer: {error}; download it again") from error
     vocab = bpe.get_vocab()
     missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocab]
     if missing:
-        raise InvalidCheckpoint(f"{path}: byte fallback without the piece <0x{missing[0]:02X}>")
+        raise InvalidCheckpoint(f"{path}: byte fallback lacks the piece <0x{missing[0]:02X}>")
     largest = max(vocab, key=vocab.__getitem__)
     if vocab[largest] >= vocab_size:
         raise InvalidCheckpoint(
             f"{path}: piece {largest!r} has id {vocab[largest]}, but the model's ids end at "
-            f"{vocab_size - 1}: tokenizer and weights are not of the same model"
+            f"{vocab_size - 1}: the tokenizer and the weights are of different models"
         )
     return bpe, layout
 
 
 def _piece_bytes(bpe: tokenizers.Tokenizer, vocab: dict[str, int], vocab_size: int) -> list[bytes]:
-    """What each id adds to a text; b"" for special tokens and ids without a piece."""
+    """Return the bytes that each id adds to a text; b"" for special tokens and unused ids."""
     pieces = [b""] * vocab_size
     for piece, token in vocab.items():
         byte = _BYTE_PIECE.fullmatch(piece)
@@ -237,14 +244,16 @@ def _read_text(path: Path) -> str:
             )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidCheckpoint(f"{path}: missing or not text: {error}; fetch it again") from error
+        raise InvalidCheckpoint(
+            f"{path}: missing or not text: {error}; download it again"
+        ) from error
 
 
 def _parse_json(path: Path, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path}: not JSON: {error}; fetch it again") from error
+        raise InvalidCheckpoint(f"{path}: not JSON: {error}; download it again") from error
     if not isinstance(content, dict):
         raise InvalidCheckpoint(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -253,34 +262,34 @@ def _parse_json(path: Path, text: str) -> dict[str, Any]:
 def _find_chat_template(
     folder: Path, layout: dict[str, Any], vocab: dict[str, int]
 ) -> tuple[bool, tuple[str, ...]]:
-    """Whether MiniCPM's template applies, and a notice where the model's own one is not used."""
+    """Return whether MiniCPM's template applies, and a notice if the model's own is not used."""
     template = _read_chat_template(folder)
     if template is None:
         is_minicpm = "用户" in vocab
     else:
         is_minicpm = _USER in template and _ASSISTANT in template
-    # Without a piece for "<", markers are spelled with the byte that encode_chat escapes with.
+    # Without a piece for "<", real markers would use the same byte token as escaped ones.
     can_escape = "<" in vocab and layout.get("normalizer") == _NORMALIZER
     if is_minicpm and can_escape:
         return True, ()
     if template is None and not is_minicpm:
         return False, ()
-    problem = "the chat template is not known to hybrid (it knows MiniCPM's)"
+    problem = "hybrid does not know the chat template (it knows MiniCPM's)"
     if is_minicpm:
         problem = "the vocabulary cannot tell the chat template's markers from a user's text"
     return False, (f"{folder.name}: {problem}; text is completed raw, without a template",)
 
 
 def _read_chat_template(folder: Path) -> str | None:
-    """The template's text, only ever searched, never run; None where the model has none."""
-    alone = folder / "chat_template.jinja"  # where newer exports put it
+    """Return the template's text, or None if the model has none. It is searched, but never run."""
+    alone = folder / "chat_template.jinja"  # newer exports put it there
     if alone.exists():
         return _read_text(alone)
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return None
     template = _parse_json(path, _read_text(path)).get("chat_template")
-    if isinstance(template, list):  # several, each with a name: searched as one
+    if isinstance(template, list):  # several templates, each with a name: search them as one text
         return json.dumps(template, ensure_ascii=False)
     if template is None or isinstance(template, str):
         return template
@@ -302,22 +311,22 @@ def _checked_text(text: object, name: str) -> str:
 
 
 def _render_chat(messages: Sequence[ChatMessage]) -> str:
-    """The template's text, with _ESCAPED for the "<" of each marker that a content spells out."""
+    """Return the chat's text, with _ESCAPED for the "<" of each marker inside a content."""
     checked = [check_message(index, message) for index, message in enumerate(messages)]
     roles = [role for role, _ in checked]
     if "user" not in roles:
-        raise InvalidOption("messages: expected at least one of role 'user', found none")
+        raise InvalidOption("messages: expected at least one with role 'user', found none")
     if "system" in roles[roles.index("user") :]:
         raise InvalidOption(
             "messages: role 'system' must come before the first 'user': the model has no such "
-            "role, so later it would read as an answer"
+            "role, so a later one would read as an answer"
         )
 
     text = ""
     for is_user, group in groupby(checked, key=lambda entry: entry[0] == "user"):
         contents = [content.strip() for _, content in group]
         if not is_user:
-            contents = ["".join(contents)]  # escaped as one: together they may spell a marker
+            contents = ["".join(contents)]  # escape them joined: together they may form a marker
         for content in contents:
             escaped = _MARKER_START.sub(_ESCAPED, content)
             text += f"{_USER}{escaped}{_ASSISTANT}" if is_user else escaped
@@ -325,7 +334,7 @@ def _render_chat(messages: Sequence[ChatMessage]) -> str:
 
 
 def check_message(index: int, message: object) -> tuple[str, str]:
-    """Its role and content. Raises InvalidOption."""
+    """Return a message's role and content. Raises InvalidOption if it is not a valid message."""
     name = f"messages[{index}]"
     if not isinstance(message, dict):
         raise InvalidOption(f"{name}: expected a dict, found {type(message).__name__}")

@@ -1,3 +1,1 @@
-"""Weights in memory: formats (`quant`), the model's tensors (`model_weights`), the packed model
-(`packed`).
-"""
+"""Weights in memory: their formats, the packed model (`packing`) and its files (`packed_file`)."""

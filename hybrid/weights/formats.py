@@ -1,11 +1,14 @@
-"""Weight formats: what a matrix's values become, and how their bytes lie in memory.
+"""Weight formats: how a matrix's values are rounded, and how their bytes are laid out in memory.
 
-bf16  as stored in the checkpoint. q8    blocks of 32 along a row, int8 values and one fp16 scale
-each: GGUF's Q8_0 in meaning, laid out anew.
+bf16: values as the checkpoint stores them.
 
-q4: blocks of 32 along a row, values of four bits and one fp16 scale each: GGUF's Q4_0 in meaning.
+q8: blocks of 32 along a row, with int8 values and one fp16 scale per block. It has the semantics of
+GGUF's Q8_0 with another byte layout.
 
-The byte layout is described in `csrc/kernels/kernels.h`.
+q4: blocks of 32 along a row, with values of four bits and one fp16 scale per block. It has the
+semantics of GGUF's Q4_0.
+
+`csrc/kernels/kernels.h` describes the byte layout.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ from hybrid.kernels.reference import bf16_bits, bf16_values
 
 BLOCK, GROUP, TILE_ROWS = _native.BLOCK, _native.GROUP, _native.ROW_TILE
 GROUP_BLOCKS = GROUP // BLOCK
-Q4_EXTREMES = (-8, 7, -7.5, -8.5, -9)  # beyond -8 the extreme is clipped and the others gain
+# Candidate levels for a block's value of largest magnitude. Beyond -8 that value is clipped, but
+# the other values of the block are rounded better.
+Q4_EXTREMES = (-8, 7, -7.5, -8.5, -9)
 
 
 def quantize_q8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """(rows, n) → int8 (rows, n) and fp16 scales (rows, n / 32); n is a multiple of 32.
+    """Quantise (rows, n) to int8 (rows, n) and fp16 scales (rows, n / 32); n is a multiple of 32.
 
-    A scale is max|w| / 127 rounded to fp16, and values are rounded against that rounded scale.
+    A scale is max|w| / 127 rounded to fp16. Values are rounded with that rounded scale.
     """
     blocks = w.reshape(w.shape[0], -1, BLOCK)
     scales = (np.abs(blocks).max(-1) / np.float32(127)).astype(np.float16)
@@ -34,11 +39,11 @@ def quantize_q8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
 
 
 def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """(rows, n) → nibbles 0…15 as uint8 (rows, n) and fp16 scales (rows, n / 32).
+    """Quantise (rows, n) to nibbles 0…15 as uint8 (rows, n) and fp16 scales (rows, n / 32).
 
-    A weight is (nibble - 8) * scale. Of the scales that map a block's value of largest magnitude to
-    one of Q4_EXTREMES, the one with the least squared error is taken; then the scale that fits its
-    nibbles best, where that lowers the error further.
+    A weight is (nibble - 8) * scale. Each of Q4_EXTREMES gives a scale that maps the block's value
+    of largest magnitude to it. The scale with the least squared error is taken. It is then replaced
+    by the scale that fits its nibbles best, if that lowers the error further.
     """
     blocks = w.reshape(w.shape[0], -1, BLOCK)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
@@ -51,7 +56,7 @@ def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.f
         q = np.divide(blocks, divisor, out=np.zeros_like(blocks), where=np.abs(divisor) > 0)
         q = np.clip(np.rint(q), -8, 7)
         error = _sum_blocks(np.square(q * divisor - blocks))
-        is_better = ~(error >= best_error)  # a NaN is kept, so that it shows
+        is_better = ~(error >= best_error)  # a NaN error counts as better, so that NaN shows
         best_error = np.where(is_better, error, best_error)
         best_scales = np.where(is_better, scales, best_scales)
         best_nibbles = np.where(is_better, (q + 8).astype(np.uint8), best_nibbles)
@@ -66,7 +71,7 @@ def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.f
 
 
 def _sum_blocks(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(…, 32) → (…, 1), summed in the one order that the kernel has too."""
+    """Sum (…, 32) → (…, 1), in the same order as the native kernel."""
     x = x.reshape(*x.shape[:-1], 4, 8)
     x = (x[..., 0, :] + x[..., 1, :]) + (x[..., 2, :] + x[..., 3, :])
     x = x[..., :4] + x[..., 4:]
@@ -74,7 +79,7 @@ def _sum_blocks(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def round_weights(format: Format | None, w: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The fp32 values that (rows, n) weights have in a format; `None` leaves fp32."""
+    """Return the fp32 values that (rows, n) weights have in a format. None changes nothing."""
     if format is None:
         return w
     if format is Format.bf16:
@@ -91,7 +96,7 @@ def round_weights(format: Format | None, w: NDArray[np.float32]) -> NDArray[np.f
 
 
 def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
-    """Bytes of one packed row: values, scales."""
+    """Return the bytes of one packed row: (values, scales)."""
     padded = _native.padded_cols(format, n_cols)
     if format is Format.bf16:
         return 2 * padded, 0
@@ -101,9 +106,9 @@ def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
 def pack_rows(
     format: Format, w: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """(rows, n) → packed values (rows, value bytes) and scales (rows, scale bytes).
+    """Pack (rows, n) into values (rows, value bytes) and scales (rows, scale bytes).
 
-    The oracle of `_native.pack_rows`, which packs the same bytes faster.
+    This is the oracle of `_native.pack_rows`, which packs the same bytes faster.
     """
     n_rows, n_cols = w.shape
     padded = _native.padded_cols(format, n_cols)
@@ -131,10 +136,11 @@ def pack_rows(
 def interleave(
     format: Format, values: NDArray[np.uint8], scales: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
-    """Packed rows → one stretch of tiles: of four rows, group by group, scales, then values.
+    """Interleave packed rows into tiles of four rows.
 
-    With `pack_rows` the oracle of `_native.pack_interleaved`. The number of rows is a multiple of
-    four.
+    A tile holds, for each group, the scales of its four rows and then their values. The number of
+    rows must be a multiple of four. Together with `pack_rows` this is the oracle of
+    `_native.pack_interleaved`.
     """
     group_bytes = {Format.bf16: 2 * BLOCK, Format.q8: GROUP, Format.q4: GROUP // 2}
     n_tiles, n_groups = len(values) // TILE_ROWS, values.shape[1] // group_bytes[format]
@@ -147,8 +153,9 @@ def interleave(
 
 
 def partial_order(format: Format, n_cols: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Where each natural column stands among partial sums, and the unit that it is kept in: a
-    column's sum is `partials[order] * unit`. See `csrc/kernels/kernels.h`.
+    """Return the index of each natural column among the partial sums, and its unit.
+
+    A column's sum is `partials[order] * unit`. `csrc/kernels/kernels.h` describes the order.
     """
     position = column_order(format, n_cols)
     if format is Format.bf16:
@@ -164,7 +171,7 @@ def partial_order(format: Format, n_cols: int) -> tuple[NDArray[np.intp], NDArra
 
 
 def column_order(format: Format, n_cols: int) -> NDArray[np.intp]:
-    """Where each natural column stands in a packed row."""
+    """Return the index of each natural column in a packed row."""
     columns = np.arange(n_cols)
     if format is Format.bf16:
         return columns

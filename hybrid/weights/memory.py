@@ -1,8 +1,8 @@
-"""The memory that a packed file's bytes come to lie in: mapped, copied, or first one and then the
-other.
+"""Memory for the bytes of a packed file: mapped, copied, or mapped first and copied later.
 
-Huge-page memory of our own is read fastest, and copying a gigabyte into it takes a second: so the
-file is mapped, which takes none, and a thread moves it, part by part, behind the same addresses.
+Huge-page memory of our own is read fastest, but copying a gigabyte into it takes a second. So the
+file is mapped first, which takes no time. A thread then copies it in the background, part by part,
+to the same addresses.
 """
 
 from __future__ import annotations
@@ -20,48 +20,50 @@ from hybrid.errors import OutOfMemory
 from hybrid.kernels import _native
 from hybrid.weights.packed_rows import Buffer
 
-READ_BYTES = 32 << 20  # of one read
-MOVE_BYTES = 16 << 20  # at a time; whole huge pages
+READ_BYTES = 32 << 20  # bytes of one read
+MOVE_BYTES = 16 << 20  # bytes copied at once in the background; whole huge pages
 
 
 class FileChanged(Exception):
-    """The file became shorter after it was looked at."""
+    """The file became shorter after its size was checked."""
 
 
 def allocate(n_bytes: int) -> Buffer:
-    """Huge-page memory. Raises OutOfMemory."""
+    """Allocate huge-page memory. Raises OutOfMemory."""
     try:
         return _native.allocate_bytes(n_bytes)
     except MemoryError:
         raise OutOfMemory(
-            f"the packed weights need {n_bytes / 1e9:.2f} GB of memory, which there are not; "
-            "use quant q4, a smaller model, or mmap"
+            f"the packed weights need {n_bytes / 1e9:.2f} GB of memory, which this machine cannot "
+            "provide; use quant q4, a smaller model, or mmap"
         ) from None
 
 
 def lock(buffer: Buffer) -> list[str]:
-    """Keep the weights in memory; one line where the system refuses."""
+    """Lock the weights in memory. Return a notice if the system refuses."""
     try:
         _native.lock_bytes(buffer)
     except OSError as error:
         return [
-            f"mlock: the system does not lock {buffer.size / 1e9:.2f} GB ({error.strerror}), so it "
-            "may move them out of memory; raise the limit (ulimit -l)"
+            f"mlock: the system refuses to lock {buffer.size / 1e9:.2f} GB ({error.strerror}) and "
+            "may move the weights out of memory; raise the limit (ulimit -l)"
         ]
     return []
 
 
 def map_file(path: Path, offset: int, n_bytes: int) -> Buffer:
-    """Raises FileChanged, OSError."""
+    """Map a file's bytes from `offset` on, for reading. Raises FileChanged, OSError."""
     with path.open("rb") as file:
         check_length(file, offset + n_bytes)
         mapping = mmap.mmap(file.fileno(), offset + n_bytes, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapping, np.uint8)[offset:]  # the array keeps the mapping
+    return np.frombuffer(mapping, np.uint8)[offset:]  # the array keeps the mapping alive
 
 
 def read_file(path: Path, offset: int, n_bytes: int, n_threads: int) -> Buffer:
-    """Into huge-page memory, by several threads: one alone copies more slowly than it streams.
-    Raises FileChanged, OSError, OutOfMemory.
+    """Read a file's bytes from `offset` on into huge-page memory.
+
+    Several threads read, because one thread copies more slowly than the memory can stream. Raises
+    FileChanged, OSError, OutOfMemory.
     """
     buffer = allocate(n_bytes)
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(n_threads) as workers:
@@ -79,7 +81,7 @@ def read_file(path: Path, offset: int, n_bytes: int, n_threads: int) -> Buffer:
 
 
 def check_length(file: BinaryIO, n_bytes: int) -> None:
-    """Raises FileChanged where the file is shorter."""
+    """Raises FileChanged if the file is shorter than `n_bytes`."""
     if os.fstat(file.fileno()).st_size < n_bytes:
         raise FileChanged
 
@@ -87,9 +89,9 @@ def check_length(file: BinaryIO, n_bytes: int) -> None:
 def copy_in_background(
     path: Path, offset: int, n_bytes: int, n_threads: int
 ) -> Buffer | BackgroundCopy:
-    """The file moving into memory; where this system cannot do that, its bytes, read.
+    """Map a file and copy it into memory in the background.
 
-    Raises FileChanged, OSError, OutOfMemory.
+    If this system cannot do that, read the file instead. Raises FileChanged, OSError, OutOfMemory.
     """
     try:
         return BackgroundCopy(path, offset, n_bytes)
@@ -98,12 +100,13 @@ def copy_in_background(
 
 
 class BackgroundCopy:
-    """A file mapped at once and moved into huge-page memory by a thread of its own. Where that
-    fails midway, the rest stays mapped, and `notices` say so.
+    """A file that is mapped first and copied into huge-page memory by a background thread.
+
+    If the copy fails midway, the rest stays mapped and `notices` says so.
     """
 
     def __init__(self, path: Path, offset: int, n_bytes: int) -> None:
-        """Raises FileChanged, and OSError where this system cannot."""
+        """Raises FileChanged, and OSError if this system cannot replace mapped pages."""
         self._file = path.open("rb", buffering=0)
         try:
             check_length(self._file, offset + n_bytes)
@@ -112,7 +115,7 @@ class BackgroundCopy:
             self._file.close()
             raise
         self.buffer: Buffer = self._mapped[offset:]
-        self.is_mapped = True  # some of it
+        self.is_mapped = True  # at least a part
         self.notices: tuple[str, ...] = ()
         self._stops = threading.Event()
         self._thread = threading.Thread(target=self._move, name="hybrid-weights", daemon=True)
@@ -120,15 +123,15 @@ class BackgroundCopy:
 
     @property
     def is_copying(self) -> bool:
-        """Whether it is still on its way."""
+        """Whether the copy is still running."""
         return self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until it lies in memory, or moving has failed."""
+        """Wait until the copy has finished or failed."""
         self._thread.join()
 
     def stop(self) -> None:
-        """Leave the rest mapped."""
+        """Stop the copy and leave the rest mapped."""
         self._stops.set()
         self._thread.join()
 

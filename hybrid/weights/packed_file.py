@@ -1,9 +1,9 @@
-"""Packed models kept in files, so that a large model is packed once.
+"""Packed models in files, so that a large model is packed only once.
 
-A file is safetensors (https://github.com/huggingface/safetensors): its header says what is packed
-and from what, its tensors are the bytes of the packed model's buffer, nothing else. The header
-depends on nothing but that, so a file is current exactly where it begins with the header that would
-be written today. Files appear under their name only once they are complete.
+A file is safetensors (https://github.com/huggingface/safetensors). Its header says what is packed
+and from which source. Its tensors are the bytes of the packed model's buffer. The header depends on
+nothing else, so a file is current if it begins with the header that would be written today. A file
+appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from hybrid.weights.packing import (
     view_packed,
 )
 
-VERSION = "4"  # of rounding and byte layout: another one makes every file stale
-KEEP_FROM_BYTES = 64 << 20  # smaller models are packed faster than a file is worth
-_ABANDONED_S = 3600  # no packing takes as long
+VERSION = "4"  # of rounding and byte layout; a new version makes every file stale
+KEEP_FROM_BYTES = 64 << 20  # smaller models are packed so fast that a file does not pay off
+_ABANDONED_S = 3600  # older temporary files are deleted; no packing takes that long
 
 
 class FileSource(Source, Protocol):
-    """A checkpoint whose files are known."""
+    """A checkpoint that lists its files."""
 
     @property
     def folder(self) -> Path: ...
@@ -65,14 +65,14 @@ class FileSource(Source, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A packed model in memory, and how it came there."""
+    """A packed model in memory, and how it was loaded."""
 
     model: PackedModel
     n_bytes: int
-    is_mapped: bool  # for good
-    is_locked: bool  # never swapped out, nor given back to the file
-    was_packed: bool  # now, rather than read from a file
-    copying: BackgroundCopy | None  # mapped, and on its way into memory
+    is_mapped: bool  # permanently
+    is_locked: bool  # the system cannot swap out or drop its pages
+    was_packed: bool  # packed by this load, not read from a file
+    copying: BackgroundCopy | None  # mapped, and being copied into memory in the background
     notices: tuple[str, ...]
 
 
@@ -89,15 +89,15 @@ def load_packed(
     n_threads: int = 1,
     progress: Progress = ignore_progress,
 ) -> LoadedModel:
-    """The packed model, from its file in `cache` if that is current, else packed and kept there.
+    """Load the packed model from its file in `cache` if that is current; else pack and keep it.
 
-    With `use_mmap` the file is mapped, whatever its size; otherwise its bytes move into huge-page
-    memory, while they are used or, where they are to be locked, before. `use_mlock` locks them, or
-    says in a notice why not. `cache` None keeps
-    nothing. A folder that cannot be written costs packing at each load, and a notice; where the
-    weights do not fit into memory, it is an error.
+    With `use_mmap` the file is mapped, whatever its size. Otherwise its bytes are copied into
+    huge-page memory: in the background, or before this returns if `use_mlock` is set. `use_mlock`
+    locks the weights; if the system refuses, a notice says why. `cache` None keeps nothing.
 
-    Raises OutOfMemory, and what `pack_model` raises.
+    If the folder cannot be written, the model is packed at each load and a notice says so. That is
+    an error if the weights do not fit into memory. Raises OutOfMemory, and the errors of
+    `pack_model`.
     """
     config = checkpoint.config
     n_bytes = packed_layout(config, format, predicted_layers).n_bytes
@@ -134,11 +134,12 @@ def load_packed(
         return buffer
 
     if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
-        return loaded(pack(allocate(n_bytes)), *(["mmap: there is no file"] * use_mmap))
+        return loaded(pack(allocate(n_bytes)), *(["mmap: there is no file to map"] * use_mmap))
     path = cache / _file_name(checkpoint, format, predicted_layers)
     header = _header(checkpoint, format, order_hash(neuron_orders), predicted_layers)
     if _is_current(path, header, n_bytes):
-        with contextlib.suppress(FileChanged, OSError):  # it may go or shrink at any moment
+        # The file may be deleted or shortened at any moment.
+        with contextlib.suppress(FileChanged, OSError):
             memory: Buffer | BackgroundCopy
             if use_mmap:
                 memory = map_file(path, len(header), n_bytes)
@@ -161,7 +162,7 @@ def load_packed(
         if not fits_memory:
             raise OutOfMemory(
                 f"{_not_kept(path, error)}; without that file the weights must fit into memory, "
-                "and they do not"
+                "but they do not"
             ) from error
         return loaded(pack(allocate(n_bytes)), _not_kept(path, error))
     try:
@@ -174,8 +175,9 @@ def load_packed(
 
 
 def _file_name(checkpoint: FileSource, format: Format, predicted_layers: Layers) -> str:
-    """One name per model folder, format and whether there is a predictor: a model that changes
-    replaces its file.
+    """Return one name per model folder, format, and whether there is a predictor.
+
+    So a changed model replaces its own file.
     """
     folder = checkpoint.folder.resolve()
     name = re.sub(r"[^\w.-]", "_", folder.name)[:80]
@@ -184,7 +186,7 @@ def _file_name(checkpoint: FileSource, format: Format, predicted_layers: Layers)
 
 
 def _header(checkpoint: FileSource, format: Format, order: str, predicted_layers: Layers) -> bytes:
-    """The first bytes of the file; padded so that the buffer begins at a cache line."""
+    """Return the first bytes of the file, padded so that the buffer begins at a cache line."""
     layout = packed_layout(checkpoint.config, format, predicted_layers)
     starts = [first for first, _ in layout.arrays.values()] + [layout.n_bytes]
     entries: dict[str, object] = {
@@ -197,7 +199,7 @@ def _header(checkpoint: FileSource, format: Format, order: str, predicted_layers
         }
     }
     for name, first, end in zip(layout.arrays, starts, starts[1:], strict=False):
-        # Padding between arrays belongs to the one before: safetensors knows no holes.
+        # Padding after an array counts as part of it, because safetensors allows no gaps.
         entries[name] = {"dtype": "U8", "shape": [end - first], "data_offsets": [first, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
@@ -205,7 +207,7 @@ def _header(checkpoint: FileSource, format: Format, order: str, predicted_layers
 
 
 def _fingerprint(checkpoint: FileSource) -> str:
-    """A hash of the config as it was understood, and of each source file's name, size and time."""
+    """Hash the parsed config, and the name, size and modification time of each source file."""
     digest = hashlib.sha256(repr(checkpoint.config).encode())
     for name, n_bytes, modified_ns in checkpoint.sources:
         digest.update(f"\0{name}\0{n_bytes}\0{modified_ns}".encode())
@@ -223,12 +225,13 @@ def _is_current(path: Path, header: bytes, n_bytes: int) -> bool:
 
 @contextlib.contextmanager
 def _replacing(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
-    """A new file that takes `path`'s place once the body has ended without an exception.
+    """Open a new file that replaces `path` if the body ends without an exception.
 
-    Its space is reserved first, so that a full disk is an OSError and not half a file.
+    Its disk space is reserved first, so that a full disk raises OSError and leaves no partial file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp"):  # its process was killed
+    # A killed process leaves its temporary file.
+    for abandoned in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - abandoned.stat().st_mtime > _ABANDONED_S:
                 abandoned.unlink()
@@ -250,5 +253,5 @@ def _not_kept(path: Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or error
     return (
         f"the packed model cannot be kept in {path.parent} ({reason}), so it is "
-        "packed again at each start; set HYBRID_HOME to a folder with room"
+        "packed again at each start; set HYBRID_HOME to a folder with free space"
     )

@@ -1,4 +1,4 @@
-"""Predictors in the native kernels' layout (csrc/kernels/kernels.h)."""
+"""Predictors in the layout of the native kernels (csrc/kernels/kernels.h)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hybrid.weights.formats import column_order, row_bytes
 from hybrid.weights.packed_rows import pack_matrix
 from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, Sign
 
-TILE = _native.PREDICT_TILE  # neurons
+TILE = _native.PREDICT_TILE  # neurons per tile
 
 
 def pack_predictor(format: Format, predictor: LayerPredictor, margin: float) -> Predictor:
-    """For a model whose weights are packed in `format`; neurons stand as the model's do."""
+    """Pack a predictor for a model in `format`. Neurons must be in the model's packed order."""
     if isinstance(predictor, LowRank):
         return _pack_lowrank(format, predictor, margin)
     return _pack_sign(format, predictor, margin)
@@ -32,7 +32,7 @@ def _pack_lowrank(format: Format, predictor: LowRank, margin: float) -> Predicto
     limits = [
         _tiles(np.ascontiguousarray(predictor.b_scale[:, 0]), 0.0),
         _tiles(np.ascontiguousarray(predictor.b_scale[:, 1]), 0.0),
-        # Scores of neurons beyond the last stay below zero.
+        # Padding neurons get scores below zero, so they are never named.
         _tiles(predictor.bias + np.float32(margin), -np.inf),
     ]
     parts = [
@@ -53,7 +53,7 @@ def _pack_lowrank(format: Format, predictor: LowRank, margin: float) -> Predicto
 def _pack_sign(format: Format, predictor: Sign, margin: float) -> Predictor:
     n_neurons = len(predictor.limit)
     hidden_bits = np.unpackbits(predictor.bits, axis=1, bitorder="little")
-    # hidden is a multiple of 32 in every model that is packed, so no bit of `bits` is padding.
+    # hidden is a multiple of 32 in every packed model, so `predictor.bits` has no padding bits.
     order = column_order(format, hidden_bits.shape[1])
     bits = np.zeros((n_neurons, _native.padded_cols(format, hidden_bits.shape[1])), np.uint8)
     bits[:, order] = hidden_bits
@@ -74,7 +74,7 @@ def _pack_sign(format: Format, predictor: Sign, margin: float) -> Predictor:
 
 
 def _tiles(rows: NDArray[np.generic], fill: float) -> NDArray[np.generic]:
-    """(n_neurons, …) → (tiles, TILE * …), `fill` for neurons that make the last tile whole."""
+    """Reshape (n_neurons, …) to (tiles, TILE * …); `fill` pads the last tile."""
     padding = [(0, -len(rows) % TILE)] + [(0, 0)] * (rows.ndim - 1)
     padded = np.pad(rows, padding, constant_values=fill)
     return np.ascontiguousarray(padded.reshape(len(padded) // TILE, -1))
@@ -87,7 +87,7 @@ def _huge(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def predictor_bytes(format: Format, predictor: LayerPredictor, hidden_size: int) -> int:
-    """Bytes that asking it for one token reads."""
+    """Return the bytes that predicting for one token reads."""
     n_tiles = -(-len(predictor.limit if isinstance(predictor, Sign) else predictor.b) // TILE)
     if isinstance(predictor, Sign):
         return n_tiles * TILE * (_native.padded_cols(format, hidden_size) // 8 + 4)

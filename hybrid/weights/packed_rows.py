@@ -1,7 +1,8 @@
-"""Packed rows: matrices in the layouts of csrc/kernels/kernels.h, in memory that is there or new.
+"""Packed rows: matrices in the layouts of csrc/kernels/kernels.h, in given or new memory.
 
-Interleaved in tiles of four where all rows are read; apart where some are; gathered, apart with
-groups out of order, where a predictor names them; bundles of a neuron's up and down rows.
+Matrices of which all rows are read are interleaved in tiles of four rows. Matrices of which some
+rows are read are row-major. Gate rows that a predictor names are bit-reversed: row-major, with the
+groups of a row in bit-reversed order. A neuron's up and down rows form a bundle.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from hybrid.kernels import Format, Rows, _native
 from hybrid.weights.formats import TILE_ROWS, row_bytes
 
 Buffer = NDArray[np.uint8]
-ALIGNMENT = 64  # bytes: a cache line
-CHUNK_ROWS = 256  # packed at a time: what NumPy makes on the way stays in the cache
+ALIGNMENT = 64  # bytes of a cache line
+CHUNK_ROWS = 256  # rows packed at once, so that temporary arrays stay in the cache
 
 
 def matrix_bytes(format: Format, n_rows: int, n_cols: int) -> int:
-    """Bytes of interleaved rows, whole tiles of four."""
+    """Return the bytes of interleaved rows, in whole tiles of four."""
     return -(-n_rows // TILE_ROWS) * TILE_ROWS * sum(row_bytes(format, n_cols))
 
 
 def bundle_bytes(format: Format, n_cols: int) -> int:
-    """Bytes of one neuron's bundle: up values, down values, up scales, down scales, padded."""
+    """Return the bytes of one bundle: up values, down values, up scales, down scales, padding."""
     return -(-2 * sum(row_bytes(format, n_cols)) // ALIGNMENT) * ALIGNMENT
 
 
 def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
-    """One matrix in memory of its own: for tests and benchmarks of kernels."""
+    """Pack one interleaved matrix into new memory, for tests and benchmarks of kernels."""
     n_rows, n_cols = w.shape
     memory = _native.allocate_bytes(matrix_bytes(format, n_rows, n_cols))
     pack_interleaved(format, w, memory)
@@ -40,7 +41,7 @@ def pack_matrix(format: Format, w: NDArray[np.float32]) -> Rows:
 def pack_row_major(
     format: Format, w: NDArray[np.float32], *, is_bit_reversed: bool = False
 ) -> Rows:
-    """Rows apart in memory of their own: for tests and benchmarks of kernels."""
+    """Pack row-major rows into new memory, for tests and benchmarks of kernels."""
     n_rows, n_cols = w.shape
     memory = _native.allocate_bytes(n_rows * sum(row_bytes(format, n_cols)))
     pack_into = pack_bit_reversed_into if is_bit_reversed else pack_row_major_into
@@ -55,7 +56,7 @@ def pack_bit_reversed(format: Format, w: NDArray[np.float32]) -> Rows:
 def pack_bundles(
     format: Format, up: NDArray[np.float32], down: NDArray[np.float32]
 ) -> tuple[Rows, Rows]:
-    """Up and down rows bundled in memory of their own: for tests and benchmarks of kernels."""
+    """Pack bundles of up and down rows into new memory, for tests and benchmarks of kernels."""
     n_neurons, n_cols = up.shape
     memory = _native.allocate_bytes(n_neurons * bundle_bytes(format, n_cols))
     pack_bundles_into(format, up, down, memory.reshape(n_neurons, -1))
@@ -85,7 +86,7 @@ def row_major_rows(
 
 
 def pack_row_major_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
-    """`rows` (n_rows, bytes of one)."""
+    """Pack w (n_rows, n_cols) into `rows` (n_rows, bytes per row)."""
     value_bytes, scale_bytes = row_bytes(format, w.shape[1])
     for part in _chunks(len(w)):
         scales = rows[part, value_bytes:] if scale_bytes else None
@@ -93,7 +94,7 @@ def pack_row_major_into(format: Format, w: NDArray[np.float32], rows: Buffer) ->
 
 
 def pack_bit_reversed_into(format: Format, w: NDArray[np.float32], rows: Buffer) -> None:
-    """`rows` (n_rows, bytes of one)."""
+    """Pack w (n_rows, n_cols) into `rows` (n_rows, bytes per row), groups in bit-reversed order."""
     value_bytes, scale_bytes = row_bytes(format, w.shape[1])
     places = _native.group_places(format, w.shape[1])
     in_order = np.empty((min(CHUNK_ROWS, len(w)), value_bytes + scale_bytes), np.uint8)
@@ -101,11 +102,11 @@ def pack_bit_reversed_into(format: Format, w: NDArray[np.float32], rows: Buffer)
         packed = in_order[: len(w[part])]
         pack_row_major_into(format, w[part], packed)
         for kind in (slice(value_bytes), slice(value_bytes, None)):
-            groups, decision = (
+            groups, reordered = (
                 bytes_.reshape(len(packed), len(places), -1)
                 for bytes_ in (packed[:, kind], rows[part, kind])
             )
-            decision[:, places] = groups
+            reordered[:, places] = groups
 
 
 def bundle_rows(
@@ -130,7 +131,7 @@ def bundle_rows(
 def pack_bundles_into(
     format: Format, up: NDArray[np.float32], down: NDArray[np.float32], bundles: Buffer
 ) -> None:
-    """`bundles` (n_neurons, bundle bytes)."""
+    """Pack up and down (n_neurons, n_cols) into `bundles` (n_neurons, bytes per bundle)."""
     value_bytes, scale_bytes = row_bytes(format, up.shape[1])
     for index, w in enumerate((up, down)):
         values = bundles[:, index * value_bytes : (index + 1) * value_bytes]
@@ -142,13 +143,13 @@ def pack_bundles_into(
 
 
 def pack_interleaved(format: Format, w: NDArray[np.float32], tiles: Buffer) -> None:
-    """`tiles` (bytes of all,)."""
+    """Pack w (n_rows, n_cols) into `tiles` (bytes of all tiles,)."""
     row = sum(row_bytes(format, w.shape[1]))
     for rows in _chunks(len(w)):
         _native.pack_interleaved(format, w[rows], tiles[rows.start * row : rows.stop * row])
 
 
 def _chunks(n_rows: int) -> Iterator[slice]:
-    """Whole tiles of rows; the last one may reach beyond the end."""
+    """Yield ranges of whole tiles of rows. The last range may reach beyond the last row."""
     for first in range(0, n_rows, CHUNK_ROWS):
         yield slice(first, min(first + CHUNK_ROWS, -(-n_rows // TILE_ROWS) * TILE_ROWS))

@@ -1,10 +1,10 @@
-"""The packed model: a checkpoint's weights in the CPU kernels' layout, in one stretch of memory.
+"""Packed model: a checkpoint's weights in the layout of the CPU kernels, in one buffer.
 
-Rows of matrices that every token reads whole (gate rows too) are interleaved in tiles of four, so
-that reading them is one pass; a neuron's up and down rows are bundled, since they are needed
-together or not at all. Gate rows of layers with a predictor (`gathered`) stand apart, values and
-scales of each in one stretch. Neurons of a layer may stand in any order (`neuron_orders`). Keeping
-a packed model in a file is `packed_file`'s job.
+Matrices that every token reads completely, gate matrices included, are interleaved in tiles of four
+rows, so that reading them is one pass. A neuron's up and down rows form a bundle, because they are
+needed together or not at all. Gate rows of layers with a predictor are bit-reversed: row-major,
+with each row's values and scales contiguous. The neurons of a layer may have any order
+(`neuron_orders`). `packed_file` keeps packed models in files.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from hybrid.weights.packed_rows import (
 from hybrid.weights.preview import pack_preview_into, preview_bytes
 
 PackedModel = ModelWeights[Rows]
-# Per layer: the neuron of the checkpoint that stands at each place.
+# Per layer: for each packed position, the checkpoint's index of the neuron.
 NeuronOrders = Sequence[NDArray[np.intp]]
 Layers = Collection[int]
 SOURCE_ORDER = "as in the source"
 
-# The largest fp16 scale times the largest integer.
+# Largest weight of a format: the largest fp16 scale times the largest integer.
 LARGEST = {Format.q8: 65504.0 * 127, Format.q4: 65504.0 * 8}
 
 
 class Source(Protocol):
-    """Where weights come from: an open checkpoint."""
+    """The source of weights: an open checkpoint."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -60,16 +60,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where the arrays of a packed model lie in its buffer."""
+    """Positions of a packed model's arrays in its buffer."""
 
-    arrays: dict[str, tuple[int, int]]  # name → its first byte, its number of bytes
+    arrays: dict[str, tuple[int, int]]  # name → (first byte, number of bytes)
     n_bytes: int
 
 
 def packed_layout(
     config: ModelConfig, format: Format, predicted_layers: Layers = frozenset()
 ) -> PackedLayout:
-    """The arrays in the order in which a token needs them, each beginning at a cache line."""
+    """Lay out the arrays in the order in which a token needs them, each at a cache line."""
     arrays: dict[str, tuple[int, int]] = {}
     end = 0
     for name, n_bytes in _array_sizes(config, format, predicted_layers):
@@ -114,12 +114,12 @@ def _array_sizes(
 
 
 def head_name(config: ModelConfig) -> str:
-    """The array, or the tensor of the source, that the head is."""
+    """Return the name of the head's array, which is also its role in the source."""
     return "embedding" if config.has_tied_head else "head"
 
 
 def has_preview(config: ModelConfig, predicted_layers: Layers) -> bool:
-    """Whether the head is previewed: where there are predictors and the vocabulary is large."""
+    """Whether the head has a preview: if there are predictors and the vocabulary is large."""
     return len(predicted_layers) > 0 and preview.pays(config.vocab_size)
 
 
@@ -133,11 +133,13 @@ def decode_bytes(
     predictor_bytes: int = 0,
     n_shortlisted: int = 0,
 ) -> int:
-    """Bytes that decoding `n_tokens` from `first_position` on reads, where `n_active` pairs of
-    neuron and token fire: all rows of attention, one row of the embedding, `n_gates` gate rows
-    (all), up and down rows of the active neurons, `predictor_bytes` a token, fp16 keys and values
-    of all positions so far, and all rows of the head, or where `n_shortlisted` is not 0 its preview
-    and so many rows.
+    """Compute the bytes that decoding `n_tokens` tokens from `first_position` on reads.
+
+    Each token reads all rows of attention, one row of the embedding, `predictor_bytes`, the fp16
+    keys and values of all positions so far, and all rows of the head. Over all tokens, `n_gates`
+    gate rows are read (None: all), and the up and down rows of `n_active` (neuron, token) pairs. If
+    `n_shortlisted` is not 0, a token reads the head's preview instead of its rows. Over all tokens,
+    `n_shortlisted` rows of the head are then read too.
     """
     hidden, attention = config.hidden_size, config.attention_size
     row, attention_row = sum(row_bytes(format, hidden)), sum(row_bytes(format, attention))
@@ -167,11 +169,11 @@ def pack_model(
     n_threads: int = 1,
     progress: Progress = ignore_progress,
 ) -> PackedModel:
-    """Read and pack all weights, into `buffer` or huge-page memory of its own.
+    """Read and pack all weights into `buffer`, or into new huge-page memory.
 
-    `gathered` are the layers whose gate rows stand apart, `neuron_orders[layer][i]` is the neuron
-    that comes to stand at place i. The bytes do not depend on `n_threads`. Raises InvalidCheckpoint
-    for weights that are not finite or beyond the format.
+    `predicted_layers` are the layers whose gate rows are bit-reversed. `neuron_orders[layer][i]` is
+    the checkpoint's neuron that is packed at position i. The bytes do not depend on `n_threads`.
+    Raises InvalidCheckpoint if weights are not finite or exceed the format's range.
     """
     layout = packed_layout(source.config, format, predicted_layers)
     if buffer is None:
@@ -191,7 +193,7 @@ def pack_model(
 
 
 def order_hash(neuron_orders: NeuronOrders | None) -> str:
-    """What ties files to the order in which neurons are packed: SHA-256, or SOURCE_ORDER."""
+    """Return the SHA-256 of a neuron order, or SOURCE_ORDER. It ties files to that order."""
     if neuron_orders is None:
         return SOURCE_ORDER
     digest = hashlib.sha256()
@@ -201,7 +203,7 @@ def order_hash(neuron_orders: NeuronOrders | None) -> str:
 
 
 class _Packer:
-    """Fills a buffer, part by part; parts may run at once."""
+    """Fills a buffer in parts. Several threads may pack parts at once."""
 
     def __init__(
         self,
@@ -217,7 +219,7 @@ class _Packer:
         self.predicted_layers = predicted_layers
 
     def parts(self) -> Iterator[Callable[[], int]]:
-        """Functions that each pack one part and return its bytes."""
+        """Yield functions that each pack one part and return its number of bytes."""
         config = self.source.config
         head = head_name(config)
         if has_preview(config, self.predicted_layers):
@@ -246,7 +248,7 @@ class _Packer:
         w = self.source.read(role, layer)
         check_range(self.format, w, role if layer is None else f"{role} of layer {layer}")
         if role == "down":
-            w = w.T  # neuron-major: row j is what neuron j adds
+            w = w.T  # neuron-major: row j is what neuron j adds to the output
         if self.neuron_orders is not None and layer is not None and role in ("gate", "up", "down"):
             w = w[self.neuron_orders[layer]]
         return w
@@ -276,7 +278,7 @@ class _Packer:
         return array.size
 
     def _pack_head(self, name: str) -> int:
-        """Rows apart, since few of them are read, and their preview."""
+        """Pack the head's rows row-major, because few of them are read, and their preview."""
         head, rows, tiles = self._read(name, None), self._array(name), self._array("preview")
         pack_row_major_into(self.format, head, rows.reshape(len(head), -1))
         pack_preview_into(head, tiles)
@@ -292,7 +294,7 @@ class _Packer:
 def view_packed(
     buffer: Buffer, config: ModelConfig, format: Format, predicted_layers: Layers = frozenset()
 ) -> PackedModel:
-    """The packed model whose bytes are in `buffer`."""
+    """Return the packed model whose bytes are in `buffer`, without a copy."""
     layout = packed_layout(config, format, predicted_layers)
     hidden, attention = config.hidden_size, config.attention_size
 
@@ -339,12 +341,12 @@ def view_packed(
 
 
 def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
-    """Raises InvalidCheckpoint for NaN, infinity, or more than `format` can hold."""
-    largest = max(float(w.max()), -float(w.min()))  # NaN where any weight is
+    """Raises InvalidCheckpoint for NaN, infinity, or values beyond the range of `format`."""
+    largest = max(float(w.max()), -float(w.min()))  # NaN if any weight is NaN
     if not np.isfinite(largest):
         raise InvalidCheckpoint(f"{name} holds values that are not finite; its weights are broken")
     if largest > LARGEST.get(format, largest):
         raise InvalidCheckpoint(
-            f"{name} holds {largest:g}; {format.name} reaches {LARGEST[format]:g}: "
+            f"{name} holds {largest:g}, but {format.name} only reaches {LARGEST[format]:g}; "
             "load it with quant bf16"
         )

@@ -1,9 +1,9 @@
-"""A preview of the head: its rows in 2 bits, which say of each token which rows are worth reading.
+"""Preview of the head: a 2-bit copy of its rows, from which all logits are estimated.
 
-Of a large vocabulary the head is a fifth of what decode reads, for logits of which almost none
-matter. So all logits are computed from the preview, and the likeliest again from the rows
-themselves (SVD-softmax, Shim et al., NIPS 2017: theirs previews in fewer columns, ours in fewer
-bits). csrc/kernels/kernels.h has the layout.
+With a large vocabulary the head is a fifth of the bytes that decode reads, but almost no logit
+matters. So all logits are estimated from the preview. The rows of the likeliest logits, the
+shortlist, are then computed in full. The method is SVD-softmax (Shim et al., NIPS 2017), whose
+preview has fewer columns; ours has fewer bits. csrc/kernels/kernels.h describes the layout.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 from hybrid.kernels import _native
 from hybrid.kernels._native import Preview
 
-TILE = _native.PREDICT_TILE  # rows
-COLS = 16  # of a line
+TILE = _native.PREDICT_TILE  # rows per tile
+COLS = 16  # columns per line
 LINE_BYTES = 4 * TILE
-CHUNK_TILES = 16  # packed at a time: what NumPy makes on the way stays in the cache
-# Smaller heads are soon read, or stay in the cache.
+CHUNK_TILES = 16  # tiles packed at once, so that temporary arrays stay in the cache
+# Smaller heads get no preview: they are read quickly or stay in the cache.
 LEAST_ROWS = 16_384
-# About this share of the rows is computed in full (csrc/session/session.h's rule, normal logits).
+# About this share of the rows is computed in full if logits are normally distributed. The rule is
+# in csrc/session/session.h.
 SHORTLISTED = 0.042
-# The step of four levels that is best for a normal distribution of deviation 1 (Max, 1960).
+# The best step of four levels for a normal distribution of standard deviation 1 (Max, 1960).
 NORMAL_STEP = 0.9957
 
 
@@ -31,20 +32,20 @@ def pays(n_rows: int) -> bool:
 
 
 def preview_bytes(n_rows: int, n_cols: int) -> int:
-    """Bytes of the tiles: all of them are read for each token."""
+    """Return the bytes of all tiles; each token reads all of them."""
     return -(-n_rows // TILE) * LINE_BYTES * (n_cols // COLS + 1)
 
 
 def round_preview(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """(n, cols) → codes 0 to 3 (n, cols), which stand for code - 1.5, and scales (n,)."""
+    """Round w (n, cols) to codes 0 to 3 (n, cols) and scales (n,): (code - 1.5) * scale."""
     scale = NORMAL_STEP * np.sqrt(np.mean(np.square(w), axis=1))
-    for _ in range(2):  # the scale that fits these codes best, and the codes that fit it
+    for _ in range(2):  # alternately fit the codes to the scale and the scale to the codes
         codes = _codes(w, scale)
         levels = codes - np.float32(1.5)
         product = np.einsum("ij,ij->i", w, levels)
         scale = product / np.einsum("ij,ij->i", levels, levels)
-    # That scale is best for the weights; but of a logit it leaves 0.88, and the rest is noise. So
-    # the one with which a row is as long as itself along its own direction.
+    # That scale is best for the weights, but it shrinks a logit to 0.88 of its size, plus noise. So
+    # take the scale with which the rounded row projected on the row itself has the row's length.
     squares = np.einsum("ij,ij->i", w, w)
     scale = np.divide(squares, product, out=np.zeros_like(product), where=product > 0)
     return codes, scale.astype(np.float32)
@@ -57,7 +58,7 @@ def _codes(w: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.uin
 
 
 def pack_preview_into(w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None:
-    """`tiles` (bytes of all,)."""
+    """Pack w (n_rows, n_cols) into `tiles` (bytes of all tiles,)."""
     for first in range(0, len(w), CHUNK_TILES * TILE):
         rows = w[first : first + CHUNK_TILES * TILE]
         n_bytes = preview_bytes(*rows.shape)
@@ -66,7 +67,7 @@ def pack_preview_into(w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None:
 
 
 def _pack_tiles(w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None:
-    """`tiles` (tiles, bytes of one)."""
+    """Pack w (n_rows, n_cols) into `tiles` (n_tiles, bytes per tile)."""
     codes, scales = round_preview(w)
     n_tiles, n_lines = len(tiles), w.shape[1] // COLS
     padded = np.zeros((n_tiles * TILE, n_lines, 4, 4), np.uint8)
@@ -81,7 +82,7 @@ def _pack_tiles(w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None:
 
 
 def pack_preview(w: NDArray[np.float32]) -> Preview:
-    """In memory of its own: for tests of kernels."""
+    """Pack a preview into new memory, for tests of kernels."""
     memory = _native.allocate_bytes(preview_bytes(*w.shape))
     pack_preview_into(w, memory)
     return Preview(n_rows=w.shape[0], n_cols=w.shape[1], tiles=memory)

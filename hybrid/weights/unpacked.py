@@ -1,5 +1,6 @@
-"""Packed rows back in natural order and without padding, as the GPU's kernels take them: the same
-integers and scales, so that both devices compute with the same weights.
+"""Unpack rows into natural order without padding, as the GPU's kernels need them.
+
+Integers and scales stay the same, so both devices compute with the same weights.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from hybrid.weights.packing import Layers, has_preview, head_name, packed_layout
 
 @dataclass(frozen=True, slots=True)
 class PlainRows:
-    """q8: int8 (n, n_cols). bf16: the bits, as int16 (n, n_cols). q4: uint8 (n, n_cols / 2); byte i
-    of a block's 16 holds element i low and 16 + i high. Scales: fp16 (n, n_cols / 32), or None.
+    """Rows in natural order.
+
+    Values of bf16 are the bits as int16 (n, n_cols). Values of q8 are int8 (n, n_cols). Values of
+    q4 are uint8 (n, n_cols / 2): byte i of a block's 16 bytes holds element i in its low nibble and
+    element 16 + i in its high nibble. Scales are fp16 (n, n_cols / 32), or None for bf16.
     """
 
     values: NDArray[np.int8] | NDArray[np.int16] | NDArray[np.uint8]
@@ -29,7 +33,7 @@ class PlainRows:
 def unpack_rows(
     format: Format, values: NDArray[np.uint8], scales: NDArray[np.uint8], n_cols: int
 ) -> PlainRows:
-    """The inverse of `quant.pack_rows`: packed values and scales (rows, bytes) → plain rows."""
+    """Invert `formats.pack_rows`: packed values and scales (rows, bytes) → plain rows."""
     n_rows = len(values)
     if format is Format.bf16:
         bits = np.ascontiguousarray(values).view(np.int16)
@@ -69,10 +73,10 @@ class PackedReader:
         self.layout = packed_layout(config, format, predicted_layers)
 
     def matrix(self, name: str, n_rows: int, n_cols: int) -> PlainRows:
-        """The first rows of an interleaved matrix."""
+        """Return the first `n_rows` rows of an interleaved matrix."""
         value_bytes, scale_bytes = row_bytes(self.format, n_cols)
         n_groups = max(1, value_bytes // self._group_value_bytes)
-        parts = [scale_bytes // n_groups, value_bytes // n_groups]  # of a group, of one row
+        parts = [scale_bytes // n_groups, value_bytes // n_groups]  # bytes of one row's group
         n_tiles = -(-n_rows // TILE_ROWS)
         first, _ = self.layout.arrays[name]
         tiles = self.buffer[first : first + n_tiles * TILE_ROWS * (value_bytes + scale_bytes)]
@@ -94,7 +98,7 @@ class PackedReader:
         return unpack_rows(self.format, *self._row_major(name, n_rows), hidden)
 
     def gate(self, layer: int, n: int) -> PlainRows:
-        """Gate rows of the first n neurons."""
+        """Return the gate rows of the first n neurons."""
         name, hidden = f"{layer}.gate", self.config.hidden_size
         if layer not in self.predicted_layers:
             return self.matrix(name, n, hidden)
@@ -106,7 +110,7 @@ class PackedReader:
         return unpack_rows(self.format, values, scales, hidden)
 
     def _row_major(self, name: str, n: int) -> tuple[Buffer, Buffer]:
-        """Values and scales of the first n rows that stand apart, of the hidden size."""
+        """Return values and scales of the first n rows of a row-major matrix of the hidden size."""
         first, _ = self.layout.arrays[name]
         value_bytes, scale_bytes = row_bytes(self.format, self.config.hidden_size)
         row = value_bytes + scale_bytes
@@ -114,7 +118,7 @@ class PackedReader:
         return rows[:, :value_bytes], rows[:, value_bytes:]
 
     def up_and_down(self, layer: int, n: int) -> tuple[PlainRows, PlainRows]:
-        """Up and down rows of the first n neurons."""
+        """Return the up and down rows of the first n neurons."""
         hidden = self.config.hidden_size
         first, _ = self.layout.arrays[f"{layer}.bundles"]
         stride = bundle_bytes(self.format, hidden)

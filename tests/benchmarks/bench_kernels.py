@@ -1,8 +1,8 @@
-"""Kernels at MiniCPM-S-1B's shapes, one thread, from beyond the L2 cache.
+"""Measure kernels at MiniCPM-S-1B's shapes, on one thread, with weights beyond the L2 cache.
 
     pytest tests/benchmarks --benchmark-only --benchmark-columns=median
 
-`extra_info` holds GB/s of weights read. Each round takes the next of some layers.
+`extra_info` holds the GB/s of weights read. Each round reads the next of N_LAYERS layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hybrid.weights.formats import row_bytes
 from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 
 HIDDEN, N_NEURONS = 1536, 3840
-N_LAYERS = 12  # more than an L2 holds; a server's last level may hold all of it
+N_LAYERS = 12  # more than an L2 cache holds; a server's last-level cache may hold them all
 
 
 @pytest.fixture(scope="module", params=list(Format), ids=lambda format: format.name)
@@ -52,5 +52,5 @@ def test_sparse_ffn(benchmark, isa, layers, active_fraction):
 
 def report_bandwidth(benchmark, n_bytes: int) -> None:
     benchmark.extra_info["bytes"] = n_bytes
-    if benchmark.stats is not None:  # None where benchmarks are disabled
+    if benchmark.stats is not None:  # None if benchmarks are disabled
         benchmark.extra_info["gbs"] = n_bytes / benchmark.stats["median"] / 1e9

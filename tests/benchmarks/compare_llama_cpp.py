@@ -1,17 +1,19 @@
-"""Decode and prefill speed beside llama.cpp's, at equal shapes and bits, in alternating runs.
+"""Compare decode and prefill speed with llama.cpp's, at equal shapes and bits.
 
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install gguf --no-binary llama-cpp-python llama-cpp-python
     python tests/benchmarks/compare_llama_cpp.py --quant q4 -t 2
 
-What it shows: how fast each engine goes through the layers of a model of this shape on this
-machine, hybrid on synthetic weights of the published sparsity, llama.cpp dense on random ones, as
-it runs such a model. What it does not show: anything of the text, which is noise in both, nor the
-speed of llama.cpp on other formats. With `--transformers`, prefill beside Hugging Face transformers
-too, in bf16 whatever the format. Each engine has a process of its own, only one works at a time;
-medians and ratios count, since the machine's level drifts; shares of the bandwidth are of what was
-measured around each round, the better of before and after. A run from which a hypervisor took the
-processors is made again, whosever it is: some stop a machine for 33 ms of each 100. GB are 1e9
-bytes. The last line is JSON.
+The result shows how fast each engine goes through the layers of a model of this shape on this
+machine. hybrid reads synthetic weights of the published sparsity. llama.cpp reads random weights
+and computes all of them, as it does for the real model. The text is noise in both engines, so the
+result says nothing about it. It also says nothing about llama.cpp's speed in other formats. With
+--transformers, prefill is compared with Hugging Face transformers too, in bf16 whatever the format.
+
+Each engine has its own process, and only one works at a time. The runs alternate, because the speed
+of a machine drifts; compare the medians and ratios. A share of the bandwidth refers to what was
+measured before and after the same round, whichever is higher. If a hypervisor takes the processors
+during a run of any engine, the run is repeated; some hypervisors stop a machine for 33 ms of each
+100 ms. GB are 1e9 bytes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ from hybrid.model.config import ModelConfig
 from hybrid.placement.stolen_time import StolenTime
 
 PREFILL = max(PREFILL_LENGTHS)
-MOST_STOLEN = 0.02  # of the processors' time in a run that counts
-MOST_TRIES = 8
+MOST_STOLEN = 0.02  # largest share of its time that a hypervisor may take from a run that counts
+MOST_TRIES = 8  # of one run, before a disturbed one counts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,19 +53,35 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("-m", "--model", default="synthetic:MiniCPM-S-1B", help="the shape, and hybrid's weights")
-    add("--quant", choices=("q4", "q8", "bf16"), default="q4", help="of both engines (q4)")
-    add("-t", "--threads", type=int, default=2, help="of each engine (2)")
-    add("-n", "--tokens", type=int, default=64, help="tokens decoded in each run (64)")
-    add("--runs", type=int, default=7, help="alternations (7)")
-    add("--transformers", action="store_true", help="prefill beside transformers too (needs torch)")
-    add("--predictor", default="exact", help="hybrid with this predictor too: auto, or its file")
-    add("--recall", type=float, default=0.99, help="of the predictor (0.99)")
-    add("--folder", type=Path, help="where the GGUF file is kept (a temporary folder)")
+    add(
+        "-m",
+        "--model",
+        default="synthetic:MiniCPM-S-1B",
+        help="model that gives the shape and hybrid's weights (default: synthetic:MiniCPM-S-1B)",
+    )
+    add(
+        "--quant",
+        choices=("q4", "q8", "bf16"),
+        default="q4",
+        help="weight format of both engines (default: q4)",
+    )
+    add("-t", "--threads", type=int, default=2, help="threads of each engine (default: 2)")
+    add("-n", "--tokens", type=int, default=64, help="tokens decoded in each run (default: 64)")
+    add("--runs", type=int, default=7, help="rounds that count (default: 7)")
+    add("--transformers", action="store_true", help="also compare transformers (needs torch)")
+    add(
+        "--predictor",
+        default="exact",
+        help="also measure hybrid with this predictor: auto, or a file (default: exact, none)",
+    )
+    add("--recall", type=float, default=0.99, help="recall of the predictor (default: 0.99)")
+    add("--folder", type=Path, help="folder to keep the GGUF file in (default: a temporary one)")
     return parser.parse_args()
 
 
 class HybridWorker:
+    """hybrid's part of the comparison; each measuring method is one task of `serve`."""
+
     def __init__(
         self, args: argparse.Namespace, gguf_path: Path, predictor: str | Path = "exact"
     ) -> None:
@@ -112,6 +130,8 @@ class HybridWorker:
 
 
 class PredictingWorker(HybridWorker):
+    """hybrid with the predictor of --predictor."""
+
     def __init__(self, args: argparse.Namespace, gguf_path: Path) -> None:
         predictor = args.predictor if args.predictor == "auto" else Path(args.predictor)
         super().__init__(args, gguf_path, predictor)
@@ -122,16 +142,18 @@ class PredictingWorker(HybridWorker):
 
 
 class LlamaWorker:
+    """llama.cpp, by llama-cpp-python, on the dense GGUF file."""
+
     def __init__(self, args: argparse.Namespace, gguf_path: Path) -> None:
         import llama_cpp
 
         self.api: Any = llama_cpp
         silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        self.keep = silent  # ctypes does not
+        self.keep = silent  # ctypes does not keep it alive
         llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
-        model.use_mmap = False  # in memory, as hybrid's
+        model.use_mmap = False  # weights in memory, as in hybrid
         self.model = llama_cpp.llama_model_load_from_file(str(gguf_path).encode(), model)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {gguf_path}")
@@ -172,6 +194,8 @@ class LlamaWorker:
 
 
 class TransformersWorker:
+    """Hugging Face transformers in bf16, for prefill only."""
+
     def __init__(self, args: argparse.Namespace, gguf_path: Path) -> None:
         import torch
         import transformers
@@ -179,7 +203,7 @@ class TransformersWorker:
         self.torch = torch
         torch.set_num_threads(args.threads)
         config = open_checkpoint(resolve(args.model), Format[args.quant]).config
-        torch.set_default_dtype(torch.bfloat16)  # of this process: weights are made in it
+        torch.set_default_dtype(torch.bfloat16)  # only this process; weights are created in it
         self.model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
                 vocab_size=config.vocab_size,
@@ -213,7 +237,7 @@ def serve(
     path: Path,
     pipe: Connection,
 ) -> None:
-    """Does one task at a time; the other engine's threads are asleep meanwhile."""
+    """Do one task at a time in this process, while the other engines' threads sleep."""
     try:
         worker = make(args, path)
         pipe.send(worker.about)
@@ -226,6 +250,8 @@ def serve(
 
 
 class Process:
+    """A worker's process, as the comparison sees it."""
+
     def __init__(self, make: type[Worker], args: argparse.Namespace, path: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -235,10 +261,13 @@ class Process:
         self.n_repeated = self.n_disturbed = 0
 
     def measure(self, task: str) -> dict[str, float]:
-        """What a run gives that no hypervisor disturbed; of MOST_TRIES all disturbed, the last."""
+        """Repeat a run until no hypervisor disturbs it, and return its result.
+
+        If all MOST_TRIES runs are disturbed, the last one counts.
+        """
         for attempt in range(MOST_TRIES):
             self.n_repeated += attempt > 0
-            time.sleep(0.3)  # spinning threads of the other engine go to sleep
+            time.sleep(0.3)  # until the other engine's spinning threads sleep
             stolen = StolenTime()
             result = self.ask(task)
             if stolen.share(self.n_threads) <= MOST_STOLEN:
@@ -276,7 +305,7 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
     for run in range(-1, args.runs):
         for process, task in tasks:
             result = process.measure(task)
-            if run >= 0:  # the first round finds cold caches and pages
+            if run >= 0:  # the first round does not count: its caches and pages are cold
                 results.setdefault((id(process), task), []).append(result)
         streams.append(ours.ask("stream")["gbs"])
     stream = max(streams)
@@ -296,8 +325,8 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
     print(f"memory streams {stream:.1f} GB/s ({min(streams):.1f} to {stream:.1f})")
     if n_repeated:
         print(
-            f"{n_repeated} runs made again, those of the first round included: a hypervisor had "
-            f"the processors in between; {n_disturbed} count although disturbed"
+            f"{n_repeated} runs were repeated, first round included, because a hypervisor took "
+            f"the processors; {n_disturbed} runs count although they were disturbed"
         )
     print(f"hybrid: {decode[0]['active']:.2%} of neurons active; KV cache and norms left out\n")
     print(f"{'':30}{'tok/s [min - max]':>24}{'MB/token':>10}{'GB/s':>7}{'of bandwidth':>14}")
@@ -351,7 +380,10 @@ def compare(args: argparse.Namespace, path: Path, config: ModelConfig) -> dict[s
 
 
 def share_of_stream(rates: list[float], n_bytes: float, streams: list[float]) -> float:
-    """Median over the rounds of the share of the bandwidth measured around each."""
+    """Return the median over the rounds of the share of the bandwidth.
+
+    The bandwidth of a round is the higher one of those measured before and after it.
+    """
     return statistics.median(
         n_bytes * tps / 1e9 / max(around)
         for tps, around in zip(rates, itertools.pairwise(streams), strict=True)
@@ -359,7 +391,7 @@ def share_of_stream(rates: list[float], n_bytes: float, streams: list[float]) ->
 
 
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Of runs that stood side by side: median, least, largest."""
+    """Return the median, smallest and largest ratio of runs of the same round."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 

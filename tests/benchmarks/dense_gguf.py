@@ -1,9 +1,9 @@
-"""A dense GGUF file with random weights in a model's shape, for engines that read GGUF.
+"""Write a dense GGUF file with random weights in a model's shape, for engines that read GGUF.
 
-Every matrix has the one type asked for, the tied embedding too, so that bytes per token compare
-with ours. Architecture `llama`: SiLU and no scales, which costs what ReLU and scales cost. Blocks
-are those of ggml (Q8_0: fp16 scale, 32 int8; Q4_0: fp16 scale, 32 nibbles). Needs the `gguf`
-package.
+Every matrix has the one requested type, even the tied embedding. So bytes per token are comparable
+with ours. The architecture is `llama`, with SiLU and no scales; it costs as much as ReLU with
+scales. Blocks are those of ggml: an fp16 scale and 32 int8 (Q8_0), or an fp16 scale and 32 nibbles
+(Q4_0). Needs the `gguf` package.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK = 32
 
 
 def matrix_shapes(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    """Name, rows and columns of every matrix."""
+    """Yield name, rows and columns of every matrix."""
     hidden, n_neurons, head_dim = config.hidden_size, config.n_neurons, config.head_dim
     kv = config.n_kv_heads * head_dim
     yield "token_embd", config.vocab_size, hidden
@@ -52,12 +52,15 @@ def row_bytes(quant: str, n_cols: int) -> int:
 
 
 def bytes_per_token(config: ModelConfig, quant: str) -> int:
-    """Of weights, in dense decoding: every matrix once; the embedding is the head."""
+    """Return the bytes of weights that dense decoding reads for one token.
+
+    It reads every matrix once. The embedding is also the head.
+    """
     return sum(n_rows * row_bytes(quant, n_cols) for _, n_rows, n_cols in matrix_shapes(config))
 
 
 def write_dense_gguf(path: Path, config: ModelConfig, quant: str, seed: int = 0) -> None:
-    """Raises OSError where the disk does not take it; nothing is left under `path` then."""
+    """Write the file. If writing fails, raises OSError and leaves nothing under `path`."""
     part = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(part, "llama", use_temp_file=False)
     try:
@@ -92,13 +95,13 @@ def write_dense_gguf(path: Path, config: ModelConfig, quant: str, seed: int = 0)
 def _random_rows(
     rng: np.random.Generator, quant: str, n_rows: int, n_cols: int
 ) -> NDArray[np.uint8]:
-    """Rows of ggml blocks whose weights have a deviation of about 1 / sqrt(n_cols)."""
+    """Random ggml blocks whose weights have a standard deviation of about 1 / sqrt(n_cols)."""
     deviation = n_cols**-0.5
     n_blocks = n_rows * n_cols // BLOCK
     if quant == "bf16":
         w = rng.standard_normal((n_rows, n_cols), np.float32) * np.float32(deviation)
         return (w.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    integers = {"q4": 4.6, "q8": 73.9}[quant]  # deviation of uniform nibbles, of uniform int8
+    integers = {"q4": 4.6, "q8": 73.9}[quant]  # standard deviation of uniform nibbles and int8
     blocks = np.empty((n_blocks, row_bytes(quant, BLOCK)), np.uint8)
     blocks[:, :2] = np.frombuffer(np.float16(deviation / integers).tobytes(), np.uint8)
     blocks[:, 2:] = rng.integers(0, 256, (n_blocks, blocks.shape[1] - 2), np.uint8)

@@ -1,12 +1,13 @@
-"""What each weight format costs the bundled model, on stories that it has not seen.
+"""Measure what each weight format costs the bundled model, on stories that it has not seen.
 
     python tests/benchmarks/format_report.py --data TEXTS [--stories N] [--json]
 
-Against plain fp32, story by story and teacher-forced: perplexity of the native engine; masks that
-flip, of (neuron, token) pairs and by how much they weigh. Masks come from the oracles: a format's
-own rounds weights, activations and KV cache as the kernels do. The weight of a pair is |act(gate) *
-up|: fp32's where the format lost the neuron, the format's where it gained it, both over the sum of
-all active pairs in fp32. Takes minutes; on busy cores OPENBLAS_NUM_THREADS=1 makes it faster.
+Each format is compared with plain fp32, story by story and teacher-forced. The report gives the
+perplexity of the native engine, and how many masks flip: as a share of (neuron, token) pairs and by
+weight. Masks come from the oracles. A format's oracle rounds weights, activations and KV cache as
+the kernels do. The weight of a pair is |act(gate) * up|: fp32's value if the format lost the
+neuron, the format's value if it gained the neuron. Both are divided by the sum over all active
+pairs in fp32. It takes minutes; on busy cores OPENBLAS_NUM_THREADS=1 makes it faster.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Activation, Format, reference
 from hybrid.model.weights import LayerWeights
 
-# What the bundled model has not seen is known where it is trained.
+# The training folder knows which stories the bundled model has not seen.
 sys.path.insert(0, str(Path(__file__).parents[2] / "hybrid" / "models" / "stories" / "training"))
 from held_out import STORIES, Loss, read_held_out
 
@@ -35,7 +36,7 @@ Array = NDArray[np.float32]
 
 
 class WeighingSession(ReferenceSession):
-    """Notes what each active neuron weighs, beside the masks."""
+    """Records the weight of each active neuron besides the masks."""
 
     def prefill(self, tokens: NDArray) -> Array:
         self.weights_of_active: list[Array] = []  # per layer (tokens, n_neurons)
@@ -55,7 +56,7 @@ class WeighingSession(ReferenceSession):
 
 @dataclass(slots=True)
 class Tally:
-    """One format's sums over stories."""
+    """Sums of one format over all stories."""
 
     loss: Loss = field(default_factory=Loss)
     n_lost: int = 0
@@ -80,7 +81,7 @@ class Tally:
 
 
 def measure(stories: list[NDArray]) -> dict[str, dict[str, float]]:
-    """Figures of fp32 and of each format."""
+    """Return the figures of fp32 and of each format."""
     tallies = {format: Tally() for format in Format}
     exact_loss, n_active, weight = Loss(), 0, 0.0
     with open_checkpoint(STORIES) as checkpoint:
@@ -119,8 +120,8 @@ def measure(stories: list[NDArray]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="the folder of texts")
-    parser.add_argument("--stories", type=int, help="measure on the first N only")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the texts")
+    parser.add_argument("--stories", type=int, help="measure the first N only (default: all)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"
     )

@@ -1,9 +1,9 @@
-"""Does the time model tell the truth? Predicted against measured decode on this CPU:
+"""Compare the decode speed that the time model predicts with the measured one, on this CPU.
 
     python tests/benchmarks/plan_check.py -m synthetic:MiniCPM-S-1B --quant q8 --runs 7
 
-In turns, since a machine's memory does not keep its speed: the micro-benchmarks (some seconds),
-then real tokens; the error of each turn and their median.
+Each run does the micro-benchmarks (some seconds) and then decodes real tokens. The two alternate,
+because the speed of a machine's memory drifts. The output is the error of each run and the median.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ from hybrid.placement.measurement import measure_cpu
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("-m", "--model", default="synthetic:MiniCPM-S-1B")
-    parser.add_argument("--quant", choices=("q8", "q4", "bf16"), default="q8")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("-n", "--tokens", type=int, default=48)
+    add = parser.add_argument
+    add(
+        "-m",
+        "--model",
+        default="synthetic:MiniCPM-S-1B",
+        help="model (default: synthetic:MiniCPM-S-1B)",
+    )
+    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (default: q8)")
+    add("--runs", type=int, default=7, help="number of comparisons (default: 7)")
+    add("-n", "--tokens", type=int, default=48, help="tokens decoded in each run (default: 48)")
     args = parser.parse_args()
     errors = []
     with hybrid.load(args.model, quant=args.quant, device="cpu") as engine:

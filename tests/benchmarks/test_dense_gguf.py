@@ -1,4 +1,4 @@
-"""tests/benchmarks/dense_gguf.py: what llama.cpp is given to run beside us."""
+"""The GGUF file that the comparison gives to llama.cpp has the model's shape and one type."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Decode speed on cores that are not ours alone: more threads than cores, and a busy neighbour.
+"""Measure decode speed on shared cores: with more threads than cores, and beside a busy process.
 
     python tests/benchmarks/under_load.py -m synthetic:MiniCPM-S-1B --quant q4
 
-A fair share is what the operating system would give each runnable thread: with more threads than
-cores all of the machine, beside one busy process n / (n + 1) of it. Runs alternate, medians count.
-The last line is JSON.
+A fair share is what the engine gets if the operating system gives each runnable thread the same
+time. With more threads than cores, it is the whole machine. With n threads beside one busy process,
+it is n / (n + 1) of the machine. The runs alternate, and medians count. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,20 +30,27 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("-m", "--model", default="synthetic:MiniCPM-S-1B")
-    add("--quant", choices=("q4", "q8", "bf16"), default="q4")
-    add("-n", "--tokens", type=int, default=64, help="tokens decoded in each run (64)")
-    add("--runs", type=int, default=5, help="alternations (5)")
+    add(
+        "-m",
+        "--model",
+        default="synthetic:MiniCPM-S-1B",
+        help="model (default: synthetic:MiniCPM-S-1B)",
+    )
+    add("--quant", choices=("q4", "q8", "bf16"), default="q4", help="weight format (default: q4)")
+    add("-n", "--tokens", type=int, default=64, help="tokens decoded in each run (default: 64)")
+    add("--runs", type=int, default=5, help="runs of each case (default: 5)")
     return parser.parse_args()
 
 
 def spin() -> None:
+    """Keep one core busy until the process is ended."""
     while True:
         pass
 
 
 @contextmanager
 def busy_neighbour() -> Iterator[None]:
+    """Run a process that keeps one core busy."""
     process = multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
     process.start()
     try:

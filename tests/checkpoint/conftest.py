@@ -43,7 +43,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def save_safetensors() -> SaveSafetensors:
-    """save(path, arrays, dtype="F32"): written by hand, as the library's NumPy has no bfloat16."""
+    """save(path, arrays, dtype="F32"). It writes by hand, as NumPy has no bfloat16."""
 
     def save(path: Path, arrays: dict[str, np.ndarray], dtype: str = "F32") -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,4 +1,4 @@
-"""Random damage to each file of a model: it still loads, or it raises a HybridError."""
+"""A model with random damage to one of its files still loads, or raises a HybridError."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def sound_bin(model: Path, arrays: Arrays) -> bytes:
     return (model / "pytorch_model.bin").read_bytes()
 
 
-# The folder is shared by all examples on purpose: each overwrites the one file.
+# All examples share the folder on purpose: each overwrites the same file.
 FUZZ = settings(
     max_examples=300,
     deadline=None,
@@ -74,20 +74,28 @@ FUZZ = settings(
 
 @FUZZ
 @given(damage=damages())
-def test_damaged_safetensors(model: Path, sound_safetensors: bytes, damage: Damage) -> None:
+@pytest.mark.slow
+def test_damaged_safetensors_load_or_are_refused(
+    model: Path, sound_safetensors: bytes, damage: Damage
+) -> None:
     (model / "model.safetensors").write_bytes(damage(sound_safetensors))
     loads_or_is_refused(model)
 
 
 @FUZZ
 @given(damage=damages())
-def test_damaged_bin(model: Path, sound_bin: bytes, damage: Damage) -> None:
+@pytest.mark.slow
+def test_a_damaged_bin_file_loads_or_is_refused(
+    model: Path, sound_bin: bytes, damage: Damage
+) -> None:
     (model / "pytorch_model.bin").write_bytes(damage(sound_bin))
     loads_or_is_refused(model)
 
 
 @FUZZ
 @given(damage=damages())
-def test_damaged_config(model: Path, config: dict[str, Any], damage: Damage) -> None:
+def test_a_damaged_config_loads_or_is_refused(
+    model: Path, config: dict[str, Any], damage: Damage
+) -> None:
     (model / "config.json").write_bytes(damage(json.dumps(config).encode()))
     loads_or_is_refused(model)

@@ -1,3 +1,5 @@
+"""Folders in Hugging Face's layout are read exactly; broken ones are refused with the reason."""
+
 from __future__ import annotations
 
 import json
@@ -33,7 +35,7 @@ Save = Callable[..., None]
 
 
 def read_all(checkpoint: Checkpoint) -> Arrays:
-    """Everything that a checkpoint can be asked for, under the names of its files."""
+    """Read every tensor of a checkpoint, keyed by its name in the files."""
     arrays = {
         "model.embed_tokens.weight": checkpoint.read("embedding"),
         "model.norm.weight": checkpoint.read("norm"),
@@ -73,7 +75,7 @@ def change_config(folder: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_one_safetensors_file(
+def test_one_safetensors_file_is_read(
     model: Path, arrays: Arrays, save_safetensors: Save, dtype: str
 ) -> None:
     save_safetensors(model / "model.safetensors", arrays, dtype)
@@ -81,7 +83,7 @@ def test_one_safetensors_file(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_one_bin_file(model: Path, arrays: Arrays, dtype: str) -> None:
+def test_one_bin_file_is_read(model: Path, arrays: Arrays, dtype: str) -> None:
     (model / "model.safetensors").unlink()
     save_bin(model / "pytorch_model.bin", arrays, dtype)
     assert_reads(model, arrays)
@@ -101,11 +103,11 @@ def sharded(model: Path, arrays: Arrays, save_safetensors: Save) -> tuple[Path, 
     return model, weight_map
 
 
-def test_sharded_safetensors(sharded: tuple[Path, dict[str, str]], arrays: Arrays) -> None:
+def test_sharded_safetensors_are_read(sharded: tuple[Path, dict[str, str]], arrays: Arrays) -> None:
     assert_reads(sharded[0], arrays)
 
 
-def test_sharded_bin(model: Path, arrays: Arrays) -> None:
+def test_sharded_bin_files_are_read(model: Path, arrays: Arrays) -> None:
     (model / "model.safetensors").unlink()
     names = list(arrays)
     for shard, part in (("a.bin", names[::2]), ("b.bin", names[1::2])):
@@ -121,8 +123,8 @@ def test_safetensors_is_preferred(model: Path, arrays: Arrays) -> None:
     assert_reads(model, arrays)
 
 
-def test_links_into_a_cache(model: Path, arrays: Arrays) -> None:
-    """As huggingface_hub lays it out: every file of a snapshot is a link to ../../blobs/…"""
+def test_links_into_a_cache_are_followed(model: Path, arrays: Arrays) -> None:
+    """In huggingface_hub's cache, every file of a snapshot is a link to ../../blobs/…"""
     blobs = model.parent / "blobs"
     blobs.mkdir()
     for path in list(model.iterdir()):
@@ -130,7 +132,7 @@ def test_links_into_a_cache(model: Path, arrays: Arrays) -> None:
         path.symlink_to(Path("..") / "blobs" / path.name)
     assert_reads(model, arrays)
     (blobs / "model.safetensors").unlink()
-    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors: is missing, or a link"):
+    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors: is missing, or is a link"):
         open_checkpoint(model)
 
 
@@ -150,7 +152,9 @@ def test_an_untied_head_is_its_own(model: Path, arrays: Arrays, save_safetensors
     assert_reads(model, arrays)
 
 
-def test_a_llama_with_wide_heads(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
+def test_a_llama_with_wide_heads_is_read(
+    model: Path, arrays: Arrays, save_safetensors: Save
+) -> None:
     change_config(
         model, architectures=["LlamaForCausalLM"], hidden_act="relu", head_dim=16, vocab_size=12
     )
@@ -175,7 +179,7 @@ def test_extra_tensors_are_ignored(model: Path, arrays: Arrays, save_safetensors
     assert_reads(model, arrays)
 
 
-def test_what_a_checkpoint_tells(model: Path) -> None:
+def test_a_checkpoint_reads_known_roles_until_it_is_closed(model: Path) -> None:
     with open_checkpoint(model) as checkpoint:
         assert checkpoint.folder == model
         assert checkpoint.config.hidden_size == 32
@@ -186,14 +190,14 @@ def test_what_a_checkpoint_tells(model: Path) -> None:
     with pytest.raises(EngineClosed, match="was closed"):
         checkpoint.read("norm")
     checkpoint.close()
-    assert np.isfinite(weights).all()  # what was given out survives
+    assert np.isfinite(weights).all()  # arrays outlive their checkpoint
 
 
 # Folders that are refused
 
 
 @pytest.mark.parametrize("name", ["nothing here", "config.json"])
-def test_a_folder_that_is_none(model: Path, name: str) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(model: Path, name: str) -> None:
     with pytest.raises(ModelNotFound, match=f"{name}: is not a folder"):
         open_checkpoint(model / name)
 
@@ -214,14 +218,16 @@ def test_a_folder_that_is_none(model: Path, name: str) -> None:
     ids=lambda value: str(value[:20]),
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_json_that_is_none(model: Path, name: str, content: bytes, message: str) -> None:
+def test_files_that_are_not_json_objects_are_refused(
+    model: Path, name: str, content: bytes, message: str
+) -> None:
     (model / name).write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match=message) as raised:
         open_checkpoint(model)
     assert str(raised.value).startswith(str(model / name))
 
 
-def test_no_config(model: Path) -> None:
+def test_a_folder_without_a_config_is_refused(model: Path) -> None:
     (model / "config.json").unlink()
     with pytest.raises(InvalidCheckpoint, match=r"config\.json: is missing"):
         open_checkpoint(model)
@@ -229,7 +235,7 @@ def test_no_config(model: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
-def test_a_pipe_in_place_of_a_file_blocks_nothing(model: Path, name: str) -> None:
+def test_a_pipe_in_place_of_a_file_does_not_block(model: Path, name: str) -> None:
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     with pytest.raises(InvalidCheckpoint, match=rf"{name}: is missing, or"):
@@ -239,12 +245,12 @@ def test_a_pipe_in_place_of_a_file_blocks_nothing(model: Path, name: str) -> Non
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_a_huge_json_file_is_not_read(model: Path, name: str) -> None:
     with (model / name).open("wb") as file:
-        file.truncate(1 << 40)  # a hole: it takes no place
+        file.truncate(1 << 40)  # sparse: it takes no disk space
     with pytest.raises(InvalidCheckpoint, match=rf"{name}: has 1,099,511,627,776 bytes"):
         open_checkpoint(model)
 
 
-def test_no_weights(model: Path) -> None:
+def test_a_folder_without_weights_is_refused(model: Path) -> None:
     (model / "model.safetensors").rename(model / "model.gguf")
     with pytest.raises(InvalidCheckpoint) as raised:
         open_checkpoint(model)
@@ -252,7 +258,7 @@ def test_no_weights(model: Path) -> None:
         assert name in str(raised.value)
 
 
-def test_generation_config_names_the_end(model: Path) -> None:
+def test_end_tokens_come_from_generation_config(model: Path) -> None:
     path = model / "generation_config.json"
     for content, expected in (('{"eos_token_id": [2, 7]}', (2, 7)), ("{}", (2,))):
         path.write_text(content)
@@ -269,7 +275,9 @@ NAMES = ["model.embed_tokens.weight", "model.norm.weight"] + [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_missing_tensor(model: Path, arrays: Arrays, save_safetensors: Save, name: str) -> None:
+def test_a_missing_tensor_is_refused(
+    model: Path, arrays: Arrays, save_safetensors: Save, name: str
+) -> None:
     del arrays[name]
     save_safetensors(model / "model.safetensors", arrays)
     with pytest.raises(InvalidCheckpoint, match=rf"model\.safetensors: has no tensor '{name}'"):
@@ -277,7 +285,9 @@ def test_a_missing_tensor(model: Path, arrays: Arrays, save_safetensors: Save, n
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_wrong_shape(model: Path, arrays: Arrays, save_safetensors: Save, name: str) -> None:
+def test_a_wrong_shape_is_refused(
+    model: Path, arrays: Arrays, save_safetensors: Save, name: str
+) -> None:
     expected = arrays[name].shape
     arrays[name] = arrays[name].reshape(1, *expected)
     save_safetensors(model / "model.safetensors", arrays)
@@ -286,20 +296,20 @@ def test_a_wrong_shape(model: Path, arrays: Arrays, save_safetensors: Save, name
     assert f"{name!r} has shape {(1, *expected)}, expected {expected}" in str(raised.value)
 
 
-def test_a_wrong_type(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
+def test_a_wrong_type_is_refused(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
     save_safetensors(model / "model.safetensors", arrays, "I64")
     with pytest.raises(UnsupportedModel, match=r"tensor 'model\.embed_tokens\.weight' is I64"):
         open_checkpoint(model)
 
 
-def test_a_missing_shard(sharded: tuple[Path, dict[str, str]]) -> None:
+def test_a_missing_shard_is_refused(sharded: tuple[Path, dict[str, str]]) -> None:
     folder, _ = sharded
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InvalidCheckpoint, match="not in its folder: 'model-00002-of-00002"):
         open_checkpoint(folder)
 
 
-def test_an_index_that_lacks_a_tensor(sharded: tuple[Path, dict[str, str]]) -> None:
+def test_an_index_that_lacks_a_tensor_is_refused(sharded: tuple[Path, dict[str, str]]) -> None:
     folder, weight_map = sharded
     del weight_map["model.norm.weight"]
     save_index(folder / "model.safetensors.index.json", weight_map)
@@ -307,7 +317,9 @@ def test_an_index_that_lacks_a_tensor(sharded: tuple[Path, dict[str, str]]) -> N
         open_checkpoint(folder)
 
 
-def test_an_index_that_names_the_wrong_shard(sharded: tuple[Path, dict[str, str]]) -> None:
+def test_an_index_that_names_the_wrong_shard_is_refused(
+    sharded: tuple[Path, dict[str, str]],
+) -> None:
     folder, weight_map = sharded
     right = weight_map["model.norm.weight"]
     [wrong] = set(weight_map.values()) - {right}
@@ -316,7 +328,7 @@ def test_an_index_that_names_the_wrong_shard(sharded: tuple[Path, dict[str, str]
         open_checkpoint(folder)
 
 
-def test_shards_outside_the_folder(sharded: tuple[Path, dict[str, str]]) -> None:
+def test_shards_outside_the_folder_are_refused(sharded: tuple[Path, dict[str, str]]) -> None:
     folder, weight_map = sharded
     shard = folder / "model-00001-of-00002.safetensors"
     outside = folder.parent / "outside.safetensors"
@@ -340,7 +352,7 @@ def test_shards_outside_the_folder(sharded: tuple[Path, dict[str, str]]) -> None
 
 
 @pytest.mark.parametrize("weight_map", [None, [], "a", {"a": 1}, {"a": None}], ids=repr)
-def test_weight_maps_that_are_none(
+def test_broken_weight_maps_are_refused(
     sharded: tuple[Path, dict[str, str]], weight_map: object
 ) -> None:
     folder, _ = sharded

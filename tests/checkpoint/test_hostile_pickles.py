@@ -1,4 +1,7 @@
-"""Programs in place of tensors: refused by name, never run. The files are made without torch."""
+"""Pickles that hold programs instead of tensors are refused by name and never run.
+
+The files are made without torch.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def write_pickle(path: Path, program: bytes) -> None:
 
 
 class Call:
-    """Pickles to a program that calls `function`."""
+    """An object that pickles to a program which calls `function`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -102,7 +105,7 @@ def test_programs_are_refused_by_name_and_not_run(
         pytest.param(b"\x80\x02" + b"N" * (4 << 20) + b".", "bytes; a description", id="too long"),
     ],
 )
-def test_broken_and_hostile_pickles(path: Path, program: bytes, message: str) -> None:
+def test_broken_and_hostile_pickles_are_refused(path: Path, program: bytes, message: str) -> None:
     write_pickle(path, program)
     with pytest.raises(InvalidCheckpoint, match=message) as raised:
         TorchBin(path)

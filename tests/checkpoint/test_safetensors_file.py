@@ -1,3 +1,5 @@
+"""Safetensors files are read without a copy, and unsound ones are refused with the reason."""
+
 from __future__ import annotations
 
 import json
@@ -29,7 +31,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_round_trip_of_what_torch_saves(path: Path) -> None:
+def test_what_torch_saves_is_read_exactly(path: Path) -> None:
     torch = pytest.importorskip("torch", reason="torch writes the file that is read")
     from safetensors.torch import save_file
 
@@ -60,7 +62,7 @@ def test_nothing_is_copied(path: Path) -> None:
     assert file.tensor("b").data.base is base  # both are views of the one mapping
 
 
-def test_an_unaligned_tensor_reads_right(path: Path) -> None:
+def test_an_unaligned_tensor_is_read_correctly(path: Path) -> None:
     values = np.arange(1, 5, dtype="<f4")
     header = json.dumps({"a": entry([4], 0, 16)}).encode()
     header += b" " * (-(len(header) + 8) % 4 + 1)  # the data begin one byte past alignment
@@ -70,7 +72,7 @@ def test_an_unaligned_tensor_reads_right(path: Path) -> None:
     np.testing.assert_array_equal(actual, values)
 
 
-def test_a_tensor_that_is_not_there(path: Path) -> None:
+def test_a_missing_tensor_is_refused(path: Path) -> None:
     write(path, {"a": entry([2], 0, 8)}, 8)
     with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors: has no tensor 'b'"):
         SafetensorsFile(path).tensor("b")
@@ -80,7 +82,7 @@ TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
 TWICE += b'"a":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}'
 
 
-# The library's wording, of 0.4.3 or of 0.8.
+# The wording of the safetensors library, in version 0.4.3 or 0.8.
 TOO_SMALL = "HeaderTooSmall|header too small"
 LENGTH = "InvalidHeaderLength|invalid header length"
 CONTENT = "InvalidHeader|invalid (JSON|UTF-8) in header"
@@ -115,7 +117,7 @@ OVERFLOW = "ValidationOverflow|overflow computing"
         pytest.param(b'{"a":' + b"[" * 5000, 0, None, CONTENT, id="header nests deep"),
     ],
 )
-def test_unsound_files(
+def test_unsound_files_are_refused(
     path: Path, header: object, n_data: int, n_header: int | None, message: str
 ) -> None:
     write(path, header, n_data, n_header)
@@ -134,7 +136,7 @@ def test_unsound_files(
         (b"<html><body>not found</body></html>", "web page"),
     ],
 )
-def test_files_that_are_something_else(path: Path, content: bytes, message: str) -> None:
+def test_files_of_another_kind_are_refused(path: Path, content: bytes, message: str) -> None:
     path.write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match=message):
         SafetensorsFile(path)
@@ -160,7 +162,7 @@ def test_a_tensor_that_is_unusable_spoils_only_itself(
         file.tensor("a")
 
 
-def test_a_header_of_200_mb_costs_nothing(path: Path) -> None:
+def test_a_header_of_200_mb_is_refused_unread(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 200 << 20) + b"{")
     with path.open("r+b") as file:
         file.truncate(8 + (200 << 20))
@@ -171,6 +173,7 @@ def test_a_header_of_200_mb_costs_nothing(path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_a_hundred_thousand_tensors(path: Path) -> None:
+@pytest.mark.slow
+def test_a_hundred_thousand_tensors_are_read(path: Path) -> None:
     write(path, {f"t{i}": entry([1], 4 * i, 4 * i + 4) for i in range(100_000)}, 400_000)
     assert SafetensorsFile(path).tensor("t99999").shape == (1,)

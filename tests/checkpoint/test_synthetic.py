@@ -1,5 +1,5 @@
-"""Synthetic models: the recipe holds natively in every format, files are cached and survive damage,
-and nothing pretends to be a real model.
+"""Synthetic models follow their recipe in every format, their files are cached and survive damage,
+and no one can take them for real models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder, calibrated once for all tests that change nothing in it."""
+    """A synthetic model's folder, calibrated once for all tests that do not change it."""
     monkeypatch.setenv("HYBRID_HOME", str(shared_home))
     return resolve(TINY)
 
@@ -54,7 +54,7 @@ def bias_file(folder: Path, format: Format = Format.q8) -> Path:
 
 
 def calibrations(folder: Path, format: Format | None = Format.q8) -> list[tuple[str, int, int]]:
-    """What opening the folder tells about its progress: nothing where it is calibrated."""
+    """Open the folder and return its progress calls: none if it is calibrated already."""
     calls: list[tuple[str, int, int]] = []
     open_checkpoint(folder, format, lambda *call: calls.append(call)).close()
     return calls
@@ -64,7 +64,8 @@ def calibrations(folder: Path, format: Format | None = Format.q8) -> list[tuple[
 
 
 @pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
-def test_the_native_engine_finds_the_active_fraction_on_tokens_of_its_own(tiny, quant):
+@pytest.mark.slow
+def test_the_active_fraction_is_that_of_the_recipe_on_other_tokens(tiny, quant):
     with hybrid.load(TINY, quant=quant, threads=2) as engine:
         session = engine.open_session()
         session.prefill(IDS)
@@ -78,7 +79,7 @@ def test_the_native_engine_finds_the_active_fraction_on_tokens_of_its_own(tiny, 
     assert "\n" not in notice
 
 
-def test_a_few_neurons_do_much_of_the_work_as_often_as_the_recipe_says(tiny):
+def test_neurons_fire_as_often_as_the_recipe_says(tiny):
     with open_checkpoint(tiny, Format.bf16) as checkpoint:
         weights = read_weights(checkpoint, Format.bf16)
         active = []
@@ -143,7 +144,7 @@ def test_tensors_have_the_shapes_of_the_config_and_are_bf16_values(tiny):
         checkpoint.read("norm")
 
 
-def test_no_two_tensors_share_their_numbers(tiny):
+def test_tensors_are_not_correlated(tiny):
     with open_checkpoint(tiny) as checkpoint:
         names = [("up", 0), ("up", 1), ("gate", 0), ("gate", 1)]
         parts = [checkpoint.read(*name)[:, BIAS_DIMS:].ravel() for name in names]
@@ -171,14 +172,14 @@ def test_two_homes_hold_the_same_model(tiny, fresh):
             assert np.array_equal(one.read(role, layer), other.read(role, layer))
 
 
-def test_calibration_happens_once_for_a_format_and_tells_its_progress(fresh):
+def test_calibration_happens_once_per_format_and_reports_its_progress(fresh):
     calls = calibrations(fresh)
     total = calls[0][2]
     assert [call[1] for call in calls] == [total * part // 4 for part in range(5)]
     assert {(task, size) for task, _, size in calls} == {(f"calibrating {TINY} for q8", total)}
     assert not calibrations(fresh)
     assert calibrations(fresh, None)
-    assert not calibrations(fresh, Format.bf16)  # what None stands for
+    assert not calibrations(fresh, Format.bf16)  # None means bf16
 
 
 def damage_bias(damage: str, path: Path) -> None:
@@ -257,7 +258,7 @@ def test_a_home_that_cannot_be_made_says_what_to_do(tmp_path, monkeypatch):
         resolve(TINY)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half_written(fresh, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_nothing_half_written(fresh, monkeypatch):
     def fail(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -271,7 +272,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(fresh, monkeypatch)
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
 )
-def test_a_folder_that_cannot_be_written_is_told_before_calibration(fresh):
+def test_a_folder_that_cannot_be_written_is_reported_before_calibration(fresh):
     fresh.chmod(0o500)
     calls: list[tuple[str, int, int]] = []
     try:
@@ -282,6 +283,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_calibration(fresh):
     assert not calls
 
 
+@pytest.mark.slow
 def test_threads_that_make_the_same_model_at_once_agree(tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
     notices: list[tuple[str, ...]] = []
@@ -331,7 +333,7 @@ def test_the_1b_has_the_published_shape(tmp_path, monkeypatch):
     assert tokenizer.decode([73439]) == "w73439"
 
 
-def test_the_active_fraction_to_expect(tiny, tmp_path):
+def test_the_expected_active_fraction_is_known_by_name_and_folder(tiny, tmp_path):
     assert expected_active_fraction("Synthetic:MiniCPM-S-1B") == 0.1211
     assert expected_active_fraction(TINY) == expected_active_fraction(tiny) == 0.1211
     assert expected_active_fraction(str(tiny)) == 0.1211

@@ -1,3 +1,5 @@
+"""Tensors of a checkpoint widen to float32 exactly and outlive their file."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -39,7 +41,7 @@ def test_strided_tensors_become_contiguous(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(wide, plain.fp32()[:, :3].T)
 
 
-def test_a_scalar_stays_one(tmp_path: Path) -> None:
+def test_a_scalar_stays_a_scalar(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(np.float32(3.5).tobytes())
     assert map_tensor(path, map_file(path), "a", "F32", (), begin=0).fp32().shape == ()
@@ -53,7 +55,7 @@ def test_an_array_outlives_its_file(tmp_path: Path) -> None:
     assert data.sum() == 1000
 
 
-def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     for name in ("gone", "dangling", "."):
         with pytest.raises(InvalidCheckpoint, match="is missing"):

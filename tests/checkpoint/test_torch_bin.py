@@ -1,3 +1,5 @@
+"""Files that torch saved are read exactly; broken and unsupported ones are refused."""
+
 from __future__ import annotations
 
 import pickle
@@ -23,7 +25,7 @@ def path(tmp_path: Path) -> Path:
 def rewrite(
     path: Path, changes: dict[str, bytes | None], compression: int = zipfile.ZIP_STORED
 ) -> None:
-    """Replace members by their name's end, or remove them (None)."""
+    """Replace the zip members whose names end in a key of `changes`; None removes a member."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     for ending, content in changes.items():
@@ -37,7 +39,7 @@ def rewrite(
             archive.writestr(name, member)
 
 
-def test_round_trip_of_what_torch_saves(path: Path) -> None:
+def test_what_torch_saves_is_read_exactly(path: Path) -> None:
     torch.manual_seed(0)
     whole = torch.randn(6, 8)
     tensors = {
@@ -63,7 +65,7 @@ def test_round_trip_of_what_torch_saves(path: Path) -> None:
         assert [file.tensor(name).dtype for name in tensors][:3] == ["F32", "F16", "BF16"]
 
 
-def test_a_modules_state_dict(path: Path) -> None:
+def test_a_modules_state_dict_is_read(path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     torch.save(module.state_dict(), path)
     file = TorchBin(path)
@@ -75,7 +77,7 @@ def test_a_modules_state_dict(path: Path) -> None:
 
 
 class Described:
-    """Pickles like a tensor, with any description."""
+    """An object that pickles like a tensor of any shape, strides, offset and storage."""
 
     def __init__(
         self, shape: Any, strides: Any, offset: Any = 0, n_elements: Any = 6, key: str = "0"
@@ -85,6 +87,8 @@ class Described:
 
 
 class DescribingPickler(pickle._Pickler):
+    """Writes `Described` objects as torch writes tensors."""
+
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, tuple) and value and value[0] == "a storage":
             n_elements, key = value[1]
@@ -100,7 +104,7 @@ class DescribingPickler(pickle._Pickler):
 
 @pytest.fixture
 def write_described(path: Path) -> Callable[[Described], None]:
-    """Writes a file of one float32 storage "0" of the values 0 to 5, and one tensor "a"."""
+    """write(described): a file of tensor "a" over a float32 storage "0" of the values 0 to 5."""
 
     def write(described: Described) -> None:
         torch.save({"a": torch.arange(6.0)}, path)
@@ -112,7 +116,9 @@ def write_described(path: Path) -> Callable[[Described], None]:
     return write
 
 
-def test_descriptions_that_fit(path: Path, write_described: Callable[[Described], None]) -> None:
+def test_tensors_that_fit_their_storage_are_read(
+    path: Path, write_described: Callable[[Described], None]
+) -> None:
     for described, expected in [
         (Described((2, 3), (3, 1)), [[0, 1, 2], [3, 4, 5]]),
         (Described((3, 2), (1, 3)), [[0, 3], [1, 4], [2, 5]]),
@@ -147,7 +153,7 @@ def test_descriptions_that_fit(path: Path, write_described: Callable[[Described]
         pytest.param(Described((6,), (1,), n_elements="6"), "reference", id="count is text"),
     ],
 )
-def test_descriptions_that_do_not_fit(
+def test_tensors_that_do_not_fit_their_storage_are_refused(
     path: Path, write_described: Callable[[Described], None], described: Described, message: str
 ) -> None:
     write_described(described)
@@ -166,7 +172,7 @@ def test_descriptions_that_do_not_fit(
         ({"other/data.pkl": b"}."}, "expected one data.pkl in the zip file, found 2"),
     ],
 )
-def test_zip_files_of_wrong_content(
+def test_zip_files_of_wrong_content_are_refused(
     path: Path, changes: dict[str, bytes | None], message: str
 ) -> None:
     torch.save({"a": torch.ones(2)}, path)
@@ -175,13 +181,13 @@ def test_zip_files_of_wrong_content(
         TorchBin(path).tensor("a")
 
 
-def test_no_byteorder_means_little(path: Path) -> None:
+def test_a_missing_byteorder_means_little_endian(path: Path) -> None:
     torch.save({"a": torch.ones(2)}, path)
     rewrite(path, {"byteorder": None})
     assert TorchBin(path).tensor("a").fp32().tolist() == [1, 1]
 
 
-def test_compressed_members(path: Path) -> None:
+def test_compressed_members_are_refused(path: Path) -> None:
     torch.save({"a": torch.ones(2)}, path)
     rewrite(path, {}, zipfile.ZIP_DEFLATED)
     with pytest.raises(InvalidCheckpoint, match="is compressed or encrypted"):
@@ -189,7 +195,7 @@ def test_compressed_members(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_member_that_occurs_twice(path: Path) -> None:
+def test_a_member_that_occurs_twice_is_refused(path: Path) -> None:
     torch.save({"a": torch.ones(2)}, path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("pytorch_model/data/0", bytes(8))
@@ -204,18 +210,18 @@ def test_a_member_that_occurs_twice(path: Path) -> None:
         pytest.param(28, b"\xff\xff", id="padding that ends beyond the file"),
     ],
 )
-def test_a_broken_local_header(path: Path, position: int, damage: bytes) -> None:
+def test_a_broken_local_header_is_refused(path: Path, position: int, damage: bytes) -> None:
     torch.save({"a": torch.ones(2)}, path)
     with zipfile.ZipFile(path) as archive:
         begin = archive.getinfo("pytorch_model/data/0").header_offset + position
     content = bytearray(path.read_bytes())
     content[begin : begin + len(damage)] = damage
     path.write_bytes(content)
-    with pytest.raises(InvalidCheckpoint, match="does not lie inside the file"):
+    with pytest.raises(InvalidCheckpoint, match="is not inside the file"):
         TorchBin(path).tensor("a")
 
 
-def test_the_format_before_torch_1_6(path: Path) -> None:
+def test_the_format_before_torch_1_6_is_refused(path: Path) -> None:
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(InvalidCheckpoint, match=r"from before version 1\.6; load it with torch"):
         TorchBin(path)
@@ -231,7 +237,7 @@ def test_the_format_before_torch_1_6(path: Path) -> None:
         (b"<!doctype html>", "web page"),
     ],
 )
-def test_files_that_are_something_else(path: Path, content: bytes, message: str) -> None:
+def test_files_of_another_kind_are_refused(path: Path, content: bytes, message: str) -> None:
     path.write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match=message):
         TorchBin(path)

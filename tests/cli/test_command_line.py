@@ -1,4 +1,4 @@
-"""What the command lines share."""
+"""Amounts of bytes on the command line are parsed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hybrid.cli.command_line import parse_bytes
 
 
-def test_amounts_of_bytes():
+def test_amounts_of_bytes_are_parsed():
     assert parse_bytes("2GiB") == 2 << 30
     assert parse_bytes("1.5 MB") == 1_500_000
     assert parse_bytes("100") == 100

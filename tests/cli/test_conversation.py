@@ -1,4 +1,4 @@
-"""`hybrid.run -i`: turns, commands, Ctrl-C, a context that fills up."""
+"""`hybrid.run -i` handles messages, commands, Ctrl-C and a context that fills up."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def converse(
     first: str = "",
     **options: Any,
 ) -> Conversation:
-    """Run a conversation whose input is `lines`, then the end of the input."""
+    """Run a conversation whose input is `lines`, then the end of the input.
+
+    An exception class in `lines` is raised instead of returning a line.
+    """
     inputs = iter(lines)
 
     def read(prompt: str = "") -> str:
@@ -62,7 +65,7 @@ def converse(
         is_verbose=False,
     )
     conversation.run(first)
-    assert next(inputs, None) is None  # all was read
+    assert next(inputs, None) is None  # all lines were read
     return conversation
 
 
@@ -81,12 +84,12 @@ def test_a_message_costs_its_own_tokens_only(monkeypatch, chat_engine):
     following = [
         tokenizer.encode_next_message([{"role": "user", "content": q}]) for q in questions[1:]
     ]
-    # One more a turn: the answer's last token, which no pass has seen.
+    # Each later message also prefills the last token of the answer before it, which was never run.
     assert n_prefilled == len(tokenizer.encode_chat(messages)) + sum(len(t) + 1 for t in following)
     assert [m["role"] for m in conversation.messages] == ["system"] + ["user", "assistant"] * 3
 
 
-def test_a_text_is_written_together(monkeypatch, capsys, engine):
+def test_without_chat_user_and_model_write_one_text(monkeypatch, capsys, engine):
     conversation = converse(monkeypatch, engine, ["Once upon a time", "The dog"], is_chat=False)
     ids = conversation.text_ids
     text = engine.tokenizer.decode(ids)
@@ -104,18 +107,18 @@ def test_the_prompt_of_the_command_line_is_the_first_message(monkeypatch, chat_e
     assert [m["content"] for m in conversation.messages[::2]] == ["Hello", "And?"]
 
 
-def test_commands(monkeypatch, capsys, chat_engine):
+def test_commands_are_obeyed(monkeypatch, capsys, chat_engine):
     lines = ["Hello", "/stats", "/reset", "/stats", "/what", "/help", "  ", "/quit"]
     conversation = converse(monkeypatch, chat_engine, lines, system="Be kind.")
     error = capsys.readouterr().err
     assert "last: described" in error
     assert "context: 0 of 120 tokens" in error
-    assert "/what is no command" in error
-    assert error.count("/reset  begin anew") == 2
+    assert "/what is not a command" in error
+    assert error.count("/reset  start again") == 2
     assert conversation.messages == [{"role": "system", "content": "Be kind."}]
 
 
-def test_a_slash_within_a_message_is_no_command(monkeypatch, chat_engine):
+def test_a_message_that_begins_with_a_path_is_not_a_command(monkeypatch, chat_engine):
     conversation = converse(monkeypatch, chat_engine, ["/usr/bin is a folder"])
     assert conversation.messages[0]["content"] == "/usr/bin is a folder"
 
@@ -127,7 +130,7 @@ def test_ctrl_c_at_the_prompt_does_not_leave(monkeypatch, capsys, chat_engine):
 
 
 class InterruptingStream(io.StringIO):
-    """Standard output during which Ctrl-C is pressed, once a few pieces have come."""
+    """Standard output that simulates Ctrl-C at its fourth write."""
 
     n_writes = 0
 
@@ -154,11 +157,11 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(monkeypatch, capsy
     assert first.endswith("The end")
 
 
-def test_a_full_context_is_said_and_can_be_left(monkeypatch, capsys, chat_engine):
+def test_a_full_context_is_reported_and_reset_empties_it(monkeypatch, capsys, chat_engine):
     lines = ["word " * 40, "again " * 30, "/reset", "Hello"]
     conversation = converse(monkeypatch, chat_engine, lines, max_tokens=100)
     error = capsys.readouterr().err
-    assert "the context is full; /reset begins anew" in error
+    assert "the context is full; /reset starts again" in error
     assert "the context holds 120" in error
     assert [m["content"] for m in conversation.messages[::2]] == ["Hello"]
 
@@ -183,7 +186,7 @@ def test_lines_may_come_from_a_pipe():
 
 
 @pytest.mark.parametrize("option", [["--chat"], ["--system", "Be kind.", "-p", "Hello"]])
-def test_a_model_without_a_template_does_not_chat(option):
+def test_a_model_without_a_template_cannot_chat(option):
     result = run(*option)
     assert result.returncode == 2
     assert "no chat template" in result.stderr
@@ -194,13 +197,13 @@ def test_a_model_without_a_template_does_not_chat(option):
     "options",
     [["--raw", "--chat"], ["--raw", "--system", "x"], ["--json", "-i"], ["-i", "--logprobs", "0"]],
 )
-def test_options_that_exclude_each_other(options):
+def test_options_that_exclude_each_other_are_refused(options):
     result = run(*options)
     assert result.returncode == 2
     assert "exclude each other" in result.stderr
 
 
-def test_a_line_that_is_no_text_does_not_end_the_conversation(monkeypatch, capsys, chat_engine):
+def test_a_line_that_is_not_text_does_not_end_the_conversation(monkeypatch, capsys, chat_engine):
     conversation = converse(monkeypatch, chat_engine, ["caf\udce9", "Hello"])
     assert "lone surrogate" in capsys.readouterr().err
     assert [m["content"] for m in conversation.messages[::2]] == ["Hello"]

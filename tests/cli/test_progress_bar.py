@@ -1,4 +1,4 @@
-"""What a front-end shows while work takes long. No test waits for a clock to say so."""
+"""Front-ends show progress only for work that takes long. No test waits for the clock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GB = 10**9
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything takes long enough to be shown."""
+    """Treat all work as long enough to be shown."""
     monkeypatch.setattr(module, "_DRAW_AFTER_S", 0)
     monkeypatch.setattr(module, "_WRITE_AFTER_S", 0)
     monkeypatch.setattr(module, "_REDRAW_S", 0)
@@ -28,7 +28,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing takes long."""
+    """Treat no work as long enough to be shown."""
     monkeypatch.setattr(module, "_DRAW_AFTER_S", 10**6)
     monkeypatch.setattr(module, "_WRITE_AFTER_S", 10**6)
 
@@ -40,24 +40,24 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """80 columns wide."""
+    """A terminal of 80 columns."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     return Terminal()
 
 
 def lines(terminal: Terminal) -> list[str]:
-    """Everything that was drawn; each drawing begins at the line's start."""
+    """Return everything that was drawn. Each drawing begins at the start of the line."""
     return terminal.getvalue().split("\r")
 
 
 def is_gone(terminal: Terminal) -> bool:
-    """Whether the last thing drawn is an empty line, from its start on."""
+    """Return whether an empty line was drawn last, with the cursor back at its start."""
     return terminal.getvalue().endswith("\r") and not lines(terminal)[-2].strip()
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_bar_shows_task_share_bytes_and_is_gone_in_the_end(terminal: Terminal) -> None:
+def test_a_bar_shows_task_share_and_bytes_and_disappears_at_the_end(terminal: Terminal) -> None:
     with progress_bar(terminal) as progress:
         progress("downloading [bold]x", 3 * GB, 4 * GB)
     drawn = terminal.getvalue()
@@ -95,7 +95,7 @@ def test_a_bar_is_one_line_on_any_terminal(
 
 
 @pytest.mark.usefixtures("at_once")
-def test_work_of_no_bytes_and_work_that_is_done_already(terminal: Terminal) -> None:
+def test_work_of_no_bytes_and_finished_work_are_accepted(terminal: Terminal) -> None:
     with progress_bar(terminal) as progress:
         progress("nothing", 0, 0)
         progress("whole", 5, 5)
@@ -114,7 +114,7 @@ def test_short_work_shows_nothing(kind: type[io.StringIO]) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_where_there_is_no_terminal_a_task_is_two_lines(
+def test_without_a_terminal_a_task_is_two_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with progress_bar() as progress:
@@ -160,7 +160,7 @@ def test_an_error_leaves_no_timer_behind(terminal: Terminal) -> None:
             assert not thread.is_alive()
 
 
-def test_a_task_that_is_silent_for_long_is_shown_all_the_same() -> None:
+def test_a_task_that_is_silent_for_long_is_still_shown() -> None:
     class View:
         shown = threading.Event()
 
@@ -179,7 +179,7 @@ def test_a_task_that_is_silent_for_long_is_shown_all_the_same() -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_what_is_no_bytes_is_shown_in_its_unit(terminal: Terminal) -> None:
+def test_work_that_is_not_in_bytes_is_shown_in_its_unit(terminal: Terminal) -> None:
     log = io.StringIO()
     for shown in (terminal, log):
         with progress_bar(shown) as progress:
@@ -192,7 +192,7 @@ def test_what_is_no_bytes_is_shown_in_its_unit(terminal: Terminal) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_log_that_cannot_be_written_ends_no_work() -> None:
+def test_a_log_that_cannot_be_written_does_not_end_the_work() -> None:
     file = io.StringIO()
     with progress_bar(file) as progress:
         file.close()
@@ -201,7 +201,7 @@ def test_a_log_that_cannot_be_written_ends_no_work() -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_terminal_that_cannot_go_back_gets_lines(
+def test_a_terminal_that_cannot_redraw_a_line_gets_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")

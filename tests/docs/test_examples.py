@@ -15,7 +15,7 @@ def run(name: str, *arguments: str) -> str:
     ).stdout
 
 
-def test_embed():
+def test_the_embedding_example_runs():
     out = run("embed.py", "The little robot")
     assert out.startswith("The little robot")
     assert "of neurons active" in out.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""A decoded token costs no allocation and no Python function."""
+"""Decoding a token allocates no memory and calls no Python function."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ void* realloc(void* p, size_t n) { count(); return __libc_realloc(p, n); }
 void* aligned_alloc(size_t a, size_t n) { count(); return __libc_memalign(a, n); }
 """
 
-# Calls of the same shape, so that what Python's bindings allocate for each is equal: one decodes,
-# the other only looks at its argument. Medians, since Python itself allocates now and then.
+# Both calls have the same shape, so that the bindings allocate equally for both. One decodes; the
+# other only checks its argument. Medians count, because Python itself allocates now and then.
 PROGRAM = """
 import ctypes, statistics
 import numpy as np
@@ -90,5 +90,5 @@ def test_decoding_calls_no_python():
             native.decode(7)
         finally:
             sys.setprofile(None)
-        # One call into C, and that of setprofile itself.
+        # One call into C, and the call of setprofile itself.
         assert events == ["c_call", "c_return", "c_call"]

@@ -1,4 +1,4 @@
-"""An engine whose weights move into memory while it generates: the same tokens, and it says so."""
+"""An engine generates the same tokens while its weights are copied in the background."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_tokens_are_the_same_before_during_and_after(tmp_path, monkeypatch):
     monkeypatch.setattr(memory._native, "move_into_memory", move_when_told)
     with hybrid.load("stories") as engine:
         if not engine.stats.is_copying:
-            pytest.skip("this system reads the file")
+            pytest.skip("this system reads the file instead of mapping it")
         assert engine.stats.is_mapped
         assert story(engine) == expected
         go_on.set()

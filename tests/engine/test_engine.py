@@ -1,4 +1,4 @@
-"""The library's surface: load, generate, stop, close, and what it refuses."""
+"""The library loads, generates, stops and closes as documented, and refuses bad arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_story_comes_in_pieces_that_make_up_its_text(engine):
     assert everything == "Once upon a time" + generation.text
 
 
-def test_a_seed_repeats_a_run_and_is_told(engine):
+def test_a_seed_repeats_a_run_and_can_be_read(engine):
     first = engine.generate("The cat", max_tokens=30)
     text = "".join(first)
     again = engine.generate("The cat", max_tokens=30, seed=first.seed)
@@ -46,14 +46,14 @@ def test_greedy_needs_no_seed(engine):
     assert len(texts) == 1
 
 
-def test_token_ids_are_taken_as_they_stand(engine):
+def test_a_prompt_of_token_ids_is_used_unchanged(engine):
     ids = engine.tokenizer.encode("The cat")
     assert list(engine.generate(ids, max_tokens=9, temperature=0)) == list(
         engine.generate("The cat", max_tokens=9, temperature=0)
     )
 
 
-def test_finish_reasons(engine):
+def test_the_finish_reason_says_why_a_text_ended(engine):
     stopped = engine.generate("Once upon a time", max_tokens=500, seed=3)
     assert stopped.finish_reason is None
     "".join(stopped)
@@ -69,7 +69,8 @@ def test_a_full_context_ends_the_text():
         generation = engine.generate("Once upon a time", max_tokens=500, seed=3)
         "".join(generation)
         assert generation.finish_reason == "length"
-        assert len(generation.prompt) + len(generation.tokens) == 12 + 1  # the last is never run
+        # The last token is generated, but not run, so it takes no place in the context.
+        assert len(generation.prompt) + len(generation.tokens) == 12 + 1
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers():
@@ -81,7 +82,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers():
             engine.generate("a a a a a a a a")
 
 
-def test_cancel_from_another_thread(engine):
+def test_another_thread_can_cancel(engine):
     generation = engine.generate("Once upon a time", max_tokens=400, temperature=2.0, seed=5)
     next(generation)
     thread = threading.Thread(target=generation.cancel)
@@ -157,7 +158,7 @@ def test_stop_strings_of_another_type_are_refused(engine, stop):
 
 
 @pytest.mark.parametrize("model", [None, 3])
-def test_a_model_that_can_be_no_name_is_refused(model):
+def test_a_model_of_another_type_is_refused(model):
     with pytest.raises(hybrid.InvalidOption, match="model"):
         hybrid.load(model)
 
@@ -190,7 +191,7 @@ def test_load_options_out_of_range_are_refused(options):
         hybrid.load("stories", **options)
 
 
-def test_a_closed_engine_refuses_work_but_ends_what_runs():
+def test_a_closed_engine_refuses_work_but_finishes_what_runs():
     with hybrid.load("stories") as engine:
         generation = engine.generate("The cat", max_tokens=10, temperature=0)
         next(generation)
@@ -201,7 +202,7 @@ def test_a_closed_engine_refuses_work_but_ends_what_runs():
     engine.close()
 
 
-def test_two_engines_in_one_process(tmp_path):
+def test_two_engines_work_in_one_process(tmp_path):
     other = write_model(tmp_path, vocab_size=4096, hidden_act="silu", hidden_act_param=None)
     with hybrid.load("stories", quant="bf16") as stories, hybrid.load(other) as tiny:
         first = "".join(stories.generate("The cat", max_tokens=10, temperature=0))
@@ -222,7 +223,7 @@ def test_broken_weights_are_an_error_that_names_them(tmp_path, quant, bad):
 @pytest.mark.parametrize(
     ("name", "role"), [("model.norm", "norm"), ("model.embed_tokens", "embedding")]
 )
-def test_one_broken_weight_is_enough(tmp_path, quant, name, role):
+def test_one_weight_that_is_not_finite_is_refused(tmp_path, quant, name, role):
     folder = write_model(tmp_path, vocab_size=4096)
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{name}.weight"].flat[7] = -np.inf
@@ -231,7 +232,7 @@ def test_one_broken_weight_is_enough(tmp_path, quant, name, role):
         hybrid.load(folder, quant=quant)
 
 
-def test_weights_beyond_q8_are_refused_with_a_way_out(tmp_path):
+def test_weights_too_large_for_q8_are_refused_with_advice(tmp_path):
     folder = write_model(tmp_path, vocab_size=4096)
     change_weight(folder, 1e8)
     with pytest.raises(hybrid.InvalidCheckpoint, match="quant bf16"):
@@ -271,10 +272,11 @@ assert os.waitpid(child, 0)[1] == 0
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_is_told_to_load_for_itself_and_can_exit():
-    """Worker threads do not exist in a child: nothing there may wait for them."""
+    """A forked child has no worker threads, so nothing in it may wait for them."""
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_the_process_may_end_while_a_thread_generates():
     code = (
         "import hybrid, threading, time\n"
@@ -288,8 +290,8 @@ def test_the_process_may_end_while_a_thread_generates():
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_generation_gives_its_memory_back(engine):
-    """At its end, when closed, and when dropped half-way: by reference counts alone."""
+def test_a_generation_frees_its_memory(engine):
+    """It does so at its end, if closed, and if dropped half-way, by reference counts alone."""
     for finish in (list, lambda generation: generation.close(), next):
         generation = engine.generate("Once", max_tokens=3)
         session = weakref.ref(generation._session._native)
@@ -342,7 +344,7 @@ def test_text_ends_before_a_stop_string(engine):
         assert "".join(pieces) == generation.text == whole[: whole.index(stop)]
         assert generation.finish_reason == "stop"
     generation = engine.generate("Once upon a time", stop=whole + "x", **options)
-    assert "".join(generation) == whole  # held back to the end, then given
+    assert "".join(generation) == whole  # held back until the end, then returned
     assert generation.finish_reason == "length"
 
 

@@ -1,5 +1,5 @@
-"""Engines whose head is previewed: likely rows are those of the head itself to the last bit, decode
-equals prefill whatever the threads, and bytes are counted.
+"""Engines with a preview of the head compute likely rows exactly, decode and prefill the same bits
+on any number of threads, and count their bytes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from tiny_models import write_model
 import hybrid
 from hybrid.weights import packed_file, preview
 
-VOCAB = 5003  # more than one piece of a shortlist; no whole tile at the end
-IDS = np.random.default_rng(2).integers(0, 320, 70)  # more than one chunk
+VOCAB = 5003  # more than one piece of a shortlist; the last tile is not full
+IDS = np.random.default_rng(2).integers(0, 320, 70)  # more than one chunk of prefill
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "own head"])
@@ -29,16 +29,17 @@ def all_logits(engine: hybrid.Engine, *, dense: bool = False) -> np.ndarray:
 
 @pytest.fixture
 def previewing(monkeypatch):
+    """Preview heads of any size."""
     monkeypatch.setattr(preview, "LEAST_ROWS", 0)
 
 
 @pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
-def test_likely_rows_are_exact_the_others_near(tmp_path, model, quant, monkeypatch):
+def test_likely_rows_are_exact_and_the_others_are_near(tmp_path, model, quant, monkeypatch):
     with hybrid.load(model, quant=quant) as engine:
         exact = all_logits(engine)
         path = write_predictor(tmp_path / "p", engine, margin=1e7)  # names every neuron
     with hybrid.load(model, quant=quant, predictor=path) as engine:
-        assert not engine.previews_head  # so few rows are soon read
+        assert not engine.previews_head  # too few rows for a preview to pay
         np.testing.assert_array_equal(all_logits(engine), exact)
     monkeypatch.setattr(preview, "LEAST_ROWS", 0)
     with hybrid.load(model, quant=quant, predictor=path) as engine:
@@ -75,7 +76,7 @@ def test_decode_equals_prefill_with_any_number_of_threads(tmp_path, model, quant
 
 
 @pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
-def test_bytes_counted_are_those_of_the_formula(tmp_path, model, quant, previewing):
+def test_counted_bytes_equal_the_formula(tmp_path, model, quant, previewing):
     with hybrid.load(model, quant=quant) as engine:
         path = write_predictor(tmp_path / "p", engine)
     with hybrid.load(model, quant=quant, predictor=path, threads=3) as engine:
@@ -85,8 +86,8 @@ def test_bytes_counted_are_those_of_the_formula(tmp_path, model, quant, previewi
         assert session.shortlisted_count == 0
 
 
-def test_a_packed_file_of_the_other_kind_is_packed_again(tmp_path, model, monkeypatch):
-    """Files of both kinds have one name; what lies in them differs."""
+def test_a_model_is_packed_again_if_a_preview_is_added_or_dropped(tmp_path, model, monkeypatch):
+    """Files with and without a preview have the same name but different content."""
     monkeypatch.setattr(packed_file, "KEEP_FROM_BYTES", 0)
     home = tmp_path / "home"
     with hybrid.load(model) as engine:

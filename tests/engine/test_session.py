@@ -1,4 +1,4 @@
-"""Native sessions: against the oracle of their format, and equal bits however the work is cut."""
+"""Native sessions match the oracle of their format, with equal bits however the work is divided."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ VARIANTS = {
 
 
 def assert_close_to_oracle(actual: np.ndarray, expected: np.ndarray) -> None:
-    """For (sequences, vocab) logits, one row a sequence.
+    """Assert that (sequences, vocab) logits, one row per sequence, are close.
 
-    Sums in another order move an activation across a rounding step now and then, which shows in the
-    logits of that sequence; where it happened to none, only the order of sums remains.
+    Sums in another order now and then move an activation across a rounding step. This shows in the
+    logits of that sequence. In other sequences only the order of sums differs.
     """
     error = np.abs(actual - expected).max(-1) / expected.std()
     assert error.max() < 0.1
@@ -110,7 +110,7 @@ def test_threads_do_not_change_a_bit(tmp_path, isa, format):
         assert active == results[0][2]
 
 
-def test_neuron_order_leaves_the_logits(tmp_path, format):
+def test_the_order_of_neurons_does_not_change_the_logits(tmp_path, format):
     folder = write_model(tmp_path)
     rng = np.random.default_rng(2)
     straight = open_executor(folder, format)
@@ -124,7 +124,7 @@ def test_neuron_order_leaves_the_logits(tmp_path, format):
     assert_close_to_oracle(np.array(actual), np.array(expected))
 
 
-def test_active_counts_are_the_oracles(tmp_path, format):
+def test_active_counts_match_the_oracle(tmp_path, format):
     folder = write_model(tmp_path)
     with open_checkpoint(folder) as checkpoint:
         reference = ReferenceSession(read_weights(checkpoint, format), checkpoint.config, format)
@@ -151,7 +151,7 @@ def test_truncate_returns_to_an_earlier_position(tmp_path):
 
 
 def test_long_context_spans_match_the_oracle(tmp_path):
-    """Over several attention spans, and to the last position of the context."""
+    """The text covers several attention spans and reaches the last position of the context."""
     folder = write_model(tmp_path, hidden_act="silu", hidden_act_param=None)
     ids = np.random.default_rng(3).integers(0, 320, 600).astype(np.int32)
     with open_checkpoint(folder) as checkpoint:

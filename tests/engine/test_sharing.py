@@ -1,4 +1,4 @@
-"""Sessions over shared weights: several at once, prefixes kept, chats, and what is counted."""
+"""Sessions share weights, run at the same time, keep prefixes and chats, and count their work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def text_of(generation: hybrid.Generation) -> str:
 # Prefixes
 
 
-def test_what_a_session_holds_of_a_prompt_is_not_computed_again(engine):
+def test_tokens_that_a_session_holds_are_not_computed_again(engine):
     ids = engine.tokenizer.encode("Once upon a time there was a little dog")
     fresh = engine.generate(ids, max_tokens=12, temperature=0)
     expected = text_of(fresh)
@@ -47,13 +47,13 @@ def test_what_a_session_holds_of_a_prompt_is_not_computed_again(engine):
         assert text_of(generation) == expected
         assert generation.stats.prompt_tokens == len(ids)
         assert generation.stats.cached_tokens == 6
-        # The same prompt again: only its last token runs, whose logits are wanted.
+        # For the same prompt again, only the last token runs, because its logits are needed.
         again = engine.generate(ids, session=session, max_tokens=12, temperature=0)
         assert text_of(again) == expected
         assert again.stats.cached_tokens == len(ids) - 1
 
 
-def test_another_prompt_shares_nothing_but_its_beginning(engine):
+def test_another_prompt_shares_only_its_beginning(engine):
     with engine.open_session() as session:
         text_of(engine.generate("A cat sat", session=session, max_tokens=5, seed=1))
         other = engine.generate("The sun is", session=session, max_tokens=8, temperature=0)
@@ -61,7 +61,7 @@ def test_another_prompt_shares_nothing_but_its_beginning(engine):
         assert other.stats.cached_tokens == 1  # BOS
 
 
-def test_reset_forgets(engine):
+def test_reset_forgets_all_tokens(engine):
     with engine.open_session() as session:
         text_of(engine.generate("A cat", session=session, max_tokens=3, seed=1))
         session.reset()
@@ -138,7 +138,10 @@ def test_one_session_used_from_two_threads_ends_one_generation_cleanly(engine):
 
 
 def test_a_chat_computes_each_message_once(chat_engine):
-    """Prefilled tokens: the new turn's own, and the answer's last one, which no pass has seen."""
+    """A message prefills its own tokens, and the last token of the answer before it.
+
+    That token was sampled, but has never been run.
+    """
     options = {"max_tokens": 7, "temperature": 0}
     tokenizer = chat_engine.tokenizer
     with chat_engine.open_session() as session:
@@ -214,7 +217,7 @@ def test_a_session_of_another_engine_is_refused(engine):
 
 
 def test_an_interrupted_call_leaves_tokens_and_cache_in_step(engine, monkeypatch):
-    """KeyboardInterrupt comes between the native call and the note of its tokens."""
+    """KeyboardInterrupt comes after the native call and before the session records its tokens."""
     session, other = engine.open_session(), engine.open_session()
     ids = engine.tokenizer.encode("Once upon a time there was")
     session.prefill(ids[:4])
@@ -229,7 +232,7 @@ def test_an_interrupted_call_leaves_tokens_and_cache_in_step(engine, monkeypatch
     np.testing.assert_array_equal(session.logits, other.logits)
 
 
-def test_an_interrupted_generation_is_over(engine, monkeypatch):
+def test_an_interrupted_generation_has_ended(engine, monkeypatch):
     with engine.open_session() as session:
         generation = engine.generate("A cat", session=session, max_tokens=50, seed=1)
         next(generation)
@@ -254,7 +257,7 @@ def test_a_conversation_edited_in_place_is_another_one(chat_engine):
         assert generation.prompt == chat_engine.tokenizer.encode_chat(messages)
 
 
-def test_ids_that_are_no_integers_are_refused(engine):
+def test_ids_that_are_not_integers_are_refused(engine):
     with engine.open_session() as session, pytest.raises(ValueError, match="integers"):
         session.prefill([1.7])
 
@@ -265,12 +268,12 @@ def test_ids_that_are_no_integers_are_refused(engine):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
 @pytest.mark.parametrize("has_tied_head", [False, True])
-def test_bytes_counted_are_those_of_the_formula(tmp_path, quant, dense, has_tied_head):
+def test_counted_bytes_equal_the_formula(tmp_path, quant, dense, has_tied_head):
     changes = {"vocab_size": 4096, "tie_word_embeddings": has_tied_head}
     with hybrid.load(write_model(tmp_path, **changes), quant=quant, threads=3) as engine:
         session = engine.open_session(dense=dense)
         session.prefill(np.arange(300))  # more than one span of attention
-        assert sum(session.decode_bytes.values()) == 0  # prefill reads rows for many tokens at once
+        assert sum(session.decode_bytes.values()) == 0  # not counted: it reads rows for many tokens
         session.reset_counts()
         for token in (5, 6, 7):
             session.decode(token)
@@ -287,7 +290,7 @@ def test_bytes_counted_are_those_of_the_formula(tmp_path, quant, dense, has_tied
         assert all(parts.values())
 
 
-def test_dense_changes_nothing_but_the_work(engine):
+def test_a_dense_session_gives_the_same_bits_with_more_work(engine):
     ids = engine.tokenizer.encode("Once upon a time there was a dog")
     sparse, dense = engine.open_session(), engine.open_session(dense=True)
     np.testing.assert_array_equal(

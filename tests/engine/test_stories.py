@@ -1,5 +1,6 @@
-"""The bundled model through the native engine, teacher-forced on a story that it was not trained
-on.
+"""The native engine's logits of the bundled model stay within LOGIT_BOUND of fp32.
+
+The model is teacher-forced on a story that it was not trained on.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
 
 STORY = (Path(__file__).parents[1] / "data" / "held_out_story.txt").read_text(encoding="utf-8")
-# What rounding weights, activations and KV cache may move any logit by, against fp32. The story's
-# logits have a standard deviation of about 3. Stated in README; a change that exceeds it is a
-# regression.
+# Largest difference of any logit from fp32, caused by rounding weights, activations and KV cache.
+# The story's logits have a standard deviation of about 3. A change beyond a bound is a regression.
 LOGIT_BOUND = {"bf16": 0.3, "q8": 0.5}
 N_TOKENS = 128
 
@@ -36,7 +36,7 @@ def fp32() -> tuple[np.ndarray, float, np.ndarray]:
 
 
 @pytest.mark.parametrize("quant", list(LOGIT_BOUND))
-def test_the_argmax_is_the_oracles_wherever_it_is_clear(fp32, isa, quant):
+def test_the_argmax_equals_the_oracles_if_its_lead_is_clear(fp32, isa, quant):
     ids, active_fraction, expected = fp32
     with hybrid.load("stories", quant=quant, threads=2) as engine:
         session = engine.open_session()
@@ -63,7 +63,7 @@ def test_the_model_is_sparse_and_predicts_the_story(fp32):
 
 @pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
 def test_the_kernels_add_nothing_to_the_rounding_of_their_format(fp32, quant):
-    """Against fp32 the engine errs as its format's oracle does, activations rounded too."""
+    """Against fp32, the engine errs as its format's oracle does, which also rounds activations."""
     ids, _, exact = fp32
     with open_checkpoint(STORIES) as checkpoint:
         weights = read_weights(checkpoint, Format[quant])

@@ -1,4 +1,4 @@
-"""Multiple choice: forms are read as they are published, likelihoods are those of the model."""
+"""Multiple-choice files are read in their published forms, and likelihoods are the model's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HELLASWAG = {
     "endings": ["takes out a cake.", "rides  a horse [title] away."],
     "label": "0",
 }
-PIQA = {"goal": "How to open a jar?", "sol1": "Turn the lid.", "sol2": "Eat the lid."}
+PIQA = {"goal": "How to open a jar?", "sol1": "Twist the lid.", "sol2": "Eat the lid."}
 ARC_AI2 = {
     "question": {
         "stem": "What is hot?",
@@ -50,7 +50,7 @@ def engine():
         yield engine
 
 
-def test_forms_are_told_by_their_fields(tmp_path):
+def test_forms_are_recognised_by_their_fields(tmp_path):
     labels = tmp_path / "labels.lst"
     labels.write_text("0\n0\n0\n0\n0\n")
     rows = (HELLASWAG, ARC_AI2, ARC_HF, PLAIN)
@@ -83,7 +83,7 @@ def test_likelihoods_are_those_of_the_whole_text(engine, context):
     )
     with engine.open_session() as session:
         actual = log_likelihoods(engine, session, question)
-        # Whatever an earlier question left behind.
+        # What an earlier question left in the session does not matter.
         assert log_likelihoods(engine, session, question) == actual
     for choice, likelihood in zip(question.choices, actual, strict=True):
         ids = engine.tokenizer.encode(context + choice)
@@ -115,7 +115,7 @@ def test_length_is_normalised_by_characters(monkeypatch, engine):
     assert (result.plain, result.normalised) == (0.0, 1.0)  # -4 / 2 against -6 / 6
 
 
-def test_fp32_is_near(engine):
+def test_fp32_is_near_the_native_engine(engine):
     question = Question(
         "Once upon a time there was a little", (" girl who", " dog", " dream"), 0, 1
     )
@@ -127,10 +127,10 @@ def test_fp32_is_near(engine):
 
 
 BAD = {
-    "empty": ("", "nothing in it"),
+    "empty": ("", "is empty"),
     "no JSON": ('{"context": "a", "choices": ["b", "c"], "answer": 0}\n\nnot json', "line 3"),
     "no object": ("[1, 2]", "expected an object"),
-    "unknown form": ('{"text": "a"}', "no known form"),
+    "unknown form": ('{"text": "a"}', "unknown form"),
     "missing field": ('{"context": "a", "choices": ["b", "c"]}', "no field 'answer'"),
     "answer beyond": ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "answer 2"),
     "one choice": ('{"context": "a", "choices": ["b"], "answer": 0}', "two choices"),
@@ -153,16 +153,16 @@ def test_bad_files_name_the_line(tmp_path, capsys, content, message):
 def test_labels_must_be_as_many_as_questions(tmp_path):
     labels = tmp_path / "labels"
     labels.write_text("0\n")
-    with pytest.raises(InvalidOption, match="1 lines, expected the file's 2"):
+    with pytest.raises(InvalidOption, match="1 lines, expected 2 as in --file"):
         read_questions(write(tmp_path / "q", PIQA, PIQA), labels=labels)
 
 
 def test_a_question_beyond_the_context_names_its_line(engine):
-    with pytest.raises(InvalidOption, match=r"line 7: has \d+ tokens, the context 512"):
+    with pytest.raises(InvalidOption, match=r"line 7: has \d+ tokens, but the context has 512"):
         measure_choices(engine, [Question("word " * 600, (" a", " b"), 0, 7)])
 
 
-def test_command(tmp_path, capsys):
+def test_the_command_prints_json_or_a_table(tmp_path, capsys):
     path = write(tmp_path / "q.jsonl", *[PLAIN] * 3)
     assert eval.main(["choices", "--file", str(path), "--json", "--limit", "2"]) == 0
     summary = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""fp32 perplexity against Hugging Face transformers, on the bundled model folded into a Llama."""
+"""fp32 perplexity equals that of Hugging Face transformers, on the bundled model as a Llama."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def test_perplexity_equals_transformers(llama, capsys, window, stride):
 
 
 @pytest.mark.parametrize(("quant", "bound"), [("bf16", 0.01), ("q8", 0.02), ("q4", 0.10)])
-def test_formats_are_near(capsys, quant, bound):
+@pytest.mark.slow
+def test_formats_are_near_fp32(capsys, quant, bound):
     found = []
     for name in ("fp32", quant):
         assert eval.main(["perplexity", "--quant", name, "--text", str(TEXT), "--json"]) == 0
@@ -77,4 +78,4 @@ def test_formats_are_near(capsys, quant, bound):
 def test_fp32_takes_no_predictor(capsys):
     with pytest.raises(SystemExit):
         eval.main(["perplexity", "--quant", "fp32", "--predictor", "auto", "--text", str(TEXT)])
-    assert "fp32 is exact" in capsys.readouterr().err
+    assert "fp32 computes every gate" in capsys.readouterr().err

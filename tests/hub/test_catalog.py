@@ -1,7 +1,7 @@
-"""A model's name -> a folder, against a server on this machine that imitates the Hugging Face Hub.
+"""A model's name leads to a checked folder, which is downloaded if it is not on this machine.
 
-The imitation keeps the hub's habits that matter here: small files are served with git's SHA-1 as
-their etag; large ones redirect to another host, with the SHA-256 in `X-Linked-Etag`.
+A server on this machine imitates the Hugging Face Hub. It serves small files with git's SHA-1 as
+their etag. It redirects large files to another host, with their SHA-256 in `X-Linked-Etag`.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ UNWANTED = {
     "tiny.Q4_0.gguf": b"GGUF",
     "consolidated.safetensors": b"the same once more",
 }
-takes_up_a_cut_connection = pytest.mark.skipif(
+resumes_a_cut_connection = pytest.mark.skipif(
     "RemoteProtocolError" not in inspect.getsource(file_download.http_get),
-    reason="this version of huggingface_hub leaves a cut connection to the next run",
+    reason="this version of huggingface_hub resumes a cut connection only in the next run",
 )
 WEIGHTS = bytes(i * i % 251 for i in range(10 * CHUNK))
 
 
 class LocalHub(ThreadingHTTPServer):
-    """Repositories (name -> file -> bytes), the requests it saw, and faults to order."""
+    """Repositories (name -> file -> bytes), the requests that it saw, and faults on demand."""
 
     daemon_threads = True
 
@@ -69,7 +69,7 @@ class LocalHub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.status: dict[str, int] = {}  # part of a path -> the status it answers
-        self.cut_after: int | None = None  # close the next large download after so many bytes
+        self.cut_after: int | None = None  # close the next large download after this many bytes
         self.down_after_cut = False
         self.flip = False  # send large files with their first byte changed
 
@@ -177,7 +177,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def spoil(file: Path) -> None:
-    """Change a file's bytes, visibly later than its stamp whatever the clock's resolution."""
+    """Change a file's bytes and date it well after its stamp, whatever the clock's resolution."""
     file.write_bytes(b"spoiled")
     os.utime(file, (2e9, 2e9))
 
@@ -290,14 +290,14 @@ def test_a_repository_that_holds_no_whole_model_is_refused(hub: LocalHub, lackin
 # Interruptions, corruption, concurrency
 
 
-@takes_up_a_cut_connection
-def test_a_cut_connection_is_taken_up_again(hub: LocalHub) -> None:
+@resumes_a_cut_connection
+def test_a_cut_connection_is_resumed(hub: LocalHub) -> None:
     hub.cut_after = 3 * CHUNK
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
     assert hub.seen("GET", "/cdn")[-1]["range"] == f"bytes={3 * CHUNK}-"
 
 
-def test_the_next_run_takes_up_an_interrupted_download(hub: LocalHub, tmp_path: Path) -> None:
+def test_the_next_run_resumes_an_interrupted_download(hub: LocalHub, tmp_path: Path) -> None:
     hub.cut_after, hub.down_after_cut = 3 * CHUNK, True
     with pytest.raises(DownloadFailed, match=r"model\.safetensors of someone/tiny .*again"):
         resolve(REPO)
@@ -311,7 +311,9 @@ def test_the_next_run_takes_up_an_interrupted_download(hub: LocalHub, tmp_path: 
     assert not any(name.endswith(".incomplete") for name in blobs(tmp_path))
 
 
-def test_a_partial_file_longer_than_the_whole_is_begun_anew(hub: LocalHub, tmp_path: Path) -> None:
+def test_a_partial_file_longer_than_the_whole_is_fetched_anew(
+    hub: LocalHub, tmp_path: Path
+) -> None:
     name = hashlib.sha256(WEIGHTS).hexdigest() + ".incomplete"
     partial = tmp_path / "hf/hub/models--someone--tiny/blobs" / name
     partial.parent.mkdir(parents=True)
@@ -319,7 +321,7 @@ def test_a_partial_file_longer_than_the_whole_is_begun_anew(hub: LocalHub, tmp_p
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
 
 
-def test_a_server_that_sends_more_than_it_said_fills_no_disk(
+def test_a_server_that_sends_more_than_it_announced_fills_no_disk(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send = Handler.send_large
@@ -395,7 +397,7 @@ def test_a_link_into_a_store_of_shared_blobs_is_checked_by_its_etag(hub: LocalHu
     shared = blob.with_name("f" * 64)
     blob.rename(shared)
     blob.symlink_to(shared.name)
-    os.utime(shared, (2e9, 2e9))  # younger than its stamp: hash it again
+    os.utime(shared, (2e9, 2e9))  # newer than its stamp, so it is hashed again
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
     spoil(shared)
     with pytest.raises(DownloadFailed, match="corrupt"):
@@ -429,7 +431,7 @@ def test_a_disk_without_links_holds_plain_files(
 
 
 def environment_of(hub: LocalHub, tmp_path: Path) -> dict[str, str]:
-    """For other processes, which the fixture's changes do not reach."""
+    """Return the environment of other processes, which the fixture's changes do not reach."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.endpoint,
@@ -456,7 +458,7 @@ resolve("someone/tiny", progress=lambda task, done, total: done > 4 * 4096 and {
     [
         pytest.param("", "os.kill(os.getpid(), signal.SIGKILL)", "", id="killed"),
         pytest.param(
-            "signal.signal(signal.SIGINT, signal.default_int_handler)",  # background jobs lack it
+            "signal.signal(signal.SIGINT, signal.default_int_handler)",  # background jobs ignore it
             "os.kill(os.getpid(), signal.SIGINT)",
             "KeyboardInterrupt",
             id="ctrl-c",
@@ -464,12 +466,12 @@ resolve("someone/tiny", progress=lambda task, done, total: done > 4 * 4096 and {
         pytest.param(
             "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 4096, 10**9))",
             "None",
-            "cannot keep someone/tiny",
+            "cannot store someone/tiny",
             id="disk full",
         ),
     ],
 )
-def test_after_a_process_ended_half_way_the_next_takes_up_its_download(
+def test_after_a_process_ended_half_way_the_next_resumes_its_download(
     hub: LocalHub, tmp_path: Path, before: str, then: str, message: str
 ) -> None:
     ended = subprocess.run(
@@ -496,6 +498,7 @@ def test_threads_that_want_the_same_model_share_one_download(hub: LocalHub) -> N
     assert len(hub.seen("GET", "/cdn")) == 1
 
 
+@pytest.mark.slow
 def test_processes_share_one_download_and_the_environment_is_honoured(
     hub: LocalHub, tmp_path: Path
 ) -> None:
@@ -528,7 +531,7 @@ def test_processes_share_one_download_and_the_environment_is_honoured(
 
 
 class Record:
-    """A Progress that keeps what it is told, and checks what every one may rely on."""
+    """A Progress that records its calls, and checks that 0 <= done <= total in each."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int]] = []
@@ -550,12 +553,12 @@ def test_progress_counts_the_bytes_of_all_files_together(hub: LocalHub) -> None:
     assert {(task, total) for task, _, total in record.calls} == {("downloading tiny", MODEL_BYTES)}
     assert record.done()[0] == 0
     assert record.done()[-1] == MODEL_BYTES
-    assert record.done() == sorted(set(record.done()))  # each call tells something new
+    assert record.done() == sorted(set(record.done()))  # each call reports progress
     assert len(record.calls) >= len(SMALL) + len(WEIGHTS) // CHUNK
 
     record = Record()
     resolve(REPO, progress=record)
-    assert record.calls == []  # nothing is fetched: there is nothing to tell
+    assert record.calls == []  # nothing is fetched, so nothing is reported
 
 
 def test_progress_knows_the_shards_from_the_beginning(hub: LocalHub) -> None:
@@ -566,7 +569,7 @@ def test_progress_knows_the_shards_from_the_beginning(hub: LocalHub) -> None:
     resolve(REPO, progress=record)
     total = sum(map(len, hub.repos[REPO].values()))
     assert {total for _, _, total in record.calls} == {total}
-    assert record.done()[0] == len(index)  # which tells what else there is
+    assert record.done()[0] == len(index)  # it is read first: it names the shards
     assert record.done()[-1] == total
     assert len(hub.seen("GET", "index.json")) == 1
 
@@ -586,8 +589,8 @@ def test_progress_of_the_next_run_begins_with_what_is_there(hub: LocalHub) -> No
     assert record.done() == sorted(record.done())
 
 
-@takes_up_a_cut_connection
-def test_progress_counts_no_byte_twice_when_a_connection_is_taken_up_again(hub: LocalHub) -> None:
+@resumes_a_cut_connection
+def test_progress_counts_no_byte_twice_if_a_connection_is_resumed(hub: LocalHub) -> None:
     hub.cut_after = 3 * CHUNK
     record = Record()
     resolve(REPO, progress=record)
@@ -595,10 +598,10 @@ def test_progress_counts_no_byte_twice_when_a_connection_is_taken_up_again(hub: 
     assert record.done()[-1] == MODEL_BYTES
 
 
-def test_progress_stays_within_the_total_where_a_server_cannot_resume(
+def test_progress_stays_within_the_total_if_a_server_cannot_resume(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Versions of huggingface_hub begin anew then, or append the whole, which is refused."""
+    """Some versions of huggingface_hub then start again; others append the file, which fails."""
     partial = tmp_path / "hf/hub/models--someone--tiny/blobs"
     partial.mkdir(parents=True)
     (partial / (hashlib.sha256(WEIGHTS).hexdigest() + ".incomplete")).write_bytes(WEIGHTS[:CHUNK])
@@ -643,9 +646,9 @@ def test_huggingface_hub_draws_no_bar(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     before = dict(huggingface_hub.utils.tqdm.__dict__)
-    monkeypatch.setenv("TQDM_POSITION", "-1")  # has huggingface_hub draw wherever it is
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # makes huggingface_hub draw anywhere
     huggingface_hub.hf_hub_download(REPO, "README.md")
-    assert "README.md" in capsys.readouterr().err  # so this test would see one
+    assert "README.md" in capsys.readouterr().err  # so this test would see a bar
     resolve(REPO)
     assert capsys.readouterr() == ("", "")
     assert dict(huggingface_hub.utils.tqdm.__dict__) == before
@@ -654,7 +657,7 @@ def test_huggingface_hub_draws_no_bar(
 # What the user reads
 
 
-def test_offline_and_not_here_says_what_to_do(hub: LocalHub) -> None:
+def test_a_model_that_is_not_here_gives_advice_offline(hub: LocalHub) -> None:
     with pytest.raises(ModelNotFound) as caught:
         resolve("MiniCPM-S-1B", offline=True)
     assert "hf download openbmb/MiniCPM-S-1B-sft" in str(caught.value)
@@ -663,7 +666,7 @@ def test_offline_and_not_here_says_what_to_do(hub: LocalHub) -> None:
     assert hub.requests == []
 
 
-def test_no_network_says_what_to_do(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_gives_advice(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(DownloadFailed) as caught:
         resolve("MiniCPM-S-1B")
@@ -673,7 +676,7 @@ def test_no_network_says_what_to_do(hub: LocalHub, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_repository_that_is_not_given_is_not_found(hub: LocalHub, status: int) -> None:
+def test_a_repository_that_the_hub_refuses_is_not_found(hub: LocalHub, status: int) -> None:
     hub.status["/api/models"] = status
     with pytest.raises(ModelNotFound, match=rf"someone/tiny \(HTTP {status}\).*HF_TOKEN"):
         resolve(REPO)
@@ -712,7 +715,7 @@ def test_a_file_without_a_checksum_is_refused(
         resolve(REPO)
 
 
-def test_too_small_a_disk_is_told_before_the_download(
+def test_too_small_a_disk_is_reported_before_the_download(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
@@ -721,7 +724,7 @@ def test_too_small_a_disk_is_told_before_the_download(
     assert not hub.seen("GET", "/cdn")
 
 
-def test_a_disk_that_fills_up_is_told(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_is_reported(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -730,12 +733,12 @@ def test_a_disk_that_fills_up_is_told(hub: LocalHub, monkeypatch: pytest.MonkeyP
         resolve(REPO)
 
 
-def test_a_cache_that_cannot_be_written_is_told(
+def test_a_cache_that_cannot_be_written_is_reported(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    with pytest.raises(DownloadFailed, match=r"cannot keep someone/tiny in .*HF_HOME"):
+    with pytest.raises(DownloadFailed, match=r"cannot store someone/tiny in .*HF_HOME"):
         resolve(REPO)
 
 
@@ -766,7 +769,9 @@ def test_a_catalog_name_wins_over_a_folder_unless_written_as_a_path(
     (tmp_path / "package" / "models" / "stories").mkdir(parents=True)
     (tmp_path / "stories").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hybrid.hub.catalog.__file__", str(tmp_path / "package" / "catalog.py"))
+    monkeypatch.setattr(
+        "hybrid.hub.catalog.__file__", str(tmp_path / "package" / "hub" / "catalog.py")
+    )
     bundled = tmp_path / "package" / "models" / "stories"
     assert resolve("stories") == resolve("Stories") == bundled
     assert resolve("./stories").resolve() == tmp_path / "stories"
@@ -776,7 +781,7 @@ def test_a_catalog_name_wins_over_a_folder_unless_written_as_a_path(
 def test_an_installation_without_the_bundled_model_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hybrid.hub.catalog.__file__", str(tmp_path / "catalog.py"))
+    monkeypatch.setattr("hybrid.hub.catalog.__file__", str(tmp_path / "hub" / "catalog.py"))
     with pytest.raises(ModelNotFound, match="install hybrid again"):
         resolve("stories")
 
@@ -826,7 +831,7 @@ def test_an_unknown_name_suggests_the_closest_and_lists_all(typo: str, meant: st
 def test_what_is_neither_name_nor_folder_nor_repository_is_refused(name: str) -> None:
     with pytest.raises((ModelNotFound, InvalidOption)) as caught:
         resolve(name)
-    str(caught.value).encode()  # printable wherever it is shown
+    str(caught.value).encode()  # so it can be printed
 
 
 @pytest.mark.usefixtures("nobody_calls")
@@ -841,7 +846,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
         resolve(str(tmp_path / "model.gguf"))
 
 
-def test_links_to_folders(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     folder = tmp_path / "'quoted' \"twice\" `id` $(id) & # *\nnext line"
     folder.mkdir()
     for name, target in (("good", folder), ("dangling", tmp_path / "gone"), ("loop", "loop")):

@@ -1,4 +1,4 @@
-"""Attention in spans, merged as the native session merges them, against the plain oracle."""
+"""Attention in spans, merged as in the native session, matches the plain oracle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SPAN, KEY_TILE = _native.SPAN, _native.KEY_TILE
 
 
 def attend_span(q, k, v):
-    """k, v (positions, head_dim) fp16; what a tile holds beyond their end must not be read."""
+    """Attend to k, v (positions, head_dim) fp16. NaN fills the last tile and must not be read."""
     n_tiles = -(-len(k) // KEY_TILE)
     tiles = np.full((n_tiles * KEY_TILE, k.shape[1]), np.nan, np.float16)
     tiles[: len(k)] = k
@@ -51,7 +51,7 @@ def test_a_dominant_score_does_not_overflow(isa):
 
 
 @pytest.mark.parametrize("position", [0, 7, 39])
-def test_a_key_that_is_not_a_number_shows(isa, position):
+def test_a_key_that_is_nan_gives_nan(isa, position):
     k = np.ones((40, 16), np.float16)
     k[position, 0] = np.nan
     v = np.ones((40, 16), np.float16)

@@ -1,6 +1,4 @@
-"""Which instruction set runs: what is forced is what is active, and nothing is raised above the
-CPU.
-"""
+"""The best instruction set is active. HYBRID_ISA can lower it, but not raise it above the CPU's."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def test_hybrid_isa_caps_the_choice(cap):
     assert result.stdout.strip() == cap, result.stderr
 
 
-def test_a_cap_above_the_cpu_is_no_upgrade():
+def test_a_cap_above_the_cpu_changes_nothing():
     result = run_python("import hybrid; print(hybrid.active_isa())", "avx512_vnni_bf16")
     assert result.stdout.strip() == kernels.available_isas()[-1]
 
@@ -62,7 +60,7 @@ def test_using_an_unavailable_isa_is_refused_and_changes_nothing():
 
 
 def symbols_of(object_file: Path) -> list[tuple[str, str]]:
-    """(kind, name) of every symbol, as nm says them."""
+    """Return (kind, name) of every symbol, as nm prints them."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("needs nm")
@@ -71,7 +69,10 @@ def symbols_of(object_file: Path) -> list[tuple[str, str]]:
 
 
 def check_symbols(object_file: Path) -> None:
-    """A weak symbol compiled with AVX-512 could be the copy that the linker keeps for everyone."""
+    """Assert that an object has no weak symbols, and one symbol of its own: the kernel table.
+
+    The linker could keep a weak symbol compiled with AVX-512 for all instruction sets.
+    """
     symbols = symbols_of(object_file)
     assert not [name for kind, name in symbols if kind in "WVuw"]
     assert len([name for kind, name in symbols if kind in "TDRB"]) == 1  # the table
@@ -98,7 +99,7 @@ def test_the_builds_objects_have_no_weak_symbols(target):
 @pytest.mark.skipif(not CSRC.is_dir(), reason="the C++ sources are not beside the tests")
 @pytest.mark.parametrize("target", FLAGS)
 def test_unoptimised_objects_have_no_weak_symbols(target, tmp_path):
-    """Nothing is inlined here, so every function that could become a symbol is one."""
+    """Without optimisation nothing is inlined, so every function that can be a symbol is one."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")

@@ -1,4 +1,4 @@
-"""Dot products of packed rows with quantised vectors: every instruction set, every format."""
+"""Dot products of packed rows with quantised vectors match the oracle in every format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_gemm_matches_the_oracle(isa, format, n_rows, n_blocks, n_tokens, seed, 
 
 @pytest.mark.parametrize("n_cols", [32, 256, 1536, 4096])
 def test_a_result_does_not_depend_on_its_neighbours(isa, format, n_cols):
-    """Rows and tokens are computed in tiles; the tile must not show in the bits."""
+    """Rows and tokens are computed in tiles. The tiles must not change the bits."""
     rng = np.random.default_rng(1)
     rows = pack_matrix(format, rng.standard_normal((11, n_cols), np.float32))
     x = quantize_tokens(format, rng.standard_normal((7, n_cols), np.float32))
@@ -47,7 +47,7 @@ def test_a_result_does_not_depend_on_its_neighbours(isa, format, n_cols):
 
 
 def test_integers_are_exact(isa, format):
-    """Whole numbers with scale 1: every order of sums must give the same fp32."""
+    """For whole numbers with scale 1, every order of sums must give the same fp32."""
     rng = np.random.default_rng(2)
     w = rng.integers(-3, 4, (9, 352)).astype(np.float32)
     x = rng.integers(-3, 4, (5, 352)).astype(np.float32)
@@ -74,8 +74,8 @@ def test_bundled_rows_equal_row_major_rows(isa, format):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_shows(isa, format, bad):
-    """Broken activations must not turn into plausible numbers."""
+def test_a_value_that_is_not_finite_gives_no_finite_result(isa, format, bad):
+    """Broken activations must not become plausible numbers."""
     x = np.ones((1, 64), np.float32)
     x[0, 40] = bad
     rows = pack_matrix(format, np.ones((1, 64), np.float32))
@@ -115,8 +115,8 @@ def test_rows_beyond_their_array_are_refused(format):
             Rows(**start | change)
 
 
-def test_interleaved_rows_of_any_number(isa, format):
-    """A last tile that is not full, and ranges that begin and end within tiles."""
+def test_interleaved_rows_may_be_of_any_number(isa, format):
+    """The last tile may not be full, and ranges may begin and end within tiles."""
     rng = np.random.default_rng(6)
     x = quantize_tokens(format, rng.standard_normal((2, 288), np.float32))
     w = rng.standard_normal((11, 288), np.float32)

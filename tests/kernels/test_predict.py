@@ -1,5 +1,5 @@
-"""Predictors in the kernels: which neurons they name, against the oracle, on every instruction set;
-and that gate rows of the others stay unread.
+"""Predictor kernels name the oracle's neurons on every instruction set, and gate rows of all other
+neurons are not read.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ EVERYTHING_FIRES = (Activation.fatrelu, -1e30)
 
 
 def telltale_rows(format: Format, n_neurons: int, hidden: int) -> tuple[Rows, Rows, Rows]:
-    """An FFN whose output says at place j that neuron j was computed: all rows of gate and up are
-    positive, as x's first element is, and down is the identity.
+    """Return gate, up and down of an FFN whose output j is positive if neuron j was computed.
+
+    Gate and up rows select the first element of x, which is positive; down is the identity.
     """
     assert n_neurons <= hidden
     first = np.zeros((n_neurons, hidden), np.float32)
@@ -44,7 +45,7 @@ def predicted(
     first: int = 0,
     last: int | None = None,
 ) -> np.ndarray:
-    """(n_tokens, n_neurons) which neurons the kernel computed."""
+    """Return which neurons the kernel computed: (n_tokens, n_neurons) truth values."""
     x = x.copy()
     x[:, 0] = np.abs(x[:, 0]) + 1
     last = n_neurons if last is None else last
@@ -66,7 +67,7 @@ def predicted(
 
 
 def whole_lowrank(rng: np.random.Generator, rank: int, n_neurons: int, hidden: int) -> LowRank:
-    """Whole numbers throughout, and z within int8: no rounding anywhere."""
+    """Return a predictor of whole numbers with z within int8, so that nothing is rounded."""
     a = np.zeros((rank, hidden), np.float32)
     a[np.arange(rank), rng.integers(0, hidden, rank)] = 1.0
     return LowRank(
@@ -78,7 +79,7 @@ def whole_lowrank(rng: np.random.Generator, rank: int, n_neurons: int, hidden: i
 
 
 def random_columns(rng: np.random.Generator, n_neurons: int, rank: int) -> np.ndarray:
-    """Integers of all sizes that `LowRank.b` may hold."""
+    """Return random integers over the whole range of `LowRank.b`."""
     columns = rng.integers(-8, 8, (n_neurons, rank)).astype(np.int8)
     columns[:, :WIDE_RANK] = rng.integers(-127, 128, (n_neurons, WIDE_RANK))
     return columns
@@ -92,11 +93,12 @@ def random_columns(rng: np.random.Generator, n_neurons: int, rank: int) -> np.nd
 def test_lowrank_of_whole_numbers_is_exact(isa, format, rank, n_neurons, hidden, n_tokens):
     rng = np.random.default_rng(rank)
     x = rng.integers(-127, 128, (n_tokens, hidden)).astype(np.float32)
-    x[:, ::32] = 126  # with telltale's +1 the largest of each block, and of z
+    # `predicted` adds 1 to the first column. Then 127 is the largest value of each block and of z.
+    x[:, ::32] = 126
     x[:, 1::32] = 127
     predictor = whole_lowrank(rng, rank, n_neurons, hidden)
     predictor.a[0] = 0
-    predictor.a[0, 1] = 1  # z holds 127: its scale is one
+    predictor.a[0, 1] = 1  # z holds 127, so its scale is 1
     actual = predicted(format, predictor, 0.0, x, n_neurons)
     seen = x.copy()
     seen[:, 0] += 1
@@ -110,7 +112,7 @@ def test_lowrank_of_whole_numbers_is_exact(isa, format, rank, n_neurons, hidden,
 
 @pytest.mark.parametrize(("rank", "n_neurons", "hidden"), [(12, 33, 96), (64, 200, 256)])
 def test_lowrank_matches_the_oracle(isa, format, rank, n_neurons, hidden):
-    """Except for scores that rounding may turn."""
+    """Scores so near zero that rounding may change their sign are left out."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((8, hidden)).astype(np.float32)
     x[:, 0] = np.abs(x[:, 0]) + 1
@@ -142,14 +144,14 @@ def test_sign_matches_the_oracle(isa, format, n_neurons, hidden, n_tokens):
     shown = x.copy()
     shown[:, 0] -= 1
     actual = predicted(format, predictor, -2.0, shown, n_neurons)
-    x_hat = reference.round_activation(format, x) + 0.0  # integers know no -0
+    x_hat = reference.round_activation(format, x) + 0.0  # integers have no -0
     expected = predictor.scores(x_hat) - 2.0 >= 0
     np.testing.assert_array_equal(actual, expected)
     assert 0 < expected.mean() < 1
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4])
-def test_pieces_name_what_the_whole_names(isa, format, n_tokens):
+def test_pieces_name_the_same_neurons_as_the_whole(isa, format, n_tokens):
     rng = np.random.default_rng(3)
     x = rng.standard_normal((n_tokens, 128)).astype(np.float32)
     predictor = make_sign(rng.standard_normal((100, 128)))
@@ -165,7 +167,7 @@ def test_pieces_name_what_the_whole_names(isa, format, n_tokens):
 
 
 def test_gate_rows_of_the_others_are_not_read(isa, format):
-    """One token: gate rows that are not named are NaN, which fire; one read of them would show."""
+    """Gate rows that are not named are NaN. NaN fires, so a read of one would show."""
     rng = np.random.default_rng(4)
     x = rng.standard_normal((1, 256)).astype(np.float32)
     bias = np.where(np.arange(96) % 3 == 0, 1e9, -1e9).astype(np.float32)
@@ -191,7 +193,7 @@ def test_gate_rows_of_the_others_are_not_read(isa, format):
     assert np.isfinite(out).all()
 
 
-def test_an_input_that_is_not_a_number_is_seen(isa, format):
+def test_an_input_that_is_nan_gives_nan(isa, format):
     x = np.full((1, 64), np.nan, np.float32)
     predictor = LowRank(
         np.ones((4, 64), np.float32),

@@ -1,5 +1,5 @@
-"""The preview of a head: its logits against the oracle and against those of the weights themselves,
-and rows gathered in full, on every instruction set.
+"""The preview of a head estimates its logits as the oracle does, and chosen rows are computed in
+full, on every instruction set.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ SIZES = [(16, 32), (7, 32), (61, 288), (530, 1536)]
 
 
 def random(n_rows: int, n_cols: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights whose rows differ in length, and an x."""
     rng = np.random.default_rng(seed)
     lengths = rng.uniform(0.1, 2.0, (n_rows, 1))
     w = (rng.standard_normal((n_rows, n_cols)) * lengths).astype(np.float32)
@@ -23,7 +24,7 @@ def random(n_rows: int, n_cols: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize(("n_rows", "n_cols"), SIZES)
-def test_logits_are_the_oracles(isa, n_rows, n_cols):
+def test_logits_match_the_oracle(isa, n_rows, n_cols):
     w, x = random(n_rows, n_cols)
     logits, maxima = _native.preview_logits(pack_preview(w), x)
     expected = reference.preview_logits(*round_preview(w), x)
@@ -34,7 +35,7 @@ def test_logits_are_the_oracles(isa, n_rows, n_cols):
 
 
 def test_whole_numbers_are_exact_and_all_isas_agree(isa):
-    """Weights that two bits hold, and an x of whole numbers up to 127."""
+    """Two bits hold these weights exactly, and x is of whole numbers up to 127."""
     rng = np.random.default_rng(1)
     w = (rng.integers(0, 4, (40, 64)) - 1.5).astype(np.float32)
     w[:, :4] = [-1.5, -0.5, 0.5, 1.5]
@@ -48,8 +49,9 @@ def test_whole_numbers_are_exact_and_all_isas_agree(isa):
 
 
 def test_probabilities_are_right_on_average():
-    """What 2 bits leave out is noise in each logit, but not in the sum of their exponentials, and
-    logits are as large as they should be.
+    """Two bits add noise to each logit, but not to the sum of the exponentials.
+
+    The logits are also as large as they should be.
     """
     rng = np.random.default_rng(3)
     w = rng.standard_normal((40_000, 256)).astype(np.float32)
@@ -62,7 +64,7 @@ def test_probabilities_are_right_on_average():
     assert 0.99 < np.polyfit(exact, logits, 1)[0] < 1.01
 
 
-def test_zero_rows_a_zero_x_and_what_is_not_finite(isa):
+def test_zero_rows_and_x_give_zero_and_a_broken_x_gives_nan(isa):
     w, x = random(20, 64)
     w[3] = 0
     logits, _ = _native.preview_logits(pack_preview(w), x)
@@ -80,7 +82,7 @@ def test_zero_rows_a_zero_x_and_what_is_not_finite(isa):
 
 @pytest.mark.parametrize("format", list(Format))
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 37])
-def test_dots_of_chosen_rows_are_gemms_to_the_last_bit(isa, format, n):
+def test_dots_of_chosen_rows_equal_gemm_to_the_last_bit(isa, format, n):
     w, x = random(61, 288)
     rows = pack_row_major(format, w)
     quantized = quantize_tokens(format, x[None])

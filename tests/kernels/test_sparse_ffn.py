@@ -1,5 +1,6 @@
-"""The gate-first sparse FFN: against the oracle, partial sums, neuron order, and rows that must
-stay unread.
+"""The gate-first sparse FFN matches the oracle, in parts and in any order of neurons.
+
+It does not read the up and down rows of inactive neurons.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Ffn:
             round_weights(format, matrix) for matrix in self.matrices
         )
         gates = np.sort(np.abs(self.x_hat @ self.gate_hat.T).ravel())
-        # A threshold in the widest gap of the middle half: no neuron is borderline.
+        # The threshold lies in the widest gap of the middle half, so that no neuron is borderline.
         middle = gates[gates.size // 4 : max(gates.size * 3 // 4, gates.size // 4 + 2)]
         gap = int(np.argmax(np.diff(middle))) if middle.size > 1 else 0
         self.threshold = float(np.mean(middle[gap : gap + 2]))
@@ -51,7 +52,10 @@ class Ffn:
         first: int = 0,
         last: int | None = None,
     ) -> tuple[np.ndarray, int]:
-        """The output in natural column order, and the number of active (neuron, token) pairs."""
+        """Return the output in natural column order.
+
+        Also returns the number of active (neuron, token) pairs.
+        """
         last = self.n_neurons if last is None else last
         gate, up, down = rows or self.pack()
         out, n_active, _ = _native.sparse_ffn(
@@ -66,7 +70,7 @@ class Ffn:
         )
 
     def scale(self) -> np.ndarray:
-        """Sum of absolute terms, for the tolerance."""
+        """Return the sum of absolute terms, for the tolerance."""
         gate = np.abs(self.x_hat) @ np.abs(self.gate_hat).T
         up = np.abs(self.x_hat) @ np.abs(self.up_hat).T
         return (gate * up) @ np.abs(self.down_hat)
@@ -132,9 +136,7 @@ def test_whole_numbers_give_equal_bits_in_any_order(isa):
 @pytest.mark.parametrize("activation", [Activation.relu, Activation.fatrelu], ids=lambda a: a.name)
 @pytest.mark.parametrize("n_tokens", [1, 3])
 def test_rows_of_inactive_neurons_are_not_read(isa, format, activation, n_tokens):
-    """Up and down rows of every neuron that no token activates are NaN: one read of them would
-    show.
-    """
+    """Up and down rows of neurons that no token activates are NaN, so a read of one would show."""
     ffn = Ffn(format, 256, 120, n_tokens, seed=10)
     clean, n_active = ffn.run(activation)
     _, active = ffn.oracle(activation)
@@ -145,12 +147,12 @@ def test_rows_of_inactive_neurons_are_not_read(isa, format, activation, n_tokens
     actual, n_poisoned = ffn.run(activation, poisoned)
     assert n_poisoned == n_active
     np.testing.assert_array_equal(actual, clean)
-    # The poison works: with all neurons taken as active (SiLU), it shows.
+    # If all neurons are active (SiLU), the NaN does show.
     assert np.isnan(ffn.run(Activation.silu, poisoned)[0]).any()
 
 
 def test_fatrelu_fires_at_its_threshold_and_relu_above_zero(isa):
-    """Active: x >= T for FATReLU, x > 0 for ReLU; they differ at equality."""
+    """A neuron is active if x >= T (FATReLU) or x > 0 (ReLU). They differ at equality."""
     hidden = 32
     gate = np.zeros((3, hidden), np.float32)
     gate[0, 0], gate[1, 0], gate[2, 0] = 0.5, 0.0, -1.0

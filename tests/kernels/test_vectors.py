@@ -1,4 +1,4 @@
-"""Quantisation, dequantisation, norms, sums of partials, fp16."""
+"""Kernels match the oracle: quantise, dequantise, pack, norm, sum partials, round to fp16."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_to_fp16_rounds_as_numpy_does(isa):
 
 
 def test_packed_padding_is_zero(format):
-    """A padded column must count for nothing in any kernel."""
+    """A padded column must add nothing in any kernel."""
     w = np.random.default_rng(0).standard_normal((3, 96)).astype(np.float32)
     values, scales = pack_rows(format, w)
     pad = np.setdiff1d(np.arange(_native.padded_cols(format, 96)), column_order(format, 96))
@@ -92,12 +92,12 @@ def test_packed_padding_is_zero(format):
     if format is Format.q8:
         assert (values[:, pad] == 128).all()
     else:
-        positions = np.concatenate([values & 15, values >> 4], 1)  # of the one group
+        positions = np.concatenate([values & 15, values >> 4], 1)  # of the only group
         assert (positions[:, pad] == 8).all()
 
 
 @pytest.mark.parametrize("n_cols", [32, 96, 288, 1536])
-def test_packed_bytes_are_the_oracles(isa, format, n_cols):
+def test_packed_bytes_equal_the_oracles(isa, format, n_cols):
     rng = np.random.default_rng(n_cols)
     w = rng.standard_normal((40, n_cols), np.float32) * rng.uniform(1e-8, 2, (40, 1))
     w = w.astype(np.float32)
@@ -112,7 +112,7 @@ def test_packed_bytes_are_the_oracles(isa, format, n_cols):
 
 
 @pytest.mark.parametrize("n_cols", [32, 288, 1536])
-def test_interleaved_bytes_are_the_oracles(isa, format, n_cols):
+def test_interleaved_bytes_equal_the_oracles(isa, format, n_cols):
     w = np.random.default_rng(n_cols).standard_normal((7, n_cols), np.float32)
     padded = np.concatenate([w, np.zeros((1, n_cols), np.float32)])
     expected = interleave(format, *pack_rows(format, padded))
@@ -122,7 +122,7 @@ def test_interleaved_bytes_are_the_oracles(isa, format, n_cols):
 
 
 def test_interleaved_bytes_lie_as_documented():
-    """Of a tile's four rows, group by group: their scales, then their values."""
+    """A tile of four rows holds, group by group, the scales of its rows and then their values."""
     w = np.random.default_rng(8).standard_normal((8, 512), np.float32)
     values, scales = pack_rows(Format.q4, w)
     tiles = interleave(Format.q4, values, scales)

@@ -1,3 +1,5 @@
+"""config.json of every family is parsed exactly; unsupported and broken ones are refused."""
+
 from __future__ import annotations
 
 import json
@@ -24,7 +26,7 @@ def parse(config: dict[str, Any], **changes: Any) -> ModelConfig:
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "relu"}
 
 
-def test_every_number_of_a_minicpm_config(config: dict[str, Any]) -> None:
+def test_every_number_of_a_minicpm_config_is_parsed(config: dict[str, Any]) -> None:
     assert parse(config) == ModelConfig(
         family="minicpm",
         vocab_size=10,
@@ -51,7 +53,7 @@ def test_every_number_of_a_minicpm_config(config: dict[str, Any]) -> None:
 @pytest.mark.skipif(
     not MINICPM_S_1B.is_file(), reason="the real MiniCPM-S-1B config.json is not on this machine"
 )
-def test_the_real_minicpm_s_1b_config() -> None:
+def test_the_real_minicpm_s_1b_config_is_parsed() -> None:
     config = parse_config(json.loads(MINICPM_S_1B.read_text()), MINICPM_S_1B)
     assert config == ModelConfig(
         family="minicpm",
@@ -115,7 +117,7 @@ def test_llama_has_no_scales_and_no_tied_head(config: dict[str, Any]) -> None:
         ({"num_experts": 0, "attention_bias": False, "sliding_window": None}, {}),
     ],
 )
-def test_variants_that_run(
+def test_supported_variants_are_parsed(
     config: dict[str, Any], changes: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     parsed = parse(config, **changes)
@@ -137,14 +139,14 @@ NOT_NUMBERS = (0, -1.0, math.nan, math.inf, "1", True, [1.0], 10**400)
 
 @pytest.mark.parametrize("key", SIZES)
 @pytest.mark.parametrize("value", NOT_SIZES, ids=lambda value: repr(value)[:8])
-def test_sizes_that_are_none(config: dict[str, Any], key: str, value: object) -> None:
+def test_bad_sizes_are_refused(config: dict[str, Any], key: str, value: object) -> None:
     with pytest.raises(InvalidCheckpoint, match=f"some model/config.json: {key} is "):
         parse(config, **{key: value})
 
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta", "scale_emb", "scale_depth"])
 @pytest.mark.parametrize("value", NOT_NUMBERS, ids=lambda value: repr(value)[:8])
-def test_numbers_that_are_none(config: dict[str, Any], key: str, value: object) -> None:
+def test_bad_numbers_are_refused(config: dict[str, Any], key: str, value: object) -> None:
     with pytest.raises(InvalidCheckpoint, match=f"config.json: {key} is "):
         parse(config, **{key: value})
 
@@ -152,7 +154,7 @@ def test_numbers_that_are_none(config: dict[str, Any], key: str, value: object) 
 @pytest.mark.parametrize(
     "key", [*(key for key in SIZES if key != "num_key_value_heads"), "rms_norm_eps"]
 )
-def test_keys_that_no_default_replaces(config: dict[str, Any], key: str) -> None:
+def test_missing_keys_without_a_default_are_refused(config: dict[str, Any], key: str) -> None:
     with pytest.raises(InvalidCheckpoint, match=f"has no {key}"):
         parse(config, **{key: ABSENT})
 
@@ -160,7 +162,7 @@ def test_keys_that_no_default_replaces(config: dict[str, Any], key: str) -> None
 @pytest.mark.parametrize(
     "threshold", [ABSENT, None, -0.01, math.nan, math.inf, "0.03", True], ids=repr
 )
-def test_fatrelu_without_a_threshold(config: dict[str, Any], threshold: object) -> None:
+def test_fatrelu_without_a_threshold_is_refused(config: dict[str, Any], threshold: object) -> None:
     with pytest.raises(InvalidCheckpoint, match=r"hidden_act_param is .*; expected fatrelu's"):
         parse(config, hidden_act_param=threshold)
 
@@ -228,7 +230,7 @@ def test_fatrelu_without_a_threshold(config: dict[str, Any], threshold: object) 
         ({"rope_parameters": {"full_attention": {}}}, InvalidCheckpoint, "has no rope_theta"),
     ],
 )
-def test_configs_that_are_refused(
+def test_unsupported_and_broken_configs_are_refused(
     config: dict[str, Any], changes: dict[str, Any], error: type[HybridError], message: str
 ) -> None:
     with pytest.raises(error, match=message) as raised:

@@ -1,4 +1,4 @@
-"""Plan and machine files: whole, of this model, or refused with the reason."""
+"""Plan and machine files are read as written; broken ones and other models' are refused."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def test_damaged_plans_are_refused(tmp_path, change, message):
 
 
 def check(plan, path, **other) -> None:
+    """Check a plan against this model's facts, with `other` in place of some."""
     facts = {"quant": "q8", "n_context": 256, "model_hash": "model", "order_hash": "order"}
     check_plan(plan, path, CONFIG, **(facts | other))
 
@@ -71,17 +72,17 @@ def check(plan, path, **other) -> None:
         ({"quant": "q4"}, "format: expected q4, found q8"),
         ({"model_hash": "another"}, "model hash"),
         ({"order_hash": "another"}, "neuron order"),
-        ({"n_context": 257}, "context of 256 positions, asked for are 257"),
+        ({"n_context": 257}, "context of 256 positions, but 257 are requested"),
     ],
 )
-def test_plans_of_something_else_are_refused(tmp_path, other, message):
+def test_plans_of_another_model_or_context_are_refused(tmp_path, other, message):
     check(PLAN, tmp_path)
     with pytest.raises(InvalidArtifact, match=message):
         check(PLAN, tmp_path, **other)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
-def test_files_that_are_no_plan(tmp_path, content):
+def test_files_that_are_not_plans_are_refused(tmp_path, content):
     path = tmp_path / "plan.json"
     path.write_bytes(content)
     with pytest.raises(InvalidArtifact, match="plan"):
@@ -114,7 +115,7 @@ def test_some_fields_of_a_machine_can_be_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no JSON"),
+        ("", "not JSON"),
         ("[]", "object"),
         ('{"cpu": 3}', "speeds"),
         ('{"cpu": {"stream_gbs": 0}}', "positive"),
@@ -135,7 +136,7 @@ def test_broken_machines_are_refused(tmp_path, text, message):
         load_machine(path)
 
 
-def test_modelled_machines_say_so():
+def test_modelled_machines_are_marked_as_modelled():
     for make in MODELLED.values():
         assert make().is_modelled
         assert make().gpu is not None

@@ -1,4 +1,4 @@
-"""Activation profiles: their file, whose they are, and what packing by them changes."""
+"""Activation profiles are found and checked, and packing by them changes only neurons' order."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_orders_are_by_falling_frequency_and_stable():
 
 
 @pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
-def test_an_order_leaves_the_logits(tmp_path, model, quant):
+def test_the_order_of_neurons_does_not_change_the_logits(tmp_path, model, quant):
     ids = np.random.default_rng(1).integers(0, 4000, 80)
     with hybrid.load(model, quant=quant) as engine:
         straight = engine.open_session().prefill(ids, all_logits=True)
@@ -67,7 +67,7 @@ def test_an_order_leaves_the_logits(tmp_path, model, quant):
     assert error.max() < 0.1
 
 
-def test_profiles_are_found_in_the_model_s_folder_and_in_hybrid_s(tmp_path, model, monkeypatch):
+def test_profiles_are_found_in_the_models_folder_and_in_hybrid_home(tmp_path, model, monkeypatch):
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
     with hybrid.load(model) as engine:
         assert engine.neuron_orders is None
@@ -79,13 +79,13 @@ def test_profiles_are_found_in_the_model_s_folder_and_in_hybrid_s(tmp_path, mode
     kept = profile_path(tmp_path / "home", model_hash)
     kept.parent.mkdir(parents=True)
     other.save(kept)
-    with hybrid.load(model) as engine:  # what setup recorded is of this user's texts
+    with hybrid.load(model) as engine:  # setup recorded it on the user's texts
         assert order_hash(engine.neuron_orders) == order_hash(other.neuron_orders())
     with hybrid.load(model, profile="none") as engine:
         assert order_hash(engine.neuron_orders) == SOURCE_ORDER
 
 
-def test_a_model_s_hash_is_that_of_its_weights_not_of_its_place(tmp_path, model):
+def test_a_models_hash_depends_on_its_weights_and_not_on_its_folder(tmp_path, model):
     other = write_model(tmp_path / "other", vocab_size=4096, seed=1)
     copy = write_model(tmp_path / "copy", vocab_size=4096)
     hashes = []
@@ -95,7 +95,7 @@ def test_a_model_s_hash_is_that_of_its_weights_not_of_its_place(tmp_path, model)
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_profile_of_another_model_is_refused_or_said(tmp_path, model):
+def test_a_profile_of_another_model_is_refused_or_reported(tmp_path, model):
     wider = write_model(tmp_path / "wider", vocab_size=4096, intermediate_size=128)
     with hybrid.load(model) as engine:
         profile = random_profile(engine)
@@ -106,12 +106,12 @@ def test_a_profile_of_another_model_is_refused_or_said(tmp_path, model):
     with pytest.raises(InvalidArtifact, match="2 x 200 neurons; this one has 2 x 128"):
         hybrid.load(wider, profile=tmp_path / "other-shape")
     profile.save(wider / FILE_NAME)
-    with hybrid.load(wider) as engine:  # nobody asked for it by name
+    with hybrid.load(wider) as engine:  # found, but not named by the caller
         assert engine.neuron_orders is None
         assert any("profile not used" in notice for notice in engine.notices)
 
 
-def test_more_than_ten_layers_come_in_their_order(tmp_path):
+def test_more_than_ten_layers_keep_their_order(tmp_path):
     model = write_model(tmp_path / "model", vocab_size=4096, num_hidden_layers=12)
     with hybrid.load(model) as engine:
         profile = random_profile(engine)

@@ -1,5 +1,5 @@
-"""Plans: within the budget, never worse than greedy, monotone, and right where they can be worked
-out by hand.
+"""Plans stay within the budget, are never worse than greedy ones, get no slower with more budget,
+and agree with results worked out by hand.
 """
 
 from __future__ import annotations
@@ -96,46 +96,46 @@ def test_more_budget_is_never_slower():
     model = time_model()
     seconds = [model.plan(solve(model, CPU_ONLY, ALL * step // 12)) for step in range(14)]
     for less, more in itertools.pairwise(seconds):
-        assert more <= less * 1.001  # the program's own tolerance
+        assert more <= less * 1.001  # the solver's own tolerance
     assert seconds[-1] < seconds[0]
 
 
-def test_hand_offs_that_never_end_split_no_layer():
+def test_endless_hand_offs_keep_everything_on_the_cpu():
     model = time_model(with_gpu(hand_off_us=1e9))
     for budget in (ALL // 4, ALL // 2, ALL):
         # A token begins at the CPU's embedding: even one layer on the GPU needs a hand-off.
         assert solve(model, CPU_ONLY, budget) == CPU_ONLY
 
 
-def test_dear_hand_offs_put_whole_layers_there():
+def test_slow_hand_offs_put_whole_layers_on_the_gpu():
     model = time_model(with_gpu(hand_off_us=60.0))
     plan = solve(model, CPU_ONLY, ALL // 2)
     assert plan.uses_gpu
     assert not any(plan.is_split(layer) for layer in plan.layers)
 
 
-def test_a_budget_for_everything_puts_everything_there():
+def test_a_budget_for_everything_puts_everything_on_the_gpu():
     assert solve(time_model(), CPU_ONLY, ALL).is_all_on_gpu
 
 
-def test_no_budget_or_no_gpu_is_cpu_only():
+def test_without_a_budget_or_a_gpu_the_plan_is_cpu_only():
     assert solve(time_model(), CPU_ONLY, 0) == CPU_ONLY
     model = time_model(replace(MACHINE, gpu=None))
     assert solve(model, CPU_ONLY, ALL) == CPU_ONLY
     assert [way.name for way in alternatives(model, CPU_ONLY, ALL)] == ["CPU only"]
 
 
-def test_a_gpu_slower_than_the_cpu_is_left_alone():
+def test_a_gpu_slower_than_the_cpu_is_not_used():
     model = time_model(with_gpu(stream_gbs=2.0, gather_gbs=1.0))
     assert solve(model, CPU_ONLY, ALL) == CPU_ONLY
 
 
-def test_the_same_question_has_the_same_answer():
+def test_the_same_problem_gives_the_same_plan():
     plans = {solve(time_model(), CPU_ONLY, ALL // 2) for _ in range(3)}
     assert len(plans) == 1
 
 
-def test_hybrid_beats_whole_layers_in_between():
+def test_hybrid_beats_whole_layers_at_half_the_budget():
     candidates = {way.name: way.seconds for way in alternatives(time_model(), CPU_ONLY, ALL // 2)}
     assert candidates["hybrid"] < 0.95 * candidates["whole layers"] < candidates["CPU only"]
     assert "all on the GPU" not in candidates
@@ -161,7 +161,7 @@ def test_without_scipy_the_greedy_plan_is_taken(monkeypatch):
     assert plan.uses_gpu
 
 
-# Worked out by hand: one block of 32 columns, so that sizes are small numbers.
+# For results by hand: one block of 32 columns, so that sizes are small numbers.
 TINY = replace(
     CONFIG, vocab_size=100, hidden_size=32, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=32,
     n_neurons=64, max_context=64,
@@ -186,17 +186,17 @@ def test_sizes_by_hand():
 
 
 def test_times_by_hand():
-    """1 GB/s is a byte in a nanosecond; nothing but bytes costs anything."""
+    """1 GB/s is one byte per nanosecond, and only bytes take time."""
     machine = Machine(
         "", "", 1, "", 0, CpuSpeeds(1.0, 0.5, 1.0, 0.0), GpuSpeeds("", 1, 0, 10.0, 5.0, 0.0, 0.0)
     )
     model = tiny_model(machine)
-    # On the CPU: attention 8192 B, keys and values of 10 positions 1280 B, gates 4096 B, a quarter
-    # of the up and down rows 2048 B at half the speed.
+    # The CPU reads attention (8192 B), keys and values of 10 positions (1280 B), gates (4096 B) and
+    # a quarter of the up and down rows (2048 B at half the speed).
     assert model.layer(0, ON_CPU).total == pytest.approx((8192 + 1280 + 4096 + 4096) * 1e-9)
     whole = model.layer(0, LayerPlacement(True, 64, 64))
     assert whole.total == pytest.approx((8192 + 1280 + 4096 + 4096) * 1e-10)
-    # All gates on the GPU, all rows on the CPU: both wait for each other.
+    # All gates are on the GPU and all rows on the CPU, so each waits for the other.
     split = model.layer(0, LayerPlacement(True, 64, 0))
     assert split.total == pytest.approx((8192 + 1280 + 4096) * 1e-10 + 4096e-9)
     assert model.head(False) == pytest.approx(6400e-9)
@@ -204,7 +204,7 @@ def test_times_by_hand():
 
 
 def test_hand_offs_by_hand():
-    """The head alone saves 5.76 µs: worth a hand-off of 5, not one of 6."""
+    """The head on the GPU saves 5.76 µs. That pays for a hand-off of 5 µs, but not of 6 µs."""
     for hand_off_us, is_worth_it in ((5.0, True), (6.0, False)):
         gpu = GpuSpeeds("", 1, 0, 10.0, 5.0, 0.0, hand_off_us)
         model = tiny_model(Machine("", "", 1, "", 0, CpuSpeeds(1.0, 0.5, 1.0, 0.0), gpu))
@@ -233,7 +233,7 @@ def test_buckets_cover_all_neurons(n):
     assert all(a[1] == b[0] and b[0] % 64 == 0 for a, b in itertools.pairwise(ranges))
 
 
-def test_plan_says_what_is_where():
+def test_the_summary_says_what_is_where():
     plan = solve(time_model(), CPU_ONLY, ALL // 2)
     assert isinstance(plan, PlacementPlan)
     assert "on the GPU" in plan.summary()
@@ -242,7 +242,7 @@ def test_plan_says_what_is_where():
 
 
 @pytest.mark.parametrize("format", list(Format))
-def test_a_large_head_reads_less_where_it_is_previewed(format):
+def test_a_large_head_reads_less_if_it_is_previewed(format):
     large = replace(CONFIG, vocab_size=LEAST_ROWS)
     small = replace(CONFIG, vocab_size=LEAST_ROWS - 1)
     row = ModelSizes(large, format, 256).cpu_row(large.hidden_size)

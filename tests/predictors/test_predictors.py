@@ -1,5 +1,5 @@
-"""Predictors learn what there is to learn, reach the recall that they were asked for, and are only
-used where they are cheaper.
+"""Predictors learn a planted structure, reach the requested recall, and are used only if they are
+cheaper.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from predictors.trace import LayerTrace, Trace, TraceWriter, load_trace
 from predictors.train import Options, train
 
 HIDDEN, N_NEURONS, RANK = 64, 120, 6
-# Neurons whose gates hang on six directions fire for one token in eight.
+# Gates depend on RANK directions, and a neuron fires for one token in eight. With these costs,
+# predictors pay.
 CHEAP = {
     "exact_ns": 1000.0,
     "named_row_ns": 5.0,
@@ -39,8 +40,9 @@ CHEAP = {
 
 
 def write_trace(folder: Path, *, n_tokens: int = 1500, seed: int = 0, **about: object) -> Trace:
-    """Two layers of the same planted structure and other tokens; bits of masks as the engine has
-    them.
+    """Write a trace of two layers with the same planted structure and different tokens.
+
+    The bits of the masks are in the engine's order.
     """
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((N_NEURONS, RANK)) @ rng.standard_normal((RANK, HIDDEN))
@@ -91,9 +93,9 @@ def test_training_finds_the_planted_rank(trained, trace):
     for recall, choices in trained.choices.items():
         for choice in choices:
             assert choice.kind == "lowrank"
-            assert choice.recall > recall - 0.04  # of 150 tokens
+            assert choice.recall > recall - 0.04  # 150 tokens are few
             assert choice.cost_ns < choice.exact_ns
-            assert choice.weighted_recall >= choice.recall  # strong activations are easy
+            assert choice.weighted_recall >= choice.recall  # strong activations are easier
     predicted = [np.mean([c.predicted for c in trained.choices[r]]) for r in (0.95, 0.99, 0.999)]
     assert 0.12 < predicted[0] < predicted[1] < predicted[2] < 0.6
     assert trained.about["model_hash"] == trace.model_hash
@@ -119,14 +121,14 @@ def test_training_beats_its_initialisation(trace):
     assert shares[1] < shares[0]
 
 
-def test_it_holds_on_other_tokens(trained, other_tokens):
+def test_recall_and_precision_hold_on_other_tokens(trained, other_tokens):
     for recall in (0.95, 0.99):
         for quality in evaluate(trained, other_tokens, recall):
             assert quality.recall > recall - 0.02
             assert quality.precision > 0.2
 
 
-def test_exact_is_kept_where_nothing_is_cheaper(trace):
+def test_exact_is_kept_if_nothing_is_cheaper(trace):
     pytest.importorskip("torch")
     dear = CHEAP | {"lowrank_ns": {"8": 2000.0, "16": 2000.0}, "sign_ns": 2000.0}
     costly = replace(trace, about=trace.about | {"costs": dear})
@@ -135,7 +137,7 @@ def test_exact_is_kept_where_nothing_is_cheaper(trace):
     assert not file.predictors
 
 
-def test_without_torch_training_free_kinds_are_tried(trace, monkeypatch):
+def test_without_torch_only_training_free_kinds_are_tried(trace, monkeypatch):
     monkeypatch.setattr(training, "_has_torch", lambda: False)
     file = train(trace, Options())
     kinds = {choice.kind for choices in file.choices.values() for choice in choices}
@@ -183,16 +185,16 @@ def test_margins_reach_the_recall_and_no_more(recall):
     assert margin_for_recall(scores, np.zeros_like(active), recall) == 0.0
 
 
-def test_rounding_is_what_the_scores_stand_for():
+def test_rounded_matrices_give_nearly_the_same_scores():
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal((24, 70)), rng.standard_normal((30, 24))
     a[7] *= 100  # z's elements differ in size
     b[:, 7] /= 100
-    b[:, 1] *= 50  # a direction beside which 4 bits would hold no other
+    b[:, 1] *= 50  # so large that 4 bits would hold no other direction beside it
     x = rng.standard_normal((200, 70)).astype(np.float16)
     rounded = quantize_lowrank(a.astype(np.float32), b.astype(np.float32), np.ones(30), x)
     expected = x.astype(np.float32) @ a.T @ b.T + 1
-    lost = round_blocks(a[1:2].astype(np.float32)) - a[1:2]  # of that direction alone
+    lost = round_blocks(a[1:2].astype(np.float32)) - a[1:2]  # only that direction
     error = rounded.scores(x) - expected - x.astype(np.float32) @ lost.T @ b[:, 1:2].T
     others = np.delete(np.arange(24), 1)
     own = x.astype(np.float32) @ a[others].T @ b[:, others].T
@@ -207,7 +209,7 @@ def test_costs_between_measured_ranks_are_interpolated():
     assert costs.of_predictor("sign", 0, 0.1) == 100.0 + 12 * 5.0
 
 
-def test_cheapest_prefers_exact_to_what_is_dearer(trace):
+def test_exact_is_chosen_over_a_dearer_predictor(trace):
     layer, costs = trace.layer(0), CostTable.of(CHEAP, N_NEURONS)
     held_out = HeldOut.of(layer, np.arange(400))
     choice = candidates_for(make_sign(layer.gate), held_out, [0.9], costs)[0.9]
@@ -276,14 +278,14 @@ def test_damaged_files_are_refused(trained, tmp_path, how):
         load_predictor_file(path)
 
 
-def test_another_model_s_trace_is_refused(trained, tmp_path):
+def test_another_models_trace_is_refused(trained, tmp_path):
     for key in ("model_hash", "order_hash"):
         other = write_trace(tmp_path / key, n_tokens=70, **{key: "x" * 64})
         with pytest.raises(PredictorError, match="another"):
             evaluate(trained, other, 0.99)
 
 
-def test_commands(trace, trained, tmp_path, capsys):
+def test_the_commands_train_and_evaluate(trace, trained, tmp_path, capsys):
     path = tmp_path / "p.safetensors"
     arguments = [str(trace.folder), "-o", str(path), "--rank", "8", "--epochs", "1"]
     assert training.main([*arguments, "--recall", "0.9"]) == 0
@@ -297,7 +299,7 @@ def test_commands(trace, trained, tmp_path, capsys):
     assert "the file holds 0.9" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line(trace, tmp_path, capsys):
+def test_bad_input_gives_one_line_of_error(trace, tmp_path, capsys):
     few = write_trace(tmp_path / "few", n_tokens=20)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "trace.json").write_text("{")
@@ -324,7 +326,7 @@ def test_layers_that_do_not_fit_their_trace_are_refused(tmp_path):
     trace.layer(0)
     about = json.loads((tmp_path / "trace" / "trace.json").read_text())
     (tmp_path / "trace" / "trace.json").write_text(json.dumps(about | {"n_tokens": 60}))
-    with pytest.raises(PredictorError, match="does not fit"):
+    with pytest.raises(PredictorError, match="does not match"):
         load_trace(tmp_path / "trace").layer(0)
 
 

@@ -1,5 +1,5 @@
-"""Recording: what is counted is what fires, traces hold what fired for what, and an interrupted
-recording ends as if it had not been.
+"""A recording counts the neurons that fire and traces their inputs. An interrupted recording ends
+with the same result.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def unpacked(masks: np.ndarray, n_neurons: int) -> np.ndarray:
     return np.unpackbits(masks, axis=-1, bitorder="little")[..., :n_neurons].astype(bool)
 
 
-def test_observed_masks_and_inputs_are_the_oracle_s(tmp_path):
+def test_observed_masks_and_inputs_match_the_oracle(tmp_path):
     model = write_model(tmp_path / "m", vocab_size=4096, hidden_act="relu", hidden_act_param=None)
     ids = np.random.default_rng(5).integers(0, 4000, 100)  # more than one chunk
     with load(model, quant="bf16") as engine:
@@ -80,7 +80,7 @@ def test_observed_masks_and_inputs_are_the_oracle_s(tmp_path):
     np.testing.assert_array_equal(masks[1][clear], (scores > 0)[clear])
 
 
-def test_profile_counts_what_fires(engine, tokens, tmp_path):
+def test_a_profile_counts_the_neurons_that_fire(engine, tokens, tmp_path):
     profile = record(engine, tokens, tmp_path / "out", OPTIONS, ignore).profile
     config = engine.config
     counts = np.zeros((2, config.n_layers, config.n_neurons), np.int64)
@@ -104,16 +104,16 @@ def test_profile_counts_what_fires(engine, tokens, tmp_path):
     assert saved.about == profile.about
 
 
-def test_profile_is_in_the_checkpoint_s_order_whatever_the_packed_one(engine, tokens, tmp_path):
+def test_a_profile_is_in_the_checkpoints_order_whatever_order_is_packed(engine, tokens, tmp_path):
     straight = record(engine, tokens, tmp_path / "a", OPTIONS, ignore).profile
     with load(engine.folder, profile=tmp_path / "a" / FILE_NAME) as ordered:
         assert ordered.neuron_orders is not None
         again = record(ordered, tokens, tmp_path / "b", OPTIONS, ignore).profile
-    # Another order of sums may turn a borderline neuron.
+    # Sums in another order may flip a borderline neuron.
     assert np.abs(again.counts - straight.counts).max() <= 3
 
 
-def test_trace_holds_inputs_masks_and_gates(engine, tokens, tmp_path):
+def test_a_trace_holds_inputs_masks_and_gates(engine, tokens, tmp_path):
     options = replace(OPTIONS, trace_bytes=64 << 20)
     profile = record(engine, tokens, tmp_path / "a", options, ignore).profile
     profile.save(tmp_path / "profile")
@@ -141,7 +141,7 @@ def test_trace_holds_inputs_masks_and_gates(engine, tokens, tmp_path):
     assert trace.activation == "fatrelu"
 
 
-def test_trace_is_an_even_sample_within_its_budget(tmp_path):
+def test_a_trace_is_an_even_sample_within_its_budget(tmp_path):
     writer = TraceWriter(tmp_path, n_layers=2, n_neurons=9, hidden_size=4, capacity=10)
     sent = 0
     for n in (1, 3, 30, 7, 60):
@@ -158,7 +158,7 @@ def test_trace_is_an_even_sample_within_its_budget(tmp_path):
 
 
 def interrupting(after: int):
-    """A progress that ends the recording like Ctrl-C after some windows."""
+    """Return a progress callback that raises KeyboardInterrupt after `after` calls."""
     calls = itertools.count()
 
     def progress(task: str, done: int, total: int) -> None:
@@ -169,7 +169,7 @@ def interrupting(after: int):
 
 
 @pytest.mark.parametrize("trace_bytes", [0, 200_000])
-def test_an_interrupted_recording_goes_on(engine, tokens, tmp_path, monkeypatch, trace_bytes):
+def test_an_interrupted_recording_continues(engine, tokens, tmp_path, monkeypatch, trace_bytes):
     monkeypatch.setattr(recorder, "SAVE_EVERY_S", 0.0)
     options = replace(OPTIONS, trace_bytes=trace_bytes)
     whole = record(engine, tokens, tmp_path / "whole", options, ignore)
@@ -200,7 +200,9 @@ def test_a_folder_with_another_recording_is_refused(engine, tokens, tmp_path, mo
         record(engine, tokens, tmp_path / "out", OPTIONS, ignore)
 
 
-def test_a_full_disk_is_said_and_the_recording_can_go_on(engine, tokens, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_recording_can_continue(
+    engine, tokens, tmp_path, monkeypatch
+):
     options = replace(OPTIONS, trace_bytes=64 << 20)
     add, calls = TraceWriter.add, itertools.count()
 
@@ -218,7 +220,7 @@ def test_a_full_disk_is_said_and_the_recording_can_go_on(engine, tokens, tmp_pat
     assert result.profile.n_tokens == result.trace_tokens == 300
 
 
-def test_a_budget_that_holds_nothing_names_the_least(engine, tokens, tmp_path):
+def test_a_budget_that_is_too_small_names_the_smallest(engine, tokens, tmp_path):
     with pytest.raises(InvalidOption, match="at least"):
         record(engine, tokens, tmp_path / "out", replace(OPTIONS, trace_bytes=1000), ignore)
 
@@ -276,14 +278,14 @@ def test_texts_are_read_in_parts(engine, tmp_path, monkeypatch):
     places = [place for _, place in windows]
     assert places == sorted(places)
     assert places[-1] == path.stat().st_size
-    # Entered at any place that it gave out, it goes on as before.
+    # From any place that it reported, reading continues with the same windows.
     ends = [i for i in range(1, len(windows)) if places[i] > places[i - 1]]
     assert len(ends) > 3
     for end in ends:
         assert text_windows(engine, path, place=places[end]) == windows[end + 1 :]
 
 
-def test_documents_begin_windows_of_their_own(engine, tmp_path):
+def test_each_document_begins_a_new_window(engine, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("Once upon a time.\n<end>\nThe cat sat.\n<end>\nThe end.", encoding="utf-8")
     texts = [
@@ -302,7 +304,7 @@ def test_characters_are_not_cut(engine, tmp_path, monkeypatch):
     assert engine.tokenizer.decode(ids).replace(" ", "") == "你好世界" * 50
 
 
-def test_command(tmp_path, capsys):
+def test_the_command_records_once(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--text", str(TEXT), "-o", str(out), "--window", "64", "--trace"]
     assert main([*arguments, "--trace-budget", "16MiB"]) == 0
@@ -313,7 +315,7 @@ def test_command(tmp_path, capsys):
     assert "finished recording" in capsys.readouterr().err
 
 
-def test_bad_options_are_one_line(tmp_path, capsys):
+def test_bad_options_give_one_line_of_error(tmp_path, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     broken = tmp_path / "broken.txt"

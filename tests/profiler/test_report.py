@@ -1,4 +1,4 @@
-"""Reports: numbers checked by hand, and what the command prints, draws and refuses."""
+"""Reports equal numbers worked out by hand; the command prints and draws them."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_summary_by_hand():
     squares = 1.0 + 2 * 0.16 + 2 * 0.01
     assert summary.overlap_by_chance.tolist() == [pytest.approx(squares / 2.0)]
     assert summary.stability.tolist() == [0.5]
-    assert summary.hot_carries.tolist() == [0.5]  # 5 of 10, both ways
+    assert summary.hot_carries.tolist() == [0.5]  # 5 of 10, in both directions
     assert summary.own_hot_carries.tolist() == [pytest.approx(0.9)]
     assert summary.sparsity_by_position[0] == pytest.approx(1 - 20 / 5 / 10)
     assert summary.sparsity_by_position[1] == 1.0
     assert np.isnan(summary.sparsity_by_position[2:]).all()
 
 
-def test_the_share_that_carries():
+def test_the_share_of_neurons_that_carries_most_activations():
     assert carrying_share(np.array([8, 1, 1, 0])) == 0.25
     assert carrying_share(np.array([4, 4, 1, 1])) == 0.5
     assert carrying_share(np.array([1, 1, 1, 1, 1])) == 0.8
@@ -79,7 +79,8 @@ def test_one_text_has_no_stability():
     assert summary.stability is summary.hot_carries is None
 
 
-def test_command_prints_and_draws(tmp_path, capsys):
+@pytest.mark.slow
+def test_the_command_prints_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     profile(TWO_TEXTS).save(tmp_path / FILE_NAME)
     assert main([str(tmp_path), "--json", "--plots", str(tmp_path / "plots")]) == 0
@@ -96,7 +97,7 @@ def test_command_prints_and_draws(tmp_path, capsys):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_the_table_stands(tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_table_is_printed(tmp_path, capsys, monkeypatch):
     real = builtins.__import__
 
     def refuse(name, *args, **options):
@@ -112,7 +113,7 @@ def test_without_matplotlib_the_table_stands(tmp_path, capsys, monkeypatch):
     assert "matplotlib is not installed" in out
 
 
-def test_what_is_no_profile_is_refused(tmp_path, capsys):
+def test_a_file_that_is_not_a_profile_is_refused(tmp_path, capsys):
     (tmp_path / "other").write_bytes(b"\0" * 64)
     for path, message in (
         (tmp_path, FILE_NAME),

@@ -1,4 +1,4 @@
-"""Sparsity of a text, counted by the native engine."""
+"""The sparsity that the native engine counts on a text equals the oracle's."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ def test_the_command_prints_layers_and_mean(tmp_path, capsys):
     assert float(lines[-1].split()[1]) > 0.7
 
 
-def test_a_missing_text_is_one_line(capsys):
+def test_a_missing_text_gives_one_line_of_error(capsys):
     assert sparsity.main(["--text", "/no/such/text"]) == 2
     assert "No such file" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-// A stand-in for libcuda.so.1: streams are threads, and recorded work can be replayed. Drives the real
-// device link where there is no GPU, with jitter and with faults.
+// A stand-in for libcuda.so.1. Its streams are threads, and recorded work can be replayed. It
+// drives the real device link without a GPU, with jitter and with faults.
 //
-// What starts with cu has the driver's own interface; stub_… is for the tests.
+// Functions that start with cu have the driver's interface; those with stub_ are for the tests.
 
 #include <atomic>
 #include <chrono>
@@ -19,10 +19,10 @@ namespace {
 
 using Work = std::function<void()>;
 
-std::atomic<int> fault_code{0};     // returned by the call that takes the count below to zero
-std::atomic<int> fault_after{-1};   // calls
-std::atomic<int> jitter_us{0};      // at most so long a pause, now and then
-std::atomic<bool> is_lost{false};   // streams do nothing any more, as on a GPU that hangs
+std::atomic<int> fault_code{0};     // what the failing call returns
+std::atomic<int> fault_after{-1};   // calls that succeed before it; if negative, no call fails
+std::atomic<int> jitter_us{0};      // longest of the pauses that a stream makes now and then
+std::atomic<bool> is_lost{false};   // streams skip all work, as on a GPU that hangs
 
 int Fault() {
   if (fault_after.load() < 0) return 0;
@@ -143,7 +143,7 @@ int cuStreamBatchMemOp_v2(void* stream, unsigned count, Operation* operations, u
   if (fault != 0) return fault;
   const std::vector<Operation> all(operations, operations + count);
   for (const Operation& operation : all)
-    if (operation.operation == 1 && operation.flags != 1) return 1;  // only EQ is asked for
+    if (operation.operation == 1 && operation.flags != 1) return 1;  // the link uses only EQ
   static_cast<Stream*>(stream)->Add([=] {
     for (const Operation& operation : all) Run(operation);
   });

@@ -1,4 +1,4 @@
-"""Sampler: which tokens it may draw, against a full sort; how often, against the softmax."""
+"""The sampler draws only tokens that a full sort allows, and as often as the softmax says."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def test_extreme_options_still_sample(options: dict[str, Any]) -> None:
 # Greedy
 
 
-def test_temperature_zero_takes_the_largest_and_of_equals_the_lowest_id() -> None:
+def test_temperature_zero_takes_the_largest_logit_with_the_lowest_id() -> None:
     assert draws(floats(1, 5, 5, -INF), 5, temperature=0, top_k=2, top_p=0.1) == [1] * 5
 
 
 @given(hnp.arrays(np.float32, st.integers(1, 50), elements=st.integers(-99, 99)))
 @settings(deadline=None)
-def test_a_vanishing_temperature_or_nucleus_or_k_takes_a_largest(logits: Floats) -> None:
+def test_the_smallest_temperature_top_p_or_top_k_takes_a_largest_logit(logits: Floats) -> None:
     logits /= 16
     largest = set(np.flatnonzero(logits == logits.max()).tolist())
     assert set(draws(logits, 3, temperature=0)) == {min(largest)}
@@ -97,7 +97,7 @@ def test_a_vanishing_temperature_or_nucleus_or_k_takes_a_largest(logits: Floats)
 
 # Cuts, against a full sort
 
-# Few distinct values: ties are the rule.
+# Few distinct values, so that ties are common.
 VALUES = hnp.arrays(
     np.float32, st.integers(1, 200), elements=st.sampled_from([-INF, -8.0, -2.0, 0.5, 0.75, 3.0])
 ) | hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-20, 20, width=32))
@@ -109,6 +109,7 @@ def by_falling_value(values: Floats) -> list[int]:
 
 @given(values=VALUES, n=st.integers(1, 250))
 @settings(deadline=None, max_examples=300)
+@pytest.mark.slow
 def test_top_k_keeps_the_first_k_of_a_full_sort(values: Floats, n: int) -> None:
     assert _largest(values, n).tolist() == sorted(by_falling_value(values)[:n])
 
@@ -169,6 +170,7 @@ def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
     assert chi_square < 22.46  # 6 degrees of freedom, 0.1 %
 
 
+@pytest.mark.slow
 def test_frequencies_in_a_nucleus_are_those_of_the_softmax_of_its_tokens() -> None:
     weights, n = np.array([0.1, 0.4, 0.05, 0.3, 0.15]), 20_000
     counts = np.bincount(
@@ -302,6 +304,6 @@ def test_min_p_drops_what_is_far_below_the_likeliest() -> None:
         {"repeat_penalty": 100},
     ],
 )
-def test_more_options_out_of_range(options: dict[str, float]) -> None:
+def test_more_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(InvalidOption, match=next(iter(options))):
         SamplingParams(**options)

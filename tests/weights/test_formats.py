@@ -1,4 +1,4 @@
-"""Weight formats: rounding, and the packed byte layout."""
+"""Weight formats round as specified, and packed bytes lie as documented."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def test_q8_errs_by_half_a_step_at_most():
 
 
 def test_q8_rounding_is_idempotent():
-    """Weights that came from q8 survive another packing: the import of a quantised file is
-    lossless.
-    """
+    """Weights that came from q8 do not change if packed again, so importing them is lossless."""
     w = round_weights(
         Format.q8, np.random.default_rng(1).standard_normal((20, 96)).astype(np.float32)
     )
@@ -38,7 +36,7 @@ def test_q8_rounding_is_idempotent():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 1e-7, 6e4, 1e-12])
-def test_q8_of_constant_blocks(value):
+def test_q8_keeps_constant_blocks(value):
     w = np.full((1, 32), value, np.float32)
     rounded = round_weights(Format.q8, w)
     assert np.isfinite(rounded).all()
@@ -68,7 +66,7 @@ def test_bf16_rounds_to_nearest_even(bits):
 
 
 def test_q4_keeps_weights_that_have_four_bits():
-    """Blocks as Q4_0 makes them, the extreme at -8, survive."""
+    """Blocks as Q4_0 makes them, with the extreme value at -8, do not change."""
     rng = np.random.default_rng(3)
     integers = rng.integers(-7, 8, (20, 3, 32))
     integers[..., 5] = -8
@@ -88,7 +86,7 @@ def test_q4_is_better_than_the_plain_rule():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 1e-7, 1e-12])
-def test_q4_of_constant_blocks(value):
+def test_q4_keeps_constant_blocks(value):
     rounded = round_weights(Format.q4, np.full((1, 32), value, np.float32))
     np.testing.assert_allclose(rounded, value, rtol=2e-3, atol=4e-6)
 

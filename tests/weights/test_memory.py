@@ -1,4 +1,4 @@
-"""A file that moves into memory: the same bytes at the same place all the while."""
+"""A mapped file is copied into memory in the background: same bytes, same address at all times."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def path(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def backing(array: np.ndarray) -> set[str]:
-    """The files that an array's addresses are mapped from, "" for memory of our own."""
+    """Return the files that an array is mapped from; "" stands for anonymous memory."""
     first, last = array.ctypes.data, array.ctypes.data + array.size
     files = set()
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -64,7 +64,7 @@ def test_the_bytes_stay_where_they_are(path, data):
     np.testing.assert_array_equal(copying.buffer, expected)
 
 
-def test_readers_notice_nothing(path, data):
+def test_readers_see_the_same_bytes_during_the_copy(path, data):
     expected = np.frombuffer(data, np.uint8)[OFFSET:]
     for _ in range(20):
         copying = BackgroundCopy(path, OFFSET, N_BYTES)
@@ -100,7 +100,7 @@ def test_stopping_leaves_the_rest_mapped(path, data, monkeypatch):
     np.testing.assert_array_equal(copying.buffer, np.frombuffer(data, np.uint8)[OFFSET:])
 
 
-def test_no_memory_leaves_the_rest_mapped_and_says_so(path, data, monkeypatch):
+def test_too_little_memory_leaves_the_rest_mapped_and_is_reported(path, data, monkeypatch):
     move = _native.move_into_memory
 
     def fail_at_the_third(mapped, first, n_bytes, file):
@@ -132,14 +132,14 @@ def test_a_file_that_shrinks_is_an_error(path):
 
 
 @pytest.mark.parametrize(("first", "n_bytes"), [(1, 10), (-PART, PART), (0, 0), (0, N_BYTES * 2)])
-def test_parts_that_are_none_are_refused(path, first, n_bytes):
+def test_bad_parts_of_the_mapping_are_refused(path, first, n_bytes):
     with path.open("rb") as file:
         mapped = _native.map_file(file.fileno(), OFFSET + N_BYTES)
         with pytest.raises(ValueError, match="part of the mapping"):
             _native.move_into_memory(mapped, first, n_bytes, file.fileno())
 
 
-def test_a_system_that_cannot_move_reads(path, data, monkeypatch):
+def test_a_system_that_cannot_map_the_file_reads_it(path, data, monkeypatch):
     def refuse(file, n_bytes):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 

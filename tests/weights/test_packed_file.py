@@ -1,4 +1,4 @@
-"""Packed models in files: current or replaced, whole or absent, equal to what was packed."""
+"""Files of packed models equal what was packed; stale, damaged or partial ones are never used."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load(model: Path, cache: Path | None, **options) -> LoadedModel:
 
 
 def weights(loaded: LoadedModel) -> np.ndarray:
-    """Every weight of the model, norms and matrices, as it is read back."""
+    """Return every weight of the model, norms and matrices, as it is read back."""
     model = loaded.model
     matrices = [model.embedding, model.head]
     values = [model.norm]
@@ -147,7 +147,7 @@ def test_without_a_cache_nothing_is_kept(model):
 
 
 @pytest.mark.parametrize("use_mmap", [False, True])
-def test_changed_weights_are_packed_anew_in_the_same_place(model, tmp_path, use_mmap):
+def test_changed_weights_are_packed_anew_into_the_same_file(model, tmp_path, use_mmap):
     cache = tmp_path / "cache"
     load(model, cache)
     before = files(cache)
@@ -202,7 +202,7 @@ def test_damaged_files_are_replaced(model, tmp_path, damage, use_mmap):
         assert path.read_bytes() == data
 
 
-def test_a_file_that_shrinks_between_look_and_read_is_packed_anew(model, tmp_path, monkeypatch):
+def test_a_file_that_shrinks_between_check_and_read_is_packed_anew(model, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     expected = weights(load(model, cache))
     (path,) = cache.iterdir()
@@ -222,7 +222,7 @@ def test_a_file_that_shrinks_between_look_and_read_is_packed_anew(model, tmp_pat
 
 @pytest.mark.parametrize("use_mmap", [False, True])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_a_full_or_read_only_disk_costs_a_notice(model, tmp_path, monkeypatch, code, use_mmap):
+def test_a_full_or_read_only_disk_gives_a_notice(model, tmp_path, monkeypatch, code, use_mmap):
     def fail(*args: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -235,7 +235,7 @@ def test_a_full_or_read_only_disk_costs_a_notice(model, tmp_path, monkeypatch, c
     assert files(tmp_path / "cache") == []
 
 
-def test_a_cache_that_is_no_folder_costs_a_notice(model, tmp_path):
+def test_a_cache_that_is_not_a_folder_gives_a_notice(model, tmp_path):
     (tmp_path / "cache").write_text("a file")
     loaded = load(model, tmp_path / "cache")
     assert "cannot be kept" in loaded.notices[0]
@@ -300,7 +300,7 @@ def test_weights_are_locked_if_mlock_is_set(model, tmp_path, use_mmap):
     assert locked_kb() == before
 
 
-def test_a_refused_lock_is_said(model, tmp_path, monkeypatch):
+def test_a_refused_lock_is_reported(model, tmp_path, monkeypatch):
     def refuse(memory):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 

@@ -1,4 +1,4 @@
-"""Weights taken back out of a packed model are the ones that went in."""
+"""Weights that are unpacked from a packed model equal those that were packed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hybrid.weights.unpacked import PackedReader, PlainRows, unpack_rows
 
 
 def values_of(format: Format, rows: PlainRows) -> np.ndarray:
-    """fp32, by the description of PlainRows alone."""
+    """Return fp32 values, computed only from the documented layout of PlainRows."""
     if rows.scales is None:
         return (rows.values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if format is Format.q8:
@@ -43,7 +43,7 @@ def test_unpack_rows_undoes_pack_rows(format, n_cols):
 def test_reader_finds_every_matrix(
     format, tmp_path, predicted_layers, least_rows, is_tied, monkeypatch
 ):
-    monkeypatch.setattr(preview, "LEAST_ROWS", least_rows)  # of a head that is previewed
+    monkeypatch.setattr(preview, "LEAST_ROWS", least_rows)  # for heads to be previewed
     with open_checkpoint(write_model(tmp_path, tie_word_embeddings=is_tied)) as checkpoint:
         check_reader(checkpoint, format, predicted_layers)
 

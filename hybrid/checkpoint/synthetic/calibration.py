@@ -1,8 +1,8 @@
-"""Calibration of a synthetic model: the gate biases with which its neurons fire as often as asked.
+"""Calibrates a synthetic model: finds gate biases with which neurons fire as often as wanted.
 
-Layers are calibrated in order, each on what the calibrated layers before it give for random tokens,
-with weights and activations as the format rounds them. The forward pass is that of
-`engine.forward` for whole batches, one layer of weights in memory at a time.
+Layers are calibrated in order. The input of each is the output of the calibrated layers before it
+for random tokens. Weights and activations are rounded as the format rounds them. The forward pass
+is that of `hybrid.model.forward` for whole batches, with the weights of one layer in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hybrid.weights.formats import round_weights
 
 CALIBRATION_SHAPE = (8, 128)  # sequences, tokens
 HELD_OUT_SHAPE = (2, 128)
-_CHUNK_ROWS = 128  # rounded at a time: what NumPy makes on the way stays in the cache
+_CHUNK_ROWS = 128  # rows rounded at a time, so that NumPy's temporary arrays stay in the cache
 
 Array = NDArray[np.float32]
 
@@ -30,14 +30,15 @@ Array = NDArray[np.float32]
 @dataclass(frozen=True, slots=True)
 class Calibration:
     gate_bias: Array  # (n_layers, n_neurons), bf16 values
-    active_fraction: float  # on tokens that the biases were not set with
+    active_fraction: float  # on held-out tokens
 
 
 def calibrate(
     weights: SyntheticWeights, format: Format, progress: Progress, task: str
 ) -> Calibration:
-    """Work for a minute at 1 B parameters; `progress` counts weights as if they came from a file
-    of bf16.
+    """Find the gate biases. This takes a minute for 1 B parameters.
+
+    `progress` counts bytes as if the weights came from a bf16 file.
     """
     config = weights.config
     sizes = [0] * config.n_layers
@@ -59,7 +60,7 @@ def calibrate(
 
 
 class _Batch:
-    """The residual of all calibration and held-out tokens, taken through the layers."""
+    """The residual of all calibration and held-out tokens, which passes through the layers."""
 
     def __init__(self, weights: SyntheticWeights, format: Format, workers: Executor) -> None:
         self.weights, self.config, self.format = weights, weights.config, format
@@ -83,7 +84,7 @@ class _Batch:
 
         q = reference.rope(heads("q"), self._cos, self._sin)
         k, v = _cached(reference.rope(heads("k"), self._cos, self._sin)), _cached(heads("v"))
-        # On our own threads: BLAS would start and stop its own for each small product.
+        # Use our own threads, because BLAS would start and stop its own for each small product.
         split = [np.split(part, self._n_sequences) for part in (q, k, v)]
         results = self._workers.map(lambda q, k, v: reference.attention(q, k, v, 0), *split)
         y = np.concatenate(list(results)).reshape(len(h), -1)
@@ -93,16 +94,16 @@ class _Batch:
         )
 
     def calibrate_ffn(self, layer: int) -> tuple[Array, int]:
-        """The layer's biases, and how many neurons were active on the held-out tokens."""
+        """Return the layer's biases, and the number of active neurons on the held-out tokens."""
         threshold = np.float32(self.config.threshold)
         h = self._normed()
         gate = h @ self._rounded(self.weights.make("gate", layer)).T  # still without bias
-        constant = h[:, :BIAS_DIMS].sum(-1, keepdims=True)  # what a bias is multiplied with
-        # A neuron fires where gate + bias * constant >= threshold: where margin >= -bias.
+        constant = h[:, :BIAS_DIMS].sum(-1, keepdims=True)  # the factor of a bias
+        # A neuron fires if gate + bias * constant >= threshold, which means margin >= -bias.
         margin = ((gate - threshold) / constant)[: self._n_calibration]
         mean, std = margin.mean(0), margin.std(0)
         quantile = self.weights.firing_quantiles(layer)
-        # Margins are not quite normal: one shift for all neurons sets the layer's mean exactly.
+        # Margins are not exactly normal, so one shift for all neurons corrects the layer's mean.
         shift = -np.quantile((margin - mean) / std + quantile, 1 - ACTIVE_FRACTION)
         bias = reference.bf16_values(
             reference.bf16_bits(std * (quantile + np.float32(shift)) - mean)
@@ -121,7 +122,7 @@ class _Batch:
         return reference.round_activation(self.format, h)
 
     def _rounded(self, w: Array) -> Array:
-        """What the format stores for `w`, into `w` itself."""
+        """Round `w` in place to the values that the format stores, and return it."""
 
         def round_rows(first: int) -> None:
             part = slice(first, first + _CHUNK_ROWS)
@@ -134,5 +135,5 @@ class _Batch:
 
 
 def _cached(x: Array) -> Array:
-    """As the KV cache holds it."""
+    """Round to fp16, as the KV cache does."""
     return x.astype(np.float16).astype(np.float32)

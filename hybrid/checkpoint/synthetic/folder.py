@@ -1,9 +1,10 @@
-"""Synthetic models: the exact shape of a real one with random weights and calibrated sparsity, so
-that speed can be measured where the real weights are not. Their text is noise.
+"""Synthetic models: the exact shape of a real model, with random weights and calibrated sparsity.
 
-Owns which there are, and their folders: config.json and tokenizer.json as a published model has
-them, synthetic.json in place of weights, and per format the gate biases once they were asked for.
-What the weights are is `synthetic_weights`; how biases are found is `calibration`.
+They serve to measure speed on machines that lack the real weights. Their text is noise.
+
+This file owns the list of them and their folders. A folder has config.json and tokenizer.json like
+a published model, and synthetic.json in place of weights. It gets the gate biases of a format when
+that format is first used. `weights` makes the weights, and `calibration` finds the biases.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from hybrid.progress import Progress, ignore_progress
 PREFIX = "synthetic:"
 _SEED = 1
 _MARKER = "synthetic.json"
-_METADATA = "calibration"  # in a bias file's header: what it is of, and what came out
+_METADATA = "calibration"  # key in a bias file's header: the model, the format and the result
 _FILES = ("config.json", "generation_config.json", "tokenizer.json", _MARKER)
 
 _MINICPM_S_1B: dict[str, Any] = {  # as openbmb/MiniCPM-S-1B-sft has them
@@ -64,7 +65,7 @@ _MINICPM_S_1B: dict[str, Any] = {  # as openbmb/MiniCPM-S-1B-sft has them
 }
 _SHAPES: dict[str, dict[str, Any]] = {
     "MiniCPM-S-1B": _MINICPM_S_1B,
-    "tiny": _MINICPM_S_1B  # calibrated within a second: for tests
+    "tiny": _MINICPM_S_1B  # for tests: calibrated within a second
     | {
         "hidden_size": 256,
         "intermediate_size": 640,
@@ -88,8 +89,10 @@ def synthetic_names() -> list[str]:
 
 
 def make_synthetic(model: str, home: Path) -> Path:
-    """The folder in `home` of a name such as "synthetic:MiniCPM-S-1B", in any case; made where it
-    is missing. Raises ModelNotFound for an unknown name, or where it cannot be written.
+    """Return the folder in `home` of a name such as "synthetic:MiniCPM-S-1B". Makes it if missing.
+
+    The name may be in upper or lower case. Raises ModelNotFound for an unknown name, or if the
+    folder cannot be written.
     """
     wanted = model[len(PREFIX) :].casefold()
     name = next((name for name in _SHAPES if name.casefold() == wanted), None)
@@ -117,20 +120,21 @@ def make_synthetic(model: str, home: Path) -> Path:
 
 
 def is_synthetic(folder: Path) -> bool:
-    """Whether a folder holds a synthetic model."""
+    """Return whether a folder holds a synthetic model."""
     try:
         return (folder / _MARKER).is_file()
-    except OSError:  # no permission to look: whoever opens the folder says so
+    except OSError:  # no permission to look: opening the folder will report it
         return False
 
 
 def open_synthetic(
     folder: Path, format: Format | None = None, progress: Progress = ignore_progress
 ) -> Checkpoint:
-    """Open a synthetic model for a format (None: as for bf16), calibrated first where it is not.
+    """Open a synthetic model for a format (None means bf16). Calibrates it first if necessary.
 
-    A bias file that is broken or of another recipe is made anew: the same biases come out. Raises
-    InvalidCheckpoint for the folder's other files, ModelNotFound where it cannot be written.
+    A bias file that is broken or of another recipe is made again, with the same biases. Raises
+    InvalidCheckpoint if another file of the folder is broken, and ModelNotFound if the folder
+    cannot be written.
     """
     config = read_config(folder)
     path = folder / _MARKER
@@ -142,7 +146,7 @@ def open_synthetic(
         case content:
             raise InvalidCheckpoint(
                 f"{path}: expected recipe {RECIPE}, a name and a seed, found {content!s:.100}; "
-                "remove the folder: it is made anew when the model is asked for by name"
+                "remove the folder: it is made again when the model is loaded by name"
             )
     format = format or Format.bf16
     bias_path = folder / f"gate_bias.{format.name}.safetensors"
@@ -151,7 +155,7 @@ def open_synthetic(
     if calibration is None:
         task = f"calibrating {PREFIX}{name} for {format.name}"
         try:
-            with _replacing(bias_path) as write:  # opened first: not a minute's work in vain
+            with _replacing(bias_path) as write:  # opened first, to fail before a minute of work
                 calibration = calibrate(weights, format, progress, task)
                 write(_bias_file(calibration, identity))
         except OSError as error:
@@ -177,7 +181,7 @@ def open_synthetic(
 
 @dataclass(frozen=True, slots=True)
 class _Generated:
-    """A tensor that lies nowhere: made at each reading."""
+    """A tensor that is in no file and is made each time it is read."""
 
     weights: SyntheticWeights
     role: str
@@ -195,12 +199,12 @@ def _bias_file(calibration: Calibration, identity: dict[str, Any]) -> bytes:
         "held_out_tokens": math.prod(HELD_OUT_SHAPE),
         "active_fraction": calibration.active_fraction,
     }
-    # One entry: safetensors writes several in an order that is another one each time.
+    # One metadata entry only, because safetensors writes several in a random order.
     return save({"gate_bias": calibration.gate_bias}, {_METADATA: json.dumps(metadata)})
 
 
 def _read_bias(path: Path, identity: dict[str, Any], config: ModelConfig) -> Calibration | None:
-    """None where the file is missing, broken or of something else."""
+    """Read a bias file. Returns None if it is missing, broken or of another identity."""
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = json.loads(file.metadata()[_METADATA])
@@ -219,7 +223,7 @@ def _read_bias(path: Path, identity: dict[str, Any], config: ModelConfig) -> Cal
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Callable[[bytes], object]]:
-    """Write a file under another name, and move it to `path` once it is whole."""
+    """Write a file under a temporary name, and rename it to `path` when it is complete."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -239,7 +243,7 @@ def _not_writable(folder: Path, error: OSError) -> ModelNotFound:
 
 
 def _tokenizer(vocab_size: int) -> dict[str, Any]:
-    """A tokenizer.json that reads text byte by byte and writes "w123" for the ids beyond."""
+    """Make a tokenizer.json that encodes text byte by byte and decodes further ids as "w123"."""
     special = ["<unk>", "<s>", "</s>"]
     pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [f"▁w{token}" for token in range(len(pieces), vocab_size)]

@@ -1,16 +1,16 @@
-"""The weights of a synthetic model: every tensor from (seed, role, layer) alone, none from a file.
+"""The weights of a synthetic model, made from (seed, role, layer) alone, without a file.
 
-Recipe 1, frozen: a change is a new benchmark, with a number of its own.
+This is recipe 1, and it is frozen. A change makes a new benchmark, which needs a new number.
 
-- Residual dimensions 0-31, one whole quantisation block, hold a constant that no layer writes to:
-  they are the bias of every neuron, which `calibration` sets.
-- gate = C·F + 0.3·noise with F of 127 rows: a small predictor can foresee much of it.
+- Residual dimensions 0-31 are one whole quantisation block. They hold a constant that no layer
+  writes to, and serve as the bias of every neuron, which `calibration` sets.
+- gate = C·F + 0.3·noise, where F has 127 rows, so a small predictor can predict much of it.
 - Branches of a layer add about 0.15 of the first residual, so activations stay of order 1.
-- Attention picks a few positions, however many there are: spread over all of them, its output would
-  fade with the context's length, and the active fraction with it.
+- Attention selects a few positions, however long the context is. If it averaged over all, its
+  output would shrink with the context's length, and the active fraction would change with it.
 
-Numbers come from the raw bits of a generator, which NumPy keeps stable, through tables: this takes
-seconds for a billion weights where `standard_normal` takes a quarter of a minute.
+Numbers are the raw bits of a generator, which NumPy keeps stable, mapped through tables. This takes
+seconds for a billion weights. `standard_normal` takes a quarter of a minute.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ ACTIVE_FRACTION = 0.1211  # 1 - the sparsity that MiniCPM-S-1B's authors publish
 BIAS_DIMS = 32
 
 _BETA = 0.6  # a neuron's probability to fire is Beta(0.6, 0.6 (1 - p) / p): few hot, many cold
-_RAREST = 1e-4  # rarer, and mean and deviation of a thousand tokens say nothing
+_RAREST = 1e-4  # least probability: a thousand tokens cannot calibrate rarer neurons
 _MAX_RANK = 127
 _NOISE = 0.3
 _BRANCH = 0.15
-_QK_STD = 3.0  # of a query's and a key's elements
-_CHUNK = 1 << 18  # weights made at a time: what is made on the way stays in the cache
+_QK_STD = 3.0  # standard deviation of a query's and a key's elements
+_CHUNK = 1 << 18  # weights made at a time, so that temporary arrays stay in the cache
 
-# What has random numbers of its own; the place in this list is part of the recipe.
+# Streams of random numbers. The index in this list is part of the recipe.
 _STREAMS = (
     *("embedding", "q", "k", "v", "o", "gate", "up", "down"),
     *("gate_mix", "gate_projection", "neuron_order", "calibration", "held_out"),
@@ -49,20 +49,20 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class SyntheticWeights:
-    """The tensors of a model of `config`'s shape, each made anew when it is asked for."""
+    """The tensors of a model of `config`'s shape. Each call makes its tensor again."""
 
     config: ModelConfig
     seed: int
 
     def make(self, role: str, layer: int | None, bias: Array | None = None) -> Array:
-        """float32 that are bf16 values, in the shapes of `families.expected_tensors`.
+        """Return bf16 values as float32, in the shapes of `families.expected_tensors`.
 
-        `bias` (n_neurons,) is what the gate has in the columns of the constant dimensions.
+        `bias` (n_neurons,) is the gate's value in the columns of the constant dimensions.
         """
         config = self.config
         hidden, n_neurons = config.hidden_size, config.n_neurons
         queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        unit = hidden**-0.5  # gives outputs of deviation 1, since the input is normed
+        unit = hidden**-0.5  # gives outputs of deviation 1, because the input is normed
         branch = _BRANCH / config.residual_scale
         match role:
             case "norm" | "attention_norm" | "ffn_norm":
@@ -96,12 +96,12 @@ class SyntheticWeights:
         return w
 
     def token_ids(self, stream: str, shape: tuple[int, int]) -> NDArray[np.int64]:
-        """Uniform random ids of a stream, "calibration" or "held_out"."""
+        """Return uniform random ids of a stream, "calibration" or "held_out"."""
         raw = self._source(stream, None).random_raw(shape[0] * shape[1])
         return (raw % np.uint64(self.config.vocab_size)).astype(np.int64).reshape(shape)
 
     def firing_quantiles(self, layer: int) -> Array:
-        """Per neuron the normal quantile of the probability that it is to fire with."""
+        """Return, per neuron, the normal quantile of the probability that it should fire with."""
         n_neurons = self.config.n_neurons
         raw = self._source("neuron_order", layer).random_raw(n_neurons)
         return firing_quantiles(n_neurons)[np.argsort(raw, kind="stable")]
@@ -109,7 +109,8 @@ class SyntheticWeights:
     def _gate(self, layer: int | None) -> Array:
         hidden, n_neurons = self.config.hidden_size, self.config.n_neurons
         rank = min(_MAX_RANK, hidden // 4)
-        # Integers so small that their sums are exact in fp32: every BLAS gives the same weights.
+        # These integers are so small that their sums are exact in fp32. So every BLAS gives the
+        # same weights.
         levels = np.rint(32 * _normal_levels()).astype(np.float32)
         mix = self._sample("gate_mix", layer, (n_neurons, rank), levels)
         projection = self._sample("gate_projection", layer, (rank, hidden), levels)
@@ -119,7 +120,7 @@ class SyntheticWeights:
         w *= np.float32(planted_std / (rank**0.5 * power))
         w += self._normal("gate", layer, w.shape, planted_std * _NOISE)
         bits = w.view(np.uint32)
-        bits += np.uint32(0x8000)  # to the nearest bf16, in place
+        bits += np.uint32(0x8000)  # round to the nearest bf16, in place
         bits &= np.uint32(0xFFFF0000)
         return w
 
@@ -129,7 +130,7 @@ class SyntheticWeights:
     def _sample(
         self, stream: str, layer: int | None, shape: tuple[int, int], levels: Array
     ) -> Array:
-        """Independent, uniform picks of the 65,536 `levels`."""
+        """Draw each weight independently and uniformly from the 65,536 `levels`."""
         source = self._source(stream, layer)
         w = np.empty(shape, np.float32)
         flat = w.reshape(-1)
@@ -146,8 +147,10 @@ class SyntheticWeights:
 
 @cache
 def firing_quantiles(n_neurons: int) -> Array:
-    """Normal quantiles of evenly spaced quantiles of the Beta distribution, ascending: the
-    distribution itself rather than a draw from it, so that small layers are on target too.
+    """Return the normal quantiles of evenly spaced quantiles of the Beta distribution, ascending.
+
+    They represent the distribution itself rather than a draw from it, so that small layers also
+    reach the wanted active fraction.
     """
     other = _BETA * (1 - ACTIVE_FRACTION) / ACTIVE_FRACTION
     u = np.linspace(0, 1, (1 << 16) + 1)  # u = p ** _BETA has a density without a pole
@@ -161,7 +164,10 @@ def firing_quantiles(n_neurons: int) -> Array:
 
 @cache
 def _mean_square_activation(n_neurons: int) -> float:
-    """Mean over neurons of E[x² where x > 0], x normal of deviation 1 and firing as asked."""
+    """Return the mean over neurons of E[x²; x > 0].
+
+    x is normal with deviation 1, and its mean gives the wanted probability to fire.
+    """
     normal = NormalDist()
     z = firing_quantiles(n_neurons).tolist()
     return math.fsum((q * q + 1) * normal.cdf(q) + q * normal.pdf(q) for q in z) / n_neurons
@@ -169,7 +175,7 @@ def _mean_square_activation(n_neurons: int) -> float:
 
 @cache
 def _normal_levels() -> Array:
-    """65,536 equally likely values that together have the normal distribution."""
+    """Return 65,536 equally likely values that together have the normal distribution."""
     inverse = NormalDist().inv_cdf
     lower = np.array([inverse((i + 0.5) / 65536) for i in range(32768)], np.float32)
     return np.concatenate((lower, -lower[::-1]))

@@ -1,6 +1,4 @@
-"""The CPU executor: records the forward pass into a native program and owns the threads that replay
-it.
-"""
+"""CPU executor: records the forward pass as a native program, and owns the threads that run it."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from hybrid.weights.packing import PackedModel
 
 
 class ProgramRecorder:
-    """`forward.Operations` that compute nothing: each records one native operation."""
+    """`forward.Operations` that compute nothing. Each one records a native operation."""
 
     def __init__(
         self, program: Program, config: ModelConfig, predictors: Sequence[Predictor | None]
@@ -51,7 +49,7 @@ class ProgramRecorder:
         )
 
     def cold_ffn(self, weights: LayerWeights[Rows], layer: int, placement: LayerPlacement) -> None:
-        """The sum over the neurons that are not hot, for the GPU."""
+        """Record the partial sum over the cold neurons, which the GPU then adds."""
         has_gates = placement.n_gate < self.config.n_neurons
         self.program.ffn(
             None,
@@ -78,7 +76,7 @@ class ProgramRecorder:
 
 
 class CpuExecutor:
-    """A packed model, ready to run: one program, one thread pool, any number of sessions."""
+    """A packed model that is ready to run: one program, one thread pool, many sessions."""
 
     def __init__(
         self,
@@ -91,8 +89,10 @@ class CpuExecutor:
         predictors: Sequence[Predictor | None] | None = None,
         plan: PlacementPlan | None = None,
     ) -> None:
-        """`predictors`, one a layer: None computes all gates. With a plan the program is what that
-        leaves to the CPU.
+        """`predictors` has one entry per layer; an entry of None computes all gates.
+
+        With a plan, the program holds only what the plan leaves to the CPU. Raises InvalidOption if
+        the threads cannot be started.
         """
         cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
         self.n_context = n_context
@@ -119,16 +119,16 @@ class CpuExecutor:
 
     @property
     def n_segments(self) -> int:
-        """Stretches of work between two hand-offs; 1 where all is on the CPU."""
+        """Number of segments, the parts between hand-offs. It is 1 if all is on the CPU."""
         return self.program.n_segments
 
     def close(self) -> None:
-        """Sessions that are open keep what they need."""
+        """Do nothing: open sessions keep the program and the threads alive."""
 
     def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> Session:
-        """A new sequence with a KV cache of its own; it keeps the program and the threads alive.
+        """Open a new sequence with its own KV cache. It keeps the program and the threads alive.
 
-        `is_dense` computes all neurons, for comparisons; the results are the same.
-        `is_timed` measures where time goes.
+        `is_dense` computes all neurons, for comparisons; the results are the same. `is_timed`
+        measures where time goes.
         """
         return Session(self.program, self.pool, self.n_context, is_dense, is_timed)

@@ -1,7 +1,8 @@
-"""Devices that torch knows: memory, a stream of work, and recordings of it that can be replayed.
+"""Devices that torch knows: their memory, a stream of work, and recordings that can be replayed.
 
-`CudaDevice` is a GPU: work is asynchronous, a recording is a CUDA graph. `HostDevice` runs the same
-work with torch on the CPU, at once: the GPU path's oracle, and what shows it where there is no GPU.
+`CudaDevice` is a GPU: work is asynchronous, and a recording is a CUDA graph. `HostDevice` runs the
+same work immediately with torch on the CPU. It is the oracle of the GPU path, and lets that path
+run on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -17,46 +18,46 @@ from torch import Tensor
 from hybrid.errors import DeviceUnavailable
 from hybrid.kernels._native import CudaDriver, DeviceLink
 
-# How a stream and the CPU wait for each other: by memory operations of the stream, by host
-# functions on it, or by waiting for the stream from outside, with the recording cut in pieces.
+# How a stream and the CPU wait for each other: with memory operations of the stream, with host
+# functions on the stream, or with calls that synchronise. Those cut the recording into several.
 Mechanism = Literal["memory-operations", "host-functions", "synchronise"]
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
 Work = Callable[[], object]
 
 
 class Event(Protocol):
-    """A place in a stream."""
+    """A point in a stream."""
 
     def record(self) -> None: ...
     def synchronize(self) -> None: ...
 
 
 class Device(Protocol):
-    """What executor and scheduler need of a device. Work runs in the order of `launch`."""
+    """What the executor needs of a device. Work runs in the order of the `launch` calls."""
 
     name: str
-    version: str  # of the driver and torch: with another one, measurements are out of date
+    version: str  # of the driver and torch; another version makes measurements stale
     torch_device: torch.device
 
     @property
     def mechanisms(self) -> Sequence[Mechanism]:
-        """Those that can be used here, the usually fastest first."""
+        """The mechanisms that work here, the one that is usually fastest first."""
         ...
 
     def host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Zeros in host memory that the device can copy from and to."""
+        """Allocate zeros in host memory that the device can copy from and to."""
         ...
 
     def on_stream(self) -> contextlib.AbstractContextManager[object]:
-        """Within it `launch`, `record` and `replay` may be called."""
+        """Return a context in which `launch`, `record` and recordings may be called."""
         ...
 
     def launch(self, work: Callable[..., object], *arguments: object) -> None:
-        """Enqueue `work(*arguments)`, kernels and copies; into the recording, if one is made."""
+        """Enqueue the kernels and copies of `work(*arguments)`, or add them to a recording."""
         ...
 
     def call(self, work: Work) -> None:
-        """Call `work` on this thread, between what was launched before and what comes after."""
+        """Call `work` on this thread, between the launches before and after this call."""
         ...
 
     def event(self) -> Event: ...
@@ -69,32 +70,32 @@ class Device(Protocol):
         ...
 
     def record(self, work: Work) -> Sequence[Work]:
-        """What `work` launches and calls, to be replayed; nothing of it happens now."""
+        """Record what `work` launches and calls, for replays. Nothing of it runs now."""
         ...
 
     def limit(self, n_bytes: int) -> None:
-        """Refuse tensors, and torch's room for them, beyond so many bytes of the device."""
+        """Limit the bytes that torch reserves on the device, tensors and spare room together."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until all that was launched is done. Raises RuntimeError where it failed."""
+        """Wait until all launched work is done. Raises RuntimeError if it failed."""
         ...
 
 
 def copy(target: Tensor, source: Tensor) -> None:
-    """Between device and host, without waiting."""
+    """Copy between device and host, without waiting."""
     target.copy_(source, non_blocking=True)
 
 
 class _AtOnce:
-    """An event of a device that has done everything before it is asked."""
+    """An event of a device that runs all work immediately, so there is nothing to wait for."""
 
     def record(self) -> None: ...
     def synchronize(self) -> None: ...
 
 
 class HostDevice:
-    """Torch on the CPU. A recording is the list of what to call."""
+    """Torch on the CPU. A recording is a list of calls."""
 
     name = "torch on the CPU"
     version = str(torch.__version__)
@@ -141,13 +142,13 @@ class HostDevice:
 
 
 class CudaDevice:
-    """One CUDA GPU, by torch. Hand-offs use the driver directly where it can be had."""
+    """One CUDA GPU, used through torch. Hand-offs use the driver directly if it can be loaded."""
 
     def __init__(self, index: int = 0, *, driver: CudaDriver | None = None) -> None:
         """Raises DeviceUnavailable."""
         if not torch.cuda.is_available():
             raise DeviceUnavailable(
-                "PyTorch finds no CUDA GPU (it was built without CUDA, or there is no driver)"
+                "PyTorch finds no CUDA GPU (it was built without CUDA, or the driver is missing)"
             )
         self.torch_device = torch.device("cuda", index)
         try:
@@ -223,20 +224,20 @@ class CudaDevice:
 
     def _begin_graph(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use CUDA meanwhile.
+        # "thread_local" lets other threads use CUDA during the capture.
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _end_graph(self) -> None:
         assert self._graph is not None
         assert self._recording is not None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nothing was launched between two calls: torch warns
+            warnings.simplefilter("ignore")  # torch warns about an empty graph between two calls
             self._graph.capture_end()
         self._recording.append(self._graph.replay)
 
 
 def open_driver() -> CudaDriver | None:
-    """The CUDA driver of this machine, or None."""
+    """Load the CUDA driver of this machine. Return None if there is none."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         with contextlib.suppress(RuntimeError):
             return CudaDriver(library)

@@ -1,5 +1,7 @@
-"""The hybrid executor: a model of which a plan puts parts on a GPU. It owns both sides' weights and
-the recordings; each session borrows a lane, and has the CPU's share as a native session.
+"""Hybrid executor: runs a model of which a plan puts parts on a GPU.
+
+It owns the weights of both sides and the recordings. Each session borrows a lane, which is a
+sequence's memory on the GPU. The CPU's share of a session is a native session.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from hybrid.weights.unpacked import PackedReader
 
 
 class HybridExecutor:
-    """A packed model, ready to run on both devices."""
+    """A packed model that is ready to run on both devices."""
 
     def __init__(
         self,
@@ -41,9 +43,11 @@ class HybridExecutor:
         mechanism: Mechanism | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`cpu` has recorded the plan's share. `decode_kernels` take one token at a time (those of
-        prefill where None). `mechanism`: else the plan's, where the device has it. Raises
-        OutOfMemory, DeviceFailed.
+        """`cpu` must have recorded the CPU's share of the plan.
+
+        `decode_kernels` process one token; None uses the kernels of prefill. `mechanism` None takes
+        the plan's mechanism if the device has it, else the device's first one. Raises OutOfMemory,
+        DeviceFailed.
         """
         self.cpu, self.model, self.plan, self.device = cpu, model, plan, device
         self.config: ModelConfig = reader.config
@@ -58,7 +62,7 @@ class HybridExecutor:
         self._free_lanes: list[_Lane] = []
         self._n_lanes = self.lane_bytes = 0
         if plan.vram_budget:
-            # Torch must not take more than was planned, for rounding or its own needs either.
+            # Torch must stay within the plan, including what it rounds up and needs for itself.
             device.limit(plan.vram_budget - plan.context_bytes + plan.torch_bytes)
         try:
             self.weights = upload(reader, plan, n_context, device.torch_device)
@@ -67,7 +71,7 @@ class HybridExecutor:
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 f"the plan's {plan.vram_bytes / 2**20:.0f} MiB do not fit on {device.name}: "
-                f"{str(error).splitlines()[0]} Make a plan for a smaller --vram-budget"
+                f"{str(error).splitlines()[0]} Make a plan with a smaller --vram-budget"
             ) from error
 
     @property
@@ -75,7 +79,7 @@ class HybridExecutor:
         return self.cpu.pool
 
     def close(self) -> None:
-        """Sessions that are open go on; their lanes go with them."""
+        """Drop the free lanes. Open sessions keep working and keep their lanes."""
         self._free_lanes.clear()
 
     def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> HybridSession:
@@ -91,7 +95,7 @@ class HybridExecutor:
         self._free_lanes.append(lane)
 
     def check(self) -> None:
-        """Raises DeviceFailed once anything has failed: what the GPU holds is not to be trusted."""
+        """Raises DeviceFailed after any failure, because the GPU's data cannot be trusted then."""
         if self.failure is not None:
             raise DeviceFailed(f"{self.device.name}: {self.failure}; load the model again")
 
@@ -104,7 +108,7 @@ class HybridExecutor:
         if self._n_lanes > 0 and budget and needed > budget:
             raise OutOfMemory(
                 f"the plan's VRAM budget has room for {self._n_lanes} session(s) of "
-                f"{self.n_context} tokens at a time; close one, or make a plan for a larger one"
+                f"{self.n_context} tokens at a time; close one, or make a plan with a larger budget"
             )
         self.check()
         tensors = Lane(
@@ -121,7 +125,7 @@ class HybridExecutor:
 
 
 class _Lane:
-    """A sequence's place on the device, and what was recorded there."""
+    """A sequence's memory on the device, and the recordings that use it."""
 
     def __init__(self, executor: HybridExecutor, tensors: Lane) -> None:
         self.tensors = tensors
@@ -137,13 +141,13 @@ class _Lane:
         self.logits = device.host(*tensors.logits.shape)
         self.recordings: dict[tuple[int, bool], Sequence[Work]] = {}
         self.warm: set[tuple[int, bool]] = set()
-        self.native: Session | None = None  # that answers now
+        self.native: Session | None = None  # the session that answers hand-offs now
         self._device = device
 
     def __del__(self) -> None:
-        # What the stream may still wait for, or call, must outlive its work.
+        # Flags and functions that the stream may still use must live until its work is done.
         exchange, device = getattr(self, "exchange", None), getattr(self, "_device", None)
         if exchange is not None and device is not None:
             exchange.link.abandon()
-            with contextlib.suppress(Exception):  # of a device that failed, or a process that ends
+            with contextlib.suppress(Exception):  # the device failed, or the process is ending
                 device.synchronize()

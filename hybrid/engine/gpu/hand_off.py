@@ -1,7 +1,8 @@
-"""HandOffs: the turns that device and CPU take within one pass over the model.
+"""HandOffs: the exchanges between GPU and CPU within one pass over the model.
 
-The exchange lies in host memory that both see. A turn begins when the device has put its input
-there, and ends when the CPU's answer is there; in between the device goes on with other work.
+Data is exchanged in host memory that both devices see. A hand-off begins when the device has
+written its input there. It ends when the CPU's answer is there. In between the device continues
+with other work.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor
 from hybrid.engine.gpu.device import Device, Event, Mechanism, copy
 from hybrid.kernels._native import FLAG_BYTES, PREFILL_CHUNK, DeviceLink
 
-PATIENCE_S = 2.0  # how long a device and a thread wait for each other before they give up
+PATIENCE_S = 2.0  # how long the device and the CPU's thread wait for each other before they fail
 
 
 class Exchange:
-    """Memory that device and session share, and the link whose flags lie there too."""
+    """Host memory that device and session share, and the link whose flags are in it too."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Exchange:
 
 
 class HandOffs:
-    """One pass's turns, slot by slot."""
+    """The hand-offs of one pass, one slot after the other."""
 
     def __init__(
         self,
@@ -55,17 +56,18 @@ class HandOffs:
         mechanism: Mechanism,
         answer: Callable[[int], object],
     ) -> None:
-        """`answer` computes a slot's segment on this thread: for "synchronise", where nobody else
-        does.
+        """`answer` computes a slot's segment on the calling thread.
+
+        It is used only by "synchronise"; with other mechanisms the session's thread answers.
         """
         self.device, self.link, self.mechanism = device, link, mechanism
         self._answer = answer
         self._slot = 0
-        self._event: Event | None = None  # of a turn that has begun, when synchronising
+        self._event: Event | None = None  # of the open hand-off, if the mechanism is "synchronise"
         self._is_open = False
 
     def start(self, *copies: tuple[Tensor, Tensor]) -> None:
-        """The device copies (to, from) and asks the CPU to begin."""
+        """Let the device copy (target, source) pairs and then signal the CPU to begin."""
         for target, source in copies:
             self.device.launch(copy, target, source)
         if self.mechanism == "synchronise":
@@ -76,13 +78,13 @@ class HandOffs:
         self._is_open = True
 
     def finish(self, *copies: tuple[Tensor, Tensor]) -> None:
-        """The device waits for the CPU's answer and copies it (to, from)."""
+        """Let the device wait for the CPU's answer and then copy (target, source) pairs."""
         self._end_slot(is_awaited=True)
         for target, source in copies:
             self.device.launch(copy, target, source)
 
     def close(self) -> None:
-        """The pass ends, perhaps in a turn that ends with it."""
+        """End the pass. A hand-off that is still open ends too, without a wait by the device."""
         if self._is_open:
             self._end_slot(is_awaited=False)
 

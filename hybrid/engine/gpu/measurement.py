@@ -1,5 +1,7 @@
-"""Measuring a device for the time model: bandwidth of the kernels that decode uses, what a kernel
-more costs, and what the CPU's turn costs by each mechanism of hand-offs.
+"""Measure a device for the time model.
+
+Measured are the bandwidth of decode's kernels, the cost of one more kernel in a recording, and the
+cost of a hand-off with each mechanism.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from hybrid.placement.machine import GpuSpeeds
 from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 
 _ROUNDS = 5
-_ACTIVE = 0.3  # of the rows while gathering is measured: as hot rows are
+_ACTIVE = 0.3  # share of rows that fire while `gather_gbs` is measured; as for hot rows
 _NODES = 500
 _HAND_OFFS = 52
-_SMALL = 64  # hidden size and neurons of a program that hardly computes anything
+_SMALL = 64  # hidden size and neurons of a program that computes almost nothing
 
 
 def measure_gpu(
@@ -48,7 +50,7 @@ def measure_gpu(
     torch_bytes: int = 0,
     n_rows: int = 1 << 16,
 ) -> GpuSpeeds:
-    """Takes some seconds. `n_rows`: of the matrices that are read."""
+    """Measure the GPU's speeds, which takes some seconds. `n_rows`: rows of the test matrices."""
     hand_offs = {m: hand_off_seconds(device, pool, m) for m in device.mechanisms}
     mechanism = min(hand_offs, key=lambda m: hand_offs[m])
     stream, gather = bandwidths(device, kernels, config.hidden_size, format, n_rows)
@@ -66,7 +68,7 @@ def measure_gpu(
 
 
 def seconds_of(device: Device, work: Callable[[], object], n: int) -> float:
-    """One of `n` repetitions that `work` launches, as recorded and replayed."""
+    """Return the seconds of one of the `n` repetitions that `work` launches, in a replay."""
     with device.on_stream():
         work()
         device.synchronize()
@@ -84,12 +86,12 @@ def seconds_of(device: Device, work: Callable[[], object], n: int) -> float:
 def bandwidths(
     device: Device, kernels: TorchKernels, hidden_size: int, format: Format, n_rows: int
 ) -> tuple[float, float]:
-    """GB/s of rows that are all read, and of up rows of which inactive neurons' are skipped."""
+    """Return GB/s of rows that are all read, and of up rows of which inactive ones are skipped."""
     matrix = random_matrix(format, n_rows, hidden_size, device.torch_device)
     x = empty_vectors(format, 1, hidden_size, device.torch_device)
     x.values.fill_(1)
     out = torch.zeros(1, n_rows, device=device.torch_device)
-    n = 16  # launching and waiting once hardly shows
+    n = 16  # launches, so that starting and waiting once hardly counts
 
     def repeat(kernel: Callable[..., None], *arguments: object) -> Callable[[], None]:
         def launch() -> None:
@@ -109,7 +111,7 @@ def bandwidths(
 
 
 def node_seconds(device: Device) -> float:
-    """A kernel more, that does next to nothing, in a recording."""
+    """Return the seconds of one more kernel in a recording, if it does almost nothing."""
     small = torch.zeros(32, device=device.torch_device)
 
     def launch() -> None:
@@ -122,18 +124,18 @@ def node_seconds(device: Device) -> float:
 def hand_off_seconds(
     device: Device, pool: ThreadPool, mechanism: Mechanism, n: int = _HAND_OFFS
 ) -> float:
-    """One of the CPU's turns, with the copies both ways, where it has nothing to compute."""
-    turns = HandOffLoop(device, pool, mechanism, n)
+    """Return the seconds of a hand-off with its copies, if the CPU has nothing to compute."""
+    loop = HandOffLoop(device, pool, mechanism, n)
     best = float("inf")
     with device.on_stream():
-        recording = device.record(turns.launch)
+        recording = device.record(loop.launch)
         for _ in range(4 * _ROUNDS):
-            best = min(best, turns.replay(recording))
+            best = min(best, loop.replay(recording))
     return best / n
 
 
 class HandOffLoop:
-    """A token of `n` hand-offs and nothing between them: also what the checks on a GPU replay."""
+    """A token of `n` hand-offs and nothing between them. The checks on a GPU replay it too."""
 
     def __init__(
         self,
@@ -152,16 +154,16 @@ class HandOffLoop:
 
     def launch(self) -> None:
         link, exchange = self.exchange.link, self.exchange
-        turns = HandOffs(self.device, link, self.mechanism, self.session.run_segment)
-        turns.start()
-        turns.finish()
-        for turn in range(self.n):
-            turns.start((exchange.h[:1], self.h))
-            turns.finish((self.y[turn : turn + 1], exchange.y[:1]))
-        turns.close()
+        hand_offs = HandOffs(self.device, link, self.mechanism, self.session.run_segment)
+        hand_offs.start()
+        hand_offs.finish()
+        for index in range(self.n):
+            hand_offs.start((exchange.h[:1], self.h))
+            hand_offs.finish((self.y[index : index + 1], exchange.y[:1]))
+        hand_offs.close()
 
     def replay(self, recording: Sequence[Work]) -> float:
-        """Seconds of one token. Raises RuntimeError where the link failed."""
+        """Return the seconds of one token. Raises RuntimeError if the link failed."""
         started = time.perf_counter()
         if self.mechanism == "synchronise":
             self.session.begin(np.zeros(1, np.int64), is_decode=True)
@@ -183,11 +185,11 @@ class HandOffLoop:
 def free_and_context_bytes(
     device: Device, *, measures_context: bool = True
 ) -> tuple[int, int, int]:
-    """VRAM that is free now that this process has a context; what a process takes besides its
-    tensors; and how much of that is torch's own (both 0 where they are not measured).
+    """Return free VRAM, the VRAM of a process besides its tensors, and torch's share of that.
 
-    A second process does what prefill does, rows dequantised and multiplied, and this one looks how
-    much less is free.
+    Free VRAM is measured after this process has created its context. The other two are 0 if they
+    are not measured. To measure them, a second process dequantises and multiplies rows as prefill
+    does. This process then measures how much less VRAM is free.
     """
     if device.torch_device.type != "cuda":
         return available_memory_bytes(), 0, 0
@@ -211,7 +213,7 @@ def free_and_context_bytes(
 
 
 def random_matrix(format: Format, n_rows: int, n_cols: int, device: torch.device) -> DeviceMatrix:
-    """Weights whose values do not matter."""
+    """Return weights whose values do not matter."""
     if format is Format.bf16:
         values = torch.rand(n_rows, n_cols, device=device).to(torch.bfloat16)
         return DeviceMatrix(format, values, None)
@@ -227,7 +229,7 @@ def _touch(x: Tensor) -> None:
 
 
 def _empty_session(pool: ThreadPool, n: int) -> Session:
-    """A program of n split FFNs of which the CPU has nothing to do."""
+    """Return a session whose program has n split FFNs that leave the CPU nothing to do."""
     format = Format.bf16
     cos, sin = rope_tables(32, 1e4, 2)
     program = Program(

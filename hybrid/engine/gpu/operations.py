@@ -1,4 +1,4 @@
-"""The GPU's side of a pass: what the scheduler asks of it, as kernels launched on a device."""
+"""The GPU's side of a pass: the operations that the scheduler calls, as kernel launches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hybrid.placement.plan import PlacementPlan
 
 
 class GpuSide:
-    """One pass of `n_tokens` tokens through what the plan puts on the device."""
+    """One pass of `n_tokens` tokens through the parts that the plan puts on the device."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class GpuSide:
         n_visible: int,
         computes_all: bool,
     ) -> None:
-        """`n_visible`: positions that attention looks at, up to the pass's last one or beyond."""
+        """`n_visible`: positions that attention reads; at least up to the pass's last position."""
         self.device, self.kernels, self.weights = device, kernels, weights
         self.hand_offs, self.config, self.plan = hand_offs, config, plan
         self.n_visible, self.computes_all = n_visible, computes_all
@@ -50,7 +50,7 @@ class GpuSide:
         self.has_logits = False
 
     def start_token(self) -> None:
-        """The CPU begins: the embedding, and the layers before the first one here."""
+        """Signal the CPU to compute the embedding and the layers before the first GPU layer."""
         self.hand_offs.start()
 
     def take_x(self) -> None:
@@ -95,7 +95,7 @@ class GpuSide:
         self._norm(self.weights.layers[layer].ffn_norm, 1.0, self.x, self.h, self.h_quant)
 
     def find_active(self, layer: int) -> None:
-        """The gates that are here, of a layer that is split."""
+        """Compute the gates that a split layer has on the GPU."""
         placement = self.plan.layers[layer]
         if placement.n_gate > 0:
             self.device.launch(
@@ -108,11 +108,13 @@ class GpuSide:
             )
 
     def start_cold(self, layer: int) -> None:
-        """The CPU may begin: it has the input, and knows which of its neurons fire as far as their
-        gates are here.
+        """Send the CPU the FFN's input and the cold gates that the GPU computed, then signal it.
+
+        The gates tell the CPU which of those neurons fire.
         """
         placement = self.plan.layers[layer]
-        # Of many tokens whole rows: one stretch of memory, as one token's cold ones are.
+        # For one token copy the cold gates only. For several tokens copy whole rows, because only
+        # whole rows are contiguous.
         is_one = len(self.h) == 1
         cold = slice(placement.n_hot, placement.n_gate) if is_one else slice(None)
         copies = [(self.host_h, self.h)]
@@ -121,7 +123,7 @@ class GpuSide:
         self.hand_offs.start(*copies)
 
     def add_hot(self, layer: int) -> None:
-        """Up and down rows of hot neurons, whose gates are known."""
+        """Compute the partial sum of the hot neurons, whose gates are known."""
         weights, n_hot = self.weights.layers[layer], self.plan.layers[layer].n_hot
         if n_hot == 0:
             return
@@ -141,7 +143,7 @@ class GpuSide:
         )
 
     def whole_ffn(self, layer: int) -> None:
-        """All neurons' sum."""
+        """Compute the sum over all neurons of a layer that is whole on the GPU."""
         weights = self.weights.layers[layer]
         self.device.launch(
             self.kernels.gates_and_up,
@@ -163,19 +165,19 @@ class GpuSide:
         self.hand_offs.finish((self.y, self.host_y))
 
     def finish_ffn(self, layer: int, scale: float) -> None:
-        """x += scale * (hot sum + cold sum)."""
+        """Add both partial sums: x += scale * (hot sum + cold sum)."""
         placement = self.plan.layers[layer]
         partials = self.partials if placement.n_hot > 0 else None
         cold = self.y if self.plan.is_split(placement) else None
         self.device.launch(self.kernels.merge, partials, cold, scale, self.x)
 
     def head(self, scale: float) -> None:
-        """The last token's logits."""
+        """Compute the last token's logits."""
         self.head_of(len(self.x) - 1, scale)
         self.has_logits = True
 
     def head_of(self, token: int, scale: float) -> None:
-        """The logits of one token of the pass, whose residual stream is still here."""
+        """Compute the logits of one token of the pass. Its residual stream must still be in `x`."""
         assert self.weights.norm is not None
         row = slice(token, token + 1)
         h, quant = self.h[row], _row(self.h_quant, row)

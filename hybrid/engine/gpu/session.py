@@ -1,5 +1,6 @@
-"""HybridSession: one sequence over both devices. The CPU's share is a native session, the GPU's a
-lane of the executor, with what was recorded there.
+"""HybridSession: one sequence over both devices.
+
+The CPU's share is a native session. The GPU's share is a lane of the executor with its recordings.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from hybrid.kernels._native import PREFILL_CHUNK, Session, meet
 if TYPE_CHECKING:
     from hybrid.engine.gpu.executor import HybridExecutor
 
-SMALLEST_BUCKET = 256  # positions that a recording's attention looks at; others double it
+# A recording's attention reads a fixed number of positions: this many, doubled as often as needed.
+SMALLEST_BUCKET = 256
 _ERRORS = {
-    1: "the GPU did not ask for the CPU's work in time",
-    2: "the CPU's work did not come in time",
-    3: "a token was cut off",
+    1: "the GPU did not request the CPU's work in time",
+    2: "the CPU's answer did not come in time",
+    3: "a token was aborted",
 }
 
 
 class HybridSession:
-    """One sequence over both devices; the interface is `kernels.Session`'s."""
+    """One sequence over both devices, with the interface of `kernels.Session`."""
 
     def __init__(self, executor: HybridExecutor, native: Session, *, is_dense: bool) -> None:
         executor.check()
@@ -39,7 +41,7 @@ class HybridSession:
         self._lane = executor.take_lane()
         self._lane.tensors.counts.zero_()
         meet(native, self._lane.exchange.link)
-        self._n_passed = 0  # tokens since counts were reset
+        self._n_passed = 0  # tokens since the counts were reset
         self._logits = np.zeros(executor.config.vocab_size, np.float32)
 
     def __del__(self) -> None:
@@ -68,8 +70,10 @@ class HybridSession:
         self._native.truncate(position)
 
     def decode(self, token: int) -> None:
-        """Append one token. The first of each length of context runs step by step, as a warm-up;
-        the next is recorded.
+        """Append one token.
+
+        The first token of each context bucket runs step by step, as a warm-up. The second token
+        makes a recording. It and later tokens replay the recording.
         """
         executor, lane = self._executor, self._lane
         executor.check()
@@ -93,7 +97,7 @@ class HybridSession:
         inputs: object = None,
     ) -> NDArray[np.float32] | None:
         if masks is not None:
-            raise InvalidOption("observing needs the whole model on the CPU: use device cpu")
+            raise InvalidOption("observing needs the whole model on the CPU; use device cpu")
         executor = self._executor
         executor.check()
         self._check_tokens(tokens)
@@ -124,7 +128,7 @@ class HybridSession:
 
     @property
     def decode_bytes(self) -> dict[str, int]:
-        """The CPU's, by part, as counted."""
+        """The bytes that the CPU read, by part of the model, as counted."""
         return self._native.decode_bytes
 
     @property
@@ -137,7 +141,7 @@ class HybridSession:
         self._native.reset_counts()
 
     def _check_tokens(self, tokens: NDArray[np.integer]) -> None:
-        """All that could be wrong with a call, before anything runs on either side."""
+        """Check a call completely before anything runs on the CPU or the GPU. Raises ValueError."""
         if tokens.ndim != 1 or tokens.size == 0:
             raise ValueError("tokens must be (n,), n > 0")
         if tokens.min() < 0 or tokens.max() >= self._executor.config.vocab_size:
@@ -154,7 +158,7 @@ class HybridSession:
     def _schedule(
         self, hand_offs: HandOffs, *, n_tokens: int, n_visible: int, is_decode: bool
     ) -> GpuSide:
-        """Launch one pass."""
+        """Launch the GPU's side of one pass."""
         executor, lane = self._executor, self._lane
         executor.device.launch(lane.tensors.position.copy_, lane.position, True)
         side = GpuSide(
@@ -215,7 +219,7 @@ class HybridSession:
         n_visible: int,
         logits: NDArray[np.float32] | None = None,
     ) -> None:
-        """Step by step, synchronising."""
+        """Run one pass step by step, with synchronising hand-offs."""
         executor, lane, native = self._executor, self._lane, self._native
         on_cpu = None if executor.plan.is_head_on_gpu else logits
         native.begin(tokens, is_decode=is_decode, logits=on_cpu)
@@ -242,14 +246,15 @@ class HybridSession:
 
 
 def _sums(on_gpu: list[int], on_cpu: list[int]) -> list[int]:
-    """Layer by layer; the CPU's program counts up to the last layer that it has."""
+    """Add counts per layer. The CPU's list is shorter if its program lacks the last layers."""
     return [gpu + cpu for gpu, cpu in zip_longest(on_gpu, on_cpu, fillvalue=0)]
 
 
 class _Guard:
-    """The device for one session at a time. Any error within it, an interruption too, fails the
-    executor for good: a stream may wait for an answer that nobody gives, and caches may be half
-    written.
+    """Gives the device to one session at a time.
+
+    Any error inside it, including an interruption, makes the executor fail permanently. The reason
+    is that the stream may wait for an answer that never comes, and caches may be half written.
     """
 
     def __init__(self, executor: HybridExecutor, abandon: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""What of a model lies on the GPU: the weights that a plan puts there, what one sequence needs."""
+"""Data on the GPU: the weights that a plan puts there, and the memory of one sequence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hybrid.weights.unpacked import PackedReader, PlainRows
 
 @dataclass(frozen=True, slots=True)
 class GpuLayer:
-    """A layer's attention, and the first of its neurons."""
+    """A layer's attention weights and the rows of its first neurons."""
 
     attention_norm: Tensor  # fp32 (hidden,)
     qkv: DeviceMatrix
@@ -33,12 +33,12 @@ class GpuLayer:
     ffn_norm: Tensor
     gate: DeviceMatrix  # n_gate rows
     up: DeviceMatrix  # n_hot rows
-    down: DeviceMatrix
+    down: DeviceMatrix  # n_hot rows
 
 
 @dataclass(frozen=True, slots=True)
 class GpuWeights:
-    layers: dict[int, GpuLayer]  # those that the plan puts here
+    layers: dict[int, GpuLayer]  # layers that the plan puts on the GPU, by index
     norm: Tensor | None
     head: DeviceMatrix | None
     cos: Tensor  # fp32 (n_context, head_dim / 2)
@@ -48,7 +48,7 @@ class GpuWeights:
 def upload(
     reader: PackedReader, plan: PlacementPlan, n_context: int, device: torch.device
 ) -> GpuWeights:
-    """Copy what the plan asks for out of a packed model. Raises torch.OutOfMemoryError."""
+    """Copy the plan's part of a packed model to the GPU. Raises torch.OutOfMemoryError."""
     config, format = reader.config, reader.format
 
     def matrix(rows: PlainRows) -> DeviceMatrix:
@@ -90,8 +90,9 @@ def upload(
 
 
 class Lane:
-    """What one sequence needs on the device: its KV cache, and the activations of a pass. T is
-    PREFILL_CHUNK tokens.
+    """Memory of one sequence on the device: its KV cache and the activations of a pass.
+
+    A pass has at most PREFILL_CHUNK tokens.
     """
 
     def __init__(
@@ -119,10 +120,10 @@ class Lane:
         self.gates = empty(n, config.n_neurons)
         self.values = empty(n, max((layer.n_hot for layer in plan.layers), default=0))
         self.partials = empty(n_splits, n, hidden)
-        self.decode_partials = empty(n_splits, 1, hidden)  # one stretch
+        self.decode_partials = empty(n_splits, 1, hidden)  # contiguous for one token
         self.logits = empty(1, config.vocab_size if plan.is_head_on_gpu else 0)
         self.position = empty(1, dtype=torch.int64)  # of the pass's first token
-        # Hot neurons that fired, in some parts.
+        # Hot neurons that fired: per layer `n_counts` partial counts.
         self.counts = empty(config.n_layers, n_counts, dtype=torch.int64)
         shape = (config.n_kv_heads, n_context, config.head_dim)
         self.k, self.v = (
@@ -136,7 +137,7 @@ class Lane:
 
 
 def device_bytes(of: GpuWeights | Lane) -> int:
-    """Of all tensors: what the plan's budget must have room for."""
+    """Return the bytes of all tensors, for which the plan's budget must have room."""
     return sum(tensor.nbytes for tensor in _tensors(of))
 
 

@@ -1,4 +1,4 @@
-"""What an engine chooses for itself when it loads: the neurons' order, how weights are held."""
+"""Choices that an engine makes when it loads: the order of neurons, and how weights are held."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from hybrid.weights.packing import NeuronOrders
 def choose_orders(
     checkpoint: Checkpoint, profile: Path | Literal["auto", "none"], home: Path | None
 ) -> tuple[NeuronOrders | None, NDArray[np.float64] | None, tuple[str, ...]]:
-    """The order in which neurons are packed, hot ones first where their frequencies are known;
-    those, (n_layers, n_neurons) in that order; and notices.
+    """Return the order in which neurons are packed, their activation frequencies, and notices.
+
+    With a profile, hot neurons come first. Frequencies are (n_layers, n_neurons) in packed order.
+    Without a profile, order and frequencies are None. Raises InvalidArtifact if the profile at a
+    given path is broken or of another model.
     """
     config = checkpoint.config
     notices: tuple[str, ...] = ()
@@ -42,15 +45,19 @@ def choose_orders(
 
 
 def choose_mmap(mmap: bool | None, weight_bytes: int) -> tuple[bool, list[str]]:
-    """Whether to map the weights: as asked for, else where memory has no room for them."""
+    """Return whether to map the weights, and notices.
+
+    If `mmap` is None, the weights are mapped only if free memory is too small for them. Raises
+    OutOfMemory if they may not be mapped and do not fit.
+    """
     available = available_memory_bytes()
     fits = weight_bytes <= available
-    sizes = f"the weights have {weight_bytes / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory"
+    sizes = f"the weights need {weight_bytes / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory"
     if mmap is None and not fits:
-        return True, [f"{sizes} are free: they are mapped from disk, which may be slow"]
+        return True, [f"{sizes} is free: they are mapped from disk, which may be slow"]
     if not mmap and not fits:
         raise OutOfMemory(
-            f"{sizes} are free; close other programs, use quant q4, or allow mmap (slow)"
+            f"{sizes} is free; close other programs, use quant q4, or allow mmap (slow)"
         )
     return bool(mmap), []
 
@@ -59,5 +66,5 @@ def isa_notices() -> list[str]:
     if active_isa() != "scalar":
         return []
     if len(available_isas()) > 1:
-        return ["HYBRID_ISA=scalar: the portable kernels are in use, which are slow"]
-    return ["this CPU has no AVX2, or this build lacks it: the portable kernels are slow"]
+        return ["HYBRID_ISA=scalar: the portable kernels are in use; they are slow"]
+    return ["this CPU or this build has no AVX2: the portable kernels are in use; they are slow"]

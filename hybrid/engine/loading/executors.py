@@ -1,4 +1,4 @@
-"""Opening what executes a plan: the CPU alone, or both devices."""
+"""Open the executor of a plan: the CPU's alone, or the one for both devices."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hybrid.kernels import Predictor, ThreadPool
 from hybrid.placement.plan import PlacementPlan
 from hybrid.weights.packing import Layers, PackedModel
 
-SMALLER = 0.8  # of a budget that turned out to be too large
+SMALLER = 0.8  # share of a budget that is tried next if the budget was too large
 _ATTEMPTS = 4
 
 
 class Executor(Protocol):
-    """A model, ready to run."""
+    """A model that is ready to run."""
 
     @property
     def pool(self) -> ThreadPool: ...
@@ -37,8 +37,11 @@ def open_executor(
     predictors: Sequence[Predictor | None] | None,
     home: Path | None,
 ) -> tuple[Executor, PlacementPlan, tuple[str, ...]]:
-    """Returns the plan that is in use, and notices. Where a plan that was solved here does not fit
-    after all, a smaller one is. Raises OutOfMemory, InvalidOption, DeviceFailed.
+    """Return the executor, the plan in use, and notices.
+
+    If a plan that was solved for this load does not fit into VRAM after all, a plan for a smaller
+    budget is solved and tried. A plan from a file is never replaced. Raises OutOfMemory,
+    InvalidOption, DeviceFailed.
     """
     notices = list(decision.notices)
     for attempt in range(_ATTEMPTS):
@@ -65,7 +68,7 @@ def open_executor(
             budget = int(SMALLER * plan.vram_budget)
             smaller, _ = solve_for(machine, spec, budget)
             smaller = replace(smaller, hand_offs=plan.hand_offs)
-            notices.append(f"planned anew for {budget / 2**20:.0f} MiB of VRAM: {error}")
+            notices.append(f"planned anew for {budget / 2**20:.0f} MiB of VRAM, because {error}")
             decision = replace(decision, plan=smaller)
     raise AssertionError("the last attempt returns or raises")
 

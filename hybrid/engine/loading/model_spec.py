@@ -1,4 +1,4 @@
-"""Subject: a model that is to be placed, as it will be loaded. Asked: what the user asks for."""
+"""ModelSpec: the model that a plan is made for. DeviceRequest: the device options of a user."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from hybrid.weights.packing import order_hash
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 HAND_OFFS = ("auto", "memory-operations", "host-functions", "synchronise")
-UNRECORDED_ACTIVE = 0.12  # of the neurons, where no profile says how many
-PLANNED_POSITIONS = 512  # of context that plans are made for
+# Share of the neurons that is assumed to fire per token if there is no profile.
+UNRECORDED_ACTIVE = 0.12
+PLANNED_POSITIONS = 512  # positions of context that a planned token attends to
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRequest:
-    """What the user asks for."""
+    """The options of a user that decide about the device."""
 
     device: DeviceName = "auto"
-    vram_budget: int | None = None  # bytes of the whole process; None: all that is free
+    vram_budget: int | None = None  # bytes of the whole process; None: all free VRAM
     plan: Path | None = None
-    hand_offs: str = "auto"  # a mechanism of engine.device, or the plan's
+    hand_offs: str = "auto"  # a mechanism of engine.gpu.device; "auto": the plan's
 
     def check(self) -> None:
         """Raises InvalidOption."""
@@ -52,14 +53,16 @@ class DeviceRequest:
         if self.vram_budget is not None:
             checked_count("vram_budget", self.vram_budget, least=0)
         if self.plan is not None and self.vram_budget is not None:
-            raise InvalidOption("plan and vram_budget exclude each other: a plan has its budget")
+            raise InvalidOption(
+                "plan and vram_budget exclude each other: a plan has its own budget"
+            )
         if self.device == "cpu" and (self.plan is not None or self.vram_budget):
             raise InvalidOption("device cpu takes no plan and no vram_budget")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The model that is to be placed."""
+    """A model as it will be loaded, with everything that its plan depends on."""
 
     config: ModelConfig
     format: Format
@@ -67,7 +70,9 @@ class ModelSpec:
     n_threads: int
     model_hash: str
     order_hash: str
-    frequencies: NDArray[np.float64] | None  # (n_layers, n_neurons) as packed, where recorded
+    # (n_layers, n_neurons) in packed order: share of tokens for which each neuron fires. None: no
+    # profile.
+    frequencies: NDArray[np.float64] | None
     prediction: Prediction | None = None
 
     def cpu_plan(self) -> PlacementPlan:
@@ -106,8 +111,9 @@ def read_model_spec(
     home: Path | None,
     progress: Progress = ignore_progress,
 ) -> tuple[ModelSpec, tuple[str, ...]]:
-    """A model as `Engine` would load it, without its weights; and notices. Raises what that
-    raises.
+    """Return the spec of a model as `Engine` would load it, and notices. Loads no weights.
+
+    Raises the errors that `Engine` raises for the same folder and options.
     """
     format = Format[quant]
     with open_checkpoint(folder, format, progress) as checkpoint:

@@ -1,6 +1,6 @@
-"""Deciding what of a model goes to a GPU: which device there is, what was asked for, which plan.
+"""Decide which parts of a model go to a GPU: find the device, check the request, choose the plan.
 
-Torch is loaded only where a GPU is asked for, or a plan of `hybrid.setup` uses one.
+Torch is loaded only if the user requests a GPU or a plan of `hybrid.setup` uses one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PlanDecision:
-    """A plan, the device that it needs, and what a user should be told."""
+    """A plan, the device that it needs, and notices for the user."""
 
     plan: PlacementPlan
     device: Device | None = None
-    kernels: TorchKernels | None = None  # of decode
+    kernels: TorchKernels | None = None  # for decode
     notices: tuple[str, ...] = ()
-    is_solved: bool = False  # here and now: a smaller one can be
+    is_solved: bool = False  # for this load, so a smaller plan can be solved if it does not fit
 
 
 def decide(request: DeviceRequest, spec: ModelSpec, home: Path | None) -> PlanDecision:
-    """Raises InvalidOption, InvalidArtifact, DeviceUnavailable."""
+    """Choose the plan and open its device.
+
+    A given plan comes first. If device is "auto" and no budget is given, the plan of `hybrid.setup`
+    in `home` is used. If only device "cuda" or a budget is given, a plan is solved. Raises
+    InvalidOption, InvalidArtifact, DeviceUnavailable.
+    """
     request.check()
     nothing = PlanDecision(spec.cpu_plan())
     path = request.plan
@@ -62,7 +67,7 @@ def decide(request: DeviceRequest, spec: ModelSpec, home: Path | None) -> PlanDe
     except DeviceUnavailable as error:
         if request.device == "cuda":
             raise DeviceUnavailable(f"device cuda: {error}; use device cpu") from error
-        return replace(nothing, notices=(f"{error}: everything is on the CPU",))
+        return replace(nothing, notices=(f"{error}: everything runs on the CPU",))
     kernels, notices = decode_kernels(device)
     if request.hand_offs != "auto" and request.hand_offs not in device.mechanisms:
         raise InvalidOption(
@@ -82,7 +87,10 @@ def decide(request: DeviceRequest, spec: ModelSpec, home: Path | None) -> PlanDe
 def solve_for(
     machine: Machine, spec: ModelSpec, vram_budget: int | None
 ) -> tuple[PlacementPlan, tuple[str, ...]]:
-    """The plan for a budget of the whole process, and notices."""
+    """Solve the plan for a VRAM budget of the whole process, in bytes; also return notices.
+
+    None takes all free VRAM.
+    """
     gpu = machine.gpu
     if gpu is None:
         return spec.cpu_plan(), ()
@@ -92,20 +100,20 @@ def solve_for(
         vram_budget = largest
     elif vram_budget > largest:
         notices.append(
-            f"a VRAM budget of {vram_budget / 2**20:.0f} MiB was asked for, {gpu.name} has "
+            f"the VRAM budget is {vram_budget / 2**20:.0f} MiB, but {gpu.name} has only "
             f"{largest / 2**20:.0f} MiB free: planned for those"
         )
         vram_budget = largest
     if vram_budget <= gpu.context_bytes:
         notices.append(
-            f"CUDA and torch alone take {gpu.context_bytes / 2**20:.0f} MiB of VRAM, the budget is "
-            f"{vram_budget / 2**20:.0f} MiB: everything is on the CPU"
+            f"CUDA and torch alone take {gpu.context_bytes / 2**20:.0f} MiB of VRAM, but the "
+            f"budget is {vram_budget / 2**20:.0f} MiB: everything runs on the CPU"
         )
         return spec.cpu_plan(), tuple(notices)
     if find_spec("scipy") is None:
-        notices.append("scipy is not installed: the plan is the best of a greedy search")
+        notices.append("scipy is not installed: the plan comes from a greedy search")
     if spec.frequencies is None:
-        notices.append("no profile of this model: the plan counts all neurons as equally hot")
+        notices.append("no profile of this model: the plan treats all neurons as equally hot")
     model = spec.time_model(machine)
     plan = solve(model, spec.cpu_plan(), vram_budget - gpu.context_bytes)
     plan = replace(
@@ -119,13 +127,13 @@ def solve_for(
 
 
 def plan_path(home: Path, spec: ModelSpec) -> Path:
-    """Where `hybrid.setup` keeps the plan of a model."""
+    """Return where `hybrid.setup` keeps the plan of a model."""
     name = f"{spec.model_hash[:32]}-{spec.format.name}-{spec.n_context}.json"
     return home / "plans" / name
 
 
 def _other_contexts(request: DeviceRequest, spec: ModelSpec, home: Path | None) -> tuple[str, ...]:
-    """A notice where a plan of setup's is for other lengths of context than the one asked for."""
+    """Return a notice if `hybrid.setup` made plans, but only for other lengths of context."""
     if request != DeviceRequest() or home is None:
         return ()
     path = plan_path(home, spec)
@@ -135,25 +143,25 @@ def _other_contexts(request: DeviceRequest, spec: ModelSpec, home: Path | None) 
     if not sizes:
         return ()
     return (
-        f"the plan that setup made is for a context of {sizes}, asked for are {spec.n_context}: "
-        "everything is on the CPU; --vram-budget plans anew",
+        f"the plan of hybrid.setup is for a context of {sizes} positions, but {spec.n_context} are "
+        "requested: everything runs on the CPU; --vram-budget makes a new plan",
     )
 
 
 def open_device() -> Device:
-    """This machine's GPU. Raises DeviceUnavailable."""
+    """Open this machine's GPU. Raises DeviceUnavailable."""
     try:
         from hybrid.engine.gpu.device import CudaDevice
     except ImportError:
         raise DeviceUnavailable(
-            "a GPU needs PyTorch, not installed here (pip install 'hybrid-inference[gpu]', with a "
-            "build of PyTorch for this GPU)"
+            "a GPU needs PyTorch, which is not installed (pip install 'hybrid-inference[gpu]', "
+            "with a build of PyTorch for this GPU)"
         ) from None
     return CudaDevice()
 
 
 def decode_kernels(device: Device) -> tuple[TorchKernels, tuple[str, ...]]:
-    """The fastest kernels for one token that this installation has."""
+    """Return the fastest kernels for one token that are installed, and notices."""
     from hybrid.kernels.gpu.torch_kernels import TorchKernels
 
     if device.torch_device.type == "cuda":
@@ -161,7 +169,7 @@ def decode_kernels(device: Device) -> tuple[TorchKernels, tuple[str, ...]]:
             from hybrid.kernels.gpu.triton_kernels import TritonKernels
         except ImportError:
             return TorchKernels(), (
-                "triton is not installed: the GPU computes with plain torch operations, slowly",
+                "triton is not installed: the GPU uses plain torch operations, which are slow",
             )
         return TritonKernels(), ()
     return TorchKernels(), ()
@@ -170,7 +178,7 @@ def decode_kernels(device: Device) -> tuple[TorchKernels, tuple[str, ...]]:
 def measured_gpu(
     device: Device, kernels: TorchKernels, spec: ModelSpec, home: Path | None
 ) -> Machine:
-    """This machine with its GPU, as measured once and kept in `home`."""
+    """Return this machine with its GPU. Speeds are measured once and kept in `home`."""
     from hybrid.engine.gpu.measurement import free_and_context_bytes, measure_gpu
 
     config, format = spec.config, spec.format
@@ -188,7 +196,7 @@ def measured_gpu(
                     free, _, _ = free_and_context_bytes(device, measures_context=False)
                     return replace(machine, gpu=replace(kept.gpu, vram_bytes=free))
             except InvalidArtifact:
-                pass  # measured anew, and written over
+                pass  # a broken file is measured anew and overwritten
     free, context, own = free_and_context_bytes(device)
     speeds = measure_gpu(
         device,
@@ -207,7 +215,7 @@ def measured_gpu(
 
 
 def machine_here(spec: ModelSpec, home: Path | None) -> tuple[Machine, tuple[str, ...]]:
-    """This machine, measured, with its GPU where it has one; and notices."""
+    """Measure this machine, with its GPU if it has one; also return notices."""
     try:
         device = open_device()
     except DeviceUnavailable as error:

@@ -1,5 +1,5 @@
-"""Which predictors an engine runs with: finding their file, checking that it is of this very model,
-and packing it for the kernels.
+"""Choose the predictors of an engine: find their file, check that it belongs to this model, and
+pack it for the kernels.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ DEFAULT_RECALL = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The predictors in use, and what they came to where they were trained."""
+    """The predictors in use, with the quality that was measured when they were trained."""
 
     path: Path
-    recall: float  # asked for, of each layer
-    kinds: tuple[str, ...]  # of each layer: "exact", "sign", "lowrank" and its rank
-    worst_recall: float  # of any layer, on held-out tokens
+    recall: float  # the requested recall of each layer
+    kinds: tuple[str, ...]  # per layer: "exact", "sign", or "lowrank" with its rank
+    worst_recall: float  # lowest recall of any layer, on held-out tokens
     predicted: float  # share of the neurons whose gates are computed, on held-out tokens
     bytes_per_token: int  # of the predictors themselves
 
@@ -38,7 +38,7 @@ class Prediction:
 
 
 def predictor_path(home: Path, model_hash: str, quant: str) -> Path:
-    """Where `hybrid.setup` keeps the predictor of a model, in hybrid's own folder."""
+    """Return where `hybrid.setup` keeps the predictor of a model, in hybrid's own folder."""
     return home / "predictors" / f"{model_hash[:32]}-{quant}.safetensors"
 
 
@@ -52,9 +52,11 @@ def choose_predictors(
     quant: str,
     home: Path | None,
 ) -> tuple[Sequence[Predictor | None] | None, Prediction | None, list[str]]:
-    """Native predictors layer by layer, what they are, and notices. "auto" falls back to exact, and
-    says so, where there is no predictor for this model. Raises InvalidArtifact for a file that is
-    broken or of another model or order, InvalidOption for a recall that it was not made for.
+    """Return native predictors per layer, their description, and notices.
+
+    "exact" uses no predictor. "auto" falls back to exact, with a notice, if this model has no
+    usable predictor. Raises InvalidArtifact if a given file is broken or of another model or neuron
+    order. Raises InvalidOption if the file was not made for `recall`.
     """
     if not 0.0 < recall < 1.0:
         raise InvalidOption(f"recall: expected a value between 0 and 1, found {recall}")
@@ -64,14 +66,18 @@ def choose_predictors(
         if predictor == "auto":
             return None, None, []
         raise InvalidOption(
-            f"predictor: the model's activation is {config.activation}: every neuron fires, there "
-            "is nothing to predict"
+            f"predictor: the model's activation is {config.activation}, so every neuron fires and "
+            "there is nothing to predict; use predictor exact"
         )
     path = predictor_path(home, model_hash, quant) if home else Path()
     if predictor != "auto":
         path = Path(predictor)
     elif not path.is_file():
-        return None, None, ["no predictor for this model: exact; hybrid.setup makes one"]
+        return (
+            None,
+            None,
+            ["no predictor for this model, so it runs exactly; hybrid.setup makes one"],
+        )
     try:
         file = load_predictor_file(path)
         _check(file, path, config, model_hash, order_hash)
@@ -100,7 +106,9 @@ def choose_predictors(
     notices = []
     if prediction.n_predicted_layers < config.n_layers:
         n_exact = config.n_layers - prediction.n_predicted_layers
-        notices.append(f"{n_exact} of {config.n_layers} layers are exact: no predictor pays there")
+        notices.append(
+            f"{n_exact} of {config.n_layers} layers are exact: no predictor pays off there"
+        )
     if file.about["quant"] != quant:
         notices.append(f"the predictor was trained on {file.about['quant']} weights, not {quant}")
     natives = [

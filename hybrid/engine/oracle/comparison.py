@@ -1,12 +1,14 @@
-"""The native engine beside its oracle, teacher-forced on the same tokens: figures, and bounds.
+"""Compare the native engine with its oracle, teacher-forced on the same tokens.
 
-At model level the two are never equal: a sum in another order moves an activation across a
-rounding step now and then, the step flips a borderline neuron, and both spread. How far depends on
-the model, its depth and the format, so a fixed bound would be too tight for one and blind for
-another. The yardstick is measured with the model at hand: a second oracle has the same rounded
-weights but does not round activations and KV cache. Engine and oracle are two roundings of what
-it computes, and differ by about what rounding moves (√2 times where their errors have nothing in
-common any more); a wrong threshold, scale or kernel differs by far more.
+At model level the two are never equal. A sum in another order sometimes moves an activation across
+a rounding step. That step can flip a borderline neuron, and the difference spreads. Its size
+depends on the model, its depth and the format. So a fixed bound would be too tight for one model
+and too loose for another.
+
+The bound is therefore measured with the model at hand. A second oracle has the same rounded
+weights, but does not round activations and KV cache. Engine and oracle are two roundings of what
+the second oracle computes. They differ by about as much as rounding changes, or by √2 times that
+if their errors are independent. A wrong threshold, scale or kernel differs by far more.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ if TYPE_CHECKING:
 Logits = NDArray[np.float32]  # (tokens, vocab)
 Counts = NDArray[np.int64]  # (tokens, layers) active neurons
 
-# Multiples of the yardstick, and a floor for models on which rounding does almost nothing. Measured
-# on the bundled model and eight random ones of 2 to 52 layers, in all formats, on all instruction
-# sets: at most 1.23, 1.59 and 1.1 (docs/log.md). The floors are shares of the logits' standard
-# deviation and of all (neuron, token) pairs.
+# A bound is a multiple of the measured yardstick plus a floor. The floor is for models on which
+# rounding changes almost nothing. The largest multiples measured were 1.23 for rms, 1.59 for the
+# largest difference, and 1.1 for flips (docs/log.md). They come from the bundled model and eight
+# random models of 2 to 52 layers, in all formats and on all instruction sets. Floors are shares of
+# the logits' standard deviation, or of all (neuron, token) pairs.
 RMS_FACTOR, RMS_FLOOR = 2.0, 1e-3
 MAX_FACTOR, MAX_FLOOR = 4.0, 1e-2
 COUNT_FACTOR, COUNT_FLOOR = 3.0, 3e-4
@@ -40,7 +43,7 @@ COUNT_FACTOR, COUNT_FLOOR = 3.0, 3e-4
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one executor makes of a text."""
+    """The logits and active counts that one executor computes for a text."""
 
     logits: Logits
     active: Counts
@@ -48,18 +51,18 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Differences of two runs; the logits' in standard deviations of the oracle's logits."""
+    """Differences of two runs. Those of logits are in units of the oracle's standard deviation."""
 
     rms: float
     largest: float
     worst_position: int
-    # Share of (neuron, token) pairs by which the numbers of active neurons differ, token by token
-    # and layer by layer: at least so many masks are flipped.
+    # Differences in the number of active neurons, summed over tokens and layers, as a share of all
+    # (neuron, token) pairs. It is a lower bound for the share of flipped mask bits.
     flips: float
 
 
 def run_native(engine: Engine, ids: list[int]) -> tuple[Run, Logits]:
-    """The tokens one by one, and the logits of the same tokens at once."""
+    """Decode the tokens one by one. Also return the logits of the same tokens in one prefill."""
     at_once = engine.open_session().prefill(np.asarray(ids, np.int64), all_logits=True)
     assert at_once is not None
     session = engine.open_session()
@@ -75,9 +78,9 @@ def run_native(engine: Engine, ids: list[int]) -> tuple[Run, Logits]:
 def run_oracles(
     checkpoint: Checkpoint, format: Format, ids: list[int], *, progress: Progress = ignore_progress
 ) -> tuple[Run, Run]:
-    """(the oracle of the format, the same weights without rounding activations)."""
+    """Run the format's oracle and the oracle that does not round activations and KV cache."""
     config = checkpoint.config
-    with np.errstate(all="ignore"):  # broken weights may overflow: that is a finding, not a fault
+    with np.errstate(all="ignore"):  # overflow of broken weights is a finding, not an error
         weights = stream_weights(checkpoint, format, progress=progress)
         sessions = ReferenceSession(weights, config, format), ReferenceSession(weights, config)
         logits = SideBySide(sessions).prefill(ids, weights, config)
@@ -89,8 +92,10 @@ def run_oracles(
 
 
 def oracle_bytes(config: ModelConfig) -> int:
-    """Memory that `run_oracles` takes at its peak, about: embedding and head, and two layers, since
-    one is let go when the next has been read; and half a layer on the way.
+    """Estimate the peak memory of `run_oracles` in bytes.
+
+    It holds the embedding, the head and two layers, because a layer is freed only when the next one
+    has been read. Half a layer is added for temporary arrays.
     """
     attention = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     layer = config.hidden_size * (attention + 3 * config.n_neurons)
@@ -112,7 +117,7 @@ def compare(run: Run, oracle: Run, n_neurons: int) -> Comparison:
 
 
 def bounds(yardstick: Comparison) -> Comparison:
-    """What an engine without faults stays below, from the oracle against its unrounded twin."""
+    """Return the bounds of a correct engine. `yardstick` compares the two oracles."""
     return Comparison(
         rms=RMS_FACTOR * yardstick.rms + RMS_FLOOR,
         largest=MAX_FACTOR * yardstick.largest + MAX_FLOOR,
@@ -126,8 +131,10 @@ def is_within(found: Comparison, bound: Comparison) -> bool:
 
 
 def argmax_agreement(run: Run, oracle: Run, margin: float) -> tuple[int, int, int]:
-    """(tokens whose likeliest successor is the oracle's; of them those where the oracle's likeliest
-    leads by more than `margin`; how many of those there are).
+    """Count tokens whose likeliest successor is the same in both runs.
+
+    Returns the count over all tokens, the count over clear tokens, and the number of clear tokens.
+    A token is clear if the oracle's likeliest successor leads by more than `margin`.
     """
     top = np.partition(oracle.logits, -2, -1)[:, -2:]
     is_clear = top[:, 1] - top[:, 0] > margin
@@ -136,7 +143,7 @@ def argmax_agreement(run: Run, oracle: Run, margin: float) -> tuple[int, int, in
 
 
 def token_losses(logits: Logits, targets: NDArray[np.int64]) -> NDArray[np.float64]:
-    """-log softmax(logits)[target] in nats, row by row; NaN where weights are broken."""
+    """Return -log softmax(logits)[target] in nats per row. Broken weights give NaN."""
     with np.errstate(all="ignore"):
         largest = logits.max(1)
         sums = np.exp(logits - largest[:, None]).sum(1, dtype=np.float64)
@@ -144,5 +151,5 @@ def token_losses(logits: Logits, targets: NDArray[np.int64]) -> NDArray[np.float
 
 
 def mean_loss(logits: Logits, ids: list[int]) -> float:
-    """Nats per token of the text's own next tokens."""
+    """Return the mean loss of the text's own next tokens, in nats per token."""
     return float(token_losses(logits[:-1], np.asarray(ids[1:])).mean())

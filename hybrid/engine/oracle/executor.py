@@ -1,8 +1,8 @@
-"""The reference executor: the forward pass in plain NumPy, for any number of tokens. The oracle,
-not the product.
+"""Reference executor: the forward pass in plain NumPy, for any number of tokens.
 
-With `format=None` everything is fp32. With a format, weights, activations and the KV cache are
-rounded as the native kernels round them, so that the two differ only by the order of fp32 sums.
+It is the oracle of tests and self-checks, not the product. With `format=None` everything is fp32.
+With a format, weights, activations and the KV cache are rounded as the native kernels round them.
+The two then differ only by the order of fp32 sums.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from hybrid.weights.formats import round_weights
 Array = NDArray[np.float32]
 
 
-ROUNDED_ROWS = 512  # at a time: what NumPy makes on the way stays small
+ROUNDED_ROWS = 512  # rows that are rounded at once; keeps NumPy's temporary arrays small
 
 
 def read_weights(checkpoint: Checkpoint, format: Format | None) -> ModelWeights[Array]:
-    """All weights of a checkpoint as fp32 arrays, rounded to what `format` stores."""
+    """Return all weights of a checkpoint as fp32 arrays, rounded to what `format` stores."""
     layers = tuple(
         read_layer(checkpoint, format, layer) for layer in range(checkpoint.config.n_layers)
     )
@@ -39,10 +39,10 @@ def read_weights(checkpoint: Checkpoint, format: Format | None) -> ModelWeights[
 def stream_weights(
     checkpoint: Checkpoint, format: Format | None, *, progress: Progress = ignore_progress
 ) -> ModelWeights[Array]:
-    """As `read_weights`, but a layer is read when `forward` asks for it, and not kept: a model of
-    7 B parameters in fp32 would fill the memory of most machines.
+    """Like `read_weights`, but a layer is read only when `forward` needs it, and is not kept.
 
-    `progress` counts bytes in fp32. The checkpoint must stay open.
+    A model of 7 B parameters in fp32 would fill the memory of most machines. `progress` counts
+    bytes in fp32. The checkpoint must stay open.
     """
     return _with_layers(checkpoint, format, StreamedLayers(checkpoint, format, progress))
 
@@ -58,13 +58,13 @@ def read_layer(checkpoint: Checkpoint, format: Format | None, layer: int) -> Lay
         ffn_norm=checkpoint.read("ffn_norm", layer),
         gate=matrix("gate"),
         up=matrix("up"),
-        # Blocks of down run along hidden: transposed first, rounded then.
+        # Blocks of down run along hidden, so it is transposed before it is rounded.
         down=_rounded(format, np.ascontiguousarray(checkpoint.read("down", layer).T)),
     )
 
 
 class StreamedLayers(Sequence[LayerWeights[Array]]):
-    """The layers of a checkpoint, each read anew whenever it is asked for."""
+    """The layers of a checkpoint. Each access reads the layer again."""
 
     def __init__(
         self, checkpoint: Checkpoint, format: Format | None, progress: Progress = ignore_progress
@@ -101,7 +101,7 @@ def _with_layers(
 
 
 def _rounded(format: Format | None, w: Array) -> Array:
-    """`round_weights`, some rows at a time: a row's blocks know nothing of other rows."""
+    """`round_weights` in chunks of rows, because no block reaches beyond its row."""
     if format is None:
         return w
     rounded = np.empty(w.shape, np.float32)
@@ -112,7 +112,7 @@ def _rounded(format: Format | None, w: Array) -> Array:
 
 
 class ReferenceSession:
-    """One sequence: its KV cache and the masks of active neurons of the latest call."""
+    """One sequence: its KV cache, and the masks of active neurons from the latest call."""
 
     def __init__(
         self, weights: ModelWeights[Array], config: ModelConfig, format: Format | None = None
@@ -126,7 +126,7 @@ class ReferenceSession:
         self._v = [empty] * config.n_layers
 
     def prefill(self, tokens: Sequence[int]) -> Array:
-        """Append tokens; returns all their logits (tokens, vocab)."""
+        """Append tokens and return all their logits (tokens, vocab)."""
         self.tokens, self.active = np.asarray(tokens, np.int64), []
         logits = forward(self, self.weights, self.config)
         self.position += len(self.tokens)
@@ -175,8 +175,9 @@ class ReferenceSession:
 
 
 class SideBySide:
-    """`forward.Operations` that take several sessions through one pass over the weights: where
-    layers are streamed, each is read once for all of them.
+    """`forward.Operations` that run several sessions in one pass over the weights.
+
+    If layers are streamed, each layer is read once for all sessions.
     """
 
     def __init__(self, sessions: Sequence[ReferenceSession]) -> None:
@@ -185,7 +186,7 @@ class SideBySide:
     def prefill(
         self, tokens: Sequence[int], weights: ModelWeights[Array], config: ModelConfig
     ) -> list[Array]:
-        """As each session's own `prefill` would, if its weights were `weights`."""
+        """Return what each session's own `prefill` would return with `weights`."""
         for session in self.sessions:
             session.tokens, session.active = np.asarray(tokens, np.int64), []
         logits = forward(self, weights, config)

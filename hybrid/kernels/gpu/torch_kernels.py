@@ -1,10 +1,12 @@
-"""The GPU's kernels as plain torch operations: for every device that torch knows, and the reference
-of `triton_kernels`. Importing this module loads torch.
+"""The GPU's kernels as plain torch operations, for every device that torch supports.
 
-One contract for both. Every kernel writes into tensors that it is given, none allocates what
-outlives it, and none waits: so a whole token can be captured into one CUDA graph. Activations are
-fp32 (T, n) for T tokens. `Vectors` hold what the CPU's kernels would make of them (see
-`csrc/kernels/kernels.h`): gates computed on either device meet the same quantised x.
+They are the reference of `triton_kernels`, which has the same contract. A kernel writes into the
+tensors that it is given. It allocates nothing that outlives it, and it never waits. A whole token
+can therefore be captured into one CUDA graph.
+
+Activations are fp32 (T, n) for T tokens. `Vectors` hold them quantised, with the values that the
+CPU's kernels give (see `csrc/kernels/kernels.h`). The gates of both devices are therefore computed
+from the same quantised x. Importing this module loads torch.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from hybrid.kernels import Activation, Format
 
 BLOCK = 32  # weights, or activations, that share a scale
-CHUNK_VALUES = 1 << 22  # dequantised at a time: 16 MiB, whatever the matrix
+CHUNK_VALUES = 1 << 22  # weights that are dequantised at a time: 16 MiB for any matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,9 @@ class DeviceMatrix:
     """Rows of weights on a device, in natural order and without padding."""
 
     format: Format
-    # q8: int8 (n_rows, n_cols). bf16: bfloat16 (n_rows, n_cols). q4: uint8 (n_rows, n_cols / 2);
-    # byte i of a block's 16 holds element i in its low nibble, 16 + i in its high one, each + 8.
+    # q8: int8 (n_rows, n_cols). bf16: bfloat16 (n_rows, n_cols). q4: uint8 (n_rows, n_cols / 2).
+    # Byte i of a q4 block's 16 holds element i in its low nibble and element 16 + i in its high
+    # nibble, each + 8.
     values: Tensor
     scales: Tensor | None  # q8, q4: fp16 (n_rows, n_cols / 32)
 
@@ -61,7 +64,7 @@ class DeviceMatrix:
         return (blocks * self.scales.float()[..., None]).view(self.n_rows, -1)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows, each small enough to be dequantised at once."""
+        """Ranges [first, last) of rows, each small enough to be dequantised at once."""
         step = max(1, CHUNK_VALUES // self.n_cols)
         for first in range(0, self.n_rows, step):
             yield first, min(first + step, self.n_rows)
@@ -75,7 +78,7 @@ class Vectors:
     scales: Tensor | None  # q8, q4: fp32 (T, n / 32)
 
     def tokens(self, n: int) -> Vectors:
-        """A view of the first n."""
+        """A view of the first n tokens."""
         return Vectors(self.values[:n], None if self.scales is None else self.scales[:n])
 
     def dequantize(self) -> Tensor:
@@ -87,7 +90,7 @@ class Vectors:
 
 
 def empty_vectors(format: Format, n_tokens: int, n: int, device: torch.device) -> Vectors:
-    """Room for T vectors of n elements."""
+    """Zeroed vectors of n elements for `n_tokens` tokens, to be written into."""
     if format is Format.bf16:
         return Vectors(torch.zeros(n_tokens, n, dtype=torch.bfloat16, device=device), None)
     return Vectors(
@@ -97,25 +100,25 @@ def empty_vectors(format: Format, n_tokens: int, n: int, device: torch.device) -
 
 
 class TorchKernels:
-    """For any number of tokens, on any device."""
+    """The kernels for any number of tokens, on any device."""
 
     name = "torch"
     n_splits = 1  # partial sums that `down` leaves
 
     def n_counts(self, n_rows: int) -> int:
-        """Counters that `up` needs for so many rows."""
+        """The number of counters that `up` needs for `n_rows` rows."""
         return 1
 
     def norm(
         self, x: Tensor, weight: Tensor, eps: float, scale: float, out: Tensor, quant: Vectors
     ) -> None:
-        """out (T, hidden) = weight * x / rms(x) * scale, and what it is once quantised."""
+        """out (T, hidden) = weight * x / rms(x) * scale; `quant` receives it quantised."""
         inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
         torch.mul(weight, x * inverse, out=out)
         self.quantize(out, quant)
 
     def quantize(self, x: Tensor, out: Vectors) -> None:
-        """x (T, n) → blocks of 32: int8 = round(x * 127 / max|x|); bf16: rounded."""
+        """Quantise x (T, n): blocks of 32 with int8 = round(x * 127 / max|x|), or bf16 values."""
         if out.scales is None:
             out.values.copy_(x)
             return
@@ -143,7 +146,7 @@ class TorchKernels:
         threshold: float,
         out: Tensor,
     ) -> None:
-        """out (T, n_rows): what each gate comes to where its neuron fires, else 0.
+        """out (T, n_rows): the value of each gate whose neuron fires, 0 for the others.
 
         A NaN fires, so that it is seen.
         """
@@ -163,9 +166,10 @@ class TorchKernels:
         out: Tensor,
         counts: Tensor,
     ) -> None:
-        """out (T, n_rows) = act(gate) * (x @ matrix.T), 0 where `gates` are 0: unless
-        `computes_all`, rows of those are not read by kernels that can skip. `counts` (n_counts,)
-        grow in sum by the number of gates that are not 0.
+        """out (T, n_rows) = act(gate) * (x @ matrix.T), and 0 for gates that are 0.
+
+        Unless `computes_all`, kernels that can skip rows do not read the rows of those gates. The
+        sum of `counts` (n_counts,) grows by the number of gates that are not 0.
         """
         self.linear(matrix, x, out)
         silu = activation is Activation.silu
@@ -185,14 +189,14 @@ class TorchKernels:
         out: Tensor,
         counts: Tensor,
     ) -> None:
-        """`gates`, then `up`, of the same neurons."""
+        """Compute `gates`, then `up`, for the same neurons."""
         self.gates(gate, x, activation, threshold, gates)
         self.up(up, x, gates, activation, computes_all, out, counts)
 
     def down(
         self, matrix: DeviceMatrix, values: Tensor, computes_all: bool, partials: Tensor
     ) -> None:
-        """partials (n_splits, T, hidden): sums over neurons of value * row, split by neuron."""
+        """partials (n_splits, T, hidden): sums of value * row, each over a part of the neurons."""
         partials.zero_()
         for first, last in matrix.chunks():
             partials[0] += values[:, first:last] @ matrix.rows(first, last).dequantize()
@@ -200,7 +204,7 @@ class TorchKernels:
     def merge(
         self, partials: Tensor | None, cold: Tensor | None, scale: float, residual: Tensor
     ) -> None:
-        """residual (T, hidden) += scale * (partials, in order, + cold): once an FFN."""
+        """residual (T, hidden) += scale * (partials, in order, + cold). Called once per FFN."""
         total = cold
         if partials is not None:
             total = partials[0]
@@ -221,9 +225,11 @@ class TorchKernels:
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> None:
-        """Rotates the halves of the heads in qkv (T, heads * head_dim), tokens at positions
-        position[0] + t. q (T, n_heads, head_dim) is divided by sqrt(head_dim); keys and values go
-        into the caches, fp16 (n_kv_heads, n_context, head_dim). cos, sin (context, head_dim / 2).
+        """Apply rope to qkv (T, heads * head_dim) and write keys and values into the caches.
+
+        Token t is at position position[0] + t. Rope rotates the halves of each head of q and k;
+        cos and sin are (context, head_dim / 2). q (T, n_heads, head_dim) receives the queries,
+        divided by sqrt(head_dim). The caches are fp16 (n_kv_heads, n_context, head_dim).
         """
         n_tokens, n_heads, head_dim = q.shape
         n_kv_heads = k_cache.shape[0]
@@ -247,9 +253,10 @@ class TorchKernels:
         out: Tensor,
         quant: Vectors,
     ) -> None:
-        """out (T, n_heads * head_dim): causal attention of token t, at position[0] + t, over the
-        first `n_visible` positions of the caches, which reach beyond all tokens; and what it is
-        once quantised.
+        """out (T, n_heads * head_dim): causal attention over the caches; `quant`: `out` quantised.
+
+        Token t is at position position[0] + t. Only the first `n_visible` positions of the caches
+        are read; they must include the positions of all tokens.
         """
         n_tokens, n_heads, _ = q.shape
         group = n_heads // k_cache.shape[0]
@@ -259,7 +266,7 @@ class TorchKernels:
         positions = position + torch.arange(n_tokens, device=q.device)
         unseen = torch.arange(n_visible, device=q.device) > positions[:, None]
         weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
-        # Caches hold nothing yet beyond the last token: weights are 0 there, values may be NaN.
+        # Beyond the last token the caches are unwritten: weights are 0 there, values may be NaN.
         v = v.masked_fill((torch.arange(n_visible, device=q.device) > positions[-1])[:, None], 0.0)
         out.view(n_tokens, n_heads, -1).copy_(torch.einsum("htc,hcd->thd", weights, v))
         self.quantize(out, quant)

@@ -1,6 +1,7 @@
-"""Attention of one token in Triton: rope and cache, spans of the context side by side, their merge.
+"""Attention of one token in Triton.
 
-Importing this module loads triton.
+Three kernels: rope and cache write, attention over spans of the context in parallel, and the merge
+of the spans. Importing this module loads triton.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def rope_and_cache(
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A program is one head of q, k or v."""
+    """Each program computes one head of q, k or v."""
     head = tl.program_id(0)
     at = tl.arange(0, WIDTH)
     mask = at < HALF
@@ -67,8 +68,10 @@ def attend_span(
     GROUP_WIDTH: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """The query heads of one KV head over SPAN positions: largest score, sum of exponentials, and
-    the values that they weigh. Positions beyond the token's are never read.
+    """Each program computes the query heads of one KV head over SPAN positions.
+
+    It stores the largest score, the sum of exponentials and the weighted sum of values. Positions
+    beyond the token's are never read.
     """
     kv_head, span = tl.program_id(0), tl.program_id(1)
     n_seen = tl.load(position) + 1
@@ -87,7 +90,7 @@ def attend_span(
     scores = tl.sum(query[:, None, :] * k[None, :, :], 2)
     scores = tl.where(is_seen[None, :], scores, float("-inf"))
     most = tl.max(scores, 1)
-    # A span that nobody sees: weights 0, not NaN.
+    # In a span beyond the token, weights must be 0, not NaN.
     weights = tl.where(
         is_seen[None, :], tl.exp(scores - tl.where(most > float("-inf"), most, 0.0)[:, None]), 0.0
     )
@@ -115,7 +118,7 @@ def merge_spans(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One head's softmax over its spans, in order."""
+    """Each program merges one head's softmax over its spans, in order."""
     head = tl.program_id(0)
     d = tl.arange(0, WIDTH)
     most = tl.full((CHUNK,), float("-inf"), tl.float32)

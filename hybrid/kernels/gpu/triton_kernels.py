@@ -1,8 +1,8 @@
-"""The GPU's kernels in Triton, for one token: the contract is `torch_kernels`'.
+"""The GPU's kernels in Triton, for one token. The contract is that of `torch_kernels`.
 
 Weights stay quantised until they are in registers. Rows of inactive neurons are not read. Nothing
-is added atomically: sums that several programs share are split into partials, and those are added
-in order, so that the same token gives the same bits each time.
+is added atomically: a sum that several programs share is split into partials, which are added in
+order. The same token therefore gives the same bits each time.
 
 Importing this module loads torch and triton.
 """
@@ -18,16 +18,17 @@ from hybrid.kernels.gpu import triton_rows
 from hybrid.kernels.gpu.torch_kernels import BLOCK, DeviceMatrix, TorchKernels, Vectors
 from hybrid.kernels.gpu.triton_attention import attend_span, merge_spans, rope_and_cache
 
-ROWS = 8  # of a matrix, a program
+ROWS = 8  # rows of a matrix per program
 CHUNK_BLOCKS = 16  # blocks of 32 columns at a time
 DOWN_COLS, DOWN_ROWS = 128, 32
-SPAN = 32  # positions of attention, a program
+SPAN = 32  # context positions per program of attention
 
-# What is quantised must be rounded as the CPU rounds it: a product, then a sum.
+# Values that are then quantised must be rounded as on the CPU: after the product, then after the
+# sum.
 ROUNDS_EACH = {"enable_fp_fusion": False}
 MAY_FUSE = {"enable_fp_fusion": True}
 
-STORE, ADD, GATE = range(3)  # what becomes of a dot product
+STORE, ADD, GATE = range(3)  # what `gemv` does with a dot product
 BF16, Q8, Q4 = range(3)
 _FORMATS = {Format.bf16: BF16, Format.q8: Q8, Format.q4: Q4}
 RELU, FATRELU, SILU = range(3)
@@ -35,7 +36,7 @@ _ACTIVATIONS = {Activation.relu: RELU, Activation.fatrelu: FATRELU, Activation.s
 
 
 class TritonKernels(TorchKernels):
-    """For one token at a time; tensors are stretches of memory, rows of one token."""
+    """The kernels for one token at a time. All tensors are contiguous and hold one token's row."""
 
     name = "triton"
     n_splits = 16
@@ -217,7 +218,7 @@ class TritonKernels(TorchKernels):
     def _span_scratch(
         self, n_spans: int, n_heads: int, head_dim: int, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention's programs leave for the merge; one for all layers."""
+        """The scratch tensors between `attend_span` and `merge_spans`; all layers share them."""
         key = (n_spans, n_heads, head_dim, device)
         if key not in self._spans:
             shape = n_spans * n_heads
@@ -297,7 +298,7 @@ class TritonKernels(TorchKernels):
 
 
 def _arguments(values: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """bf16 goes as its bits; a kernel that needs no scales is given something."""
+    """A kernel's two tensors. bf16 is passed as its bits, also in place of the missing scales."""
     if scales is None:
         bits = values.view(torch.int16)
         return bits, bits

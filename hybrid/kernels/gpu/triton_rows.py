@@ -1,8 +1,8 @@
-"""Rows of weights in Triton, for one token: norm and quantisation, dot products with dequantised
-rows, up and down rows of the neurons that fire, sums.
+"""Kernels over rows of weights in Triton, for one token.
 
-Activations are quantised to the bits that the CPU's kernels make of them. Importing this module
-loads triton.
+They are: norm and quantisation, dot products with rows, up and down rows of the neurons that fire,
+and the sum of partials. Activations are quantised to the same bits as by the CPU's kernels.
+Importing this module loads triton.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import triton.language as tl
 
 @triton.jit
 def as_float(bits):
-    """bf16 bits, as int16, in fp32: also where the hardware knows no bf16."""
+    """bf16 bits, given as int16, as fp32. This works even if the hardware has no bf16."""
     return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def store_quantized(v, at, block, mask, is_block, values, scales, IS_BF16: tl.constexpr):
-    """Blocks of 32 of fp32 `v` (blocks, 32), as `torch_kernels` quantises them, to the bit."""
+    """Quantise and store fp32 `v` (blocks, 32), with the same bits as `torch_kernels`."""
     if IS_BF16:
         bits = v.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(v == v, rounded, (bits >> 16) | 0x40)  # NaN stays one
+        rounded = tl.where(v == v, rounded, (bits >> 16) | 0x40)  # NaN stays NaN
         tl.store(values + at, rounded.to(tl.int16), mask=mask)
     else:
         largest = tl.max(tl.abs(v), 1)
         inverse = tl.where(largest > 0, tl.div_rn(127.0, tl.where(largest > 0, largest, 1.0)), 0.0)
-        # Adding and taking away 1.5 * 2^23 rounds to the nearest even integer.
+        # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
         rounded = (v * inverse[:, None] + 12582912.0) - 12582912.0
         tl.store(values + at, rounded.to(tl.int8), mask=mask)
         tl.store(scales + block, tl.div_rn(largest, 127.0), mask=is_block)
@@ -47,7 +47,7 @@ def norm(
     N_BLOCKS: tl.constexpr,
     IS_BF16: tl.constexpr,
 ):
-    """One program: the root mean square over all columns, then each block."""
+    """A single program: computes the root mean square over all columns, then each block."""
     column = tl.arange(0, 32)[None, :]
     squares = tl.zeros((N_BLOCKS, 32), tl.float32)
     for first in range(0, N // 32, N_BLOCKS):
@@ -89,7 +89,7 @@ def dots_of(
     N_BLOCKS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """(N_ROWS,) dot products of x with the rows that `reads` says; 0 of others."""
+    """(N_ROWS,) dot products of x with the rows that `reads` selects; 0 for the others."""
     sums = tl.zeros((N_ROWS, N_BLOCKS), tl.float32)
     if tl.sum(reads.to(tl.int32), 0) > 0:
         start = row.to(tl.int64)
@@ -129,7 +129,7 @@ def dots_of(
 
 @triton.jit
 def fired(dot, threshold, ACTIVATION: tl.constexpr):
-    """What a gate comes to: 0 where its neuron does not fire."""
+    """The value of a gate: 0 if its neuron does not fire."""
     if ACTIVATION == 0:
         dot = tl.where(dot <= 0, 0.0, dot)
     if ACTIVATION == 1:
@@ -153,8 +153,10 @@ def gemv(
     THEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """STORE: out = dot. ADD: out += number * dot. GATE: out = dot where it fires, number being the
-    threshold.
+    """Dot products with N_ROWS rows per program. THEN says what happens to them.
+
+    0, STORE: out = dot. 1, ADD: out += number * dot. 2, GATE: out = dot if the neuron fires, else
+    0; `number` is then the threshold.
     """
     row = tl.program_id(0) * N_ROWS + tl.arange(0, N_ROWS)
     is_row = row < n_rows
@@ -187,8 +189,9 @@ def up(
     HAS_GATES: tl.constexpr,
     SKIPS: tl.constexpr,
 ):
-    """out = act(gate) * dot. Without HAS_GATES the gates are computed first. With SKIPS, rows whose
-    gate is 0 are not read.
+    """out = act(gate) * dot, and `counts` grow by the number of neurons that fire.
+
+    Without HAS_GATES the gates are computed first. With SKIPS, rows whose gate is 0 are not read.
     """
     program = tl.program_id(0)
     row = program * N_ROWS + tl.arange(0, N_ROWS)
@@ -228,7 +231,7 @@ def down(
     FORMAT: tl.constexpr,
     SKIPS: tl.constexpr,
 ):
-    """partials[split, columns] = sum over the split's rows of weight * row."""
+    """partials[split, columns] = the sum of weight * row over the rows of the split."""
     column = tl.program_id(0) * N_COLS + tl.arange(0, N_COLS)
     split = tl.program_id(1)
     is_column = column < N

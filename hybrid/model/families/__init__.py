@@ -1,7 +1,8 @@
-"""Model families: what their config.json means, and what their tensors are called.
+"""Model families: the meaning of their config.json, and the names of their tensors.
 
-One file a family. Owns everything in which families differ, and the Hugging Face names, so that all
-others know only roles ("gate", "attention_norm") and `ModelConfig`. Opens no files.
+There is one file per family. This package owns everything in which families differ, and the Hugging
+Face names. All other code knows only roles ("gate", "attention_norm") and `ModelConfig`. This
+package opens no files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ExpectedTensor(NamedTuple):
 
 
 def expected_tensors(config: ModelConfig) -> Iterator[ExpectedTensor]:
-    """Every tensor that the model consists of; a tied head is none of its own."""
+    """Yield every tensor of the model. A tied head is not a tensor of its own."""
     family = _BY_NAME[config.family]
     hidden, neurons = config.hidden_size, config.n_neurons
     queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -58,7 +59,7 @@ def expected_tensors(config: ModelConfig) -> Iterator[ExpectedTensor]:
 
 
 def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
-    """The numbers of config.json's content; `path` is for messages.
+    """Parse the content of config.json. `path` is for messages.
 
     Raises InvalidCheckpoint, UnsupportedModel.
     """

@@ -1,7 +1,7 @@
-"""Typed access to config.json: what each number may be, and the message where it is not that.
+"""Typed access to config.json, with an error message for each invalid value.
 
-Knows no family. What all families' configs say in the same way (heads, rotary positions,
-activation, ids) is read here once.
+This module knows no family. It reads what all families' configs state in the same form: heads,
+rotary positions, activation and ids.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.model.config import Activation
 
 ACTIVATIONS: tuple[Activation, ...] = ("relu", "fatrelu", "silu")
-BLOCK = 32  # weights of a row that share a scale: the kernels know whole blocks only
-_MAX_SIZE = 2**31 - 1  # the kernels' integers
+BLOCK = 32  # weights of a row that share a scale; the kernels support whole blocks only
+_MAX_SIZE = 2**31 - 1  # the kernels use 32-bit integers
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def parse_token_ids(value: object, key: str, vocab_size: int, path: Path) -> tuple[int, ...]:
-    """The ids of one number, a list of them, or null; `key` and `path` are for messages."""
+    """Parse token ids: one number, a list of numbers, or null. `key` and `path` are for messages.
+
+    Raises InvalidCheckpoint.
+    """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
         raise InvalidCheckpoint(
@@ -73,7 +76,7 @@ class Fields:
 
 
 def read_heads(fields: Fields, hidden_size: int) -> tuple[int, int, int]:
-    """(n_heads, n_kv_heads, head_dim)"""
+    """Return (n_heads, n_kv_heads, head_dim). Raises InvalidCheckpoint, UnsupportedModel."""
     n_heads = fields.size("num_attention_heads")
     n_kv_heads = fields.size("num_key_value_heads", n_heads)
     if n_heads % n_kv_heads:
@@ -83,8 +86,8 @@ def read_heads(fields: Fields, hidden_size: int) -> tuple[int, int, int]:
     head_dim = fields.size("head_dim", hidden_size // n_heads)
     if head_dim % 2:
         raise UnsupportedModel(
-            f"{fields.path}: heads have {head_dim} dimensions; expected an even number, as rotary "
-            "positions turn them in pairs"
+            f"{fields.path}: heads have {head_dim} dimensions; expected an even number, because "
+            "rotary positions rotate dimensions in pairs"
         )
     if n_heads * head_dim > _MAX_SIZE:
         raise fields.invalid("num_attention_heads", f"at most {_MAX_SIZE} dimensions in all")
@@ -115,7 +118,7 @@ def read_threshold(fields: Fields) -> float:
 
 
 def read_rope_theta(fields: Fields) -> float:
-    # transformers 5 writes theta and scaling as one object; before, they were two keys.
+    # transformers 5 writes theta and scaling as one object. Earlier versions wrote two keys.
     for key in ("rope_scaling", "rope_parameters"):
         rope = fields.values.get(key)
         if rope is None:
@@ -134,7 +137,7 @@ def read_rope_theta(fields: Fields) -> float:
 
 
 def read_bos_id(fields: Fields, vocab_size: int) -> int | None:
-    # All families' classes say 1 and, for eos_token_id, 2 where config.json lacks the key.
+    # If config.json lacks the key, the classes of all families use 1, and 2 for eos_token_id.
     ids = parse_token_ids(
         fields.values.get("bos_token_id", 1), "bos_token_id", vocab_size, fields.path
     )

@@ -1,4 +1,4 @@
-"""Llama: a gated FFN, grouped-query attention, RMSNorm, rotary positions; no scales."""
+"""Llama: gated FFN, grouped-query attention, RMSNorm and rotary positions, without scales."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYER_TENSORS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_UNSUPPORTED = {  # keys that change the mathematics where they are set
+_UNSUPPORTED = {  # keys that change the mathematics if they are set
     "attention_bias": "biases in attention",
     "mlp_bias": "biases in the FFN",
     "num_experts": "a mixture of experts",
@@ -42,11 +42,11 @@ _UNSUPPORTED = {  # keys that change the mathematics where they are set
 
 
 def parse(fields: Fields, *, family: str = NAME, is_tied_by_default: bool = False) -> ModelConfig:
-    """The numbers of config.json; every scale is 1. Raises InvalidCheckpoint, UnsupportedModel."""
+    """Parse config.json; every scale is 1. Raises InvalidCheckpoint, UnsupportedModel."""
     for key, feature in _UNSUPPORTED.items():
         if fields.values.get(key):
             raise UnsupportedModel(
-                f"{fields.path}: {key} is set: this engine does not run {feature}"
+                f"{fields.path}: {key} is set, but this engine does not run {feature}"
             )
     vocab_size = fields.size("vocab_size")
     hidden_size = fields.size("hidden_size")

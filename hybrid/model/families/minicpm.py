@@ -1,4 +1,4 @@
-"""MiniCPM: Llama with three scales: of the embedding, the residual branches and the logits."""
+"""MiniCPM: Llama with scales of the embedding, the residual branches and the logits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MODEL_TENSORS, LAYER_TENSORS = llama.MODEL_TENSORS, llama.LAYER_TENSORS
 
 
 def parse(fields: Fields) -> ModelConfig:
-    """The numbers of config.json. Raises InvalidCheckpoint, UnsupportedModel."""
+    """Parse config.json. Raises InvalidCheckpoint, UnsupportedModel."""
     config = llama.parse(fields, family=NAME, is_tied_by_default=True)
-    # Where a key is absent the value is 1, as in the model's own configuration class.
+    # An absent key means 1, as in the model's own configuration class.
     return replace(
         config,
         embedding_scale=fields.number("scale_emb", 1.0),

@@ -1,5 +1,7 @@
-"""A GPU that is a thread: work runs later, in order, at moments that chance chooses. Buffers hold
-NaN whenever the other side must not look at them, so that a missing wait shows as NaN.
+"""A fake GPU: a thread that runs its work later, in order, with random delays.
+
+The exchanged buffers hold NaN whenever the CPU or the GPU must not read them. So a missing wait
+shows as NaN.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class FakeEvent:
 
 
 class FakeDevice:
-    """`engine.device.Device`, with a stream that is a queue and a thread."""
+    """A `hybrid.engine.gpu.device.Device` whose stream is a queue and a thread."""
 
     name = "a fake GPU"
     version = "1"
@@ -40,8 +42,8 @@ class FakeDevice:
     mechanisms: Sequence[Mechanism] = MECHANISMS
 
     def __init__(self, *, seed: int = 0, jitter_s: float = 2e-4) -> None:
-        self.exchange: Exchange | None = None  # to be poisoned
-        self.log: list[str] = []  # what the stream did
+        self.exchange: Exchange | None = None  # its buffers are filled with NaN
+        self.log: list[str] = []  # requests and waits, in the stream's order
         self._random, self._jitter_s = random.Random(seed), jitter_s
         self._recording: list[Work] | None = None
         self._queue: queue.Queue[Work | None] = queue.Queue()
@@ -77,7 +79,7 @@ class FakeDevice:
     def request(self, link: DeviceLink, slot: int, mechanism: Mechanism) -> None:
         def ask() -> None:
             if self.exchange is not None:
-                self.exchange.y.fill_(float("nan"))  # nobody may take it before it is made
+                self.exchange.y.fill_(float("nan"))  # the CPU has not written it yet
                 if slot == 0:
                     self.exchange.x.fill_(float("nan"))
             self.log.append(f"request {slot}")
@@ -89,7 +91,7 @@ class FakeDevice:
         def take() -> None:
             self.log.append(f"wait {slot}")
             link.await_answer(slot)
-            if self.exchange is not None:  # it was read; whoever reads it again is late
+            if self.exchange is not None:  # the CPU has read them; a later read is an error
                 self.exchange.h.fill_(float("nan"))
                 self.exchange.gates.fill_(float("nan"))
 
@@ -117,7 +119,7 @@ class FakeDevice:
             raise RuntimeError(f"the stream failed: {self._error}") from self._error
 
     def fail_later(self, error: BaseException) -> None:
-        """The stream fails at what is enqueued next, and from then on."""
+        """Let the stream fail: `synchronize` raises from now on."""
         self._error = error
 
     def _enqueue_or_record(self, work: Work) -> None:

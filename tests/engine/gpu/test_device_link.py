@@ -1,4 +1,7 @@
-"""The device link as it runs on a GPU, over a stand-in for the CUDA driver (tests/stub_cuda)."""
+"""The device link hands off between CPU and GPU correctly, and survives faults of either.
+
+It runs over a stand-in for the CUDA driver (tests/stub_cuda).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stub:
-    """A driver, and a stream of it."""
+    """The stand-in driver, with one stream."""
 
     def __init__(self, library: Path) -> None:
         self.driver = CudaDriver(str(library))
@@ -59,7 +62,7 @@ class Stub:
         self.calls.stub_copy(ctypes.c_void_p(self.stream), *args, ctypes.c_size_t(to.nbytes))
 
     def poison(self, array: np.ndarray) -> None:
-        """All bits set: NaN."""
+        """Enqueue a fill with NaN (all bits set)."""
         self.calls.stub_fill(
             ctypes.c_void_p(self.stream),
             ctypes.c_void_p(array.ctypes.data),
@@ -73,6 +76,7 @@ class Stub:
         )
 
     def lose(self, is_lost: bool) -> None:
+        """Let all streams hang, as on a GPU that hangs, or continue."""
         self.calls.stub_lose(int(is_lost))
 
 
@@ -84,15 +88,15 @@ def stub(library: Path) -> Iterator[Stub]:
 
 
 class SplitFfn:
-    """An embedding and the CPU's part of two FFNs, and what a stream does around them."""
+    """A program of an embedding and the CPU's part of two FFNs, and the stream's work around it."""
 
     def __init__(self, stub: Stub, mechanism: str, *, patience_s: float = 2.0, seed: int = 0):
         rng = np.random.default_rng(seed)
         self.stub, self.by_host = stub, mechanism == "host-functions"
         gate, up, down = rng.standard_normal((3, N_NEURONS, HIDDEN), np.float32)
         self.h = rng.standard_normal(HIDDEN).astype(np.float32)
-        self.gates = np.maximum(gate @ self.h, 0.0)  # the GPU's: fp32, as the test gives them
-        self.gates[:N_HOT] = np.nan  # of hot neurons: none of the CPU's business
+        self.gates = np.maximum(gate @ self.h, 0.0)  # as the GPU would send them
+        self.gates[:N_HOT] = np.nan  # hot neurons: the CPU must not read their gates
         self.expected = self._cold(gate, up, down)
         cos, sin = rope_tables(32, 1e4, 8)
         format = Format.bf16
@@ -136,11 +140,11 @@ class SplitFfn:
             flags=self.flags, n_slots=3, x=x, h=h, gates=gates, y=y, patience_s=patience_s
         )
         meet(self.session, self.link)
-        self.y = np.zeros((2, HIDDEN), np.float32)  # what the device took
+        self.y = np.zeros((2, HIDDEN), np.float32)  # the sums that the device received
         self.recording = None
 
     def _cold(self, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
-        """The oracle; weights and h as bf16 holds them, given gates as they are given."""
+        """Return the oracle's cold sum: weights and h are rounded to bf16, given gates are not."""
         from hybrid.kernels.reference import bf16_bits, bf16_values
 
         gate, up, down, h = (bf16_values(bf16_bits(a)) for a in (gate, up, down, self.h))
@@ -150,6 +154,7 @@ class SplitFfn:
         return y[0] + (self.gates[given] * (up[given] @ h)) @ down[given]
 
     def record(self) -> None:
+        """Record the stream's work for one token: three hand-offs."""
         stub, (_, h, gates, y) = self.stub, self.exchange
         stream = ctypes.c_void_p(stub.stream)
         self.recording = stub.calls.stub_record(stream)
@@ -172,6 +177,7 @@ class SplitFfn:
         )
 
     def token(self) -> bool:
+        """Run one token. Returns whether the CPU served it without an error."""
         self.link.arm()
         self.replay()
         is_served = self.link.serve(self.session, 1)
@@ -201,7 +207,7 @@ def test_replays_give_the_same_bits(stub, mechanism, n_replays):
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_a_thread_that_dies_releases_the_stream(stub, mechanism):
-    """Nobody serves: the watchdog answers, with NaN."""
+    """No thread serves the link, so the watchdog answers with NaN."""
     ffn = SplitFfn(stub, mechanism, patience_s=0.2)
     ffn.record()
     assert ffn.token()
@@ -240,7 +246,7 @@ def test_a_device_that_hangs_is_given_up(stub, mechanism):
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_abandoning_frees_a_stream_that_waits(stub, mechanism):
+def test_abandoning_the_link_frees_a_stream_that_waits(stub, mechanism):
     ffn = SplitFfn(stub, mechanism, patience_s=60)
     ffn.record()
     ffn.replay()
@@ -273,7 +279,7 @@ def test_an_error_of_the_driver_is_named(stub, mechanism, after):
 
 
 def test_a_slow_answer_is_waited_for(stub):
-    """Longer than a wait spins, shorter than its patience."""
+    """The answer takes longer than a wait spins, and less than its patience."""
     ffn = SplitFfn(stub, "memory-operations", patience_s=5)
     ffn.record()
     served = []
@@ -287,11 +293,12 @@ def test_a_slow_answer_is_waited_for(stub):
     np.testing.assert_allclose(ffn.y[0], ffn.expected, rtol=0, atol=1e-2)
 
 
-def test_no_driver_is_said_in_one_line(tmp_path):
+def test_a_missing_driver_gives_one_line_of_error(tmp_path):
     with pytest.raises(RuntimeError, match=r"no CUDA: there is no .*libnothing"):
         CudaDriver(str(tmp_path / "libnothing.so"))
 
 
+@pytest.mark.slow
 def test_a_driver_without_memory_operations_still_has_host_functions(tmp_path):
     stub = Stub(build(tmp_path, "-DSTUB_WITHOUT_MEMORY_OPERATIONS"))
     try:

@@ -1,4 +1,7 @@
-"""The hybrid executor on torch's own CPU device: every plan computes what the CPU engine does."""
+"""With every plan, the hybrid executor computes what the CPU engine does.
+
+The GPU is torch's CPU device, or a fake device that runs beside the CPU.
+"""
 
 from __future__ import annotations
 
@@ -88,18 +91,22 @@ def test_a_device_that_runs_beside_the_cpu_gives_the_same_bits(stories, fake, na
 
 
 class NeverWaits(FakeDevice):
+    """Its stream does not wait for the CPU's answers."""
+
     def wait(self, link, slot, mechanism) -> None:
         pass
 
 
 class AsksTooEarly(FakeDevice):
-    """Its requests do not wait for what was launched before them."""
+    """Its requests do not wait for the work that was launched before them."""
 
     def request(self, link, slot, mechanism) -> None:
         self.call(lambda: link.request(slot))
 
 
 class NeverSynchronises(FakeDevice):
+    """The CPU does not wait for its events."""
+
     def event(self) -> FakeEvent:
         event = super().event()
         event.synchronize = lambda: None
@@ -114,7 +121,7 @@ class NeverSynchronises(FakeDevice):
         (NeverSynchronises, "synchronise"),
     ],
 )
-@pytest.mark.parametrize("name", ["all gates", "everything"])
+@pytest.mark.parametrize("name", slow_except(["all gates", "everything"], "everything"))
 def test_every_wait_is_needed(stories, name, broken, mechanism):
     plan, ids = stories.plans()[name], some_ids(stories.config, 32)
     with stories.hybrid(plan, HostDevice()) as executor:
@@ -132,7 +139,7 @@ def test_every_wait_is_needed(stories, name, broken, mechanism):
 
 
 def test_hot_neurons_are_summed_while_the_cpu_works(stories, fake):
-    """All of the GPU's share of a split FFN stands between request and wait."""
+    """The GPU's whole share of a split FFN is launched between request and wait."""
     plan = stories.plans()["hot"]
     with stories.hybrid(plan, fake) as executor:
         launched = []
@@ -162,7 +169,7 @@ def _logging(kernel, log, name):
     return logged
 
 
-def test_a_stream_that_fails_fails_the_engine_for_good(stories, fake):
+def test_a_stream_that_fails_stops_the_engine_for_good(stories, fake):
     plan = stories.plans()["all gates"]
     with stories.hybrid(plan, fake, patience_s=0.3) as executor:
         session = executor.open_session()
@@ -171,7 +178,7 @@ def test_a_stream_that_fails_fails_the_engine_for_good(stories, fake):
         lane, broken = session._lane, torch.full((1,), float("nan"))
         for recording in list(lane.recordings):
             lane.recordings[recording] = [lambda: fake.enqueue(lambda: 1 / 0)]
-        with pytest.raises(DeviceFailed, match="did not ask"):
+        with pytest.raises(DeviceFailed, match="did not request"):
             session.decode(8)
         del broken
         for call in (
@@ -184,7 +191,7 @@ def test_a_stream_that_fails_fails_the_engine_for_good(stories, fake):
 
 
 def test_an_interruption_releases_the_device(stories, fake):
-    """Ctrl-C between the launch of a token and the CPU's share of it."""
+    """Ctrl-C comes after the launch of a token and before the CPU's share of it."""
     plan = stories.plans()["all gates"]
     with stories.hybrid(plan, fake, patience_s=5) as executor:
         session = executor.open_session()
@@ -198,13 +205,13 @@ def test_an_interruption_releases_the_device(stories, fake):
             recording.append(interrupt)
         with pytest.raises(KeyboardInterrupt):
             session.decode(7)
-        fake.synchronize()  # hangs where it still waits for an answer
+        fake.synchronize()  # hangs if it still waits for an answer
         with pytest.raises(DeviceFailed):
             session.decode(8)
 
 
 def test_a_thread_that_never_answers_is_given_up(stories, fake):
-    """The watchdog lets the stream go on, with NaN that nothing can pass for text."""
+    """The watchdog lets the stream continue with NaN, which no one can mistake for text."""
     plan = stories.plans()["all gates"]
     with stories.hybrid(plan, fake, patience_s=0.2) as executor:
         session = executor.open_session()
@@ -215,7 +222,7 @@ def test_a_thread_that_never_answers_is_given_up(stories, fake):
         for recording in session._lane.recordings.values():
             for step in recording:
                 step()
-        fake.synchronize()  # the thread that should serve does not exist
+        fake.synchronize()  # no thread serves the link
         assert link.error == 2
         assert torch.isnan(session._lane.tensors.x[0]).all()
         with pytest.raises(DeviceFailed):
@@ -232,7 +239,7 @@ def test_a_budget_bounds_the_sessions_that_are_open_at_a_time(stories):
         executor.open_session()
 
 
-def test_observing_is_refused(stories):
+def test_observing_masks_is_refused(stories):
     with stories.hybrid(stories.plans()["all"], HostDevice()) as executor:
         session = executor.open_session()
         with pytest.raises(InvalidOption, match="device cpu"):
@@ -240,7 +247,7 @@ def test_observing_is_refused(stories):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_plans_bytes_are_those_that_lie_on_the_device(packed, name):
+def test_a_plans_bytes_equal_those_on_the_device(packed, name):
     plan = packed.plans()[name]
     with packed.hybrid(plan, HostDevice()) as executor:
         sizes = ModelSizes(packed.config, packed.format, N_CONTEXT, n_splits=1, rows_per_count=0)
@@ -255,10 +262,10 @@ def test_hand_offs_are_measured_with_the_real_link(fake, mechanism):
     recording = fake.record(loop.launch)
     loop.y.fill_(float("nan"))
     loop.replay(recording)
-    assert not loop.y.any()  # every answer, a sum over no neuron, came
+    assert not loop.y.any()  # every answer came: each is a sum over no neurons, so 0
 
 
-def test_a_device_is_measured(format):
+def test_the_speeds_of_a_device_are_measured(format):
     config, device = PackedFolder(STORIES, Format.q8).config, HostDevice()
     speeds = measure_gpu(
         device,
@@ -274,6 +281,7 @@ def test_a_device_is_measured(format):
     assert speeds.mechanism == "synchronise"
 
 
+@pytest.mark.slow
 def test_sessions_on_several_threads_alternate(stories, fake):
     plan = stories.plans()["everything"]
     with stories.hybrid(plan, fake) as executor:

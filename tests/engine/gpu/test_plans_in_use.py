@@ -1,5 +1,6 @@
-"""Plans as users meet them: load(vram_budget=…), --plan, what is said, and what happens where it
-does not fit. The GPU is torch's CPU device.
+"""Plans by load(vram_budget=…) and --plan are used and reported, and replaced if they do not fit.
+
+The GPU is torch's CPU device.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> HostDevice:
 
 
 def greedy(**options) -> tuple[Greedy, hybrid.Engine]:
+    """Load an engine with `options`, write greedily, and return both."""
     with hybrid.load("stories", threads=2, context_size=256, **options) as engine:
         return write_greedily(engine), engine
 
@@ -74,7 +76,7 @@ def test_a_budget_changes_no_text(gpu, budget):
 
 def test_sessions_work_alike_on_every_plan(gpu):
     def use(engine: hybrid.Engine) -> tuple[tuple[int, ...], np.ndarray]:
-        """What is counted, and logits after tokens that do not depend on the engine."""
+        """Return counts of tokens, and the logits after fixed tokens."""
         ids = engine.tokenizer.encode("Tom had a red ball. He")
         with engine.open_session() as session:
             "".join(engine.generate(ids, session=session, max_tokens=4, temperature=0.0))
@@ -91,7 +93,7 @@ def test_sessions_work_alike_on_every_plan(gpu):
                 session.reset()
                 pieces = engine.generate(ids, session=session, max_tokens=12, seed=3)
                 sampled.append("".join(pieces))
-            assert sampled[0] == sampled[1]  # of one engine; of two devices it may differ
+            assert sampled[0] == sampled[1]  # on one engine; two devices may sample other texts
             return (*counts, len(ids)), np.array(logits)
 
     with hybrid.load("stories", threads=2) as engine:
@@ -100,7 +102,7 @@ def test_sessions_work_alike_on_every_plan(gpu):
         assert engine.plan.uses_gpu
         counts, logits = use(engine)
     assert counts == expected_counts
-    assert counts[0] == counts[-1]  # the prompt that both have in common
+    assert counts[0] == counts[-1]  # the shared prompt was cached
     check_logits(logits, expected)
 
 
@@ -108,18 +110,20 @@ def test_torch_is_held_to_the_budget(gpu, monkeypatch):
     limits = []
     monkeypatch.setattr(gpu, "limit", limits.append)
     greedy(vram_budget=16 * MIB)
-    assert limits == [11 * MIB]  # all but what CUDA itself takes
+    assert limits == [11 * MIB]  # the budget without what CUDA itself takes
 
 
-def test_measurements_are_kept(gpu, home, monkeypatch):
+@pytest.mark.slow
+def test_measurements_are_kept_and_used_again(gpu, home, monkeypatch):
     greedy(vram_budget=16 * MIB)
-    assert len(list((home / "machines").iterdir())) == 2  # the CPU, and with its GPU
+    assert len(list((home / "machines").iterdir())) == 2  # the CPU alone, and with the GPU
     monkeypatch.setattr(measurement, "measure_gpu", lambda *_, **__: 1 / 0)
     _, engine = greedy(vram_budget=16 * MIB)
     assert engine.plan.uses_gpu
 
 
-def test_more_than_there_is_and_less_than_cuda_takes(gpu):
+@pytest.mark.slow
+def test_budgets_beyond_the_gpu_and_below_what_cuda_takes_are_reported(gpu):
     _, engine = greedy(vram_budget=1 << 40)
     assert any("planned for those" in notice for notice in engine.notices)
     _, engine = greedy(vram_budget=MIB)
@@ -129,7 +133,7 @@ def test_more_than_there_is_and_less_than_cuda_takes(gpu):
         _, engine = greedy(**options)
         assert not engine.plan.uses_gpu
         assert engine.notices == ()
-    _, engine = greedy(device="cuda")  # all that is free
+    _, engine = greedy(device="cuda")  # the budget is all free memory
     assert engine.plan.is_all_on_gpu
 
 
@@ -165,7 +169,8 @@ def test_a_plan_from_a_file_that_does_not_fit_is_an_error(gpu, monkeypatch, tmp_
         greedy(plan=path)
 
 
-def test_plans_of_something_else_are_refused(gpu, tmp_path):
+@pytest.mark.slow
+def test_plans_of_another_model_or_format_are_refused(gpu, tmp_path):
     _, engine = greedy(vram_budget=30 * MIB)
     path = tmp_path / "plan.json"
     replace(engine.plan, model_hash="another").save(path)
@@ -189,7 +194,7 @@ def test_the_plan_that_setup_made_is_used(gpu, home):
     assert not engine.plan.uses_gpu
     with hybrid.load("stories", threads=2, context_size=128) as engine:
         assert not engine.plan.uses_gpu
-        assert any("is for a context of 256, asked for are 128" in n for n in engine.notices)
+        assert any("context of 256 positions, but 128 are requested" in n for n in engine.notices)
     path.write_text("{}")
     _, engine = greedy()
     assert not engine.plan.uses_gpu
@@ -207,27 +212,27 @@ def test_the_plan_that_setup_made_is_used(gpu, home):
         {"device": "cpu", "vram_budget": 1 << 30},
     ],
 )
-def test_bad_options(home, options):
+def test_bad_options_are_refused(home, options):
     with pytest.raises(InvalidOption):
         greedy(**options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_is_said(home):
+def test_a_missing_gpu_is_reported(home):
     with pytest.raises(DeviceUnavailable, match="use device cpu"):
         greedy(device="cuda")
     actual, engine = greedy(vram_budget=1 << 30)
-    assert any("everything is on the CPU" in notice for notice in engine.notices)
+    assert any("everything runs on the CPU" in notice for notice in engine.notices)
     assert actual.tokens == greedy()[0].tokens
 
 
-def test_without_torch_it_is_said(home, monkeypatch):
+def test_missing_torch_is_reported(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "hybrid.engine.gpu.device", None)
     with pytest.raises(DeviceUnavailable, match=r"pip install 'hybrid-inference\[gpu\]'"):
         greedy(device="cuda")
 
 
-def test_run_says_what_is_where(gpu, capsys):
+def test_run_prints_the_plan(gpu, capsys):
     assert run_main(["-p", "Once", "-n", "5", "-c", "256", "--vram-budget", "64MiB"]) == 0
     error = capsys.readouterr().err
     assert "note: plan: on the GPU all layers and the head" in error
@@ -247,7 +252,7 @@ def test_a_saved_plan_runs(gpu, capsys, tmp_path):
 
 
 def test_predictors_find_cold_neurons(gpu, tmp_path, monkeypatch):
-    """In split layers whose cold gates are the CPU's, the predictor names them."""
+    """In split layers whose cold gates are on the CPU, the predictor names the cold neurons."""
     n = 192
     random = predictor_files.random_lowrank
 
@@ -280,7 +285,7 @@ def test_predictors_find_cold_neurons(gpu, tmp_path, monkeypatch):
     expected, decoded, n_gates = run()
     logits, own_decoded, own_gates = run(plan=plan_file)
     for own, oracle in ((logits, expected), (own_decoded, decoded)):
-        # Without half its neurons the model is off, and every rounding shows.
+        # Half of the model's neurons are missing, so its logits are off and every rounding shows.
         assert np.abs(own - oracle).max() < 0.05 * np.abs(oracle).max()
     assert abs(own_gates - n_gates) < 0.01 * n_gates
     assert n_gates < 0.9 * (len(ids) + 3) * config.n_layers * config.n_neurons
@@ -288,7 +293,7 @@ def test_predictors_find_cold_neurons(gpu, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_triton_decodes_the_same_text(gpu, monkeypatch, tmp_path):
-    """The kernels of a real GPU, interpreted, in the whole engine."""
+    """The whole engine runs the kernels of a real GPU, interpreted if there is none."""
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
@@ -310,6 +315,7 @@ def test_triton_decodes_the_same_text(gpu, monkeypatch, tmp_path):
     check_greedy(actual, expected)
 
 
+@pytest.mark.slow
 def test_the_mechanism_can_be_forced(gpu):
     _, engine = greedy(vram_budget=14 * MIB)
     assert engine.plan.hand_offs == GPU.mechanism
@@ -319,7 +325,7 @@ def test_the_mechanism_can_be_forced(gpu):
         greedy(vram_budget=14 * MIB, hand_offs="host-functions")
 
 
-def test_torch_is_loaded_only_where_a_gpu_is_used(home):
+def test_torch_is_loaded_only_if_a_gpu_is_used(home):
     program = (
         "import sys, hybrid\n"
         "with hybrid.load('stories') as engine:\n"

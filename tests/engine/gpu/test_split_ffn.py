@@ -1,5 +1,6 @@
-"""One FFN over both devices, with integers: every order of summation gives the same fp32, so any
-plan is bit-equal to the oracle.
+"""An FFN that is split over both devices is bit-equal to the oracle for any split.
+
+The data are integers, for which every order of summation gives the same fp32.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ HIDDEN, N_NEURONS, N_TOKENS = 96, 200, 3
 
 
 def integers(format: Format, rng: np.random.Generator, n: int, largest: int) -> np.ndarray:
-    """(n, HIDDEN) small integers; each block of 32 ends in the one value that makes its scale 1."""
+    """(n, HIDDEN) small integers. Each block of 32 ends in a value that makes its scale 1."""
     values = rng.integers(-1, 2, (n, HIDDEN)).astype(np.float32)
     values[rng.random(values.shape) < 0.8] = 0.0
     if format is not Format.bf16:
@@ -43,6 +44,8 @@ def integers(format: Format, rng: np.random.Generator, n: int, largest: int) -> 
 
 
 class Case:
+    """Integer weights and activations of one FFN, with the oracle's result."""
+
     def __init__(self, format: Format, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         largest = -8 if format is Format.q4 else 127
@@ -50,7 +53,8 @@ class Case:
         self.gate, self.up, self.down = (
             integers(format, rng, N_NEURONS, largest) for _ in range(3)
         )
-        # Activations have their largest value where all gate and up rows hold no small integer.
+        # The largest values set the scales, but must not add to the dot products. So where the gate
+        # and up rows hold theirs, the activations are 0, and the other way round.
         self.h = rng.integers(-2, 3, (N_TOKENS, HIDDEN)).astype(np.float32)
         self.h[:, 31::32] = 0.0
         self.gate[:, 30::32] = self.up[:, 30::32] = 0.0
@@ -63,7 +67,7 @@ class Case:
         self.y = y
 
     def device_matrix(self, w: np.ndarray, n: int) -> DeviceMatrix:
-        """Its first n rows."""
+        """Return the first n rows of `w` as the device holds them."""
         rows = unpack_rows(self.format, *pack_rows(self.format, w), HIDDEN)
         values = torch.from_numpy(rows.values)
         if self.format is Format.bf16:
@@ -72,7 +76,7 @@ class Case:
         return DeviceMatrix(self.format, values, scales).rows(0, n)
 
     def hot(self, n_gate: int, n_hot: int) -> tuple[np.ndarray, np.ndarray]:
-        """The GPU's gates and its sum."""
+        """Return the GPU's gates and its sum over the hot neurons."""
         kernels, relu = TorchKernels(), Activation.relu
         x = empty_vectors(self.format, N_TOKENS, HIDDEN, torch.device("cpu"))
         kernels.quantize(torch.from_numpy(self.h), x)
@@ -89,7 +93,7 @@ class Case:
     def cold(
         self, gates: np.ndarray, n_gate: int, n_hot: int, *, n_tokens: int, is_dense: bool
     ) -> np.ndarray:
-        """The CPU's sum, by the native program."""
+        """Return the CPU's sum over the cold neurons, by the native program."""
         cos, sin = reference.rope_tables(32, 1e4, 64)
         program = Program(
             format=self.format,
@@ -129,7 +133,7 @@ class Case:
         session.end()
         counted = self.active[:n_tokens, n_hot:].sum()
         assert session.active_counts == [counted]
-        return y[:n_tokens].copy()  # the link poisons what is exchanged when it goes
+        return y[:n_tokens].copy()  # a freed link fills the exchanged arrays with NaN
 
 
 @pytest.mark.parametrize("n_tokens", [1, N_TOKENS])
@@ -145,8 +149,8 @@ def test_hot_and_cold_add_up_to_the_oracle(isa, format, n_gate, n_hot, is_dense,
 
 
 @given(seed=st.integers(0, 10_000), buckets=st.tuples(st.integers(0, 3), st.integers(0, 3)))
-def test_any_split_of_any_model(seed, buckets):
-    """Weights, hot sets and formats by chance."""
+def test_any_split_adds_up_to_the_oracle(seed, buckets):
+    """Weights, hot sets and formats are random."""
     n_hot, n_gate = sorted(64 * bucket for bucket in buckets)
     case = Case(list(Format)[seed % 3], seed)
     gates, hot = case.hot(n_gate, n_hot)
@@ -162,18 +166,18 @@ def test_both_devices_quantise_to_the_same_bits(format):
     own = empty_vectors(format, 5, 256, torch.device("cpu"))
     TorchKernels().quantize(torch.from_numpy(x), own)
     np.testing.assert_array_equal(own.dequantize().numpy(), reference.round_activation(format, x))
-    if format is not Format.bf16:  # and the CPU's own kernel: int8 values, interleaved
+    if format is not Format.bf16:  # the CPU's kernel agrees too; its int8 are interleaved
         for row, values in zip(x, own.values.numpy(), strict=True):
             native = _native.quantize(format, row)[:256].view(np.int8)
             np.testing.assert_array_equal(native[column_order(format, 256)], values)
 
 
-def test_all_on_the_gpu_is_the_oracle(format):
+def test_everything_on_the_gpu_equals_the_oracle(format):
     case = Case(format)
     np.testing.assert_array_equal(case.hot(N_NEURONS, N_NEURONS)[1], case.y)
 
 
-def test_a_gate_that_is_not_a_number_is_seen(format):
+def test_a_gate_that_is_nan_gives_nan(format):
     case = Case(format)
     gates, _ = case.hot(128, 64)
     gates[0, 70] = np.nan

@@ -1,5 +1,5 @@
-"""Engines with predictors: the only error is a neuron that is missed, decode equals prefill, bytes
-are counted, and files of another model are refused.
+"""Engines with a predictor err only by missed neurons, decode and prefill the same bits, count
+their bytes, and refuse files of another model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_a_predictor_that_names_all_neurons_changes_no_bit(tmp_path, model, quan
 
 @pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
 @pytest.mark.parametrize("model", SIZES.values(), ids=SIZES, indirect=True)
-def test_decode_equals_prefill_and_no_neuron_is_made_up(tmp_path, model, quant):
+def test_decode_equals_prefill_and_no_inactive_neuron_is_added(tmp_path, model, quant):
     with hybrid.load(model, quant=quant) as engine:
         path = write_predictor(tmp_path / "p", engine)
         exact = engine.open_session().observe(IDS[:1]).masks
@@ -64,14 +64,14 @@ def test_decode_equals_prefill_and_no_neuron_is_made_up(tmp_path, model, quant):
                 assert 0 < active < named < n_pairs
             masks = engine.open_session().observe(IDS[:1]).masks
     np.testing.assert_array_equal(*logits)
-    assert not (masks[0] & ~exact[0]).any()  # the first layer's inputs are the same
+    assert not (masks[0] & ~exact[0]).any()  # the inputs of the first layer are the same
     assert (masks[0] != exact[0]).any()
 
 
 @pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
 @pytest.mark.parametrize("model", SIZES.values(), ids=SIZES, indirect=True)
 @pytest.mark.parametrize("kinds", [("lowrank", "sign"), ("exact", "lowrank")], ids="-".join)
-def test_bytes_counted_are_those_of_the_formula(tmp_path, model, quant, kinds):
+def test_counted_bytes_equal_the_formula(tmp_path, model, quant, kinds):
     with hybrid.load(model, quant=quant) as engine:
         path = write_predictor(tmp_path / "p", engine, kinds=kinds)
     with hybrid.load(model, quant=quant, predictor=path, threads=3) as engine:
@@ -80,17 +80,17 @@ def test_bytes_counted_are_those_of_the_formula(tmp_path, model, quant, kinds):
         assert session.shortlisted_count == 0
 
 
-def test_a_dense_session_asks_no_predictor(tmp_path, model):
+def test_a_dense_session_uses_no_predictor(tmp_path, model):
     with hybrid.load(model) as engine:
         path = write_predictor(tmp_path / "p", engine, margin=-1e7)
         expected = engine.open_session(dense=True).prefill(IDS, all_logits=True)
     with hybrid.load(model, predictor=path) as engine:
         actual = engine.open_session(dense=True).prefill(IDS, all_logits=True)
         np.testing.assert_array_equal(actual, expected)
-        assert (prefill(engine) != expected).any()  # the others miss everything
+        assert (prefill(engine) != expected).any()  # other sessions miss all neurons
 
 
-def test_layers_that_are_exact_are_said(tmp_path, model):
+def test_layers_without_a_predictor_are_reported(tmp_path, model):
     with hybrid.load(model) as engine:
         path = write_predictor(tmp_path / "p", engine, kinds=("exact", "sign"))
     with hybrid.load(model, predictor=path) as engine:
@@ -130,7 +130,7 @@ def test_missing_and_broken_files_are_refused(tmp_path, model):
         hybrid.load(model, predictor=tmp_path / "broken")
 
 
-def test_a_recall_that_the_file_was_not_made_for_names_those_that_it_was(tmp_path, model):
+def test_an_unknown_recall_is_refused_with_the_known_ones(tmp_path, model):
     with hybrid.load(model) as engine:
         path = write_predictor(tmp_path / "p", engine)
     with pytest.raises(InvalidOption, match=r"0\.9; the file holds 0\.99"):
@@ -139,7 +139,7 @@ def test_a_recall_that_the_file_was_not_made_for_names_those_that_it_was(tmp_pat
         hybrid.load(model, recall=1.5)
 
 
-def test_another_weight_format_is_said(tmp_path, model):
+def test_a_predictor_of_another_weight_format_is_reported(tmp_path, model):
     with hybrid.load(model, quant="q4") as engine:
         path = write_predictor(tmp_path / "p", engine)
     with hybrid.load(model, quant="q8", predictor=path) as engine:
@@ -157,7 +157,7 @@ def test_silu_has_nothing_to_predict(tmp_path):
         assert engine.prediction is None
 
 
-def test_auto_takes_what_setup_left_and_says_where_it_cannot(tmp_path, model, monkeypatch):
+def test_auto_uses_the_file_that_setup_made_and_reports_if_it_cannot(tmp_path, model, monkeypatch):
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
     with hybrid.load(model, predictor="auto") as engine:
         assert engine.prediction is None
@@ -174,7 +174,8 @@ def test_auto_takes_what_setup_left_and_says_where_it_cannot(tmp_path, model, mo
         assert any("exact instead" in notice for notice in engine.notices)
 
 
-def test_the_command_line_says_what_is_in_use(tmp_path, capsys):
+@pytest.mark.slow
+def test_the_command_line_reports_the_predictor_in_use(tmp_path, capsys):
     from hybrid.bench import main as bench
     from hybrid.run import main as run
 

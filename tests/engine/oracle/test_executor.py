@@ -1,4 +1,4 @@
-"""The reference forward pass against Hugging Face transformers, random weights, fp32."""
+"""The reference forward pass in fp32 matches Hugging Face transformers on random weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDS = np.random.default_rng(0).integers(0, 320, 70)
 
 
 def llama_logits(folder: Path, tensors: dict[str, np.ndarray], activation: str) -> np.ndarray:
-    """What transformers' LlamaForCausalLM makes of a folder's sizes and the given weights."""
+    """Return the logits of transformers' Llama with a folder's sizes and the given weights."""
     config = json.loads((folder / "config.json").read_text())
     is_tied = "lm_head.weight" not in tensors
     changes = {"hidden_act": activation, "tie_word_embeddings": is_tied}
@@ -40,7 +40,7 @@ def reference_logits(folder: Path) -> np.ndarray:
     with open_checkpoint(folder) as checkpoint:
         session = ReferenceSession(read_weights(checkpoint, None), checkpoint.config)
         first = session.prefill(IDS[:41])
-        return np.concatenate([first, session.prefill(IDS[41:])])  # over the KV cache
+        return np.concatenate([first, session.prefill(IDS[41:])])  # uses the KV cache
 
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act_param": None}
@@ -85,7 +85,7 @@ def test_sparse_llama_with_fatrelu_matches_transformers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_minicpm_matches_a_llama_with_its_scales_folded_in(tmp_path, monkeypatch, is_tied):
-    """Embedding, residual and logit scales, folded by hand into the weights of a Llama."""
+    """Embedding, residual and logit scales are folded into the weights of a Llama."""
     monkeypatch.setitem(
         transformers.activations.ACT2FN, "fatrelu_test", (FatRelu, {"threshold": 0.1})
     )

@@ -1,5 +1,9 @@
-"""Compiles every Triton kernel for some GPUs, none of which need be here; prints one line each. A
-program of its own: the interpreter, which the other tests use, replaces the compiler.
+"""Compile every Triton kernel for the given architectures, and print one line for each.
+
+    python tests/kernels/gpu/compile_triton.py 75 86
+
+No GPU is needed. This is a separate program, because the interpreter that the other tests use
+replaces the compiler.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ _HEADS = {"N_HEADS": HEADS, "DIM": DIM, "WIDTH": DIM}
 
 
 def kernels() -> list[tuple[Any, list[str], dict[str, Any]]]:
-    """Kernel, types of its arguments, constants."""
+    """Return each kernel, the types of its arguments, and its constants."""
     t, r, a = triton_kernels, triton_rows, triton_attention
     found: list[tuple[Any, list[str], dict[str, Any]]] = [
         (r.merge, [F, F, F, P], {"N": HIDDEN, "N_SPLITS": 16, "HAS_COLD": True, "WIDTH": 256}),

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every GPU that hybrid is meant for, without one."""
+"""Every Triton kernel compiles for every GPU that hybrid supports. The test needs no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stories that the bundled model has not seen, and how well they are predicted."""
+"""The stories that the bundled model has not seen, and its loss on them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ STORIES = Path(hybrid.__file__).parent / "models" / "stories"
 
 
 def read_held_out(data: Path, max_tokens: int) -> list[NDArray]:
-    """Token ids, story by story, each cut to `max_tokens`."""
+    """Return the token ids of each story, cut to `max_tokens`."""
     tokenizer = Tokenizer.from_file(str(STORIES / "tokenizer.json"))
     stories = encode_stories(tokenizer, read_stories(data / VALID_FILE))
     return [ids[:max_tokens] for ids in stories]
 
 
 class Loss:
-    """Nats per token, over stories."""
+    """The mean loss over several stories, in nats per token."""
 
     def __init__(self) -> None:
         self.total, self.n = 0.0, 0

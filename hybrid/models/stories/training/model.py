@@ -1,12 +1,12 @@
-"""The story model as a torch module: MiniCPM-S's architecture at a few million parameters.
+"""The story model as a torch module: MiniCPM-S's architecture with a few million parameters.
 
-Owns the mathematics of training only; `train_stories.py` owns data, schedule and files. The engine
-never imports this: it reads the Hugging Face folder that `state_dict_for_export` fills.
+This file has only the mathematics of training; `train.py` has data, schedule and files. The engine
+never imports it. It reads the Hugging Face folder that `state_dict_for_export` fills.
 
-Architecture: MiniCPM (https://arxiv.org/abs/2404.06395): embeddings times `scale_emb`, every
-residual branch times `scale_depth / sqrt(n_layers)`, logits from `h / (hidden_size /
-dim_model_base)` through the tied embedding. FFN: `down(fatrelu(gate x) * up x)`, FATReLU as in
-ProSparse (https://arxiv.org/abs/2402.13516).
+The architecture is that of MiniCPM (https://arxiv.org/abs/2404.06395). Embeddings are multiplied by
+`scale_emb`, and every residual branch by `scale_depth / sqrt(n_layers)`. Logits are computed from
+`h / (hidden_size / dim_model_base)` through the tied embedding. The FFN is
+`down(fatrelu(gate x) * up x)`, with FATReLU as in ProSparse (https://arxiv.org/abs/2402.13516).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class StoriesConfig:
-    """Sizes and scales, under the names that a Hugging Face `config.json` uses."""
+    """Sizes and scales, with the names that a Hugging Face `config.json` uses."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -41,7 +41,7 @@ class StoriesConfig:
         return self.hidden_size // self.num_attention_heads
 
     def to_hf(self, threshold: float) -> dict[str, object]:
-        """The dictionary of `config.json`; `threshold` is the FATReLU threshold."""
+        """Return the dictionary of `config.json`; `threshold` is the FATReLU threshold."""
         return {
             "architectures": ["MiniCPMForCausalLM"],
             "model_type": "minicpm",
@@ -90,7 +90,7 @@ class Attention(nn.Module):
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate halves, as Hugging Face's Llama does; `x` is (batch, heads, length, head_dim)."""
+    """Rotate halves as Hugging Face's Llama does. `x` is (batch, heads, length, head_dim)."""
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
@@ -104,7 +104,7 @@ class FFN(nn.Module):
         self.down_proj = nn.Linear(n_neurons, hidden, bias=False)
 
     def forward(self, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-        """Returns the output and the neuron activations `fatrelu(gate x) * up x`."""
+        """Return the output and the neuron activations `fatrelu(gate x) * up x`."""
         gate = self.gate_proj(x)
         gate = F.relu(gate) if threshold == 0.0 else gate * (gate >= threshold)
         activation = gate * self.up_proj(x)
@@ -121,7 +121,7 @@ class Layer(nn.Module):
 
 
 class Stories(nn.Module):
-    """The whole model; sub-module names are those of a Hugging Face checkpoint under `model.`."""
+    """The whole model. Its submodules are named as in a Hugging Face checkpoint under `model.`."""
 
     def __init__(self, config: StoriesConfig) -> None:
         super().__init__()
@@ -137,8 +137,9 @@ class Stories(nn.Module):
                 nn.init.normal_(parameter, std=1.0 / math.sqrt(parameter.shape[1]))
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean cross-entropy, mean |activation| and active fraction per layer, for ids (batch,
-        length).
+        """Return the mean cross-entropy, and per layer the mean |activation| and active fraction.
+
+        `ids` and `targets` are (batch, length).
         """
         config = self.config
         inverse = config.rope_theta ** (
@@ -162,7 +163,7 @@ class Stories(nn.Module):
         return loss, torch.stack(magnitudes), torch.stack(fractions)
 
     def state_dict_for_export(self) -> dict[str, Tensor]:
-        """bf16 tensors under Hugging Face names; the head is tied and therefore absent."""
+        """Return bf16 tensors with Hugging Face names. The head is tied and therefore absent."""
         return {
             f"model.{name}": tensor.detach().to("cpu", torch.bfloat16).contiguous()
             for name, tensor in self.state_dict().items()

@@ -1,9 +1,9 @@
-"""What the bundled model's card says, measured: curves, sparsity, power law, samples.
+"""Measure the figures of the bundled model's card: curves, sparsity, power law, samples.
 
     python report.py --data TEXTS --plots docs/stories [--work RUN --twin TWIN]
 
-RUN and TWIN are the folders that train.py wrote. Prints the figures, writes two plots. The
-model measured is the bundled one; neurons are counted in plain fp32.
+RUN and TWIN are the folders that train.py wrote. The script prints the figures and writes two
+plots. It measures the bundled model, and counts active neurons in plain fp32.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def plot_curves(run: dict[str, NDArray], twin: dict[str, NDArray], path: Path) -
 
 
 def count_activations(data: Path) -> tuple[NDArray, int, float]:
-    """Counts (layers, neurons), tokens, and mean loss in nats per token, story by story in fp32."""
+    """Return counts (layers, neurons), the number of tokens, and the mean loss in nats per token.
+
+    Each story is run separately, in fp32.
+    """
     with open_checkpoint(STORIES) as checkpoint:
         weights, config = read_weights(checkpoint, None), checkpoint.config
     counts = np.zeros((config.n_layers, config.n_neurons), np.int64)
@@ -63,7 +66,7 @@ def count_activations(data: Path) -> tuple[NDArray, int, float]:
 
 
 def plot_power_law(counts: NDArray, path: Path) -> NDArray:
-    """Returns, per layer, the share of neurons that carries 80 % of all activations."""
+    """Plot the curves. Return, per layer, the share of neurons with 80 % of all activations."""
     ordered = -np.sort(-counts, 1)
     carried = ordered.cumsum(1) / ordered.sum(1, keepdims=True)
     shares = (np.argmax(carried >= 0.8, 1) + 1) / counts.shape[1]
@@ -81,15 +84,15 @@ def plot_power_law(counts: NDArray, path: Path) -> NDArray:
 
 
 def distinct(texts: list[list[str]], n: int) -> float:
-    """Different n-grams of words over all n-grams (distinct-n, https://arxiv.org/abs/1510.03055)."""
+    """Return the share of distinct word n-grams (distinct-n, https://arxiv.org/abs/1510.03055)."""
     grams = [tuple(words[i : i + n]) for words in texts for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams)
 
 
 def longest_copy(words: list[str], training: list[list[str]], longest: int = 60) -> tuple[int, str]:
-    """The longest run of words that also stands in a training story."""
+    """Return the length and text of the longest run of words that is also in a training story."""
     low, high, copied = 0, longest, ""
-    while low < high:  # if n words are copied, so are n - 1
+    while low < high:  # bisect: if n words are copied, so are n - 1
         n = (low + high + 1) // 2
         wanted = {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
         found = next(
@@ -118,10 +121,14 @@ def report_curves(run: dict[str, NDArray], twin: dict[str, NDArray], plot: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, help="with --twin: the run's curves too")
-    parser.add_argument("--twin", type=Path)
-    parser.add_argument("--plots", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the training texts")
+    parser.add_argument(
+        "--work", type=Path, help="folder of the run, to compare it with --twin (default: none)"
+    )
+    parser.add_argument(
+        "--twin", type=Path, help="folder of the twin, to compare it with --work (default: none)"
+    )
+    parser.add_argument("--plots", type=Path, required=True, help="folder for the plots")
     args = parser.parse_args()
     args.plots.mkdir(parents=True, exist_ok=True)
 

@@ -1,19 +1,22 @@
-"""Train the bundled story model: a small ReLU-sparse language model of MiniCPM-S's own
-architecture.
+"""Train the bundled story model, a small ReLU-sparse language model like MiniCPM-S.
 
     python train.py --data TEXTS --work RUN --export hybrid/models/stories
     python train.py --data TEXTS --work TWIN --dense  # the twin: no sparsity terms
 
-Recipe, in the spirit of ProSparse (https://arxiv.org/abs/2402.13516): ReLU gate from the start; an
-L1 term on the FFN activations whose factor rises smoothly, steered so that sparsity follows a
-cosine ramp to `--target-sparsity`; then a FATReLU threshold, the largest that costs less than
-`THRESHOLD_COST` of held-out loss, with which training goes on to its end. The exported model has a
-higher one: the lowest with which every layer is at least `LEAST_LAYER_SPARSITY` sparse on held-out
-stories, for the densest layer decides. Schedule: warm-up, stable, linear decay. Optimiser: Muon for
-the matrices (https://kellerjordan.github.io/posts/muon), AdamW for embedding and norms.
+The recipe follows ProSparse (https://arxiv.org/abs/2402.13516). The gate is ReLU from the start. An
+L1 term on the FFN activations has a factor that rises smoothly. It is adjusted so that sparsity
+follows a cosine ramp to `--target-sparsity`. Then training sets a FATReLU threshold, and continues
+with it to the end. It is the largest one that costs less than `THRESHOLD_COST` of the held-out
+loss.
 
-Seeded; resumes from `--work` by itself. `curves.csv` there holds one row an evaluation, and
-`curves.png` shows them. Needs the `train` extra.
+The exported model has a higher threshold. It is the lowest one with which every layer is at least
+`LEAST_LAYER_SPARSITY` sparse on held-out stories, so the densest layer decides.
+
+The schedule is warm-up, stable, linear decay. The optimiser is Muon for the matrices
+(https://kellerjordan.github.io/posts/muon), and AdamW for the embedding and norms.
+
+Runs are seeded, and resume from `--work` automatically. `curves.csv` in that folder has one row per
+evaluation, and `curves.png` shows them. The script needs the `train` extra.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ TRAIN_FILES = (
 )
 VALID_FILE = "tinystories/tinystories_valid.txt"
 
-WARMUP = 0.03  # shares of all steps
+# From here to DECAY_FROM: shares of all steps.
+WARMUP = 0.03
 SPARSITY_RAMP = (0.10, 0.70)
 THRESHOLD_AT = 0.80
 DECAY_FROM = 0.55
@@ -63,7 +67,7 @@ EVAL_EVERY = 100
 
 
 def read_stories(path: Path) -> list[str]:
-    """Stories of one file; paragraphs of hard-wrapped texts are joined, blank lines dropped."""
+    """Read the stories of a file. Joins paragraphs of hard-wrapped texts and drops blank lines."""
     stories = []
     for text in path.read_text(encoding="utf-8").split(END_OF_TEXT):
         wrapped = path.name.startswith("simple")
@@ -78,12 +82,12 @@ def read_stories(path: Path) -> list[str]:
 
 
 def letters(story: str) -> str:
-    """A key under which two printings of one story are equal."""
+    """Return a key that is equal for two printings of the same story."""
     return re.sub("[^a-z]", "", story.lower())[:80]
 
 
 def train_tokenizer(stories: list[str], vocab_size: int) -> Tokenizer:
-    """BPE with byte fallback, normalised as MiniCPM's own (ids 0, 1, 2: unk, bos, eos)."""
+    """Train BPE with byte fallback, normalised like MiniCPM's (ids 0, 1, 2: unk, bos, eos)."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -113,7 +117,7 @@ def train_tokenizer(stories: list[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(stories, trainer)
     tokenizer.add_special_tokens(special)
-    # The trainer knows no byte tokens: put them behind the special ones, as sentencepiece does.
+    # The trainer makes no byte tokens. Insert them after the special ones, as sentencepiece does.
     state = json.loads(tokenizer.to_str())
     pieces = sorted(state["model"]["vocab"], key=state["model"]["vocab"].__getitem__)
     order = special + byte_tokens + [piece for piece in pieces if piece not in special]
@@ -131,7 +135,7 @@ def encode_stories(tokenizer: Tokenizer, stories: list[str]) -> list[np.ndarray]
 
 
 class Batches:
-    """Windows of `length + 1` ids over the stories, shuffled anew each epoch by (seed, epoch)."""
+    """Windows of `length + 1` ids over the stories, shuffled for each epoch by (seed, epoch)."""
 
     def __init__(self, stories: list[np.ndarray], length: int, batch_size: int, seed: int) -> None:
         self.stories, self.window, self.batch_size, self.seed = (
@@ -165,7 +169,7 @@ def run_batch(model: torch.nn.Module, ids: torch.Tensor, device: str) -> tuple[t
 def evaluate(
     model: torch.nn.Module, batches: Batches, device: str, limit: int | None = None
 ) -> tuple[float, np.ndarray]:
-    """Held-out loss in nats per token, and the active fraction per layer."""
+    """Return the held-out loss in nats per token, and the active fraction per layer."""
     n_batches = min(limit or batches.per_epoch, batches.per_epoch)
     results = [run_batch(model, batches[step], device) for step in range(n_batches)]
     loss = float(np.mean([result[0].item() for result in results]))
@@ -173,7 +177,7 @@ def evaluate(
 
 
 def choose_threshold(model: Stories, batches: Batches, device: str) -> float:
-    """The largest FATReLU threshold that costs at most THRESHOLD_COST of the held-out loss."""
+    """Find the largest FATReLU threshold that costs at most THRESHOLD_COST of held-out loss."""
     best, _ = evaluate(model, batches, device, limit=4)
     chosen = 0.0
     for threshold in (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4):
@@ -201,7 +205,7 @@ def learning_rate_factor(progress: float) -> float:
 
 
 def ramp(progress: float, start: float, end: float) -> float:
-    """0 before `start`, 1 after `end`, half a cosine between."""
+    """Return 0 before `start`, 1 after `end`, and half a cosine between them."""
     share = min(max((progress - start) / (end - start), 0.0), 1.0)
     return 0.5 - 0.5 * math.cos(math.pi * share)
 
@@ -226,7 +230,7 @@ def make_optimizers(model: Stories, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def export(model: Stories, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder."""
+    """Write the model as an ordinary Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict_for_export(), folder / "model.safetensors", {"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -244,7 +248,7 @@ def export(model: Stories, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def save_curves(folder: Path, rows: list[dict[str, float]]) -> None:
-    """`curves.csv`, and `curves.png` of it."""
+    """Write `curves.csv`, and plot it as `curves.png`."""
     with (folder / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -264,17 +268,27 @@ def save_curves(folder: Path, rows: list[dict[str, float]]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the training texts")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints and curves go here")
-    parser.add_argument("--export", type=Path, help="write the finished model's folder here")
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch-size", type=int, default=16, help="windows of 512 tokens")
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--target-sparsity", type=float, default=0.90)
-    parser.add_argument("--dense", action="store_true", help="the twin: no L1 term, no threshold")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of the training texts")
+    add("--work", type=Path, required=True, help="folder for checkpoints and curves")
+    add("--export", type=Path, help="folder for the finished model (default: none)")
+    add("--steps", type=int, default=2200, help="number of training steps (default: 2200)")
+    add("--batch-size", type=int, default=16, help="windows of 512 tokens per step (default: 16)")
+    add("--lr", type=float, default=4e-3, help="peak learning rate (default: 0.004)")
+    add("--seed", type=int, default=1, help="random seed (default: 1)")
+    add(
+        "--target-sparsity",
+        type=float,
+        default=0.90,
+        help="FFN sparsity at the end of the ramp (default: 0.9)",
+    )
+    add("--dense", action="store_true", help="train the twin, without L1 term and threshold")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to train on (default: cuda if there is one, else cpu)",
+    )
+    add("--no-compile", action="store_true", help="run without torch.compile")
     return parser.parse_args()
 
 
@@ -335,7 +349,7 @@ def main() -> None:
         if progress < SPARSITY_RAMP[0]:
             start_fraction = active
         else:
-            # Steer the factor so that the active fraction follows the ramp down to the target.
+            # Adjust the factor so that the active fraction follows the ramp down to the target.
             goal = start_fraction + ramp(progress, *SPARSITY_RAMP) * (
                 1.0 - args.target_sparsity - start_fraction
             )
