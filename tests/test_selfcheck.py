@@ -266,7 +266,7 @@ def hub_copy(cache: Path, name: str) -> Path:
     (cache / "blobs").mkdir(parents=True)
     snapshot = cache / "snapshots" / name
     snapshot.mkdir(parents=True)
-    for file in STORIES.iterdir():
+    for file in filter(Path.is_file, STORIES.iterdir()):
         data = file.read_bytes()
         etag = hashlib.sha256(data).hexdigest()
         (cache / "blobs" / etag).write_bytes(data)
@@ -427,9 +427,6 @@ def test_oracle_memory_is_known_beforehand():
 def test_the_gpu_checks_can_be_rehearsed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     pytest.importorskip("scipy")
-    from hybrid.engine.loading import planning
-
-    monkeypatch.setattr(planning, "open_device", planning.open_device)  # restored after the test
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
     path = tmp_path / "checks.json"
     assert selfcheck.main(["--gpu", "--rehearse", "-o", str(path)]) == 0, capsys.readouterr().out

@@ -15,6 +15,7 @@ A failed check is recorded, and the next one runs. Please send us the file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ from hybrid.placement.solver import alternatives
 LIMIT_S = 480.0
 REPLAYS = 10_000
 CONTEXT = 512
-BOUND = 2e-2  # share of the largest logit: see tests/engine/gpu/test_hybrid.py
+BOUND = 4e-2  # share of the largest logit; tests/engine/gpu/hybrid_models.py says why
 KERNEL_TESTS = Path("tests/kernels/gpu/test_triton.py")  # exists only in a checkout
 
 
@@ -306,6 +307,20 @@ def kernel_tests(*before: str) -> dict[str, Any]:
     return {"exit": result.returncode, "last": result.stdout.strip().splitlines()[-1:]}
 
 
+@contextlib.contextmanager
+def _open_device(is_rehearsal: bool) -> Iterator[Device]:
+    """The GPU. In a rehearsal it is torch's CPU device, and engines take it for the GPU too."""
+    if not is_rehearsal:
+        yield planning.open_device()
+        return
+    device, open_device = HostDevice(), planning.open_device
+    planning.open_device = lambda: device
+    try:
+        yield device
+    finally:
+        planning.open_device = open_device
+
+
 def check_gpu(
     out: Path,
     *,
@@ -320,32 +335,30 @@ def check_gpu(
     with a small model. Raises DeviceUnavailable if there is no usable GPU.
     """
     if is_rehearsal:
-        device: Device = HostDevice()
-        planning.open_device = lambda: device
         model = "stories"
-    else:
-        device = planning.open_device()
-    threads, folder = default_threads(), out.parent
-    pool = ThreadPool(threads)
+    folder = out.parent
     checks = Checks(out, limit_s, report)
-    checks.run("environment", lambda: environment(device))
-    checks.run("hand-offs", lambda: hand_offs(device, pool))
-    if not is_rehearsal:
-        checks.run("hand-offs, all cores busy", lambda: busy_hand_offs(device, pool))
-        checks.run("kernel tests", kernel_tests, needs_s=60)
-    checks.run("replays", lambda: replays(device, pool, 20 if is_rehearsal else REPLAYS))
-    checks.run("a lost thread", lambda: lost_thread(device, pool))
-    checks.run("kernels", lambda: kernels(device, 64 if is_rehearsal else 1 << 16))
-    checks.run("every plan, stories q8", lambda: every_plan("stories", "q8", folder))
-    shares = (0.5,) if is_rehearsal else (0.25, 0.5, 0.75)
-    quants: tuple[Quant, ...] = ("q8",) if is_rehearsal else ("q8", "q4", "bf16")
-    for quant in quants:
-        check = partial(splits, model, quant, threads, device, folder, shares)
-        checks.run(f"decode, {quant}", check, needs_s=60)
-    if not is_rehearsal:
-        checks.run("every plan, 1B q8", lambda: every_plan(model, "q8", folder), needs_s=60)
-        sanitizer = ("compute-sanitizer", "--error-exitcode", "9")
-        checks.run("compute-sanitizer", lambda: kernel_tests(*sanitizer), needs_s=90)
+    with _open_device(is_rehearsal) as device:
+        threads = default_threads()
+        pool = ThreadPool(threads)
+        checks.run("environment", lambda: environment(device))
+        checks.run("hand-offs", lambda: hand_offs(device, pool))
+        if not is_rehearsal:
+            checks.run("hand-offs, all cores busy", lambda: busy_hand_offs(device, pool))
+            checks.run("kernel tests", kernel_tests, needs_s=60)
+        checks.run("replays", lambda: replays(device, pool, 20 if is_rehearsal else REPLAYS))
+        checks.run("a lost thread", lambda: lost_thread(device, pool))
+        checks.run("kernels", lambda: kernels(device, 64 if is_rehearsal else 1 << 16))
+        checks.run("every plan, stories q8", lambda: every_plan("stories", "q8", folder))
+        shares = (0.5,) if is_rehearsal else (0.25, 0.5, 0.75)
+        quants: tuple[Quant, ...] = ("q8",) if is_rehearsal else ("q8", "q4", "bf16")
+        for quant in quants:
+            check = partial(splits, model, quant, threads, device, folder, shares)
+            checks.run(f"decode, {quant}", check, needs_s=60)
+        if not is_rehearsal:
+            checks.run("every plan, 1B q8", lambda: every_plan(model, "q8", folder), needs_s=60)
+            sanitizer = ("compute-sanitizer", "--error-exitcode", "9")
+            checks.run("compute-sanitizer", lambda: kernel_tests(*sanitizer), needs_s=90)
     (folder / "plan.json").unlink(missing_ok=True)
     return [
         name

@@ -20,12 +20,11 @@ from hybrid.weights.packing import PackedModel, pack_model
 from hybrid.weights.unpacked import PackedReader
 
 N_CONTEXT = 320
-# How far the logits of two orders of summation may differ. BOUND bounds the largest difference,
-# relative to the largest logit. RMS_BOUND bounds the root mean square, relative to the standard
-# deviation of the logits. Activations are rounded to int8 again and again, so a value that falls on
-# the other side of a rounding boundary shows. In q4 the first is 1.4 to 2.6 % and the second 1.0 to
-# 1.3 %, depending on the text.
-BOUND, RMS_BOUND = 3e-2, 2e-2
+# How far the logits of two devices may differ, as a share of the largest logit. The devices add in
+# another order, activations are rounded to int8 again and again, and a value that falls on the
+# other side of a rounding step shows. Measured on the bundled model over 1,920 tokens for each
+# format and three instruction sets: median 0.6 %, 90 % of the tokens below 1.0 %, at most 2.4 %.
+BOUND, MEDIAN_BOUND = 4e-2, 1e-2
 
 
 class PackedFolder:
@@ -83,13 +82,14 @@ def some_ids(config: Any, n: int, seed: int = 0) -> np.ndarray:
 
 
 def check_logits(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Assert that logits are within both bounds, with the same argmax if its lead is clear."""
-    bound = BOUND * np.abs(expected).max()
-    assert np.abs(actual - expected).max() <= bound
-    if actual.ndim == 2:  # one token alone varies more
-        assert np.sqrt(np.mean(np.square(actual - expected))) <= RMS_BOUND * expected.std()
+    """(vocab,) or (tokens, vocab). The likeliest token is the same if its lead is clear."""
+    largest = np.abs(expected).max()
+    difference = np.abs(actual - expected).max(-1) / largest
+    assert difference.max() <= BOUND
+    if difference.size >= 20:  # one token alone varies more
+        assert np.median(difference) <= MEDIAN_BOUND
     top = np.sort(expected)[..., -2:]
-    clear = top[..., 1] - top[..., 0] > 2 * bound
+    clear = top[..., 1] - top[..., 0] > 2 * BOUND * largest
     assert (actual.argmax(-1) == expected.argmax(-1))[clear].all()
 
 
@@ -116,7 +116,7 @@ def write_greedily(engine: hybrid.Engine, n: int = 12) -> Greedy:
     return Greedy(generation.tokens, np.array(margins), np.concatenate(forced))
 
 
-def check_greedy(actual: Greedy, expected: Greedy, least: int = 4) -> None:
+def check_greedy(actual: Greedy, expected: Greedy, least: int = 2) -> None:
     """Assert that two devices, which sum in different orders, write the same text.
 
     Their logits must be near each other. Their texts must be equal up to the first token whose
