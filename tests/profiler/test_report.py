@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from isa_note import ISA_NOTE
 
 from hybrid.placement.profile import FILE_NAME, POSITION_BUCKETS, ActivationProfile
 from profiler.report import main
@@ -134,4 +135,4 @@ def test_the_bundled_profile_is_of_the_bundled_model(capsys):
     assert "stories" in capsys.readouterr().out
     with hybrid.load("stories") as engine:
         assert engine.neuron_orders is not None
-        assert not engine.notices
+        assert not [notice for notice in engine.notices if ISA_NOTE not in notice]
