@@ -5,10 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from tiny_models import STORIES
 
+from hybrid.checkpoint import open_checkpoint
+from hybrid.kernels import Format, ThreadPool
 from hybrid.notices import Notices
-from hybrid.placement import disturbance
+from hybrid.placement import disturbance, measurement
 from hybrid.placement.disturbance import OtherLoad, StolenTime
+from hybrid.placement.machine import CpuSpeeds
+from hybrid.placement.measurement import measured_machine
 
 
 @pytest.fixture
@@ -60,3 +65,17 @@ def test_more_than_a_tenth_disturbs(clock, taken, is_disturbed):
     clock.system += taken
     assert load.notice(2, notices) is is_disturbed
     assert len(notices) == is_disturbed
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_speeds_of_a_busy_machine_are_used_but_not_kept(tmp_path, monkeypatch, share):
+    speeds = CpuSpeeds(30.0, 20.0, 10.0, 1.0)
+    monkeypatch.setattr(measurement, "measure_cpu", lambda *_: speeds)
+    monkeypatch.setattr(OtherLoad, "share", lambda self, n_threads: share)
+    with open_checkpoint(STORIES) as checkpoint:
+        config = checkpoint.config
+    notices = Notices()
+    machine = measured_machine(config, Format.q8, ThreadPool(1), tmp_path, notices)
+    assert machine.cpu == speeds
+    assert len(list(tmp_path.rglob("*.json"))) == (share == 0.0)
+    assert any("50% of the processors" in notice for notice in notices) is (share == 0.5)
