@@ -10,7 +10,7 @@ with hybrid.load("stories") as engine:
 from hybrid.engine.engine import Engine, EngineStats
 from hybrid.engine.generation import Generation, GenerationStats, TokenLogprobs
 from hybrid.engine.loading.prediction import Prediction
-from hybrid.engine.options import check_options
+from hybrid.engine.options import GenerationOptions, LoadOptions
 from hybrid.engine.session import Observation, Session
 from hybrid.errors import (
     ContextOverflow,
@@ -46,11 +46,13 @@ __all__ = [
     "EngineClosed",
     "EngineStats",
     "Generation",
+    "GenerationOptions",
     "GenerationStats",
     "HybridError",
     "InvalidArtifact",
     "InvalidCheckpoint",
     "InvalidOption",
+    "LoadOptions",
     "MissingPackage",
     "ModelNotFound",
     "Observation",
@@ -64,6 +66,5 @@ __all__ = [
     "UnsupportedIsa",
     "UnsupportedModel",
     "active_isa",
-    "check_options",
     "load",
 ]

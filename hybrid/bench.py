@@ -20,12 +20,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import psutil
 
-from hybrid import Engine, InvalidOption, Sampler, Session, active_isa, check_options
+from hybrid import Engine, InvalidOption, Sampler, Session, active_isa
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_device_options,
@@ -35,7 +34,7 @@ from hybrid.cli.command_line import (
     printable,
     run_command,
 )
-from hybrid.placement.stolen_time import StolenTime
+from hybrid.placement.disturbance import StolenTime
 
 PREFILL_LENGTHS = (128, 512)
 SHORT_CONTEXT = 16
@@ -186,9 +185,7 @@ class DecodeBench:
 
 
 def bench(args: argparse.Namespace) -> int:
-    check_options(threads=args.threads)  # before a model is downloaded
-    profile = args.profile if args.profile in ("auto", "none") else Path(args.profile)
-    with open_engine(args, mmap=args.mmap, mlock=args.mlock, profile=profile) as (engine, _):
+    with open_engine(args) as (engine, _):
         report(args, engine)
     return 0
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid import Engine, Progress, check_options
+from hybrid import Engine, LoadOptions, Progress
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_device_options,
@@ -108,6 +108,7 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
                 print(f"note: {notice}", file=sys.stderr)
             yield engine, progress
         return
+    LoadOptions(threads=args.threads)  # report a wrong value before a model is downloaded
     with progress_bar() as progress:
         folder = resolve(args.model, offline=args.offline, progress=progress)
         yield Fp32Engine(folder), progress
@@ -181,7 +182,6 @@ def label(about: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_options(threads=args.threads)
     try:
         {"perplexity": perplexity, "choices": choices}[args.command](args)
     finally:

@@ -20,11 +20,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hybrid import InvalidOption, MissingPackage, check_options
+from hybrid import InvalidOption, MissingPackage
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_model_options,
     byte_size,
+    load_options,
     printable,
     run_command,
 )
@@ -32,6 +33,7 @@ from hybrid.cli.progress_bar import progress_bar
 from hybrid.engine.loading.model_spec import ModelSpec, read_model_spec
 from hybrid.engine.loading.planning import machine_here, solve_for
 from hybrid.hub.catalog import hybrid_home, resolve
+from hybrid.notices import Notices
 from hybrid.placement.machine import MODELLED, Machine, override, read_overrides
 from hybrid.placement.plan import LayerPlacement, PlacementPlan, whole_plan
 from hybrid.placement.solver import Alternative, alternatives
@@ -93,23 +95,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_options(threads=args.threads)
+    options, notices = load_options(args), Notices()
     with progress_bar() as progress:
         folder = resolve(args.model, offline=args.offline, progress=progress)
-        spec, notices = read_model_spec(
-            folder,
-            quant=args.quant,
-            threads=args.threads,
-            context_size=args.ctx_size,
-            home=hybrid_home(),
-            progress=progress,
+        spec = read_model_spec(
+            folder, options, home=hybrid_home(), notices=notices, progress=progress
         )
-    machine, more = find_machine(args, spec)
-    plan, solved = solve_for(machine, spec, args.vram_budget)
+    machine = find_machine(args, spec, notices)
+    plan = solve_for(machine, spec, args.vram_budget, notices)
     model = spec.time_model(machine)
     budget = max(0, plan.vram_budget - plan.context_bytes)
     candidates = alternatives(model, spec.cpu_plan(), budget)
-    for notice in (*notices, *more, *solved):
+    for notice in notices:
         print(f"note: {printable(notice)}", file=sys.stderr)
     if args.json:
         print(json.dumps(as_json(machine, plan, candidates)))
@@ -127,21 +124,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_machine(args: argparse.Namespace, spec: ModelSpec) -> tuple[Machine, tuple[str, ...]]:
-    """Return the machine to plan for, and notices."""
+def find_machine(args: argparse.Namespace, spec: ModelSpec, notices: Notices) -> Machine:
+    """Return the machine to plan for."""
     name = args.hardware
     if name in MODELLED:
         machine = MODELLED[name]()
-        return machine, (f"{machine.name} is modelled, not measured",)
-    machine, notices = machine_here(spec, hybrid_home())
+        notices.add(f"{machine.name} is modelled, not measured")
+        return machine
     if name is None:
-        return machine, notices
+        return machine_here(spec, hybrid_home(), notices)
     path = Path(name)
     if not path.is_file():
         names = ", ".join(MODELLED)
         raise InvalidOption(f"--hardware {name}: expected a JSON file, or one of {names}")
+    of_this_machine = Notices()
+    machine = machine_here(spec, hybrid_home(), of_this_machine)
     machine = override(machine, read_overrides(path), path)
-    return machine, notices if machine.gpu is None else ()
+    if machine.gpu is None:
+        notices.add(*of_this_machine)
+    return machine
 
 
 def print_plan(machine: Machine, plan: PlacementPlan, candidates: list[Alternative]) -> None:

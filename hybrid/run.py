@@ -25,13 +25,14 @@ from hybrid import (
     Generation,
     InvalidOption,
     active_isa,
-    check_options,
 )
 from hybrid.cli.closing_line import closing_line
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_device_options,
+    add_generation_options,
     add_predictor_options,
+    generation_options,
     open_engine,
     printable,
     run_command,
@@ -76,13 +77,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="chat with the model; the same as -i unless there is a prompt (needs a template)",
     )
     add("--system", help="system message at the start of a chat (default: none)")
-    add(
-        "-n",
-        "--max-tokens",
-        type=int,
-        default=256,
-        help="maximum number of tokens to generate (default: 256)",
-    )
     add("-t", "--threads", type=int, help="number of threads (default: the physical cores)")
     add(
         "-c",
@@ -90,55 +84,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help="context size in tokens (default: 4096, or the model's maximum if that is less)",
     )
-    add(
-        "--temp",
-        type=float,
-        help="temperature; 0 always takes the likeliest token (default: the model's)",
-    )
-    add(
-        "--top-k",
-        type=int,
-        help="sample from the k likeliest tokens; 0 means all (default: the model's)",
-    )
-    add(
-        "--top-p",
-        type=float,
-        help="sample from the fewest tokens that have this probability (default: the model's)",
-    )
-    add(
-        "--min-p",
-        type=float,
-        help="drop tokens below this share of the likeliest token (default: the model's)",
-    )
-    add(
-        "--repeat-penalty",
-        type=float,
-        default=1.0,
-        help="make recent tokens less likely; 1 means off (default: 1)",
-    )
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        help="end before this text; may be repeated (default: none)",
-    )
-    add(
-        "--seed",
-        type=int,
-        help="random seed; the closing line names the one in use (default: random)",
-    )
+    add_generation_options(parser)
     add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (default: q8)")
     add_predictor_options(parser)
     add_device_options(parser)
     add("--raw", action="store_true", help="do not apply the model's chat template")
     add("--no-stream", action="store_true", help="print the text only when it is complete")
     add("--json", action="store_true", help="print one JSON object instead of the text")
-    add(
-        "--logprobs",
-        type=int,
-        metavar="K",
-        help="print the log-probability of each token and the K likeliest tokens (default: off)",
-    )
     add("--mlock", action="store_true", help="lock the weights in memory")
     add(
         "--mmap",
@@ -218,29 +170,14 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that `Engine.generate` and `Engine.chat` have in common."""
-    return {
-        "max_tokens": args.max_tokens,
-        "temperature": args.temp,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "repeat_penalty": args.repeat_penalty,
-        "stop": args.stop,
-        "logprobs": args.logprobs,
-        "seed": args.seed,
-    }
-
-
 def begin(engine: Engine, prompt: str, args: argparse.Namespace) -> Generation:
     if args.system is None:
-        return engine.generate(prompt, raw=args.raw, **options_of(args))
+        return engine.generate(prompt, raw=args.raw, options=generation_options(args))
     messages: list[ChatMessage] = [
         {"role": "system", "content": args.system},
         {"role": "user", "content": prompt},
     ]
-    return engine.chat(messages, **options_of(args))
+    return engine.chat(messages, options=generation_options(args))
 
 
 def answer(engine: Engine, prompt: str, args: argparse.Namespace) -> int:
@@ -295,9 +232,8 @@ def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) ->
 
 def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
-    check_options(**options_of(args), threads=args.threads)  # before a model is downloaded
-    options = {"context_size": args.ctx_size, "mmap": args.mmap, "mlock": args.mlock}
-    with open_engine(args, **options) as (engine, _):
+    generation_options(args)  # report a wrong value before a model is downloaded
+    with open_engine(args) as (engine, _):
         for line in notes(engine, args):
             print(f"note: {printable(line)}", file=sys.stderr)
         if (args.chat or args.system is not None) and not engine.tokenizer.has_chat_template:
@@ -309,7 +245,7 @@ def run(args: argparse.Namespace) -> int:
             return answer(engine, prompt, args)
         conversation = Conversation(
             engine,
-            options_of(args),
+            generation_options(args),
             system=args.system,
             is_chat=engine.tokenizer.has_chat_template and not args.raw,
             describe=closing_line,

@@ -20,9 +20,15 @@ import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
-from hybrid import DeviceUnavailable, check_options
+from hybrid import DeviceUnavailable
 from hybrid.checking import Check, check_model
-from hybrid.cli.command_line import ArgumentParser, add_model_options, printable, run_command
+from hybrid.cli.command_line import (
+    ArgumentParser,
+    add_model_options,
+    load_options,
+    printable,
+    run_command,
+)
 from hybrid.cli.progress_bar import progress_bar
 
 MARKS = {"ok": "ok     ", "warning": "WARNING", "failed": "FAILED "}
@@ -100,7 +106,7 @@ def run_gpu(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.gpu:
         return run_gpu(args)
-    check_options(threads=args.threads)  # before a model is downloaded
+    load_options(args)  # report a wrong value before a model is downloaded
     checks = []
     with progress_bar() as progress:
         for check in check_model(

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid import Engine, HybridError, InvalidOption, Progress, check_options
+from hybrid import Engine, HybridError, InvalidOption, Progress
 from hybrid.bench import spread
 from hybrid.checking import check_model
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_model_options,
     byte_size,
+    load_options,
     open_engine,
     printable,
     run_command,
@@ -36,6 +37,7 @@ from hybrid.cli.progress_bar import progress_bar
 from hybrid.engine.loading.planning import machine_here, plan_path, solve_for
 from hybrid.engine.loading.prediction import predictor_path
 from hybrid.hub.catalog import hybrid_home
+from hybrid.notices import Notices
 from hybrid.placement.profile import FILE_NAME, load_profile, profile_path
 from predictors.errors import PredictorError
 from predictors.file import load_predictor_file
@@ -118,7 +120,7 @@ def needs_profile(args: argparse.Namespace, engine: Engine, paths: Paths) -> boo
 
 
 def run(args: argparse.Namespace) -> int:
-    check_options(threads=args.threads)
+    load_options(args)  # report a wrong value before a model is downloaded
     corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
     started = time.monotonic()
     with open_engine(args) as (engine, _):
@@ -280,12 +282,14 @@ def make_plan(args: argparse.Namespace) -> bool:
         spec = engine.spec
     path = plan_path(hybrid_home(), spec)
     path.unlink(missing_ok=True)
-    machine, notices = machine_here(spec, hybrid_home())
+    notices = Notices()
+    machine = machine_here(spec, hybrid_home(), notices)
     if machine.gpu is None or args.plan_budget == 0:
         why = "as requested" if machine.gpu is not None else "; ".join(notices)
         print(f"plan       all on the CPU: {printable(why)}")
         return False
-    plan, notices = solve_for(machine, spec, args.plan_budget)
+    notices = Notices()
+    plan = solve_for(machine, spec, args.plan_budget, notices)
     for notice in notices:
         print(f"note: {printable(notice)}")
     try:
@@ -304,16 +308,14 @@ def report(args: argparse.Namespace, *, has_plan: bool) -> None:
     the alternatives are measured one after the other in several rounds, and medians are printed.
     """
     kinds = ["exact"] if args.no_predictor else ["exact", "auto"]
-    runs = {kind: (args, kind) for kind in kinds}
+    runs = {kind: load_options(args, predictor=kind) for kind in kinds}
     if has_plan:
-        on_gpu = argparse.Namespace(
-            **vars(args), device="auto", vram_budget=None, plan=None, hand_offs="auto"
-        )
-        runs[f"{kinds[-1]}, the plan"] = on_gpu, kinds[-1]
+        on_gpu = load_options(args, predictor=kinds[-1], device="auto")
+        runs[f"{kinds[-1]}, the plan"] = on_gpu
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(REPORT_ROUNDS):
-        for name, (options, kind) in runs.items():
-            with open_engine(options, predictor=kind) as (engine, _):
+        for name, options in runs.items():
+            with open_engine(args, options) as (engine, _):
                 engine.wait_for_weights()
                 rates[name].append(measure_rates(engine)["decode"])
                 prediction = engine.prediction

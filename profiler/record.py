@@ -17,11 +17,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid import InvalidOption, check_options
+from hybrid import InvalidOption
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_model_options,
     byte_size,
+    load_options,
     open_engine,
     run_command,
 )
@@ -69,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_options(threads=args.threads)
+    load_options(args)  # report a wrong value before a model is downloaded
     corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
     if args.out.exists() and not args.out.is_dir():
         raise InvalidOption(f"-o {args.out}: is a file; expected a folder")

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid import Engine, check_options
+from hybrid import Engine
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_model_options,
+    load_options,
     open_engine,
     read_text,
     run_command,
@@ -58,7 +59,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_options(threads=args.threads)
+    load_options(args)  # report a wrong value before a model is downloaded
     text = read_text(args.text)
     with open_engine(args) as (engine, _):
         report = measure_sparsity(engine, engine.tokenizer.encode(text))

@@ -15,7 +15,7 @@ PACKAGES = Path(hybrid.__file__).parents[1]
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["hybrid.errors", "hybrid.progress"],
+    ["hybrid.errors", "hybrid.notices", "hybrid.progress"],
     ["hybrid.kernels"],
     ["hybrid.model"],
     ["hybrid.checkpoint", "hybrid.weights"],
@@ -46,11 +46,12 @@ _USUAL = {"hybrid", "hybrid.hub.catalog", "hybrid.cli.progress_bar", "hybrid.cli
 FRONT_ENDS = {
     "hybrid.run": _USUAL | {"hybrid.cli.closing_line", "hybrid.cli.conversation"},
     "hybrid.cli.conversation": _USUAL,
-    "hybrid.bench": _USUAL | {"hybrid.placement.stolen_time"},
+    "hybrid.bench": _USUAL | {"hybrid.placement.disturbance"},
     "hybrid.eval": _USUAL | {"hybrid.evaluation"},
     "hybrid.plan": _USUAL
     | {
         "hybrid.engine.loading.planning",
+        "hybrid.notices",
         "hybrid.engine.loading.model_spec",
         "hybrid.placement.machine",
         "hybrid.placement.plan",

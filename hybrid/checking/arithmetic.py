@@ -9,7 +9,7 @@ import numpy as np
 
 from hybrid.checking.check import Check, Figures
 from hybrid.checkpoint import Checkpoint
-from hybrid.engine.engine import Quant
+from hybrid.engine.options import Quant
 from hybrid.engine.oracle import comparison
 from hybrid.engine.oracle.comparison import Logits, Run
 from hybrid.hub.catalog import CatalogEntry

@@ -34,12 +34,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrid.engine.engine import Engine, Quant
+from hybrid.engine.engine import Engine
 from hybrid.engine.gpu import measurement
 from hybrid.engine.gpu.device import Device, HostDevice
 from hybrid.engine.loading import planning
+from hybrid.engine.options import Quant
 from hybrid.hub.loading import load
 from hybrid.kernels import Format, ThreadPool, active_isa
+from hybrid.notices import Notices
 from hybrid.placement.hardware import default_threads
 from hybrid.placement.plan import ON_CPU, LayerPlacement, PlacementPlan, whole_plan
 from hybrid.placement.solver import alternatives
@@ -165,7 +167,8 @@ def kernels(device: Device, n_rows: int) -> dict[str, Any]:
     from hybrid.kernels.gpu.torch_kernels import TorchKernels
 
     backends = {"torch": TorchKernels()}
-    backends.setdefault(planning.decode_kernels(device)[0].name, planning.decode_kernels(device)[0])
+    fastest = planning.decode_kernels(device, Notices())
+    backends.setdefault(fastest.name, fastest)
     found: dict[str, Any] = {"node_us": measurement.node_seconds(device) * 1e6}
     for name, backend in backends.items():
         for format in Format:
@@ -264,8 +267,9 @@ def splits(
     """
     with load(model, quant=quant, threads=threads, context_size=CONTEXT, device="cpu") as engine:
         spec = engine.spec
-    backend, _ = planning.decode_kernels(device)
-    machine = planning.measured_gpu(device, backend, spec, None)
+    notices = Notices()
+    backend = planning.decode_kernels(device, notices)
+    machine = planning.measured_gpu(device, backend, spec, None, notices)
     assert machine.gpu is not None
     time_model = spec.time_model(machine)
     everything = time_model.sizes.plan(whole_plan(spec.cpu_plan()))

@@ -17,7 +17,8 @@ import psutil
 from hybrid.checking import arithmetic, setting
 from hybrid.checking.check import Check
 from hybrid.checkpoint import Checkpoint, open_checkpoint
-from hybrid.engine.engine import Engine, Quant
+from hybrid.engine.engine import Engine
+from hybrid.engine.options import Quant
 from hybrid.engine.oracle import comparison
 from hybrid.errors import HybridError, InvalidOption
 from hybrid.hub.catalog import CatalogEntry, catalog, resolve

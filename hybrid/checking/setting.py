@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from hybrid.checking.check import Check, Figures
-from hybrid.engine.engine import Quant
+from hybrid.engine.options import Quant
 from hybrid.engine.oracle.comparison import oracle_bytes
 from hybrid.errors import UnsupportedIsa
 from hybrid.hub import checksum

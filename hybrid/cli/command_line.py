@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from hybrid import Engine, HybridError, InvalidOption, Progress, __version__, load
+from hybrid import (
+    Engine,
+    GenerationOptions,
+    HybridError,
+    InvalidOption,
+    LoadOptions,
+    Progress,
+    __version__,
+    load,
+)
 from hybrid.cli.progress_bar import progress_bar
 
 
@@ -95,13 +104,6 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="plan that hybrid.plan saved (default: the one of hybrid.setup, if there is one)",
     )
-    mechanisms = ("auto", "memory-operations", "host-functions", "synchronise")
-    add(
-        "--hand-offs",
-        choices=mechanisms,
-        default="auto",
-        help="how GPU and CPU wait for each other; auto is the fastest measured (default: auto)",
-    )
 
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -126,39 +128,106 @@ def byte_size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def device_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the device options as arguments of `load`."""
-    return {
-        "device": args.device,
-        "vram_budget": args.vram_budget,
-        "plan": args.plan,
-        "hand_offs": args.hand_offs,
-    }
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that decide how an answer is generated. `generation_options` reads them."""
+    add = parser.add_argument
+    add(
+        "-n",
+        "--max-tokens",
+        type=int,
+        default=256,
+        help="maximum number of tokens to generate (default: 256)",
+    )
+    add(
+        "--temp",
+        type=float,
+        help="temperature; 0 always takes the likeliest token (default: the model's)",
+    )
+    add(
+        "--top-k",
+        type=int,
+        help="sample from the k likeliest tokens; 0 means all (default: the model's)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        help="sample from the fewest tokens that have this probability (default: the model's)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        help="drop tokens below this share of the likeliest token (default: the model's)",
+    )
+    add(
+        "--repeat-penalty",
+        type=float,
+        default=1.0,
+        help="make recent tokens less likely; 1 means off (default: 1)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        help="end before this text; may be repeated (default: none)",
+    )
+    add(
+        "--seed",
+        type=int,
+        help="random seed; the closing line names the one in use (default: random)",
+    )
+    add(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="print the log-probability of each token and the K likeliest tokens (default: off)",
+    )
+
+
+def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
+    """Return what the options of a command mean to `hybrid.load`. Raises InvalidOption.
+
+    A command that does not offer an option takes its default; without device options a command runs
+    on the CPU. `changes` are fields of LoadOptions.
+    """
+    names = ["threads", "quant", "recall", "mmap", "mlock", "offline"]
+    names += ["device", "vram_budget", "plan"] if "device" in args else []
+    given: dict[str, Any] = {"device": "cpu"}
+    given |= {name: getattr(args, name) for name in names if name in args}
+    if "ctx_size" in args:
+        given["context_size"] = args.ctx_size
+    for name in ("predictor", "profile"):
+        if name in args:
+            value = getattr(args, name)
+            given[name] = value if value in ("exact", "auto", "none") else Path(value)
+    return LoadOptions(**given | changes)
+
+
+def generation_options(args: argparse.Namespace) -> GenerationOptions:
+    """Return what the options of `add_generation_options` mean. Raises InvalidOption."""
+    return GenerationOptions(
+        max_tokens=args.max_tokens,
+        temperature=args.temp,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repeat_penalty=args.repeat_penalty,
+        stop=args.stop,
+        logprobs=args.logprobs,
+        seed=args.seed,
+    )
 
 
 @contextlib.contextmanager
-def open_engine(args: argparse.Namespace, **options: Any) -> Iterator[tuple[Engine, Progress]]:
-    """Open the model that the options name. Yields its engine and a progress bar.
+def open_engine(
+    args: argparse.Namespace, options: LoadOptions | None = None
+) -> Iterator[tuple[Engine, Progress]]:
+    """Load the model that a command's options name.
 
-    The bar has shown downloading and packing, and the caller may use it for later work. `options`
-    are further arguments of `load`.
+    Yields the engine and the progress bar that showed its download and packing, for further work.
     """
-    if "predictor" in args:
-        named = args.predictor in ("exact", "auto")
-        options["predictor"] = args.predictor if named else Path(args.predictor)
-        options["recall"] = args.recall
-    # Only commands with the device options may use a GPU.
-    options |= device_options(args) if "vram_budget" in args else {"device": "cpu"}
     with (
         progress_bar() as progress,
-        load(
-            args.model,
-            threads=args.threads,
-            quant=args.quant,
-            offline=args.offline,
-            progress=progress,
-            **options,
-        ) as engine,
+        load(args.model, options=options or load_options(args), progress=progress) as engine,
     ):
         yield engine, progress
 

@@ -12,11 +12,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
 
 import psutil
 
-from hybrid import ChatMessage, ContextOverflow, Engine, Generation, InvalidOption
+from hybrid import (
+    ChatMessage,
+    ContextOverflow,
+    Engine,
+    Generation,
+    GenerationOptions,
+    InvalidOption,
+)
 
 HELP = """\
 /reset  start again         /stats  show tokens, speeds and memory
@@ -29,7 +35,7 @@ class Conversation:
     def __init__(
         self,
         engine: Engine,
-        options: dict[str, Any],
+        options: GenerationOptions,
         *,
         system: str | None,
         is_chat: bool,
@@ -119,7 +125,7 @@ class Conversation:
         elif generation.context_is_full:
             print("(stopped: the context is full; /reset starts again)", file=sys.stderr)
         elif generation.finish_reason == "length":
-            print(f"(stopped after --max-tokens {self.options['max_tokens']})", file=sys.stderr)
+            print(f"(stopped after --max-tokens {self.options.max_tokens})", file=sys.stderr)
         if self.is_verbose:
             print(self.describe(self.engine, generation), file=sys.stderr)
 
@@ -127,11 +133,13 @@ class Conversation:
         engine, tokenizer = self.engine, self.engine.tokenizer
         if self.is_chat:
             message: ChatMessage = {"role": "user", "content": line}
-            return engine.chat([*self.messages, message], session=self.session, **self.options)
+            return engine.chat(
+                [*self.messages, message], session=self.session, options=self.options
+            )
         ids = tokenizer.encode(line)
         if self.text_ids:
             ids = self.text_ids + tokenizer.encode_continuation(" " + line)
-        return engine.generate(ids, session=self.session, **self.options)
+        return engine.generate(ids, session=self.session, options=self.options)
 
     def stats(self) -> str:
         totals, session = self.engine.stats, self.session

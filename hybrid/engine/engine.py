@@ -4,49 +4,31 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING
 
-from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.generation import Generation, GenerationStats
-from hybrid.engine.loading.choices import choose_mmap, choose_orders, isa_notices
-from hybrid.engine.loading.executors import Executor, open_executor
-from hybrid.engine.loading.model_spec import DeviceName, DeviceRequest, ModelSpec
-from hybrid.engine.loading.planning import decide
-from hybrid.engine.loading.prediction import DEFAULT_RECALL, Prediction, choose_predictors
+from hybrid.engine.loading.executors import Executor
+from hybrid.engine.loading.pipeline import Parts
+from hybrid.engine.loading.prediction import Prediction
 from hybrid.engine.options import (
-    MAX_LOGPROBS,
-    MAX_THREADS,
-    checked_context,
-    checked_count,
+    GenerationKeywords,
+    GenerationOptions,
     checked_ids,
-    checked_stop,
-    read_default_sampling,
+    spelling_out,
 )
 from hybrid.engine.session import Session
-from hybrid.errors import (
-    ContextOverflow,
-    EngineClosed,
-    InvalidOption,
-    OutOfMemory,
-)
-from hybrid.kernels import Format, check_isa_cap
-from hybrid.placement.hardware import (
-    default_threads,
-    last_level_cache_bytes,
-    measure_stream_gbs,
-)
-from hybrid.progress import Progress, ignore_progress
-from hybrid.text.sampling import Sampler, SamplingParams
-from hybrid.text.tokenizer import ChatMessage, Tokenizer, check_message
-from hybrid.weights.packed_file import load_packed
-from hybrid.weights.packing import NeuronOrders, decode_bytes, order_hash, packed_layout
+from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption, OutOfMemory
+from hybrid.model.config import ModelConfig
+from hybrid.placement.hardware import last_level_cache_bytes, measure_stream_gbs
+from hybrid.text.sampling import Sampler
+from hybrid.text.tokenizer import ChatMessage, check_message
+from hybrid.weights.packing import decode_bytes
 
-Quant = Literal["bf16", "q8", "q4"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,125 +56,55 @@ class Engine:
     a time.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        threads: int | None = None,
-        quant: Quant = "q8",
-        context_size: int | None = None,
-        mmap: bool | None = None,
-        mlock: bool = False,
-        profile: Path | Literal["auto", "none"] = "auto",
-        predictor: Path | Literal["auto", "exact"] = "exact",
-        recall: float = DEFAULT_RECALL,
-        device: DeviceName = "auto",
-        vram_budget: int | None = None,
-        plan: Path | None = None,
-        hand_offs: str = "auto",
-        home: Path | None = None,
-        progress: Progress = ignore_progress,
-    ) -> None:
-        """Load a Hugging Face folder. `hybrid.load` describes the options and errors.
-
-        `home` is hybrid's own folder: packed models are kept there, and profiles, predictors and
-        plans are looked for there. None keeps nothing.
-        """
-        started = time.perf_counter()
-        check_isa_cap()
-        n_threads = checked_count(
-            "threads", default_threads() if threads is None else threads, MAX_THREADS
-        )
-        if quant not in get_args(Quant):
-            raise InvalidOption(
-                f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
-            )
-        format = Format[quant]
-        request = DeviceRequest(device, vram_budget, plan, hand_offs)
-        request.check()
-        with open_checkpoint(folder, format, progress, use_mmap=mmap is not False) as checkpoint:
-            config = checkpoint.config
-            n_context = checked_context(context_size, config)
-            self.tokenizer = Tokenizer.from_folder(
-                folder, vocab_size=config.vocab_size, bos_id=config.bos_id
-            )
-            self.default_sampling = read_default_sampling(folder)
-            orders, frequencies, order_notices = choose_orders(checkpoint, profile, home)
-            self.model_hash: str = checkpoint.weights_hash
-            self.prediction: Prediction | None
-            predictors, self.prediction, predictor_notices = choose_predictors(
-                predictor,
-                recall,
-                config=config,
-                model_hash=self.model_hash,
-                order_hash=order_hash(orders),
-                quant=quant,
-                home=home,
-            )
-            predicted_layers = frozenset(
-                layer for layer, native in enumerate(predictors or ()) if native is not None
-            )
-            n_bytes = packed_layout(config, format, predicted_layers).n_bytes
-            use_mmap, memory_notices = choose_mmap(mmap, n_bytes)
-            loaded = load_packed(
-                checkpoint,
-                format,
-                cache=None if home is None else home / "packed",
-                neuron_orders=orders,
-                predicted_layers=predicted_layers,
-                use_mmap=use_mmap,
-                use_mlock=mlock,
-                fits_memory=not memory_notices,
-                n_threads=n_threads,
-                progress=progress,
-            )
-            self.is_synthetic: bool = checkpoint.is_synthetic
-        spec = ModelSpec(
-            config=config,
-            format=format,
-            n_context=n_context,
-            n_threads=n_threads,
-            model_hash=self.model_hash,
-            order_hash=order_hash(orders),
-            frequencies=frequencies,
-            prediction=self.prediction,
-        )
-        self.spec: ModelSpec = spec  # what a placement plan is made for
-        decision = decide(request, spec, home)
-        executor, self.plan, plan_notices = open_executor(
-            decision, spec, loaded.model, predicted_layers, predictors, home
-        )
+    def __init__(self, parts: Parts) -> None:
+        """`hybrid.load` makes the parts (hybrid/engine/loading/pipeline.py)."""
+        self.folder, self.spec, self.plan = parts.folder, parts.spec, parts.plan
+        self.tokenizer, self.default_sampling = parts.tokenizer, parts.default_sampling
+        self.neuron_orders, self.is_synthetic = parts.orders, parts.is_synthetic
+        self._device_name, self._notices = parts.device_name, parts.notices
+        self._executor: Executor | None = parts.executor
+        loaded = parts.loaded
         # Whether all logits are estimated from a preview and only the likeliest computed in full.
         self.previews_head: bool = loaded.model.preview is not None and not (
             self.plan.is_head_on_gpu
         )
-        # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
-        self.neuron_orders: NeuronOrders | None = orders
-        self.folder, self.config, self.quant = folder, config, quant
-        self.n_threads, self.n_context = n_threads, n_context
-        self._notices: tuple[str, ...] = (
-            *checkpoint.notices,
-            *self.tokenizer.notices,
-            *order_notices,
-            *predictor_notices,
-            *memory_notices,
-            *loaded.notices,
-            *plan_notices,
-            *isa_notices(),
-        )
         self._process_id = os.getpid()
-        self._executor: Executor | None = executor
-        self._device_name = (
-            decision.device.name if self.plan.uses_gpu and decision.device else "cpu"
-        )
-        self._stats_lock = threading.Lock()
         self._copying = loaded.copying
+        self._stats_lock = threading.Lock()
         self._stats = EngineStats(
-            load_s=time.perf_counter() - started,
+            load_s=parts.load_s,
             weight_bytes=loaded.n_bytes,
             is_mapped=loaded.is_mapped,
             is_locked=loaded.is_locked,
         )
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.spec.config
+
+    @property
+    def quant(self) -> str:
+        """The weight format: "bf16", "q8" or "q4"."""
+        return self.spec.format.name
+
+    @property
+    def n_threads(self) -> int:
+        return self.spec.n_threads
+
+    @property
+    def n_context(self) -> int:
+        """Positions of a session's KV cache."""
+        return self.spec.n_context
+
+    @property
+    def model_hash(self) -> str:
+        """A hash of the checkpoint's weights, which profiles, predictors and plans name."""
+        return self.spec.model_hash
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """The predictors in use. None: every gate is computed."""
+        return self.spec.prediction
 
     @property
     def device_name(self) -> str:
@@ -202,7 +114,8 @@ class Engine:
     @property
     def notices(self) -> tuple[str, ...]:
         """Lines that a user should see: what is slower or was not applied, and why."""
-        return self._notices + (() if self._copying is None else self._copying.notices)
+        copying = () if self._copying is None else self._copying.notices
+        return (*self._notices, *copying)
 
     @property
     def stats(self) -> EngineStats:
@@ -261,7 +174,7 @@ class Engine:
             predictor_bytes = self.prediction.bytes_per_token
         return decode_bytes(
             self.config,
-            Format[self.quant],
+            self.spec.format,
             n_tokens,
             first_position,
             n_active,
@@ -270,21 +183,15 @@ class Engine:
             n_shortlisted,
         )
 
+    @spelling_out(GenerationOptions)
     def generate(
         self,
         prompt: str | Sequence[int],
         *,
         session: Session | None = None,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repeat_penalty: float = 1.0,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
-        seed: int | None = None,
         raw: bool = False,
+        options: GenerationOptions | None = None,
+        **keywords: Unpack[GenerationKeywords],
     ) -> Generation:
         """Continue a prompt; iterate over the result for its text.
 
@@ -293,33 +200,21 @@ class Engine:
         defaults; temperature 0 is greedy. The text ends before the first of the `stop` strings.
         `logprobs` requests each token's log-probability, and those of that many likeliest tokens.
         With a `session` of this engine, the part of the prompt that its KV cache holds is not
-        computed again. Work begins with the first iteration.
+        computed again. Keywords change what `options` says. Work begins with the first iteration.
 
         Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory.
         """
-        return self._begin(
-            self._checked_prompt(prompt, raw=raw),
-            session,
-            self._sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed),
-            max_tokens=max_tokens,
-            stop=stop,
-            logprobs=logprobs,
-        )
+        options = replace(options or GenerationOptions(), **keywords)
+        return self._begin(self._checked_prompt(prompt, raw=raw), session, options)
 
+    @spelling_out(GenerationOptions)
     def chat(
         self,
         messages: Sequence[ChatMessage],
         *,
         session: Session | None = None,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repeat_penalty: float = 1.0,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
-        seed: int | None = None,
+        options: GenerationOptions | None = None,
+        **keywords: Unpack[GenerationKeywords],
     ) -> Generation:
         """Answer the last of `messages`, such as `[{"role": "user", "content": "Hello"}]`.
 
@@ -327,6 +222,7 @@ class Engine:
         conversation each time: only what is new is computed. Options and errors are those of
         `generate`. Raises InvalidOption if hybrid knows no chat template of the model.
         """
+        options = replace(options or GenerationOptions(), **keywords)
         # Copy the messages, because the caller may edit the conversation in place later.
         try:
             messages = tuple(messages)
@@ -336,15 +232,7 @@ class Engine:
         for index, message in enumerate(messages):
             check_message(index, message)
         messages = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-        return self._begin(
-            self._chat_ids(messages, session),
-            session,
-            self._sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed),
-            max_tokens=max_tokens,
-            stop=stop,
-            logprobs=logprobs,
-            messages=messages,
-        )
+        return self._begin(self._chat_ids(messages, session), session, options, messages)
 
     def open_session(self, *, dense: bool = False, timed: bool = False) -> Session:
         """Open a new, empty sequence with its own KV cache; weights and threads are shared.
@@ -396,27 +284,20 @@ class Engine:
         self,
         ids: list[int],
         session: Session | None,
-        params: SamplingParams,
-        *,
-        max_tokens: int,
-        stop: str | Sequence[str],
-        logprobs: int | None,
+        options: GenerationOptions,
         messages: Sequence[ChatMessage] = (),
     ) -> Generation:
-        max_tokens, stop = checked_count("max_tokens", max_tokens), checked_stop(stop)
-        if logprobs is not None:
-            logprobs = checked_count("logprobs", logprobs, MAX_LOGPROBS, least=0)
         executor = self._open()
         if session is not None and session._engine is not executor:
             raise InvalidOption("session: belongs to another engine")
         return Generation(
             self.open_session() if session is None else session,
             self.tokenizer,
-            Sampler(params),
+            Sampler(options.sampling(self.default_sampling)),
             ids,
-            max_tokens=max_tokens,
-            stop=stop,
-            logprobs=logprobs,
+            max_tokens=options.max_tokens,
+            stop=options.stop_strings,
+            logprobs=options.logprobs,
             eos_ids=self.config.eos_ids,
             n_neurons=self.config.n_layers * self.config.n_neurons,
             owns_session=session is None,
@@ -436,25 +317,6 @@ class Engine:
                 prefill_s=before.prefill_s + ended.prefill_s,
                 decode_s=before.decode_s + ended.decode_s,
             )
-
-    def _sampling(
-        self,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        min_p: float | None,
-        repeat_penalty: float,
-        seed: int | None,
-    ) -> SamplingParams:
-        defaults = self.default_sampling
-        return SamplingParams(
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-            min_p=defaults.min_p if min_p is None else min_p,
-            repeat_penalty=repeat_penalty,
-            seed=seed,
-        )
 
     def _chat_ids(self, messages: Sequence[ChatMessage], session: Session | None) -> list[int]:
         """Return the conversation's ids.

@@ -1,12 +1,18 @@
-"""Checks of the options that callers give to an engine, and the model's own defaults."""
+"""LoadOptions and GenerationOptions: everything that a caller may choose, said once.
+
+The library, the commands and later a server accept the same two classes. Each checks what does not
+depend on the model when it is made, so that a mistake is reported before a model is downloaded.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex, TypedDict, TypeVar, get_args
 
 import numpy as np
 
@@ -14,42 +20,161 @@ from hybrid.errors import InvalidCheckpoint, InvalidOption
 from hybrid.model.config import ModelConfig
 from hybrid.text.sampling import SamplingParams
 
+Quant = Literal["bf16", "q8", "q4"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
 DEFAULT_CONTEXT = 4096  # positions, or the model's maximum if that is smaller
+DEFAULT_RECALL = 0.99
 MAX_LOGPROBS = 100
 MAX_THREADS = 1024
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def check_options(
-    *,
-    max_tokens: int = 256,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repeat_penalty: float = 1.0,
-    stop: str | Sequence[str] = (),
-    logprobs: int | None = None,
-    seed: int | None = None,
-    threads: int | None = None,
-) -> None:
-    """Check options that do not depend on the model, so that errors come before a download.
 
-    Raises InvalidOption for values that `load` or `Engine.generate` would refuse for any model.
+@dataclass(frozen=True, slots=True)
+class DeviceRequest:
+    """What the user wants of a GPU. Raises InvalidOption for values that exclude each other."""
+
+    device: DeviceName = "auto"
+    vram_budget: int | None = None  # bytes of the whole process; None: all free VRAM
+    plan: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("device", self.device, get_args(DeviceName))
+        if self.vram_budget is not None:
+            checked_count("vram_budget", self.vram_budget, least=0)
+        if self.plan is not None and self.vram_budget is not None:
+            raise InvalidOption(
+                "plan and vram_budget exclude each other: a plan has its own budget"
+            )
+        if self.device == "cpu" and (self.plan is not None or self.vram_budget):
+            raise InvalidOption("device cpu takes no plan and no vram_budget")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded; `hybrid.load` describes each option. Raises InvalidOption."""
+
+    threads: int | None = None  # None: the physical cores
+    quant: Quant = "q8"
+    context_size: int | None = None  # tokens; None: 4096, or the model's maximum if that is less
+    mmap: bool | None = None  # None: only if the weights do not fit into memory
+    mlock: bool = False
+    profile: Path | Literal["auto", "none"] = "auto"
+    predictor: Path | Literal["auto", "exact"] = "exact"
+    recall: float = DEFAULT_RECALL
+    device: DeviceName = "auto"
+    vram_budget: int | None = None  # bytes
+    plan: Path | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            checked_count("threads", self.threads, MAX_THREADS)
+        _check_choice("quant", self.quant, get_args(Quant))
+        if not 0.0 < self.recall < 1.0:
+            raise InvalidOption(f"recall: expected a value between 0 and 1, found {self.recall}")
+        _ = self.device_request
+
+    @property
+    def device_request(self) -> DeviceRequest:
+        return DeviceRequest(self.device, self.vram_budget, self.plan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """How an answer is generated. Raises InvalidOption.
+
+    Sampling options that are None take the model's own defaults.
     """
-    checked_count("max_tokens", max_tokens)
-    SamplingParams(
-        temperature=0.0 if temperature is None else temperature,
-        top_k=0 if top_k is None else top_k,
-        top_p=1.0 if top_p is None else top_p,
-        min_p=0.0 if min_p is None else min_p,
-        repeat_penalty=repeat_penalty,
-        seed=seed,
-    )
-    checked_stop(stop)
-    if logprobs is not None:
-        checked_count("logprobs", logprobs, MAX_LOGPROBS, least=0)
-    if threads is not None:
-        checked_count("threads", threads, MAX_THREADS)
+
+    max_tokens: int = 256
+    temperature: float | None = None  # 0: always the likeliest token
+    top_k: int | None = None  # 0: all
+    top_p: float | None = None  # 1: all
+    min_p: float | None = None  # 0: all
+    repeat_penalty: float = 1.0  # 1: off
+    stop: str | Sequence[str] = ()  # the text ends before the first of these
+    logprobs: int | None = None  # log-probability of each token, and of so many likeliest ones
+    seed: int | None = None  # None: random
+
+    def __post_init__(self) -> None:
+        self.sampling(SamplingParams())
+        object.__setattr__(self, "max_tokens", checked_count("max_tokens", self.max_tokens))
+        checked_stop(self.stop)
+        if self.logprobs is not None:
+            logprobs = checked_count("logprobs", self.logprobs, MAX_LOGPROBS, least=0)
+            object.__setattr__(self, "logprobs", logprobs)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return checked_stop(self.stop)
+
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """Return the model's defaults with the options that were given."""
+        given = {
+            name: getattr(self, name)
+            for name in ("temperature", "top_k", "top_p", "min_p")
+            if getattr(self, name) is not None
+        }
+        return replace(defaults, **given, repeat_penalty=self.repeat_penalty, seed=self.seed)
+
+
+# The same fields as keywords of `hybrid.load`, `Engine.generate` and `Engine.chat`, for type
+# checkers. tests/engine/test_options.py compares them with the classes.
+
+
+class LoadKeywords(TypedDict, total=False):
+    threads: int | None
+    quant: Quant
+    context_size: int | None
+    mmap: bool | None
+    mlock: bool
+    profile: Path | Literal["auto", "none"]
+    predictor: Path | Literal["auto", "exact"]
+    recall: float
+    device: DeviceName
+    vram_budget: int | None
+    plan: Path | None
+    offline: bool
+
+
+class GenerationKeywords(TypedDict, total=False):
+    max_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repeat_penalty: float
+    stop: str | Sequence[str]
+    logprobs: int | None
+    seed: int | None
+
+
+def spelling_out(options: type) -> Callable[[Function], Function]:
+    """Return a decorator for a function whose `**keywords` are fields of a class of options.
+
+    `help` and `inspect` then list the fields as keyword-only parameters with their defaults.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        listed = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.type,
+            )
+            for field in fields(options)
+        ]
+
+        listed_signature = signature.replace(parameters=[*own, *listed])
+        function.__signature__ = listed_signature  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
@@ -127,3 +252,8 @@ def checked_count(
             expected = f"an integer from {least} to {largest}"
         raise InvalidOption(f"{name}: expected {expected}, found {value!r}")
     return count
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidOption(f"{name}: expected one of {', '.join(choices)}, found {value!r}")

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from hybrid.engine.engine import Engine, Quant
-from hybrid.engine.loading.model_spec import DeviceName
-from hybrid.engine.loading.prediction import DEFAULT_RECALL
+from hybrid.engine.engine import Engine
+from hybrid.engine.loading.pipeline import Request, load_parts
+from hybrid.engine.options import LoadKeywords, LoadOptions, spelling_out
 from hybrid.errors import InvalidOption
 from hybrid.hub.catalog import hybrid_home, resolve
 from hybrid.progress import Progress, ignore_progress
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@spelling_out(LoadOptions)
 def load(
     model: str | Path = "stories",
     *,
-    threads: int | None = None,
-    quant: Quant = "q8",
-    context_size: int | None = None,
-    mmap: bool | None = None,
-    mlock: bool = False,
-    profile: Path | Literal["auto", "none"] = "auto",
-    predictor: Path | Literal["auto", "exact"] = "exact",
-    recall: float = DEFAULT_RECALL,
-    device: DeviceName = "auto",
-    vram_budget: int | None = None,
-    plan: Path | None = None,
-    hand_offs: str = "auto",
-    offline: bool = False,
+    options: LoadOptions | None = None,
     progress: Progress = ignore_progress,
+    **keywords: Unpack[LoadKeywords],
 ) -> Engine:
     """Load a model and return its Engine.
 
@@ -61,32 +55,17 @@ def load(
     `device` is "cpu", "cuda" or "auto". "auto" uses a GPU if `vram_budget` or `plan` requests one,
     or if `hybrid.setup` made a plan. `vram_budget` is the GPU memory in bytes that the whole
     process may use. The plan with the least predicted time decides what goes there, and the rest
-    stays on the CPU. `plan` is a file of `hybrid.plan`; `Engine.plan` says what is where.
-    `hand_offs` forces how GPU and CPU wait for each other: "memory-operations", "host-functions" or
-    "synchronise". "auto" uses what measured fastest. PyTorch is loaded only if a GPU is used.
+    stays on the CPU. `plan` is a file of `hybrid.plan`; `Engine.plan` says what is where. PyTorch
+    is loaded only if a GPU is used.
 
-    `progress` is called during downloading and packing.
+    Keywords change what `options` says. `progress` is called during downloading and packing.
 
     Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, InvalidArtifact, UnsupportedModel,
     InvalidOption, OutOfMemory, DeviceUnavailable, DeviceFailed.
     """
-    return Engine(
-        resolve(model, offline=offline, progress=progress),
-        threads=threads,
-        quant=quant,
-        context_size=context_size,
-        mmap=mmap,
-        mlock=mlock,
-        profile=profile,
-        predictor=predictor,
-        recall=recall,
-        device=device,
-        vram_budget=vram_budget,
-        plan=plan,
-        hand_offs=hand_offs,
-        home=_home(),
-        progress=progress,
-    )
+    options = replace(options or LoadOptions(), **keywords)
+    folder = resolve(model, offline=options.offline, progress=progress)
+    return Engine(load_parts(Request(folder, options, _home(), progress)))
 
 
 def _home() -> Path | None:

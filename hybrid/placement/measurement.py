@@ -19,6 +19,8 @@ from hybrid.errors import InvalidArtifact
 from hybrid.kernels import Activation, Format, Program, Session, ThreadPool, _native, active_isa
 from hybrid.kernels.reference import rope_tables
 from hybrid.model.config import ModelConfig
+from hybrid.notices import Notices
+from hybrid.placement.disturbance import OtherLoad
 from hybrid.placement.hardware import available_memory_bytes, last_level_cache_bytes
 from hybrid.placement.machine import CpuSpeeds, Machine, load_machine
 from hybrid.weights.packing import PackedModel, pack_model, packed_layout, view_packed
@@ -86,11 +88,18 @@ def measure_cpu(config: ModelConfig, format: Format, pool: ThreadPool) -> CpuSpe
 
 
 def measured_machine(
-    config: ModelConfig, format: Format, pool: ThreadPool, home: Path | None, *, again: bool = False
+    config: ModelConfig,
+    format: Format,
+    pool: ThreadPool,
+    home: Path | None,
+    notices: Notices,
+    *,
+    again: bool = False,
 ) -> Machine:
     """Return this machine with its CPU. Speeds are measured once and kept in `home`.
 
-    `again` measures them again. Raises MemoryError.
+    They are not kept if other processes took the processors meanwhile. `again` measures them again.
+    Raises MemoryError.
     """
     path = None if home is None else machine_path(home, config, format, pool.n_threads)
     if path is not None and path.is_file() and not again:
@@ -98,6 +107,7 @@ def measured_machine(
             return load_machine(path)
         except InvalidArtifact:
             pass  # a broken file is measured anew and overwritten
+    load = OtherLoad()
     machine = Machine(
         name=platform.node() or "this machine",
         quant=format.name,
@@ -106,7 +116,7 @@ def measured_machine(
         ram_bytes=available_memory_bytes(),
         cpu=measure_cpu(config, format, pool),
     )
-    if path is not None:
+    if path is not None and not load.notice(pool.n_threads, notices):
         save_quietly(machine, path)
     return machine
 

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hybrid.errors import InvalidArtifact
+from hybrid.model.config import ModelConfig
+from hybrid.notices import Notices
 
 VERSION = 1
 FILE_NAME = "activation_profile.safetensors"
@@ -119,9 +121,10 @@ def load_profile(path: Path) -> ActivationProfile:
 
 
 def check_profile(
-    profile: ActivationProfile, path: Path, model_hash: str, n_layers: int, n_neurons: int
+    profile: ActivationProfile, path: Path, model_hash: str, config: ModelConfig
 ) -> None:
     """Raises InvalidArtifact unless the profile was recorded with this model."""
+    n_layers, n_neurons = config.n_layers, config.n_neurons
     if profile.counts.shape != (n_layers, n_neurons):
         found = " x ".join(map(str, profile.counts.shape))
         raise InvalidArtifact(
@@ -140,21 +143,20 @@ def profile_path(home: Path, model_hash: str) -> Path:
 
 
 def find_profile(
-    folder: Path, home: Path | None, model_hash: str, n_layers: int, n_neurons: int
-) -> tuple[ActivationProfile | None, tuple[str, ...]]:
+    folder: Path, home: Path | None, model_hash: str, config: ModelConfig, notices: Notices
+) -> ActivationProfile | None:
     """Return the profile that `hybrid.setup` recorded, else the one in the model's folder.
 
-    Also returns a notice for each profile that exists but cannot be used.
+    A profile that exists but cannot be used becomes a notice.
     """
-    notices: list[str] = []
     kept = () if home is None else (profile_path(home, model_hash),)
     for path in (*kept, folder / FILE_NAME):
         if not path.is_file():
             continue
         try:
             profile = load_profile(path)
-            check_profile(profile, path, model_hash, n_layers, n_neurons)
-            return profile, tuple(notices)
+            check_profile(profile, path, model_hash, config)
+            return profile
         except InvalidArtifact as error:
-            notices.append(f"profile not used: {error}")
-    return None, tuple(notices)
+            notices.add(f"profile not used: {error}")
+    return None

@@ -41,7 +41,7 @@ from hybrid.checkpoint import open_checkpoint
 from hybrid.hub.catalog import resolve
 from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
-from hybrid.placement.stolen_time import StolenTime
+from hybrid.placement.disturbance import StolenTime
 
 PREFILL = max(PREFILL_LENGTHS)
 MOST_STOLEN = 0.02  # largest share of its time that a hypervisor may take from a run that counts

@@ -57,7 +57,7 @@ def converse(
     monkeypatch.setattr(builtins, "input", read)
     conversation = Conversation(
         engine,
-        OPTIONS | options,
+        hybrid.GenerationOptions(**OPTIONS | options),
         system=system,
         is_chat=is_chat,
         describe=lambda engine, generation: "described",

@@ -89,13 +89,13 @@ def test_counted_bytes_equal_the_formula(tmp_path, model, quant, previewing):
 def test_a_model_is_packed_again_if_a_preview_is_added_or_dropped(tmp_path, model, monkeypatch):
     """Files with and without a preview have the same name but different content."""
     monkeypatch.setattr(packed_file, "KEEP_FROM_BYTES", 0)
-    home = tmp_path / "home"
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
     with hybrid.load(model) as engine:
         path = write_predictor(tmp_path / "p", engine)
     results = []
     for least in (0, 10**9, 0):
         monkeypatch.setattr(preview, "LEAST_ROWS", least)
-        with hybrid.Engine(model, predictor=path, home=home) as engine:
+        with hybrid.load(model, predictor=path) as engine:
             results.append(all_logits(engine))
     np.testing.assert_array_equal(results[0], results[2])
     assert (results[0] != results[1]).any()

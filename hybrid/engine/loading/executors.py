@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,11 +13,20 @@ from hybrid.engine.loading.planning import PlanDecision, measured_gpu, solve_for
 from hybrid.engine.session import NativeSession
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import Predictor, ThreadPool
+from hybrid.notices import Notices
 from hybrid.placement.plan import PlacementPlan
-from hybrid.weights.packing import Layers, PackedModel
+from hybrid.weights.packing import PackedModel
 
 SMALLER = 0.8  # share of a budget that is tried next if the budget was too large
 _ATTEMPTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What executors compute with."""
+
+    model: PackedModel
+    predictors: Sequence[Predictor | None] | None  # per layer; None: every gate is computed
 
 
 class Executor(Protocol):
@@ -32,59 +41,52 @@ class Executor(Protocol):
 def open_executor(
     decision: PlanDecision,
     spec: ModelSpec,
-    model: PackedModel,
-    predicted_layers: Layers,
-    predictors: Sequence[Predictor | None] | None,
+    weights: Weights,
     home: Path | None,
-) -> tuple[Executor, PlacementPlan, tuple[str, ...]]:
-    """Return the executor, the plan in use, and notices.
+    notices: Notices,
+) -> tuple[Executor, PlacementPlan]:
+    """Return the executor and the plan in use.
 
     If a plan that was solved for this load does not fit into VRAM after all, a plan for a smaller
     budget is solved and tried. A plan from a file is never replaced. Raises OutOfMemory,
     InvalidOption, DeviceFailed.
     """
-    notices = list(decision.notices)
     for attempt in range(_ATTEMPTS):
         plan = decision.plan
         cpu = CpuExecutor(
-            model,
+            weights.model,
             spec.config,
             spec.format,
             n_threads=spec.n_threads,
             n_context=spec.n_context,
-            predictors=predictors,
+            predictors=weights.predictors,
             plan=plan,
         )
         if not plan.uses_gpu:
-            return cpu, plan, tuple(notices)
+            return cpu, plan
         try:
-            return _hybrid(decision, spec, model, predicted_layers, cpu), plan, tuple(notices)
+            return _hybrid(decision, spec, weights.model, cpu), plan
         except OutOfMemory as error:
             if not decision.is_solved or attempt == _ATTEMPTS - 1:
                 raise
             assert decision.device is not None
             assert decision.kernels is not None
-            machine = measured_gpu(decision.device, decision.kernels, spec, home)
+            machine = measured_gpu(decision.device, decision.kernels, spec, home, notices)
             budget = int(SMALLER * plan.vram_budget)
-            smaller, _ = solve_for(machine, spec, budget)
-            smaller = replace(smaller, hand_offs=plan.hand_offs)
-            notices.append(f"planned anew for {budget / 2**20:.0f} MiB of VRAM, because {error}")
-            decision = replace(decision, plan=smaller)
+            smaller = solve_for(machine, spec, budget, Notices())
+            notices.add(f"planned anew for {budget / 2**20:.0f} MiB of VRAM, because {error}")
+            decision = replace(decision, plan=replace(smaller, hand_offs=plan.hand_offs))
     raise AssertionError("the last attempt returns or raises")
 
 
 def _hybrid(
-    decision: PlanDecision,
-    spec: ModelSpec,
-    model: PackedModel,
-    predicted_layers: Layers,
-    cpu: CpuExecutor,
+    decision: PlanDecision, spec: ModelSpec, model: PackedModel, cpu: CpuExecutor
 ) -> Executor:
     from hybrid.engine.gpu.executor import HybridExecutor
     from hybrid.weights.unpacked import PackedReader
 
     assert decision.device is not None
-    reader = PackedReader(model.embedding.memory, spec.config, spec.format, predicted_layers)
+    reader = PackedReader(model.embedding.memory, spec.config, spec.format, spec.predicted_layers)
     return HybridExecutor(
         cpu,
         model,

@@ -1,68 +1,36 @@
-"""ModelSpec: the model that a plan is made for. DeviceRequest: the device options of a user."""
+"""ModelSpec: a model as it will be loaded, with everything that its plan depends on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.checkpoint import open_checkpoint
+from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.engine.loading.choices import choose_orders
 from hybrid.engine.loading.prediction import Prediction
-from hybrid.engine.options import MAX_THREADS, checked_context, checked_count
-from hybrid.errors import InvalidOption
+from hybrid.engine.options import LoadOptions, checked_context
 from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
+from hybrid.notices import Notices
 from hybrid.placement.hardware import default_threads
 from hybrid.placement.machine import Machine
 from hybrid.placement.plan import PlacementPlan, cpu_plan
 from hybrid.placement.sizes import ModelSizes
 from hybrid.placement.time_model import PredictorCost, TimeModel, flat_frequencies
 from hybrid.progress import Progress, ignore_progress
-from hybrid.weights.packing import order_hash
+from hybrid.weights.packing import Layers, NeuronOrders, order_hash
 
-DeviceName = Literal["auto", "cpu", "cuda"]
-HAND_OFFS = ("auto", "memory-operations", "host-functions", "synchronise")
 # Share of the neurons that is assumed to fire per token if there is no profile.
 UNRECORDED_ACTIVE = 0.12
 PLANNED_POSITIONS = 512  # positions of context that a planned token attends to
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceRequest:
-    """The options of a user that decide about the device."""
-
-    device: DeviceName = "auto"
-    vram_budget: int | None = None  # bytes of the whole process; None: all free VRAM
-    plan: Path | None = None
-    hand_offs: str = "auto"  # a mechanism of engine.gpu.device; "auto": the plan's
-
-    def check(self) -> None:
-        """Raises InvalidOption."""
-        if self.device not in get_args(DeviceName):
-            raise InvalidOption(
-                f"device: expected one of {', '.join(get_args(DeviceName))}, found {self.device!r}"
-            )
-        if self.hand_offs not in HAND_OFFS:
-            raise InvalidOption(
-                f"hand_offs: expected one of {', '.join(HAND_OFFS)}, found {self.hand_offs!r}"
-            )
-        if self.vram_budget is not None:
-            checked_count("vram_budget", self.vram_budget, least=0)
-        if self.plan is not None and self.vram_budget is not None:
-            raise InvalidOption(
-                "plan and vram_budget exclude each other: a plan has its own budget"
-            )
-        if self.device == "cpu" and (self.plan is not None or self.vram_budget):
-            raise InvalidOption("device cpu takes no plan and no vram_budget")
-
-
-@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model as it will be loaded, with everything that its plan depends on."""
+    """A model in one format, with one order of neurons, for one context and number of threads."""
 
     config: ModelConfig
     format: Format
@@ -74,6 +42,11 @@ class ModelSpec:
     # profile.
     frequencies: NDArray[np.float64] | None
     prediction: Prediction | None = None
+
+    @property
+    def predicted_layers(self) -> Layers:
+        """The layers whose gates a predictor selects."""
+        return frozenset() if self.prediction is None else self.prediction.predicted_layers
 
     def cpu_plan(self) -> PlacementPlan:
         return cpu_plan(
@@ -102,32 +75,37 @@ class ModelSpec:
         return tuple(None if kind == "exact" else cost for kind in prediction.kinds)
 
 
+def describe(
+    checkpoint: Checkpoint, options: LoadOptions, home: Path | None, notices: Notices
+) -> tuple[ModelSpec, NeuronOrders | None]:
+    """Return the spec of a model that runs without a predictor, and the order of its neurons.
+
+    Raises InvalidOption, and InvalidArtifact for a given profile.
+    """
+    orders, frequencies = choose_orders(checkpoint, options.profile, home, notices)
+    spec = ModelSpec(
+        config=checkpoint.config,
+        format=Format[options.quant],
+        n_context=checked_context(options.context_size, checkpoint.config),
+        n_threads=options.threads or default_threads(),
+        model_hash=checkpoint.weights_hash,
+        order_hash=order_hash(orders),
+        frequencies=frequencies,
+    )
+    return spec, orders
+
+
 def read_model_spec(
     folder: Path,
+    options: LoadOptions,
     *,
-    quant: str,
-    threads: int | None,
-    context_size: int | None,
     home: Path | None,
+    notices: Notices,
     progress: Progress = ignore_progress,
-) -> tuple[ModelSpec, tuple[str, ...]]:
-    """Return the spec of a model as `Engine` would load it, and notices. Loads no weights.
+) -> ModelSpec:
+    """Return the spec of a model as it would be loaded, without loading its weights.
 
-    Raises the errors that `Engine` raises for the same folder and options.
+    Raises the errors that loading the same folder with the same options raises.
     """
-    format = Format[quant]
-    with open_checkpoint(folder, format, progress) as checkpoint:
-        config = checkpoint.config
-        orders, frequencies, notices = choose_orders(checkpoint, "auto", home)
-        spec = ModelSpec(
-            config=config,
-            format=format,
-            n_context=checked_context(context_size, config),
-            n_threads=checked_count(
-                "threads", default_threads() if threads is None else threads, MAX_THREADS
-            ),
-            model_hash=checkpoint.weights_hash,
-            order_hash=order_hash(orders),
-            frequencies=frequencies,
-        )
-    return spec, notices
+    with open_checkpoint(folder, Format[options.quant], progress) as checkpoint:
+        return describe(checkpoint, options, home, notices)[0]

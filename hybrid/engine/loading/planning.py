@@ -12,9 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid.engine.loading.model_spec import DeviceRequest, ModelSpec
-from hybrid.errors import DeviceUnavailable, InvalidArtifact, InvalidOption
+from hybrid.engine.loading.model_spec import ModelSpec
+from hybrid.engine.options import DeviceRequest
+from hybrid.errors import DeviceUnavailable, InvalidArtifact
 from hybrid.kernels import ThreadPool
+from hybrid.notices import Notices
+from hybrid.placement.disturbance import OtherLoad
 from hybrid.placement.machine import Machine, load_machine
 from hybrid.placement.measurement import machine_path, measured_machine, save_quietly
 from hybrid.placement.plan import PlacementPlan, check_plan, load_plan
@@ -27,103 +30,102 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PlanDecision:
-    """A plan, the device that it needs, and notices for the user."""
+    """A plan, and the device that it needs."""
 
     plan: PlacementPlan
     device: Device | None = None
     kernels: TorchKernels | None = None  # for decode
-    notices: tuple[str, ...] = ()
     is_solved: bool = False  # for this load, so a smaller plan can be solved if it does not fit
 
 
-def decide(request: DeviceRequest, spec: ModelSpec, home: Path | None) -> PlanDecision:
+def decide(
+    request: DeviceRequest, spec: ModelSpec, home: Path | None, notices: Notices
+) -> PlanDecision:
     """Choose the plan and open its device.
 
     A given plan comes first. If device is "auto" and no budget is given, the plan of `hybrid.setup`
     in `home` is used. If only device "cuda" or a budget is given, a plan is solved. Raises
-    InvalidOption, InvalidArtifact, DeviceUnavailable.
+    InvalidArtifact, DeviceUnavailable.
     """
-    request.check()
-    nothing = PlanDecision(spec.cpu_plan())
-    path = request.plan
-    if path is None and request.device == "auto" and request.vram_budget is None and home:
-        kept = plan_path(home, spec)
-        path = kept if kept.is_file() else None
-    wants_gpu = request.device == "cuda" or bool(request.vram_budget) or path is not None
-    if not wants_gpu or request.device == "cpu" or request.vram_budget == 0:
-        return replace(nothing, notices=_other_contexts(request, spec, home))
-    plan: PlacementPlan | None = None
-    if path is not None:
-        try:
-            plan = _checked_plan(path, spec)
-        except InvalidArtifact as error:
-            if request.plan is not None:
-                raise
-            return replace(nothing, notices=(f"plan not used: {error}",))
-        if not plan.uses_gpu:
-            return replace(nothing, plan=plan)
+    on_cpu = PlanDecision(spec.cpu_plan())
+    plan = _requested_plan(request, spec, home, notices)
+    wants_gpu = request.device == "cuda" or bool(request.vram_budget)
+    if plan is None and not wants_gpu:
+        return on_cpu
+    if plan is not None and not plan.uses_gpu:
+        return PlanDecision(plan)
     try:
         device = open_device()
     except DeviceUnavailable as error:
         if request.device == "cuda":
             raise DeviceUnavailable(f"device cuda: {error}; use device cpu") from error
-        return replace(nothing, notices=(f"{error}: everything runs on the CPU",))
-    kernels, notices = decode_kernels(device)
-    if request.hand_offs != "auto" and request.hand_offs not in device.mechanisms:
-        raise InvalidOption(
-            f"hand_offs: {device.name} has {', '.join(device.mechanisms)} here, found "
-            f"{request.hand_offs!r}"
-        )
+        notices.add(f"{error}: everything runs on the CPU")
+        return on_cpu
+    kernels = decode_kernels(device, notices)
     if plan is not None:
-        return PlanDecision(_with_hand_offs(plan, request), device, kernels, notices)
-    machine = measured_gpu(device, kernels, spec, home)
-    plan, more = solve_for(machine, spec, request.vram_budget)
-    plan = _with_hand_offs(plan, request)
-    return PlanDecision(
-        plan, device if plan.uses_gpu else None, kernels, (*notices, *more), is_solved=True
-    )
+        return PlanDecision(plan, device, kernels)
+    machine = measured_gpu(device, kernels, spec, home, notices)
+    plan = solve_for(machine, spec, request.vram_budget, notices)
+    return PlanDecision(plan, device if plan.uses_gpu else None, kernels, is_solved=True)
+
+
+def _requested_plan(
+    request: DeviceRequest, spec: ModelSpec, home: Path | None, notices: Notices
+) -> PlacementPlan | None:
+    """Return the plan of the given file, or the one that `hybrid.setup` keeps for this model.
+
+    A kept plan that cannot be used becomes a notice. Raises InvalidArtifact for a given file.
+    """
+    if request.plan is not None:
+        return _checked_plan(request.plan, spec)
+    if request != DeviceRequest() or home is None:
+        return None
+    path = plan_path(home, spec)
+    if not path.is_file():
+        _notice_other_contexts(path, spec, notices)
+        return None
+    try:
+        return _checked_plan(path, spec)
+    except InvalidArtifact as error:
+        notices.add(f"plan not used: {error}")
+        return None
 
 
 def solve_for(
-    machine: Machine, spec: ModelSpec, vram_budget: int | None
-) -> tuple[PlacementPlan, tuple[str, ...]]:
-    """Solve the plan for a VRAM budget of the whole process, in bytes; also return notices.
-
-    None takes all free VRAM.
-    """
+    machine: Machine, spec: ModelSpec, vram_budget: int | None, notices: Notices
+) -> PlacementPlan:
+    """Solve the plan for a VRAM budget of the whole process, in bytes. None takes all free VRAM."""
     gpu = machine.gpu
     if gpu is None:
-        return spec.cpu_plan(), ()
-    notices: list[str] = []
+        return spec.cpu_plan()
     largest = gpu.vram_bytes + gpu.context_bytes
     if vram_budget is None:
         vram_budget = largest
     elif vram_budget > largest:
-        notices.append(
+        notices.add(
             f"the VRAM budget is {vram_budget / 2**20:.0f} MiB, but {gpu.name} has only "
             f"{largest / 2**20:.0f} MiB free: planned for those"
         )
         vram_budget = largest
     if vram_budget <= gpu.context_bytes:
-        notices.append(
+        notices.add(
             f"CUDA and torch alone take {gpu.context_bytes / 2**20:.0f} MiB of VRAM, but the "
             f"budget is {vram_budget / 2**20:.0f} MiB: everything runs on the CPU"
         )
-        return spec.cpu_plan(), tuple(notices)
+        return spec.cpu_plan()
     if find_spec("scipy") is None:
-        notices.append("scipy is not installed: the plan comes from a greedy search")
+        notices.add("scipy is not installed: the plan comes from a greedy search")
     if spec.frequencies is None:
-        notices.append("no profile of this model: the plan treats all neurons as equally hot")
+        notices.add("no profile of this model: the plan treats all neurons as equally hot")
     model = spec.time_model(machine)
     plan = solve(model, spec.cpu_plan(), vram_budget - gpu.context_bytes)
-    plan = replace(
+    return replace(
         plan,
         vram_budget=vram_budget,
         context_bytes=gpu.context_bytes,
         torch_bytes=gpu.torch_bytes,
         hand_offs="" if machine.is_modelled else gpu.mechanism,
     )
-    return plan, tuple(notices)
 
 
 def plan_path(home: Path, spec: ModelSpec) -> Path:
@@ -132,20 +134,16 @@ def plan_path(home: Path, spec: ModelSpec) -> Path:
     return home / "plans" / name
 
 
-def _other_contexts(request: DeviceRequest, spec: ModelSpec, home: Path | None) -> tuple[str, ...]:
-    """Return a notice if `hybrid.setup` made plans, but only for other lengths of context."""
-    if request != DeviceRequest() or home is None:
-        return ()
-    path = plan_path(home, spec)
+def _notice_other_contexts(path: Path, spec: ModelSpec, notices: Notices) -> None:
+    """Say so if `hybrid.setup` made plans, but only for other lengths of context."""
     stem = path.stem.removesuffix(f"-{spec.n_context}")
     found = [re.fullmatch(r".*-(\d+)", p.stem) for p in path.parent.glob(f"{stem}-*.json")]
     sizes = ", ".join(str(n) for n in sorted(int(match[1]) for match in found if match))
-    if not sizes:
-        return ()
-    return (
-        f"the plan of hybrid.setup is for a context of {sizes} positions, but {spec.n_context} are "
-        "requested: everything runs on the CPU; --vram-budget makes a new plan",
-    )
+    if sizes:
+        notices.add(
+            f"the plan of hybrid.setup is for a context of {sizes} positions, but {spec.n_context} "
+            "are requested: everything runs on the CPU; --vram-budget makes a new plan"
+        )
 
 
 def open_device() -> Device:
@@ -160,30 +158,31 @@ def open_device() -> Device:
     return CudaDevice()
 
 
-def decode_kernels(device: Device) -> tuple[TorchKernels, tuple[str, ...]]:
-    """Return the fastest kernels for one token that are installed, and notices."""
+def decode_kernels(device: Device, notices: Notices) -> TorchKernels:
+    """Return the fastest kernels for one token that are installed."""
     from hybrid.kernels.gpu.torch_kernels import TorchKernels
 
     if device.torch_device.type == "cuda":
         try:
             from hybrid.kernels.gpu.triton_kernels import TritonKernels
+
+            return TritonKernels()
         except ImportError:
-            return TorchKernels(), (
-                "triton is not installed: the GPU uses plain torch operations, which are slow",
+            notices.add(
+                "triton is not installed: the GPU uses plain torch operations, which are slow"
             )
-        return TritonKernels(), ()
-    return TorchKernels(), ()
+    return TorchKernels()
 
 
 def measured_gpu(
-    device: Device, kernels: TorchKernels, spec: ModelSpec, home: Path | None
+    device: Device, kernels: TorchKernels, spec: ModelSpec, home: Path | None, notices: Notices
 ) -> Machine:
     """Return this machine with its GPU. Speeds are measured once and kept in `home`."""
     from hybrid.engine.gpu.measurement import free_and_context_bytes, measure_gpu
 
     config, format = spec.config, spec.format
     pool = ThreadPool(spec.n_threads)
-    machine = measured_machine(config, format, pool, home)
+    machine = measured_machine(config, format, pool, home, notices)
     path = None
     if home is not None:
         base = machine_path(home, config, format, spec.n_threads)
@@ -198,6 +197,7 @@ def measured_gpu(
             except InvalidArtifact:
                 pass  # a broken file is measured anew and overwritten
     free, context, own = free_and_context_bytes(device)
+    load = OtherLoad()
     speeds = measure_gpu(
         device,
         kernels,
@@ -209,24 +209,20 @@ def measured_gpu(
         torch_bytes=own,
     )
     machine = replace(machine, gpu=speeds)
-    if path is not None:
+    if path is not None and not load.notice(pool.n_threads, notices):
         save_quietly(machine, path)
     return machine
 
 
-def machine_here(spec: ModelSpec, home: Path | None) -> tuple[Machine, tuple[str, ...]]:
-    """Measure this machine, with its GPU if it has one; also return notices."""
+def machine_here(spec: ModelSpec, home: Path | None, notices: Notices) -> Machine:
+    """Measure this machine, with its GPU if it has one."""
     try:
         device = open_device()
     except DeviceUnavailable as error:
+        notices.add(str(error))
         pool = ThreadPool(spec.n_threads)
-        return measured_machine(spec.config, spec.format, pool, home), (str(error),)
-    kernels, notices = decode_kernels(device)
-    return measured_gpu(device, kernels, spec, home), notices
-
-
-def _with_hand_offs(plan: PlacementPlan, request: DeviceRequest) -> PlacementPlan:
-    return plan if request.hand_offs == "auto" else replace(plan, hand_offs=request.hand_offs)
+        return measured_machine(spec.config, spec.format, pool, home, notices)
+    return measured_gpu(device, decode_kernels(device, notices), spec, home, notices)
 
 
 def _checked_plan(path: Path, spec: ModelSpec) -> PlacementPlan:

@@ -7,18 +7,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hybrid.engine.options import LoadOptions
 from hybrid.errors import InvalidArtifact, InvalidOption
-from hybrid.kernels import Format, Predictor
-from hybrid.model.config import ModelConfig
+from hybrid.kernels import Predictor
+from hybrid.notices import Notices
 from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
 from predictors.errors import PredictorError
 from predictors.file import PredictorFile, load_predictor_file
 
-DEFAULT_RECALL = 0.99
+if TYPE_CHECKING:
+    from hybrid.engine.loading.model_spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,13 @@ class Prediction:
     bytes_per_token: int  # of the predictors themselves
 
     @property
+    def predicted_layers(self) -> frozenset[int]:
+        """The layers in which a predictor names neurons."""
+        return frozenset(layer for layer, kind in enumerate(self.kinds) if kind != "exact")
+
+    @property
     def n_predicted_layers(self) -> int:
-        return sum(kind != "exact" for kind in self.kinds)
+        return len(self.predicted_layers)
 
 
 def predictor_path(home: Path, model_hash: str, quant: str) -> Path:
@@ -43,57 +50,46 @@ def predictor_path(home: Path, model_hash: str, quant: str) -> Path:
 
 
 def choose_predictors(
-    predictor: Path | Literal["exact", "auto"],
-    recall: float,
-    *,
-    config: ModelConfig,
-    model_hash: str,
-    order_hash: str,
-    quant: str,
-    home: Path | None,
-) -> tuple[Sequence[Predictor | None] | None, Prediction | None, list[str]]:
-    """Return native predictors per layer, their description, and notices.
+    spec: ModelSpec, options: LoadOptions, home: Path | None, notices: Notices
+) -> tuple[Sequence[Predictor | None] | None, Prediction | None]:
+    """Return native predictors per layer and their description; None and None compute every gate.
 
     "exact" uses no predictor. "auto" falls back to exact, with a notice, if this model has no
     usable predictor. Raises InvalidArtifact if a given file is broken or of another model or neuron
-    order. Raises InvalidOption if the file was not made for `recall`.
+    order. Raises InvalidOption if the file was not made for the requested recall.
     """
-    if not 0.0 < recall < 1.0:
-        raise InvalidOption(f"recall: expected a value between 0 and 1, found {recall}")
-    if predictor == "exact":
-        return None, None, []
+    config, format, is_auto = spec.config, spec.format, options.predictor == "auto"
+    if options.predictor == "exact":
+        return None, None
     if not config.is_sparse:
-        if predictor == "auto":
-            return None, None, []
+        if is_auto:
+            return None, None
         raise InvalidOption(
             f"predictor: the model's activation is {config.activation}, so every neuron fires and "
             "there is nothing to predict; use predictor exact"
         )
-    path = predictor_path(home, model_hash, quant) if home else Path()
-    if predictor != "auto":
-        path = Path(predictor)
-    elif not path.is_file():
-        return (
-            None,
-            None,
-            ["no predictor for this model, so it runs exactly; hybrid.setup makes one"],
-        )
+    path = Path(options.predictor)
+    if is_auto:
+        path = predictor_path(home, spec.model_hash, format.name) if home else Path()
+        if not path.is_file():
+            notices.add("no predictor for this model, so it runs exactly; hybrid.setup makes one")
+            return None, None
     try:
         file = load_predictor_file(path)
-        _check(file, path, config, model_hash, order_hash)
+        _check(file, path, spec)
     except (PredictorError, InvalidArtifact) as error:
-        if predictor == "auto":
-            return None, None, [f"predictor not used, exact instead: {error}"]
-        raise InvalidArtifact(str(error)) from error
+        if not is_auto:
+            raise InvalidArtifact(str(error)) from error
+        notices.add(f"predictor not used, exact instead: {error}")
+        return None, None
     try:
-        selected = file.select(recall)
+        selected = file.select(options.recall)
     except PredictorError as error:
         raise InvalidOption(f"recall: {error}") from error
-    format = Format[quant]
     choices = [choice for choice, _ in selected]
     prediction = Prediction(
         path=path,
-        recall=recall,
+        recall=options.recall,
         kinds=tuple(choice.name for choice in choices),
         worst_recall=min(choice.recall for choice in choices),
         predicted=float(np.mean([choice.predicted for choice in choices])),
@@ -103,25 +99,22 @@ def choose_predictors(
             if layer is not None
         ),
     )
-    notices = []
-    if prediction.n_predicted_layers < config.n_layers:
-        n_exact = config.n_layers - prediction.n_predicted_layers
-        notices.append(
-            f"{n_exact} of {config.n_layers} layers are exact: no predictor pays off there"
+    n_exact = config.n_layers - prediction.n_predicted_layers
+    if n_exact:
+        notices.add(f"{n_exact} of {config.n_layers} layers are exact: no predictor pays off there")
+    if file.about["quant"] != format.name:
+        notices.add(
+            f"the predictor was trained on {file.about['quant']} weights, not {format.name}"
         )
-    if file.about["quant"] != quant:
-        notices.append(f"the predictor was trained on {file.about['quant']} weights, not {quant}")
     natives = [
         None if layer is None else pack_predictor(format, layer, choice.margin)
         for choice, layer in selected
     ]
-    return natives, prediction, notices
+    return natives, prediction
 
 
-def _check(
-    file: PredictorFile, path: Path, config: ModelConfig, model_hash: str, order_hash: str
-) -> None:
-    about = file.about
+def _check(file: PredictorFile, path: Path, spec: ModelSpec) -> None:
+    about, config = file.about, spec.config
     sizes = about["n_layers"], about["n_neurons"], about["hidden_size"]
     if about.get("input") != "normed":
         raise InvalidArtifact(f"{path}: takes {about.get('input')!r} inputs, expected 'normed'")
@@ -130,13 +123,13 @@ def _check(
             f"{path}: is for {sizes[0]} layers of {sizes[1]} neurons and hidden size {sizes[2]}; "
             f"this model has {config.n_layers}, {config.n_neurons} and {config.hidden_size}"
         )
-    if about["model_hash"] != model_hash:
+    if about["model_hash"] != spec.model_hash:
         raise InvalidArtifact(
             f"{path}: was trained for other weights (hash {about['model_hash']:.12}, this model's "
-            f"is {model_hash:.12}); train it again"
+            f"is {spec.model_hash:.12}); train it again"
         )
-    if about["order_hash"] != order_hash:
+    if about["order_hash"] != spec.order_hash:
         raise InvalidArtifact(
             f"{path}: is for another order of neurons (hash {about['order_hash']:.12}, the model "
-            f"is packed in {order_hash:.12}); record the trace again with this model's profile"
+            f"is packed in {spec.order_hash:.12}); record the trace again with this model's profile"
         )

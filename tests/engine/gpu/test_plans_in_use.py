@@ -205,7 +205,6 @@ def test_the_plan_that_setup_made_is_used(gpu, home):
     "options",
     [
         {"device": "gpu"},
-        {"hand_offs": "smoke signals"},
         {"vram_budget": -1},
         {"vram_budget": 1.5},
         {"vram_budget": 1 << 30, "plan": Path("p")},
@@ -309,20 +308,10 @@ def test_triton_decodes_the_same_text(gpu, monkeypatch, tmp_path):
     rest = (LayerPlacement(),) * (engine.config.n_layers - 2)
     path = tmp_path / "plan.json"
     replace(engine.plan, layers=(split, whole, *rest)).save(path)
-    monkeypatch.setattr(planning, "decode_kernels", lambda _: (TritonKernels(), ()))
+    monkeypatch.setattr(planning, "decode_kernels", lambda *_: TritonKernels())
     actual, engine = write(plan=path)
     assert engine.plan.uses_gpu
     check_greedy(actual, expected)
-
-
-@pytest.mark.slow
-def test_the_mechanism_can_be_forced(gpu):
-    _, engine = greedy(vram_budget=14 * MIB)
-    assert engine.plan.hand_offs == GPU.mechanism
-    _, engine = greedy(vram_budget=14 * MIB, hand_offs="synchronise")
-    assert engine.plan.hand_offs == "synchronise"
-    with pytest.raises(InvalidOption, match="torch on the CPU has synchronise here"):
-        greedy(vram_budget=14 * MIB, hand_offs="host-functions")
 
 
 def test_torch_is_loaded_only_if_a_gpu_is_used(home):

@@ -1,0 +1,117 @@
+"""The way of a model from its folder to an Engine: open → choose → pack → decide → open.
+
+Each step is one function. All of them receive the same `Request`, and report to its notices.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.engine.loading.choices import choose_mmap, notice_isa
+from hybrid.engine.loading.executors import Executor, Weights, open_executor
+from hybrid.engine.loading.model_spec import ModelSpec, describe
+from hybrid.engine.loading.planning import decide
+from hybrid.engine.loading.prediction import choose_predictors
+from hybrid.engine.options import LoadOptions, read_default_sampling
+from hybrid.kernels import Format, check_isa_cap
+from hybrid.notices import Notices
+from hybrid.placement.plan import PlacementPlan
+from hybrid.progress import Progress, ignore_progress
+from hybrid.text.sampling import SamplingParams
+from hybrid.text.tokenizer import Tokenizer
+from hybrid.weights.packed_file import LoadedModel, load_packed
+from hybrid.weights.packing import NeuronOrders, packed_layout
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A model that is to be loaded."""
+
+    folder: Path
+    options: LoadOptions
+    home: Path | None  # hybrid's own folder; None keeps nothing and looks for nothing
+    progress: Progress = ignore_progress
+    notices: Notices = field(default_factory=Notices)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an Engine is made of."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    default_sampling: SamplingParams
+    spec: ModelSpec
+    # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
+    orders: NeuronOrders | None
+    is_synthetic: bool
+    loaded: LoadedModel
+    plan: PlacementPlan  # in use
+    executor: Executor
+    device_name: str  # of the GPU in use, or "cpu"
+    notices: Notices
+    load_s: float
+
+
+def load_parts(request: Request) -> Parts:
+    """Load a model. Raises every error of `hybrid.load` but those of a download."""
+    started = time.perf_counter()
+    check_isa_cap()
+    options, notices = request.options, request.notices
+    format, use_mmap = Format[options.quant], options.mmap is not False
+    with open_checkpoint(request.folder, format, request.progress, use_mmap=use_mmap) as checkpoint:
+        config = checkpoint.config
+        tokenizer = Tokenizer.from_folder(
+            request.folder, vocab_size=config.vocab_size, bos_id=config.bos_id
+        )
+        notices.add(*checkpoint.notices, *tokenizer.notices)
+        spec, orders = describe(checkpoint, options, request.home, notices)
+        predictors, prediction = choose_predictors(spec, options, request.home, notices)
+        spec = replace(spec, prediction=prediction)
+        loaded = pack(checkpoint, spec, orders, request)
+    decision = decide(options.device_request, spec, request.home, notices)
+    executor, plan = open_executor(
+        decision, spec, Weights(loaded.model, predictors), request.home, notices
+    )
+    notice_isa(notices)
+    device = decision.device if plan.uses_gpu else None
+    return Parts(
+        folder=request.folder,
+        tokenizer=tokenizer,
+        default_sampling=read_default_sampling(request.folder),
+        spec=spec,
+        orders=orders,
+        is_synthetic=checkpoint.is_synthetic,
+        loaded=loaded,
+        plan=plan,
+        executor=executor,
+        device_name="cpu" if device is None else device.name,
+        notices=notices,
+        load_s=time.perf_counter() - started,
+    )
+
+
+def pack(
+    checkpoint: Checkpoint, spec: ModelSpec, orders: NeuronOrders | None, request: Request
+) -> LoadedModel:
+    """Return the packed weights, from their file if that is current."""
+    options = request.options
+    n_bytes = packed_layout(spec.config, spec.format, spec.predicted_layers).n_bytes
+    use_mmap, fits_memory = choose_mmap(options.mmap, n_bytes, request.notices)
+    loaded = load_packed(
+        checkpoint,
+        spec.format,
+        cache=None if request.home is None else request.home / "packed",
+        neuron_orders=orders,
+        predicted_layers=spec.predicted_layers,
+        use_mmap=use_mmap,
+        use_mlock=options.mlock,
+        fits_memory=fits_memory,
+        n_threads=spec.n_threads,
+        progress=request.progress,
+    )
+    request.notices.add(*loaded.notices)
+    return loaded
