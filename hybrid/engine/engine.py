@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hybrid.engine.generation import Generation, GenerationStats
+from hybrid.engine.generation import Generation, GenerationRequest, GenerationStats
 from hybrid.engine.loading.executors import Executor
 from hybrid.engine.loading.pipeline import Parts
 from hybrid.engine.loading.prediction import Prediction
@@ -294,15 +294,8 @@ class Engine:
             self.open_session() if session is None else session,
             self.tokenizer,
             Sampler(options.sampling(self.default_sampling)),
-            ids,
-            max_tokens=options.max_tokens,
-            stop=options.stop_strings,
-            logprobs=options.logprobs,
-            eos_ids=self.config.eos_ids,
-            n_neurons=self.config.n_layers * self.config.n_neurons,
-            owns_session=session is None,
-            messages=tuple(messages),
-            on_end=self._count,
+            GenerationRequest(ids, options, session is None, tuple(messages)),
+            self._count,
         )
 
     def _count(self, ended: GenerationStats) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.engine.options import GenerationOptions
 from hybrid.engine.session import Session
 from hybrid.kernels import PREFILL_CHUNK
 from hybrid.text.sampling import Sampler, log_softmax
@@ -64,6 +65,16 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # the likeliest (token, logprob), best first
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What is to be answered, and how."""
+
+    prompt: list[int]  # token ids
+    options: GenerationOptions
+    owns_session: bool  # close the session when the answer has ended
+    messages: tuple[ChatMessage, ...] = ()  # the conversation that this answers
+
+
 class Generation:
     """The text of one answer as an iterator of pieces; a piece never splits a character.
 
@@ -87,32 +98,26 @@ class Generation:
         session: Session,
         tokenizer: Tokenizer,
         sampler: Sampler,
-        prompt: list[int],
-        *,
-        max_tokens: int,
-        stop: tuple[str, ...],
-        logprobs: int | None,
-        eos_ids: tuple[int, ...],
-        n_neurons: int,
-        owns_session: bool,
-        messages: tuple[ChatMessage, ...] = (),
+        request: GenerationRequest,
         on_end: Callable[[GenerationStats], None],
     ) -> None:
+        """`on_end` receives the counts once the answer has ended."""
+        prompt, options = request.prompt, request.options
         self.prompt = prompt
         self.tokens, self.text = [], ""
-        self.logprobs = None if logprobs is None else []
+        self.logprobs = None if options.logprobs is None else []
         self.finish_reason, self.context_is_full = None, False
         self.stats = GenerationStats(len(prompt))
         self.seed = sampler.seed
         self._session = session
         self._sampler = sampler
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.stream(prompt)
-        self._max_tokens, self._eos_ids = max_tokens, eos_ids
-        self._stop, self._n_top = stop, logprobs
+        self._max_tokens, self._eos_ids = options.max_tokens, session._config.eos_ids
+        self._stop, self._n_top = options.stop_strings, options.logprobs
         self._held = ""  # text that may be the beginning of a stop string
-        self._n_neurons = n_neurons  # summed over all layers
-        self._owns_session, self._on_end = owns_session, on_end
-        self._messages = messages  # the conversation that this answers
+        self._n_neurons = session._config.n_layers * session._config.n_neurons
+        self._owns_session, self._on_end = request.owns_session, on_end
+        self._messages = request.messages
         self._is_prefilled = self._is_cancelled = self._is_over = False
         self._ticket = object()
         session.hand_to(self._ticket)

@@ -178,29 +178,22 @@ def _check_values(plan: PlacementPlan) -> None:
             raise ValueError(f"layer {index}: is on the CPU, but has neurons on the GPU")
 
 
-def check_plan(
-    plan: PlacementPlan,
-    path: Path,
-    config: ModelConfig,
-    *,
-    quant: str,
-    n_context: int,
-    model_hash: str,
-    order_hash: str,
-) -> None:
-    """Raises InvalidArtifact unless the plan fits this model, format, neuron order and context."""
+def check_plan(plan: PlacementPlan, path: Path, model: PlacementPlan) -> None:
+    """Raises InvalidArtifact unless the plan is for the model, format, order and context of
+    another plan, such as the one that puts everything on the CPU.
+    """
     again = "make a new one with hybrid.plan"
     for what, expected, found in (
-        ("layers", config.n_layers, len(plan.layers)),
-        ("neurons per layer", config.n_neurons, plan.n_neurons),
-        ("format", quant, plan.quant),
-        ("model hash", model_hash[:12], plan.model_hash[:12]),
-        ("neuron order", order_hash[:12], plan.order_hash[:12]),
+        ("layers", len(model.layers), len(plan.layers)),
+        ("neurons per layer", model.n_neurons, plan.n_neurons),
+        ("format", model.quant, plan.quant),
+        ("model hash", model.model_hash[:12], plan.model_hash[:12]),
+        ("neuron order", model.order_hash[:12], plan.order_hash[:12]),
     ):
         if expected != found:
             raise InvalidArtifact(f"{path}: {what}: expected {expected}, found {found}; {again}")
-    if plan.uses_gpu and plan.n_context < n_context:
+    if plan.uses_gpu and plan.n_context < model.n_context:
         raise InvalidArtifact(
-            f"{path}: is for a context of {plan.n_context} positions, but {n_context} are "
+            f"{path}: is for a context of {plan.n_context} positions, but {model.n_context} are "
             f"requested; {again}, or choose a smaller context"
         )

@@ -11,7 +11,7 @@ from placement.test_solver import CONFIG, CPU_ONLY, MACHINE
 
 from hybrid.errors import InvalidArtifact
 from hybrid.placement.machine import MODELLED, load_machine, override, read_overrides
-from hybrid.placement.plan import LayerPlacement, check_plan, load_plan, split_active
+from hybrid.placement.plan import LayerPlacement, check_plan, cpu_plan, load_plan, split_active
 
 PLAN = replace(
     CPU_ONLY,
@@ -63,7 +63,7 @@ def test_damaged_plans_are_refused(tmp_path, change, message):
 def check(plan, path, **other) -> None:
     """Check a plan against this model's facts, with `other` in place of some."""
     facts = {"quant": "q8", "n_context": 256, "model_hash": "model", "order_hash": "order"}
-    check_plan(plan, path, CONFIG, **(facts | other))
+    check_plan(plan, path, cpu_plan(CONFIG, **(facts | other)))
 
 
 @pytest.mark.parametrize(

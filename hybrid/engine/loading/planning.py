@@ -227,13 +227,5 @@ def machine_here(spec: ModelSpec, home: Path | None, notices: Notices) -> Machin
 
 def _checked_plan(path: Path, spec: ModelSpec) -> PlacementPlan:
     plan = load_plan(path)
-    check_plan(
-        plan,
-        path,
-        spec.config,
-        quant=spec.format.name,
-        n_context=spec.n_context,
-        model_hash=spec.model_hash,
-        order_hash=spec.order_hash,
-    )
+    check_plan(plan, path, spec.cpu_plan())
     return plan
