@@ -310,9 +310,7 @@ def report(args: argparse.Namespace, paths: Paths, *, has_plan: bool) -> None:
     kinds = ["exact", "auto"] if can_predict(args, paths) else ["exact"]
     runs = {kind: (args, kind) for kind in kinds}
     if has_plan:
-        on_gpu = argparse.Namespace(
-            **vars(args), device="auto", vram_budget=None, plan=None, hand_offs="auto"
-        )
+        on_gpu = argparse.Namespace(**vars(args), device="auto", vram_budget=None, plan=None)
         runs[f"{kinds[-1]}, the plan"] = on_gpu, kinds[-1]
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(REPORT_ROUNDS):

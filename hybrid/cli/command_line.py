@@ -95,13 +95,6 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="plan that hybrid.plan saved (default: the one of hybrid.setup, if there is one)",
     )
-    mechanisms = ("auto", "memory-operations", "host-functions", "synchronise")
-    add(
-        "--hand-offs",
-        choices=mechanisms,
-        default="auto",
-        help="how GPU and CPU wait for each other; auto is the fastest measured (default: auto)",
-    )
 
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -128,12 +121,7 @@ def byte_size(text: str) -> int:
 
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the device options as arguments of `load`."""
-    return {
-        "device": args.device,
-        "vram_budget": args.vram_budget,
-        "plan": args.plan,
-        "hand_offs": args.hand_offs,
-    }
+    return {"device": args.device, "vram_budget": args.vram_budget, "plan": args.plan}
 
 
 @contextlib.contextmanager

@@ -89,7 +89,6 @@ class Engine:
         device: DeviceName = "auto",
         vram_budget: int | None = None,
         plan: Path | None = None,
-        hand_offs: str = "auto",
         home: Path | None = None,
         progress: Progress = ignore_progress,
     ) -> None:
@@ -108,7 +107,7 @@ class Engine:
                 f"quant: expected one of {', '.join(get_args(Quant))}, found {quant!r}"
             )
         format = Format[quant]
-        request = DeviceRequest(device, vram_budget, plan, hand_offs)
+        request = DeviceRequest(device, vram_budget, plan)
         request.check()
         with open_checkpoint(folder, format, progress, use_mmap=mmap is not False) as checkpoint:
             config = checkpoint.config

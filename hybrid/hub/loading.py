@@ -27,7 +27,6 @@ def load(
     device: DeviceName = "auto",
     vram_budget: int | None = None,
     plan: Path | None = None,
-    hand_offs: str = "auto",
     offline: bool = False,
     progress: Progress = ignore_progress,
 ) -> Engine:
@@ -61,9 +60,8 @@ def load(
     `device` is "cpu", "cuda" or "auto". "auto" uses a GPU if `vram_budget` or `plan` requests one,
     or if `hybrid.setup` made a plan. `vram_budget` is the GPU memory in bytes that the whole
     process may use. The plan with the least predicted time decides what goes there, and the rest
-    stays on the CPU. `plan` is a file of `hybrid.plan`; `Engine.plan` says what is where.
-    `hand_offs` forces how GPU and CPU wait for each other: "memory-operations", "host-functions" or
-    "synchronise". "auto" uses what measured fastest. PyTorch is loaded only if a GPU is used.
+    stays on the CPU. `plan` is a file of `hybrid.plan`; `Engine.plan` says what is where. PyTorch
+    is loaded only if a GPU is used.
 
     `progress` is called during downloading and packing.
 
@@ -83,7 +81,6 @@ def load(
         device=device,
         vram_budget=vram_budget,
         plan=plan,
-        hand_offs=hand_offs,
         home=_home(),
         progress=progress,
     )

@@ -67,7 +67,6 @@ def open_executor(
             machine = measured_gpu(decision.device, decision.kernels, spec, home)
             budget = int(SMALLER * plan.vram_budget)
             smaller, _ = solve_for(machine, spec, budget)
-            smaller = replace(smaller, hand_offs=plan.hand_offs)
             notices.append(f"planned anew for {budget / 2**20:.0f} MiB of VRAM, because {error}")
             decision = replace(decision, plan=smaller)
     raise AssertionError("the last attempt returns or raises")

@@ -25,7 +25,6 @@ from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.packing import order_hash
 
 DeviceName = Literal["auto", "cpu", "cuda"]
-HAND_OFFS = ("auto", "memory-operations", "host-functions", "synchronise")
 # Share of the neurons that is assumed to fire per token if there is no profile.
 UNRECORDED_ACTIVE = 0.12
 PLANNED_POSITIONS = 512  # positions of context that a planned token attends to
@@ -38,17 +37,12 @@ class DeviceRequest:
     device: DeviceName = "auto"
     vram_budget: int | None = None  # bytes of the whole process; None: all free VRAM
     plan: Path | None = None
-    hand_offs: str = "auto"  # a mechanism of engine.gpu.device; "auto": the plan's
 
     def check(self) -> None:
         """Raises InvalidOption."""
         if self.device not in get_args(DeviceName):
             raise InvalidOption(
                 f"device: expected one of {', '.join(get_args(DeviceName))}, found {self.device!r}"
-            )
-        if self.hand_offs not in HAND_OFFS:
-            raise InvalidOption(
-                f"hand_offs: expected one of {', '.join(HAND_OFFS)}, found {self.hand_offs!r}"
             )
         if self.vram_budget is not None:
             checked_count("vram_budget", self.vram_budget, least=0)

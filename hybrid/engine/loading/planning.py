@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrid.engine.loading.model_spec import DeviceRequest, ModelSpec
-from hybrid.errors import DeviceUnavailable, InvalidArtifact, InvalidOption
+from hybrid.errors import DeviceUnavailable, InvalidArtifact
 from hybrid.kernels import ThreadPool
 from hybrid.placement.machine import Machine, load_machine
 from hybrid.placement.measurement import machine_path, measured_machine, save_quietly
@@ -69,16 +69,10 @@ def decide(request: DeviceRequest, spec: ModelSpec, home: Path | None) -> PlanDe
             raise DeviceUnavailable(f"device cuda: {error}; use device cpu") from error
         return replace(nothing, notices=(f"{error}: everything runs on the CPU",))
     kernels, notices = decode_kernels(device)
-    if request.hand_offs != "auto" and request.hand_offs not in device.mechanisms:
-        raise InvalidOption(
-            f"hand_offs: {device.name} has {', '.join(device.mechanisms)} here, found "
-            f"{request.hand_offs!r}"
-        )
     if plan is not None:
-        return PlanDecision(_with_hand_offs(plan, request), device, kernels, notices)
+        return PlanDecision(plan, device, kernels, notices)
     machine = measured_gpu(device, kernels, spec, home)
     plan, more = solve_for(machine, spec, request.vram_budget)
-    plan = _with_hand_offs(plan, request)
     return PlanDecision(
         plan, device if plan.uses_gpu else None, kernels, (*notices, *more), is_solved=True
     )
@@ -223,10 +217,6 @@ def machine_here(spec: ModelSpec, home: Path | None) -> tuple[Machine, tuple[str
         return measured_machine(spec.config, spec.format, pool, home), (str(error),)
     kernels, notices = decode_kernels(device)
     return measured_gpu(device, kernels, spec, home), notices
-
-
-def _with_hand_offs(plan: PlacementPlan, request: DeviceRequest) -> PlacementPlan:
-    return plan if request.hand_offs == "auto" else replace(plan, hand_offs=request.hand_offs)
 
 
 def _checked_plan(path: Path, spec: ModelSpec) -> PlacementPlan:

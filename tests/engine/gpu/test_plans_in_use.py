@@ -205,7 +205,6 @@ def test_the_plan_that_setup_made_is_used(gpu, home):
     "options",
     [
         {"device": "gpu"},
-        {"hand_offs": "smoke signals"},
         {"vram_budget": -1},
         {"vram_budget": 1.5},
         {"vram_budget": 1 << 30, "plan": Path("p")},
@@ -316,13 +315,9 @@ def test_triton_decodes_the_same_text(gpu, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_mechanism_can_be_forced(gpu):
+def test_a_solved_plan_takes_the_mechanism_that_measured_fastest(gpu):
     _, engine = greedy(vram_budget=14 * MIB)
     assert engine.plan.hand_offs == GPU.mechanism
-    _, engine = greedy(vram_budget=14 * MIB, hand_offs="synchronise")
-    assert engine.plan.hand_offs == "synchronise"
-    with pytest.raises(InvalidOption, match="torch on the CPU has synchronise here"):
-        greedy(vram_budget=14 * MIB, hand_offs="host-functions")
 
 
 def test_torch_is_loaded_only_if_a_gpu_is_used(home):
