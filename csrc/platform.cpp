@@ -43,8 +43,7 @@ struct Cpu {
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return;
     avx2 = saves_ymm && has_fma && has_f16c && Bit(ebx, 5);
     const bool has_f_dq_bw_vl = Bit(ebx, 16) && Bit(ebx, 17) && Bit(ebx, 30) && Bit(ebx, 31);
-    // Only Cooper Lake has BF16 without VPOPCNTDQ; it runs the avx512 kernels.
-    const bool has_vnni = Bit(ecx, 11) && Bit(ecx, 14);
+    const bool has_vnni = Bit(ecx, 11);
     avx512 = avx2 && saves_zmm && has_f_dq_bw_vl;
     if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return;
     avx2_vnni = avx2 && Bit(eax, 4);

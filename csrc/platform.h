@@ -10,7 +10,7 @@ namespace platform {
 bool HasAvx2();            // AVX2, FMA and F16C
 bool HasAvx2Vnni();        // HasAvx2 and AVX-VNNI
 bool HasAvx512();          // HasAvx2 and AVX-512 F, BW, DQ, VL
-bool HasAvx512VnniBf16();  // HasAvx512 and AVX-512 VNNI, BF16, VPOPCNTDQ
+bool HasAvx512VnniBf16();  // HasAvx512 and AVX-512 VNNI, BF16
 
 // Allocates zeroed anonymous memory, page-aligned. The system provides each page when it is first
 // touched. `huge` requests huge pages if the system has them. Any thread may release the memory,

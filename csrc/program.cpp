@@ -70,11 +70,13 @@ void Program::Add(const Op& op) {
             "0 <= first_neuron <= n_given <= the number of neurons must hold");
       Check(op.n_given % kPredictTile == 0 || op.n_given == op.a.n_rows,
             "n_given must be a multiple of 16, or the number of neurons");
-      if (op.has_predictor) AddPredictor(op);
-      if (op.has_low_rank()) decode_.push_back({PhaseKind::kPredict, index});
+      if (op.has_predictor) {
+        AddPredictor(op);
+        decode_.push_back({PhaseKind::kPredict, index});
+      }
       decode_.push_back({PhaseKind::kFfn, index});
       prefill_.push_back({PhaseKind::kNormTokens, index});
-      if (op.has_low_rank()) prefill_.push_back({PhaseKind::kPredictTokens, index});
+      if (op.has_predictor) prefill_.push_back({PhaseKind::kPredictTokens, index});
       for (PhaseKind kind : {PhaseKind::kFfnTokens, PhaseKind::kFfnSumTokens})
         prefill_.push_back({kind, index});
       break;
@@ -107,16 +109,11 @@ void Program::AddPredictor(const Op& op) {
         "gate rows that a predictor selects must be bit-reversed");
   Check(op.activation != Activation::kSilu,
         "a predictor needs an activation that can be zero: relu or fatrelu");
-  if (op.has_low_rank()) {
-    Check(predictor.size > 0 && predictor.size % kRowTile == 0,
-          "the predictor's rank must be a positive multiple of 4");
-    Check(op.d.n_rows == predictor.size && op.d.n_cols == shape_.hidden_size,
-          "the predictor's first matrix must be (rank, hidden_size)");
-    largest_rank_ = std::max(largest_rank_, predictor.size);
-  } else {
-    Check(predictor.size == PaddedCols(shape_.format, shape_.hidden_size) / 32,
-          "a sign predictor needs one 32-bit word for every 32 padded columns");
-  }
+  Check(predictor.rank > 0 && predictor.rank % kRowTile == 0,
+        "the predictor's rank must be a positive multiple of 4");
+  Check(op.d.n_rows == predictor.rank && op.d.n_cols == shape_.hidden_size,
+        "the predictor's first matrix must be (rank, hidden_size)");
+  largest_rank_ = std::max(largest_rank_, predictor.rank);
   predictor_input_bytes_ = std::max(predictor_input_bytes_, PredictorInputBytes(predictor));
 }
 

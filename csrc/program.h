@@ -58,8 +58,6 @@ struct Op {
   // outputs.
   bool is_split = false;
   int32_t first_neuron = 0, n_given = 0;
-
-  bool has_low_rank() const { return has_predictor && predictor.kind == PredictorKind::kLowRank; }
 };
 
 // The format of a predictor's first matrix, which is multiplied with the same vectors as the gate.

@@ -4,9 +4,9 @@
 
 The command downloads the model and checks it. It records which neurons fire, on the files of --text
 or on texts that the model writes itself. It packs the model with hot neurons first, and trains a
-predictor. Without torch it tries only training-free kinds of predictor. If there is a GPU, it plans
-which part of the model goes there. Results are kept under HYBRID_HOME and are not made again. An
-interrupted setup continues where it stopped.
+predictor, which needs torch. If there is a GPU, it plans which part of the model goes there.
+Results are kept under HYBRID_HOME and are not made again. An interrupted setup continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from hybrid.placement.profile import FILE_NAME, load_profile, profile_path
 from predictors.errors import PredictorError
 from predictors.file import load_predictor_file
 from predictors.trace import load_trace
-from predictors.train import Options, summary, train
+from predictors.train import INSTALL, Options, has_torch, summary, train
 from profiler.corpus import PROMPTS, WRITTEN_TOKENS, Corpus, TextFile
 from profiler.recorder import RecordingOptions, record
 from profiler.statistics import compiled_sums
@@ -119,6 +119,11 @@ def needs_profile(args: argparse.Namespace, engine: Engine, paths: Paths) -> boo
     return not paths.profile.is_file() and not is_shipped
 
 
+def can_predict(args: argparse.Namespace, paths: Paths) -> bool:
+    """Return whether the setup ends with a predictor. Training one needs torch."""
+    return not args.no_predictor and (paths.predictor.is_file() or has_torch())
+
+
 def run(args: argparse.Namespace) -> int:
     load_options(args)  # report a wrong value before a model is downloaded
     corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
@@ -144,12 +149,14 @@ def run(args: argparse.Namespace) -> int:
         if needs_profile(args, engine, paths):
             make_profile(args, engine, paths, corpora, progress)
     print("profile    done")
-    if not args.no_predictor:
+    if can_predict(args, paths):
         with open_engine(args) as (engine, progress):  # now packed with hot neurons first
             make_predictor(args, engine, paths, corpora, progress)
+    elif not args.no_predictor:
+        print(f"predictor  none: training needs torch: {INSTALL}")
     has_plan = make_plan(args)
     shutil.rmtree(paths.work, ignore_errors=True)
-    report(args, has_plan=has_plan)
+    report(args, paths, has_plan=has_plan)
     print(f"ready in {time.monotonic() - started:.0f} s", flush=True)
     return 0
 
@@ -164,13 +171,12 @@ def announce(
     n_tokens = n_texts * min(WRITTEN_TOKENS, engine.n_context // 2)
     if corpora:  # a token has roughly four bytes
         n_tokens = sum(min(c.size // 4, args.max_tokens or c.size) for c in corpora)
-    has_predictor = paths.predictor.is_file() or args.no_predictor
     if not paths.profile.is_file():
         steps.append("profile")
         seconds += n_tokens / rates["prefill"]
         if not (corpora or engine.is_synthetic):
             seconds += n_tokens / rates["decode"]
-    if not has_predictor:
+    if can_predict(args, paths) and not paths.predictor.is_file():
         steps.append("predictor")
         config = engine.config
         work = config.n_layers * config.n_neurons * config.hidden_size * 1e-6
@@ -268,8 +274,6 @@ def make_predictor(
         raise HybridError(str(error)) from error
     except OSError as error:
         raise HybridError(f"{paths.predictor}: cannot be written: {error.strerror}") from error
-    if "lowrank" not in file.about["kinds"]:
-        print("note: torch is not installed: only training-free predictors were tried")
     print("predictor  done")
 
 
@@ -301,13 +305,13 @@ def make_plan(args: argparse.Namespace) -> bool:
     return True
 
 
-def report(args: argparse.Namespace, *, has_plan: bool) -> None:
+def report(args: argparse.Namespace, paths: Paths, *, has_plan: bool) -> None:
     """Print what was made, and how fast decoding is now.
 
     Memory bandwidth changes by the second, and the packed file is still being written to disk. So
     the alternatives are measured one after the other in several rounds, and medians are printed.
     """
-    kinds = ["exact"] if args.no_predictor else ["exact", "auto"]
+    kinds = ["exact", "auto"] if can_predict(args, paths) else ["exact"]
     runs = {kind: load_options(args, predictor=kind) for kind in kinds}
     if has_plan:
         on_gpu = load_options(args, predictor=kinds[-1], device="auto")

@@ -5,8 +5,8 @@ predictor names the neurons that may fire, and costs less than computing all gat
 possible error is a neuron that it misses.
 
 trace.py        the profiler's recording, for training
-predictors.py   the kinds low rank and sign, and their quality
-lowrank.py      training of low-rank predictors (torch)
+predictors.py   low-rank predictors, and their quality
+lowrank.py      their training (torch)
 selection.py    the cheapest predictor that reaches a recall, layer by layer
 file.py         a model's predictors in one file
 train.py, evaluate.py   the commands

@@ -18,18 +18,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from predictors.errors import PredictorError
-from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, Sign
+from predictors.predictors import WIDE_RANK, LowRank
 
 VERSION = 2
 _METADATA = "hybrid_predictor"
+EXACT, LOWRANK = "exact", "lowrank"  # kinds of a layer
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What a layer uses for one recall, and its quality on held-out tokens."""
 
-    kind: str  # "exact", "lowrank" or "sign"
-    rank: int  # 0 unless the kind is lowrank
+    kind: str  # EXACT or LOWRANK
+    rank: int  # 0 if the kind is EXACT
     margin: float
     recall: float
     weighted_recall: float  # weighted by |activation|
@@ -41,16 +42,16 @@ class Choice:
     @property
     def name(self) -> str:
         """The name in the keys of the layer's tensors."""
-        return f"lowrank{self.rank}" if self.kind == "lowrank" else self.kind
+        return f"{LOWRANK}{self.rank}" if self.kind == LOWRANK else self.kind
 
 
 @dataclass(frozen=True, slots=True)
 class PredictorFile:
     choices: Mapping[float, Sequence[Choice]]  # recall → layers
-    predictors: Mapping[tuple[int, str], LayerPredictor]  # (layer, Choice.name)
+    predictors: Mapping[tuple[int, str], LowRank]  # (layer, Choice.name)
     about: dict[str, Any]  # model_hash, order_hash, quant, sizes, training texts
 
-    def select(self, recall: float) -> list[tuple[Choice, LayerPredictor | None]]:
+    def select(self, recall: float) -> list[tuple[Choice, LowRank | None]]:
         """Return each layer's choice and predictor for a recall; no predictor means exact.
 
         Raises PredictorError for a recall that the file was not made for.
@@ -105,12 +106,18 @@ def load_predictor_file(path: Path) -> PredictorFile:
                 float(recall): tuple(Choice(**choice) for choice in layers)
                 for recall, layers in about.pop("choices").items()
             }
+            for kind in {choice.kind for layers in choices.values() for choice in layers}:
+                if kind not in (EXACT, LOWRANK):
+                    raise PredictorError(
+                        f"{path}: uses the predictor kind {kind!r}, which this version of hybrid "
+                        "does not run; train it again with python -m predictors.train"
+                    )
             sizes = about["n_layers"], about["n_neurons"], about["hidden_size"]
             predictors = {
                 (layer, choice.name): _read(file, layer, choice, *sizes)
                 for layers in choices.values()
                 for layer, choice in enumerate(layers)
-                if choice.kind != "exact"
+                if choice.kind == LOWRANK
             }
         if not choices or any(len(layers) != sizes[0] for layers in choices.values()):
             raise ValueError("its layers are incomplete")
@@ -123,26 +130,14 @@ def load_predictor_file(path: Path) -> PredictorFile:
 
 def _read(
     file: Any, layer: int, choice: Choice, n_layers: int, n_neurons: int, hidden: int
-) -> LayerPredictor:
+) -> LowRank:
     """Read one predictor. Raises ValueError for arrays of a wrong type or shape."""
-    parts: dict[str, tuple[type, tuple[int, ...]]]
-    kind: type[LayerPredictor]
-    if choice.kind == "lowrank":
-        kind = LowRank
-        parts = {
-            "a": (np.float32, (choice.rank, hidden)),
-            "b": (np.int8, (n_neurons, choice.rank)),
-            "b_scale": (np.float32, (n_neurons, 2)),
-            "bias": (np.float32, (n_neurons,)),
-        }
-    elif choice.kind == "sign":
-        kind = Sign
-        parts = {
-            "bits": (np.uint8, (n_neurons, -(-hidden // 8))),
-            "limit": (np.int32, (n_neurons,)),
-        }
-    else:
-        raise ValueError(f"unknown kind {choice.kind!r}")
+    parts: dict[str, tuple[type, tuple[int, ...]]] = {
+        "a": (np.float32, (choice.rank, hidden)),
+        "b": (np.int8, (n_neurons, choice.rank)),
+        "b_scale": (np.float32, (n_neurons, 2)),
+        "bias": (np.float32, (n_neurons,)),
+    }
     arrays = {}
     for part, (dtype, shape) in parts.items():
         array = file.get_tensor(f"{layer}.{choice.name}.{part}")
@@ -151,8 +146,7 @@ def _read(
         if array.dtype == np.float32 and not np.isfinite(array).all():
             raise ValueError(f"{layer}.{choice.name}.{part} is not finite")
         arrays[part] = array
-    if choice.kind == "lowrank":
-        narrow = arrays["b"][:, WIDE_RANK:]
-        if ((narrow < -8) | (narrow > 7)).any():
-            raise ValueError(f"{layer}.{choice.name}.b has more than 4 bits")
-    return kind(**arrays)
+    narrow = arrays["b"][:, WIDE_RANK:]
+    if ((narrow < -8) | (narrow > 7)).any():
+        raise ValueError(f"{layer}.{choice.name}.b has more than 4 bits")
+    return LowRank(**arrays)

@@ -1,11 +1,8 @@
-"""Predictors of one layer, in NumPy: the arithmetic of the native kernels, and the arrays of files.
+"""The predictor of one layer in NumPy: the native kernels' arithmetic, and the arrays of files.
 
-low rank approximates the gate's product with x by two small matrices: b (a x) + bias >= 0. The idea
-is that of Deja Vu (https://arxiv.org/abs/2310.17157) and PowerInfer (https://arxiv.org/abs/2312.12456),
+It approximates the gate's product with x by two small matrices: b (a x) + bias >= 0. The idea is
+that of Deja Vu (https://arxiv.org/abs/2310.17157) and PowerInfer (https://arxiv.org/abs/2312.12456),
 but without a nonlinearity between the matrices.
-
-sign counts how many sign bits of a gate row differ from those of x. It needs no training
-(SparseInfer, https://arxiv.org/abs/2411.12692).
 """
 
 from __future__ import annotations
@@ -34,8 +31,6 @@ class LowRank:
     b_scale: Array  # (n_neurons, 2)
     bias: Array  # (n_neurons,)
 
-    kind = "lowrank"
-
     @property
     def rank(self) -> int:
         return len(self.a)
@@ -52,31 +47,6 @@ class LowRank:
         wide = rounded[:, :WIDE_RANK] @ self.b[:, :WIDE_RANK].T.astype(np.float32)
         narrow = rounded[:, WIDE_RANK:] @ self.b[:, WIDE_RANK:].T.astype(np.float32)
         return scale * (wide * self.b_scale[:, 0] + narrow * self.b_scale[:, 1]) + self.bias
-
-
-@dataclass(frozen=True, slots=True)
-class Sign:
-    """Neuron j is predicted if at most limit[j] + margin sign bits of its gate row differ from x.
-
-    `bits` has a 1 for each negative weight.
-    """
-
-    bits: NDArray[np.uint8]  # (n_neurons, ceil(hidden / 8)): bit i % 8 of byte i / 8
-    limit: NDArray[np.int32]  # (n_neurons,)
-
-    kind = "sign"
-    rank = 0
-
-    def scores(self, x: NDArray[np.floating]) -> Array:
-        """Map (n, hidden) inputs to (n, n_neurons) scores, like `LowRank.scores`."""
-        hidden = x.shape[1]
-        ours = 1.0 - 2.0 * np.unpackbits(self.bits, axis=1, bitorder="little")[:, :hidden]
-        theirs = np.where(np.signbit(x), np.float32(-1), np.float32(1))
-        distance = (hidden - theirs @ ours.astype(np.float32).T) / 2
-        return (self.limit - distance).astype(np.float32)
-
-
-LayerPredictor = LowRank | Sign
 
 
 def round_blocks(a: Array) -> Array:
@@ -137,15 +107,6 @@ def _narrow_scale(b: Array) -> Array:
         best = np.where(error < least, scale, best)
         least = np.minimum(error, least)
     return best
-
-
-def make_sign(gate: NDArray[np.floating]) -> Sign:
-    """Make a predictor from (n_neurons, hidden) gate weights.
-
-    Its limit is half of the bits, the distance expected by chance.
-    """
-    bits = np.packbits(np.signbit(gate), axis=1, bitorder="little")
-    return Sign(bits, np.full(len(gate), gate.shape[1] // 2, np.int32))
 
 
 @dataclass(frozen=True, slots=True)

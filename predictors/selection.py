@@ -1,4 +1,4 @@
-"""Selects each layer's predictor for a recall: its kind, rank and margin.
+"""Selects each layer's predictor for a recall: its rank and margin.
 
 The choice is the cheapest one by measured cost that reaches the recall on held-out tokens. If none
 is cheaper than computing all gates, it is exact.
@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from predictors.file import Choice
-from predictors.predictors import Array, LayerPredictor, margin_for_recall, measure_quality
+from predictors.file import EXACT, LOWRANK, Choice
+from predictors.predictors import Array, LowRank, margin_for_recall, measure_quality
 from predictors.trace import LayerTrace
-
-EXACT = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +25,6 @@ class CostTable:
     exact_ns: float
     named_row_ns: float
     lowrank_ns: Mapping[int, float]
-    sign_ns: float
     n_neurons: int
 
     @classmethod
@@ -36,18 +33,15 @@ class CostTable:
             exact_ns=float(costs["exact_ns"]),
             named_row_ns=float(costs["named_row_ns"]),
             lowrank_ns={int(rank): float(ns) for rank, ns in costs["lowrank_ns"].items()},
-            sign_ns=float(costs["sign_ns"]),
             n_neurons=n_neurons,
         )
 
-    def of_predictor(self, kind: str, rank: int, predicted: float) -> float:
+    def of_predictor(self, rank: int, predicted: float) -> float:
         """Return the ns to run the predictor and to compute the gates that it names.
 
         The cost of a rank between two measured ones is interpolated.
         """
         rows = predicted * self.n_neurons * self.named_row_ns
-        if kind == "sign":
-            return self.sign_ns + rows
         ranks = sorted(self.lowrank_ns)
         return float(np.interp(rank, ranks, [self.lowrank_ns[r] for r in ranks])) + rows
 
@@ -68,7 +62,7 @@ class HeldOut:
 
 
 def candidates_for(
-    predictor: LayerPredictor, held_out: HeldOut, recalls: Sequence[float], costs: CostTable
+    predictor: LowRank, held_out: HeldOut, recalls: Sequence[float], costs: CostTable
 ) -> dict[float, Choice]:
     """Return a predictor's choice for each recall.
 
@@ -83,14 +77,14 @@ def candidates_for(
             scores[half:], held_out.active[half:], held_out.magnitude[half:], margin
         )
         choices[recall] = Choice(
-            kind=predictor.kind,
+            kind=LOWRANK,
             rank=predictor.rank,
             margin=margin,
             recall=quality.recall,
             weighted_recall=quality.weighted_recall,
             precision=quality.precision,
             predicted=quality.predicted,
-            cost_ns=costs.of_predictor(predictor.kind, predictor.rank, quality.predicted),
+            cost_ns=costs.of_predictor(predictor.rank, quality.predicted),
             exact_ns=costs.exact_ns,
         )
     return choices

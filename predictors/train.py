@@ -3,9 +3,9 @@
     python -m profiler.record -m MODEL --trace -o FOLDER
     python -m predictors.train FOLDER/trace -o predictor.safetensors
 
-For every layer and recall the command keeps the cheapest kind, rank and margin that reaches the
-recall on held-out tokens. Costs are those that were measured with the trace. A layer stays exact if
-no predictor is cheaper. Without torch only training-free kinds are tried.
+For every layer and recall the command keeps the cheapest rank and margin that reaches the recall on
+held-out tokens. Costs are those that were measured with the trace. A layer stays exact if no
+predictor is cheaper. Training needs torch.
 """
 
 from __future__ import annotations
@@ -17,21 +17,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from predictors.errors import PredictorError
 from predictors.file import Choice, PredictorFile
-from predictors.predictors import WIDE_RANK, LayerPredictor, make_sign
+from predictors.predictors import WIDE_RANK, LowRank
 from predictors.selection import CostTable, HeldOut, candidates_for, cheapest
 from predictors.trace import LayerTrace, Trace, load_trace
 
-if TYPE_CHECKING:
-    pass
-
 RECALLS = (0.95, 0.99, 0.999)
-KINDS = ("lowrank", "sign")
+INSTALL = "pip install 'hybrid-inference[train]'"
 HELD_OUT = 0.2  # share of the tokens
 CLOSE = 1.05  # a second rank is trained if its cost is at most this multiple of the cheapest
 MIN_TOKENS = 64
@@ -42,30 +38,31 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True, slots=True)
 class Options:
     recalls: tuple[float, ...] = RECALLS
-    kinds: tuple[str, ...] = KINDS
-    ranks: tuple[int, ...] = ()  # of lowrank; (): ranks chosen from the measured costs
+    ranks: tuple[int, ...] = ()  # (): ranks chosen from the measured costs
     n_trained: int = 2  # most ranks that are trained: the cheapest before training
     epochs: int = 10
     seed: int = 0
 
 
 def train(trace: Trace, options: Options, progress: Progress = lambda *_: None) -> PredictorFile:
-    """Train predictors for all layers. Raises PredictorError if the trace has too few tokens."""
+    """Train predictors for all layers.
+
+    Raises PredictorError if the trace has too few tokens, or if torch is not installed.
+    """
+    if not has_torch():
+        raise PredictorError(f"training needs torch: {INSTALL}")
     if trace.n_tokens < MIN_TOKENS:
         raise PredictorError(
             f"{trace.folder}: {trace.n_tokens} tokens are too few; record at least {MIN_TOKENS}, "
             "or better some thousands"
         )
-    kinds = options.kinds
-    if "lowrank" in kinds and not _has_torch():
-        kinds = tuple(kind for kind in kinds if kind != "lowrank")
     costs = CostTable.of(trace.costs, trace.n_neurons)
     choices: dict[float, list[Choice]] = {recall: [] for recall in options.recalls}
-    predictors: dict[tuple[int, str], LayerPredictor] = {}
+    predictors: dict[tuple[int, str], LowRank] = {}
     ranks = all_ranks = _ranks(options, trace.hidden_size, costs)
     for layer in range(trace.n_layers):
         progress("training predictors, layers", layer, trace.n_layers)
-        found = _train_layer(trace.layer(layer), trace.threshold, kinds, ranks, options, costs)
+        found = _train_layer(trace.layer(layer), trace.threshold, ranks, options, costs)
         for recall in options.recalls:
             choice = cheapest([by_recall[recall] for _, by_recall in found], costs)
             choices[recall].append(choice)
@@ -85,7 +82,6 @@ def train(trace: Trace, options: Options, progress: Progress = lambda *_: None) 
         "n_neurons": trace.n_neurons,
         "hidden_size": trace.hidden_size,
         "n_tokens": trace.n_tokens,
-        "kinds": list(kinds),
         "seed": options.seed,
     }
     return PredictorFile(choices, predictors, about)
@@ -94,12 +90,13 @@ def train(trace: Trace, options: Options, progress: Progress = lambda *_: None) 
 def _train_layer(
     trace: LayerTrace,
     threshold: float,
-    kinds: Sequence[str],
     ranks: Sequence[int],
     options: Options,
     costs: CostTable,
-) -> list[tuple[LayerPredictor, dict[float, Choice]]]:
+) -> list[tuple[LowRank, dict[float, Choice]]]:
     """Return the candidate predictors, each with its choice for every recall."""
+    from predictors.lowrank import SvdBasis, TrainingOptions, train_lowrank
+
     # Split in blocks, so that neighbouring tokens are mostly on the same side.
     n = len(trace.inputs)
     blocks = np.arange(n) * 50 // n
@@ -108,39 +105,34 @@ def _train_layer(
     # Interleave, so that both halves of the held-out tokens come from the whole trace.
     held_out_tokens = np.concatenate([held_out_tokens[::2], held_out_tokens[1::2]])
     held_out = HeldOut.of(trace, held_out_tokens)
-    found: list[tuple[LayerPredictor, dict[float, Choice]]] = []
+    found: list[tuple[LowRank, dict[float, Choice]]] = []
 
-    def add(predictor: LayerPredictor) -> dict[float, Choice]:
+    def add(predictor: LowRank) -> dict[float, Choice]:
         found.append((predictor, candidates_for(predictor, held_out, options.recalls, costs)))
         return found[-1][1]
 
-    if "sign" in kinds:
-        add(make_sign(trace.gate))
-    if "lowrank" in kinds:
-        from predictors.lowrank import SvdBasis, TrainingOptions, train_lowrank
-
-        basis = SvdBasis(trace, training, threshold)
-        aim = min(options.recalls, key=lambda recall: abs(recall - 0.99))
-        untrained = {}
-        for rank in ranks:
-            untrained[rank] = add(basis.predictor(rank, trace.inputs[training[:2048]]))[aim].cost_ns
-        least = min(untrained.values())
-        for rank in sorted(untrained, key=untrained.__getitem__)[: options.n_trained]:
-            if untrained[rank] > CLOSE * least and not options.ranks:
-                break
-            # A trained predictor replaces its untrained start: training never makes it worse.
-            found[:] = [pair for pair in found if pair[0].rank != rank]
-            add(
-                train_lowrank(
-                    basis,
-                    rank,
-                    trace,
-                    training,
-                    held_out_tokens,
-                    aim,
-                    TrainingOptions(epochs=options.epochs, seed=options.seed),
-                )
+    basis = SvdBasis(trace, training, threshold)
+    aim = min(options.recalls, key=lambda recall: abs(recall - 0.99))
+    untrained = {}
+    for rank in ranks:
+        untrained[rank] = add(basis.predictor(rank, trace.inputs[training[:2048]]))[aim].cost_ns
+    least = min(untrained.values())
+    for rank in sorted(untrained, key=untrained.__getitem__)[: options.n_trained]:
+        if untrained[rank] > CLOSE * least and not options.ranks:
+            break
+        # A trained predictor replaces its untrained start: training never makes it worse.
+        found[:] = [pair for pair in found if pair[0].rank != rank]
+        add(
+            train_lowrank(
+                basis,
+                rank,
+                trace,
+                training,
+                held_out_tokens,
+                aim,
+                TrainingOptions(epochs=options.epochs, seed=options.seed),
             )
+        )
     return found
 
 
@@ -160,7 +152,7 @@ def _neighbours(ranks: Sequence[int], used: set[int]) -> list[int]:
     return [rank for i, rank in enumerate(ranks) if any(abs(i - j) <= 1 for j in at)]
 
 
-def _has_torch() -> bool:
+def has_torch() -> bool:
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -186,18 +178,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="recalls to reach (default: 0.95 0.99 0.999)",
     )
     add(
-        "--kind",
-        choices=KINDS,
-        nargs="+",
-        default=list(KINDS),
-        help="kinds of predictor to try (default: lowrank sign)",
-    )
-    add(
         "--rank",
         type=int,
         nargs="+",
         default=[],
-        help="ranks of lowrank to try (default: chosen by measured cost)",
+        help="ranks to try (default: chosen by measured cost)",
     )
     add("--epochs", type=int, default=10, help="maximum epochs of training (default: 10)")
     add("--seed", type=int, default=0, help="random seed of training (default: 0)")
@@ -240,11 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\r{task} {done}/{total}{left}   ", end=end, file=sys.stderr, flush=True)
 
     try:
-        if "lowrank" in args.kind and not _has_torch():
-            print("note: torch is not installed: trying training-free kinds only", file=sys.stderr)
         options = Options(
             recalls=tuple(sorted(set(args.recall))),
-            kinds=tuple(args.kind),
             ranks=tuple(args.rank),
             epochs=args.epochs,
             seed=args.seed,

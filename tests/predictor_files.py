@@ -9,7 +9,7 @@ import numpy as np
 from hybrid import Engine, Session
 from hybrid.weights.packing import order_hash
 from predictors.file import Choice, PredictorFile
-from predictors.predictors import LayerPredictor, LowRank, make_sign, round_blocks
+from predictors.predictors import LowRank, round_blocks
 
 
 def about(engine: Engine, **changes: object) -> dict[str, object]:
@@ -24,7 +24,6 @@ def about(engine: Engine, **changes: object) -> dict[str, object]:
         "n_layers": config.n_layers,
         "n_neurons": config.n_neurons,
         "hidden_size": config.hidden_size,
-        "kinds": ["lowrank", "sign"],
         **changes,
     }
 
@@ -44,16 +43,11 @@ def random_lowrank(engine: Engine, rank: int, seed: int = 0) -> LowRank:
     )
 
 
-def random_sign(engine: Engine, seed: int = 0) -> LayerPredictor:
-    shape = engine.config.n_neurons, engine.config.hidden_size
-    return make_sign(np.random.default_rng(seed).standard_normal(shape))
-
-
 def write_predictor(
     path: Path,
     engine: Engine,
     *,
-    kinds: tuple[str, ...] = ("lowrank", "sign"),
+    kinds: tuple[str, ...] = ("lowrank", "lowrank"),
     margin: float = 0.0,
     **changes: object,
 ) -> Path:
@@ -64,8 +58,6 @@ def write_predictor(
         choices.append(choice(kind, rank, margin if kind != "exact" else 0.0))
         if kind == "lowrank":
             predictors[layer, f"lowrank{rank}"] = random_lowrank(engine, rank)
-        elif kind == "sign":
-            predictors[layer, "sign"] = random_sign(engine)
     PredictorFile({0.99: choices}, predictors, about(engine, **changes)).save(path)
     return path
 

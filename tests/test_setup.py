@@ -53,14 +53,16 @@ def test_setup_makes_a_model_ready(home, capsys):
 
 
 @pytest.mark.slow
-def test_without_torch_only_training_free_kinds_are_tried(home, capsys, monkeypatch):
-    from predictors import train
-
-    monkeypatch.setattr(train, "_has_torch", lambda: False)
+def test_without_torch_no_predictor_is_trained(home, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # `import torch` fails
     assert setup("-m", "synthetic:tiny") == 0
-    assert "torch is not installed" in capsys.readouterr().out
-    with hybrid.load("synthetic:tiny", predictor="auto") as engine:
-        assert {"exact", "sign"} >= set(engine.prediction.kinds)
+    out = capsys.readouterr().out
+    assert "predictor  none: training needs torch: pip install 'hybrid-inference[train]'\n" in out
+    assert "to do      profile: about" in out
+    assert "--predictor auto" not in out
+    assert not (home / "predictors").exists()
+    assert setup("-m", "synthetic:tiny") == 0
+    assert "everything is there already" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -52,14 +52,13 @@ struct PyRows {
 
 // A predictor of one layer within NumPy arrays. The object keeps the arrays alive.
 struct PyPredictor {
-  PyPredictor(Format format, PredictorKind kind, int32_t size, int32_t n_neurons, Bytes tiles,
-              const PyRows* first_matrix);
+  PyPredictor(Format format, int32_t n_neurons, Bytes tiles, const PyRows& first_matrix);
   // The predictor's inputs for (n, bytes) quantised vectors.
   std::vector<uint8_t> MakeInputs(Format x_format, const Bytes& x, int32_t n_cols) const;
   Format format;  // of the model's weights
   Predictor predictor;
   int32_t n_neurons;
-  Rows rows{};  // kLowRank: the first matrix
+  Rows rows;  // the first matrix: (rank, hidden)
   Bytes tiles, rows_memory;
 };
 

@@ -126,24 +126,22 @@ PyRows::PyRows(Format format, Bytes memory, int32_t n_rows, int32_t n_cols, int6
   }
 }
 
-PyPredictor::PyPredictor(Format format, PredictorKind kind, int32_t size, int32_t n_neurons,
-                         Bytes tiles, const PyRows* first_matrix)
-    : format(format), n_neurons(n_neurons), tiles(tiles) {
-  predictor = {kind, size, tiles.data()};
-  Check(size > 0 && size <= kMaxCols && n_neurons > 0,
-        "size and n_neurons must be positive, size at most 16777216");
+PyPredictor::PyPredictor(Format format, int32_t n_neurons, Bytes tiles, const PyRows& first_matrix)
+    : format(format),
+      predictor{first_matrix.rows.n_rows, tiles.data()},
+      n_neurons(n_neurons),
+      rows(first_matrix.rows),
+      tiles(tiles),
+      rows_memory(first_matrix.memory) {
+  Check(rows.n_rows % kRowTile == 0 && rows.n_rows <= kMaxCols &&
+            first_matrix.format == PredictorFormat(format),
+        "the first matrix must be (rank, hidden), with a rank that is a multiple of 4 and at most "
+        "16777216; bf16 for a bf16 model, otherwise q4");
+  Check(n_neurons > 0, "n_neurons must be positive");
   Check(tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
             tiles.shape(0) ==
                 (n_neurons + kPredictTile - 1) / kPredictTile * PredictTileBytes(predictor),
         "tiles must be (bytes of all tiles,)");
-  Check((first_matrix != nullptr) == (kind == PredictorKind::kLowRank),
-        "a low-rank predictor needs a first matrix, a sign predictor has none");
-  if (first_matrix == nullptr) return;
-  Check(size % kRowTile == 0 && first_matrix->rows.n_rows == size &&
-            first_matrix->format == PredictorFormat(format),
-        "the first matrix must be (rank, hidden), bf16 for a bf16 model, otherwise q4");
-  rows = first_matrix->rows;
-  rows_memory = first_matrix->memory;
 }
 
 PyPreview::PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles)
@@ -158,19 +156,16 @@ PyPreview::PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles)
 std::vector<uint8_t> PyPredictor::MakeInputs(Format x_format, const Bytes& x,
                                              int32_t n_cols) const {
   Check(x_format == format, "the predictor and the gate rows must have the same format");
-  const bool is_low_rank = predictor.kind == PredictorKind::kLowRank;
-  Check(is_low_rank ? rows.n_cols == n_cols : predictor.size == PaddedCols(format, n_cols) / 32,
-        "the predictor and the gate rows must have the same width");
+  Check(rows.n_cols == n_cols, "the predictor and the gate rows must have the same width");
   const int64_t n = x.shape(0), n_bytes = PredictorInputBytes(predictor);
-  std::vector<float> z(static_cast<size_t>(n * predictor.size));
+  std::vector<float> z(static_cast<size_t>(n * predictor.rank));
   std::vector<uint8_t> inputs(static_cast<size_t>(n * n_bytes));
   const KernelTable& kernels = ActiveKernels();
-  if (is_low_rank)
-    kernels.gemm({PredictorFormat(format), rows, 0, predictor.size, x.data(), x.shape(1),
-                  static_cast<int32_t>(n), z.data(), predictor.size});
+  kernels.gemm({PredictorFormat(format), rows, 0, predictor.rank, x.data(), x.shape(1),
+                static_cast<int32_t>(n), z.data(), predictor.rank});
   for (int64_t t = 0; t < n; ++t)
-    kernels.make_predictor_input(predictor, format, x.data() + t * x.shape(1), n_cols,
-                                 z.data() + t * predictor.size, inputs.data() + t * n_bytes);
+    kernels.make_predictor_input(predictor, z.data() + t * predictor.rank,
+                                 inputs.data() + t * n_bytes);
   return inputs;
 }
 

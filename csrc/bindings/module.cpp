@@ -8,7 +8,6 @@
 namespace py = pybind11;
 using hybrid::Activation;
 using hybrid::Format;
-using hybrid::PredictorKind;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The compiled half of hybrid: kernels, thread pool, recorded programs.";
@@ -16,10 +15,6 @@ PYBIND11_MODULE(_native, m) {
       .value("bf16", Format::kBf16)
       .value("q8", Format::kQ8)
       .value("q4", Format::kQ4)
-      .finalize();
-  py::native_enum<PredictorKind>(m, "PredictorKind", "enum.Enum")
-      .value("lowrank", PredictorKind::kLowRank)
-      .value("sign", PredictorKind::kSign)
       .finalize();
   py::native_enum<Activation>(m, "Activation", "enum.Enum")
       .value("relu", Activation::kRelu)

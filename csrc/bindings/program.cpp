@@ -67,9 +67,8 @@ void BindProgram(py::module_& m) {
       .def_property_readonly("memory", [](const PyRows& r) { return r.memory; });
 
   py::class_<PyPredictor>(m, "Predictor")
-      .def(py::init<Format, PredictorKind, int32_t, int32_t, Bytes, const PyRows*>(), py::kw_only(),
-           py::arg("format"), py::arg("kind"), py::arg("size"), py::arg("n_neurons"),
-           py::arg("tiles"), py::arg("first_matrix") = py::none());
+      .def(py::init<Format, int32_t, Bytes, const PyRows&>(), py::kw_only(), py::arg("format"),
+           py::arg("n_neurons"), py::arg("tiles"), py::arg("first_matrix"));
 
   py::class_<PyPreview>(m, "Preview")
       .def(py::init<int32_t, int32_t, Bytes>(), py::kw_only(), py::arg("n_rows"), py::arg("n_cols"),

@@ -143,50 +143,36 @@ struct GemmArgs {
 // gate of every selected neuron is still computed as without a predictor. The only possible error
 // is therefore a neuron that the predictor misses.
 //
-// A predictor is stored as tiles of kPredictTile neurons. A tile is a number of lines of
-// kPredictLine bytes, with four bytes of each neuron per line. The values that the neurons' scores
-// are compared with follow the lines. Neurons beyond the last are never predicted.
-//
-// kLowRank: two small matrices, a (rank, hidden) and b (n_neurons, rank). z = a x is rounded to
-// int8 with one scale. The first kWideRank columns of b are int8, the others have 4 bits; each of
-// the two kinds has its own scale. The first columns are wide because a gate's largest directions
-// (above all, what all tokens share) need more than 16 levels. The first line of a tile holds the
-// wide columns + 128. Each further line holds eight columns as nibbles + 8: byte c of a neuron's
-// four holds columns c (low) and 4 + c (high). Then follow 16 fp32 scales of the wide columns, 16
-// of the narrow columns and 16 biases. A neuron is predicted if
+// A predictor is two small matrices, a (rank, hidden) and b (n_neurons, rank). z = a x is rounded
+// to int8 with one scale. The first kWideRank columns of b are int8, the others have 4 bits; each
+// of the two kinds has its own scale. The first columns are wide because a gate's largest
+// directions (above all, what all tokens share) need more than 16 levels. A neuron is predicted if
 // wide_scale * (b z over the wide) + narrow_scale * (b z over the others) + bias >= 0.
 //
-// kSign: line k holds 32 sign bits of each gate row, in the order of a quantised vector. Then
-// follow 16 int32 limits. A neuron is predicted if at most that many of its sign bits differ from
-// those of x.
-enum class PredictorKind : int32_t { kLowRank = 0, kSign = 1 };
+// b is stored as tiles of kPredictTile neurons. A tile is a number of lines of kPredictLine bytes,
+// with four bytes of each neuron per line. The first line holds the wide columns + 128. Each
+// further line holds eight columns as nibbles + 8: byte c of a neuron's four holds columns c (low)
+// and 4 + c (high). Then follow 16 fp32 scales of the wide columns, 16 of the narrow columns and 16
+// biases. Neurons beyond the last are never predicted.
 constexpr int32_t kPredictTile = 16;
 constexpr int32_t kPredictLine = 4 * kPredictTile;
 constexpr int32_t kWideRank = 4;
 struct Predictor {
-  PredictorKind kind;
-  int32_t size;  // kLowRank: rank, a multiple of 4; kSign: number of 32-bit words
+  int32_t rank;  // a multiple of 4
   const uint8_t* tiles;
 };
-static inline int32_t PredictLines(const Predictor& p) {
-  return p.kind == PredictorKind::kLowRank ? 1 + (p.size - kWideRank + 7) / 8 : p.size;
-}
+static inline int32_t PredictLines(const Predictor& p) { return 1 + (p.rank - kWideRank + 7) / 8; }
 static inline int64_t PredictTileBytes(const Predictor& p) {
-  return int64_t{kPredictLine} * (PredictLines(p) + (p.kind == PredictorKind::kLowRank ? 3 : 1));
+  return int64_t{kPredictLine} * (PredictLines(p) + 3);
 }
 // The rank, padded so that the last line is full.
 static inline int32_t PaddedRank(const Predictor& p) {
   return kWideRank + 8 * (PredictLines(p) - 1);
 }
-// Bytes of a predictor's input for one token. A multiple of 4.
-//
-// kLowRank: z as int8 (PaddedRank), then its fp32 scale, then two int32 corrections: -128 times the
-// sum of the wide elements of z, and -8 times the sum of the others.
-//
-// kSign: the sign bits of x.
-static inline int64_t PredictorInputBytes(const Predictor& p) {
-  return p.kind == PredictorKind::kLowRank ? PaddedRank(p) + 12 : 4 * int64_t{p.size};
-}
+// Bytes of a predictor's input for one token, a multiple of 4: z as int8 (PaddedRank), then its
+// fp32 scale, then two int32 corrections: -128 times the sum of the wide elements of z, and -8
+// times the sum of the others.
+static inline int64_t PredictorInputBytes(const Predictor& p) { return PaddedRank(p) + 12; }
 
 // A preview is a copy of the output head in 2 bits, from which the logits of all rows are
 // estimated. The estimates say which rows are worth reading in full: the shortlist. The method is
@@ -348,10 +334,8 @@ struct KernelTable {
                       int64_t stride, int32_t head_dim, int32_t head_stride, float* merged);
   // (n,) fp32 -> fp16, rounded to nearest even.
   void (*to_fp16)(const float* x, int32_t n, uint16_t* out);
-  // A predictor's input (PredictorInputBytes): from z, `size` floats (kLowRank), or from x, a
-  // quantised vector (kSign).
-  void (*make_predictor_input)(const Predictor& predictor, Format format, const uint8_t* x,
-                               int32_t n_cols, const float* z, uint8_t* out);
+  // z (rank,) fp32 -> a predictor's input (PredictorInputBytes).
+  void (*make_predictor_input)(const Predictor& predictor, const float* z, uint8_t* out);
   // x (n,) fp32 -> a preview's input (PreviewInputBytes).
   void (*make_preview_input)(const float* x, int32_t n, uint8_t* out);
   // Estimates the logits of the rows of tiles [first, last). tile_maxima receives the largest logit

@@ -15,7 +15,7 @@ namespace hybrid {
 namespace {
 
 // Bit i: neuron i of the tile is predicted to fire for one token.
-inline uint32_t PredictLowRank(const Predictor& p, const uint8_t* tile, const uint8_t* input) {
+inline uint32_t PredictWholeTile(const Predictor& p, const uint8_t* tile, const uint8_t* input) {
   constexpr int kRegisters = kPredictTile / kLanes;
   const int32_t n_lines = PredictLines(p) - 1;
   const uint8_t* tail = input + PaddedRank(p);
@@ -64,46 +64,17 @@ inline uint32_t PredictLowRank(const Predictor& p, const uint8_t* tile, const ui
   return bits;
 }
 
-inline uint32_t PredictSign(const Predictor& p, const uint8_t* tile, const uint8_t* input) {
-  constexpr int kRegisters = kPredictTile / kLanes;
-  I32 distance[kRegisters];
-  for (int r = 0; r < kRegisters; ++r) distance[r] = ZeroWords();
-  for (int32_t word = 0; word < p.size; ++word, tile += kPredictLine) {
-    const I32 x = BroadcastWord(input + 4 * word);
-#pragma GCC unroll 2
-    for (int r = 0; r < kRegisters; ++r)
-      distance[r] = AddBitsThatDiffer(distance[r], LoadWords(tile + r * 4 * kLanes), x);
-  }
-  uint32_t bits = 0;
-  for (int r = 0; r < kRegisters; ++r)
-    bits |= AtMost(distance[r], LoadWords(tile + r * 4 * kLanes)) << r * kLanes;
-  return bits;
-}
-
 // Bit i: neuron kPredictTile * index + i is predicted to fire. Only neurons in [first, last) have
 // bits.
 inline uint32_t PredictTile(const SparseFfnArgs& a, int32_t index, int32_t token) {
   const Predictor& p = *a.predictor;
   const uint8_t* tile = p.tiles + index * PredictTileBytes(p);
   const uint8_t* input = a.predictor_inputs + token * a.predictor_input_stride;
-  uint32_t bits = p.kind == PredictorKind::kLowRank ? PredictLowRank(p, tile, input)
-                                                    : PredictSign(p, tile, input);
+  uint32_t bits = PredictWholeTile(p, tile, input);
   const int32_t begin = index * kPredictTile;
   if (begin < a.first) bits &= ~0u << (a.first - begin);
   if (begin + kPredictTile > a.last) bits &= (1u << (a.last - begin)) - 1;
   return bits;
-}
-
-// The sign bits of a quantised vector's values, in the order in which the values are stored.
-inline void SignBits(Format format, const uint8_t* x, int32_t n_cols, uint8_t* words) {
-  const int32_t padded = PaddedCols(format, n_cols), step = format == Format::kBf16 ? 2 : 1;
-  const uint8_t* high = x + step - 1;  // little-endian
-  for (int32_t at = 0; at < padded; at += 8) {
-    uint8_t bits = 0;
-    for (int32_t i = 0; i < 8; ++i)
-      bits = static_cast<uint8_t>(bits | high[(at + i) * step] >> 7 << i);
-    words[at / 8] = bits;
-  }
 }
 
 // (n,) floats -> int8 with one scale, which is returned. The scale is NaN if any float is NaN, so
@@ -126,18 +97,13 @@ inline float RoundToInt8(const float* x, int32_t n, uint8_t* out) {
 }
 
 // See KernelTable::make_predictor_input.
-void MakePredictorInput(const Predictor& p, Format format, const uint8_t* x, int32_t n_cols,
-                        const float* z, uint8_t* out) {
-  if (p.kind == PredictorKind::kSign) {
-    SignBits(format, x, n_cols, out);
-    return;
-  }
-  const float scale = RoundToInt8(z, p.size, out);
+void MakePredictorInput(const Predictor& p, const float* z, uint8_t* out) {
+  const float scale = RoundToInt8(z, p.rank, out);
   int32_t wide_sum = 0, narrow_sum = 0;
-  for (int32_t i = 0; i < p.size; ++i)
+  for (int32_t i = 0; i < p.rank; ++i)
     (i < kWideRank ? wide_sum : narrow_sum) += static_cast<int8_t>(out[i]);
   const int32_t padded = PaddedRank(p), corrections[2] = {-128 * wide_sum, -8 * narrow_sum};
-  memset(out + p.size, 0, static_cast<size_t>(padded - p.size));
+  memset(out + p.rank, 0, static_cast<size_t>(padded - p.rank));
   memcpy(out + padded, &scale, sizeof(scale));
   memcpy(out + padded + sizeof(scale), corrections, sizeof(corrections));
 }

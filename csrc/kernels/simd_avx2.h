@@ -181,22 +181,6 @@ inline uint32_t NotNegative(F32 a) {
 inline I32 ZeroWords() { return _mm256_setzero_si256(); }
 inline I32 AddWords(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 BroadcastWord(const uint8_t* p) { return BroadcastX(p); }
-// Counts the bits of each nibble by a table, then adds up the bytes of each word.
-inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {
-  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2,
-                                         1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
-  const __m256i mask = _mm256_set1_epi8(15), bits = _mm256_xor_si256(a, b);
-  const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bits, mask));
-  const __m256i high =
-      _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), mask));
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_add_epi8(low, high), _mm256_set1_epi8(1));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-inline uint32_t AtMost(I32 a, I32 limit) {
-  return ~static_cast<uint32_t>(
-             _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, limit)))) &
-         0xffu;
-}
 
 inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

@@ -185,24 +185,6 @@ inline uint32_t NotNegative(F32 a) {
 inline I32 ZeroWords() { return _mm512_setzero_si512(); }
 inline I32 AddWords(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline I32 BroadcastWord(const uint8_t* p) { return BroadcastX(p); }
-#ifdef __AVX512VPOPCNTDQ__
-inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {
-  return _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(a, b)));
-}
-#else
-// Counts the bits of each nibble by a table, then adds up the bytes of each word.
-inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {
-  const __m512i table =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-  const __m512i mask = _mm512_set1_epi8(15), bits = _mm512_xor_si512(a, b);
-  const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(bits, mask));
-  const __m512i high =
-      _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bits, 4), mask));
-  const __m512i pairs = _mm512_maddubs_epi16(_mm512_add_epi8(low, high), _mm512_set1_epi8(1));
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-#endif
-inline uint32_t AtMost(I32 a, I32 limit) { return _mm512_cmple_epi32_mask(a, limit); }
 
 inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

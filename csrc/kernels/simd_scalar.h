@@ -216,17 +216,6 @@ inline I32 BroadcastWord(const uint8_t* p) {
   for (int i = 0; i < kLanes; ++i) memcpy(y.v + i, p, 4);
   return y;
 }
-inline I32 AddBitsThatDiffer(I32 sum, I32 a, I32 b) {
-  for (int i = 0; i < kLanes; ++i)
-    for (uint32_t bits = static_cast<uint32_t>(a.v[i] ^ b.v[i]); bits != 0; bits &= bits - 1)
-      ++sum.v[i];
-  return sum;
-}
-inline uint32_t AtMost(I32 a, I32 limit) {
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a.v[i] <= limit.v[i]) << i;
-  return bits;
-}
 
 // Eight lanes, whatever the ISA: a group's eight blocks at once, or eight elements of one block.
 using F32x8 = F32;

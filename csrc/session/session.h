@@ -218,8 +218,7 @@ class Session {
   void Tick(Stage stage, ThreadScratch& scratch) const;
   const uint8_t* NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch);
   void PrefetchNorm(int32_t op) const;
-  const uint8_t* PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
-                                     ThreadScratch& scratch);
+  const uint8_t* PredictorInputsOnce(const Phase& phase, const Op& op, ThreadScratch& scratch);
   const uint8_t* MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch);
   void FinishHead(const Op& op, int32_t head, const float* values, int32_t position, int32_t token,
                   ThreadScratch& scratch);

@@ -163,17 +163,15 @@ void Session::PrefetchNorm(int32_t op) const {
 }
 
 // The inputs of the operation's predictor, for all tokens of the call.
-const uint8_t* Session::PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
+const uint8_t* Session::PredictorInputsOnce(const Phase& phase, const Op& op,
                                             ThreadScratch& scratch) {
   const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
   uint8_t* inputs = scratch.predictor_inputs.get();
   if (scratch.predictor_serial != serial) {
-    const ProgramShape& shape = program_.shape();
-    const int64_t x_bytes = VectorBytes(shape.format, shape.hidden_size),
-                  input_bytes = PredictorInputBytes(op.predictor);
+    const int64_t input_bytes = PredictorInputBytes(op.predictor);
     for (int32_t t = 0; t < n_tokens_; ++t)
-      kernels_->make_predictor_input(op.predictor, shape.format, x + t * x_bytes, shape.hidden_size,
-                                     z_ + int64_t{t} * op.predictor.size, inputs + t * input_bytes);
+      kernels_->make_predictor_input(op.predictor, z_ + int64_t{t} * op.predictor.rank,
+                                     inputs + t * input_bytes);
     scratch.predictor_serial = serial;
   }
   return inputs;
@@ -296,7 +294,7 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_pie
   args.active = scratch.active.get();
   if (op.has_predictor && !is_dense_) {
     args.predictor = &op.predictor;
-    args.predictor_inputs = PredictorInputsOnce(phase, op, x, scratch);
+    args.predictor_inputs = PredictorInputsOnce(phase, op, scratch);
     args.predictor_input_stride = PredictorInputBytes(op.predictor);
     args.predicted = scratch.predicted.get();
   }

@@ -18,10 +18,6 @@ class Format(Enum):
     q8 = 1
     q4 = 2
 
-class PredictorKind(Enum):
-    lowrank = 0
-    sign = 1
-
 class Activation(Enum):
     relu = 0
     fatrelu = 1
@@ -104,11 +100,9 @@ class Predictor:
         self,
         *,
         format: Format,
-        kind: PredictorKind,
-        size: int,
         n_neurons: int,
         tiles: NDArray[np.uint8],
-        first_matrix: Rows | None = None,
+        first_matrix: Rows,
     ) -> None: ...
 
 class Preview:

@@ -17,7 +17,7 @@ from hybrid.placement.hardware import last_level_cache_bytes
 from hybrid.weights.formats import row_bytes
 from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
 from hybrid.weights.packed_rows import matrix_bytes, pack_bit_reversed, pack_bundles, pack_matrix
-from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, make_sign
+from predictors.predictors import WIDE_RANK, LowRank
 
 RANKS = (20, 36, 68, 132, 260, 516)  # ranks that fill whole lines of the kernels' layout
 _PREDICTED = 0.25  # share of rows that is named while the cost of a named row is measured
@@ -30,7 +30,6 @@ class GateCosts(TypedDict):
     exact_ns: float  # all gate rows
     named_row_ns: float  # each row that a predictor names
     lowrank_ns: dict[str, float]  # by rank: both matrices, if no neuron is named
-    sign_ns: float  # if no neuron is named
 
 
 def measure_gate_costs(
@@ -60,13 +59,13 @@ def measure_gate_costs(
     def n_copies(n_bytes: int) -> int:
         return min(n_layers, 1 + 2 * (last_level_cache_bytes() or 0) // max(n_bytes, 1))
 
-    def predicting(predictor: LayerPredictor, margin: float = 0.0, predicted: float = 0.0) -> float:
+    def predicting(predictor: LowRank, predicted: float = 0.0) -> float:
         row = sum(row_bytes(format, hidden_size))
         n_bytes = predictor_bytes(format, predictor, hidden_size)
         n = n_copies(n_bytes + int(predicted * n_neurons) * row)
         gates = [pack_bit_reversed(format, gate) for _ in range(n if predicted else 1)]
         return seconds(
-            [(gates[i % len(gates)], pack_predictor(format, predictor, margin)) for i in range(n)]
+            [(gates[i % len(gates)], pack_predictor(format, predictor, 0.0)) for i in range(n)]
         )
 
     def lowrank(rank: int, predicted: float) -> LowRank:
@@ -86,7 +85,6 @@ def measure_gate_costs(
         "exact_ns": 1e9 * seconds([(pack_matrix(format, gate), None) for _ in range(n_exact)]),
         "named_row_ns": 1e9 * max(0.0, some - none[ranks[0]]) / (_PREDICTED * n_neurons),
         "lowrank_ns": {str(rank): 1e9 * cost for rank, cost in none.items()},
-        "sign_ns": 1e9 * predicting(make_sign(gate), -float(hidden_size)),
     }
 
 

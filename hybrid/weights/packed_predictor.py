@@ -5,23 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.kernels import Format, PredictorKind, _native
+from hybrid.kernels import Format, _native
 from hybrid.kernels._native import Predictor
-from hybrid.weights.formats import column_order, row_bytes
+from hybrid.weights.formats import row_bytes
 from hybrid.weights.packed_rows import pack_matrix
-from predictors.predictors import WIDE_RANK, LayerPredictor, LowRank, Sign
+from predictors.predictors import WIDE_RANK, LowRank
 
 TILE = _native.PREDICT_TILE  # neurons per tile
 
 
-def pack_predictor(format: Format, predictor: LayerPredictor, margin: float) -> Predictor:
+def pack_predictor(format: Format, predictor: LowRank, margin: float) -> Predictor:
     """Pack a predictor for a model in `format`. Neurons must be in the model's packed order."""
-    if isinstance(predictor, LowRank):
-        return _pack_lowrank(format, predictor, margin)
-    return _pack_sign(format, predictor, margin)
-
-
-def _pack_lowrank(format: Format, predictor: LowRank, margin: float) -> Predictor:
     n_neurons, rank = predictor.b.shape
     wide = _tiles(predictor.b[:, :WIDE_RANK].astype(np.int16) + 128, 128).astype(np.uint8)
     n_lines = -(-(rank - WIDE_RANK) // 8)
@@ -42,34 +36,9 @@ def _pack_lowrank(format: Format, predictor: LowRank, margin: float) -> Predicto
     ]
     return Predictor(
         format=format,
-        kind=PredictorKind.lowrank,
-        size=rank,
         n_neurons=n_neurons,
         tiles=_huge(np.concatenate(parts, axis=1)),
         first_matrix=pack_matrix(Format.bf16 if format is Format.bf16 else Format.q4, predictor.a),
-    )
-
-
-def _pack_sign(format: Format, predictor: Sign, margin: float) -> Predictor:
-    n_neurons = len(predictor.limit)
-    hidden_bits = np.unpackbits(predictor.bits, axis=1, bitorder="little")
-    # hidden is a multiple of 32 in every packed model, so `predictor.bits` has no padding bits.
-    order = column_order(format, hidden_bits.shape[1])
-    bits = np.zeros((n_neurons, _native.padded_cols(format, hidden_bits.shape[1])), np.uint8)
-    bits[:, order] = hidden_bits
-    words = np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
-    lines = _tiles(words, 0).reshape(-1, TILE, words.shape[1]).swapaxes(1, 2)
-    limits = _tiles(np.floor(predictor.limit + margin).astype(np.int32), -1)
-    parts = [
-        np.ascontiguousarray(lines).reshape(len(lines), -1).view(np.uint8),
-        limits.view(np.uint8),
-    ]
-    return Predictor(
-        format=format,
-        kind=PredictorKind.sign,
-        size=words.shape[1],
-        n_neurons=n_neurons,
-        tiles=_huge(np.concatenate(parts, axis=1)),
     )
 
 
@@ -86,11 +55,9 @@ def _huge(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return memory
 
 
-def predictor_bytes(format: Format, predictor: LayerPredictor, hidden_size: int) -> int:
+def predictor_bytes(format: Format, predictor: LowRank, hidden_size: int) -> int:
     """Return the bytes that predicting for one token reads."""
-    n_tiles = -(-len(predictor.limit if isinstance(predictor, Sign) else predictor.b) // TILE)
-    if isinstance(predictor, Sign):
-        return n_tiles * TILE * (_native.padded_cols(format, hidden_size) // 8 + 4)
+    n_tiles = -(-len(predictor.b) // TILE)
     rank = predictor.rank
     width = 2 * hidden_size
     if format is not Format.bf16:

@@ -12,14 +12,7 @@ from hybrid.kernels import Activation, Format, Rows, _native, reference
 from hybrid.weights.formats import partial_order
 from hybrid.weights.packed_predictor import pack_predictor
 from hybrid.weights.packed_rows import pack_bit_reversed, pack_bundles, pack_matrix
-from predictors.predictors import (
-    WIDE_RANK,
-    LayerPredictor,
-    LowRank,
-    Sign,
-    make_sign,
-    round_blocks,
-)
+from predictors.predictors import WIDE_RANK, LowRank, round_blocks
 
 EVERYTHING_FIRES = (Activation.fatrelu, -1e30)
 
@@ -38,7 +31,7 @@ def telltale_rows(format: Format, n_neurons: int, hidden: int) -> tuple[Rows, Ro
 
 def predicted(
     format: Format,
-    predictor: LayerPredictor,
+    predictor: LowRank,
     margin: float,
     x: np.ndarray,
     n_neurons: int,
@@ -131,30 +124,11 @@ def test_lowrank_matches_the_oracle(isa, format, rank, n_neurons, hidden):
     np.testing.assert_array_equal(actual[is_clear], (scores >= 0)[is_clear])
 
 
-@pytest.mark.parametrize("n_tokens", [1, 3])
-@pytest.mark.parametrize(("n_neurons", "hidden"), [(5, 32), (40, 96), (250, 512)])
-def test_sign_matches_the_oracle(isa, format, n_neurons, hidden, n_tokens):
-    rng = np.random.default_rng(n_neurons)
-    x = rng.standard_normal((n_tokens, hidden)).astype(np.float32)
-    x[:, 0] = np.abs(x[:, 0]) + 1
-    gate = rng.standard_normal((n_neurons, hidden)).astype(np.float32)
-    predictor = Sign(
-        make_sign(gate).bits, rng.integers(hidden // 3, hidden, n_neurons).astype(np.int32)
-    )
-    shown = x.copy()
-    shown[:, 0] -= 1
-    actual = predicted(format, predictor, -2.0, shown, n_neurons)
-    x_hat = reference.round_activation(format, x) + 0.0  # integers have no -0
-    expected = predictor.scores(x_hat) - 2.0 >= 0
-    np.testing.assert_array_equal(actual, expected)
-    assert 0 < expected.mean() < 1
-
-
 @pytest.mark.parametrize("n_tokens", [1, 4])
 def test_pieces_name_the_same_neurons_as_the_whole(isa, format, n_tokens):
     rng = np.random.default_rng(3)
     x = rng.standard_normal((n_tokens, 128)).astype(np.float32)
-    predictor = make_sign(rng.standard_normal((100, 128)))
+    predictor = whole_lowrank(rng, 20, 100, 128)
     whole = predicted(format, predictor, 0.0, x, 100)
     parts = np.zeros_like(whole)
     for first, last in ((0, 8), (8, 24), (24, 24), (24, 80), (80, 100)):
@@ -214,21 +188,14 @@ def test_an_input_that_is_nan_gives_nan(isa, format):
 def test_predictors_that_do_not_fit_are_refused(what):
     tiles = np.zeros(2 * (64 + 192), np.uint8)
     rank, format, n_neurons = 4, Format.q8, 20
-    first = pack_matrix(Format.q4, np.zeros((4, 64), np.float32))
     if what == "tiles":
         tiles = tiles[:-4]
     elif what == "rank":
-        rank = 8
+        rank = 6
     elif what == "format":
         format = Format.bf16
     else:
         n_neurons = 40
+    first = pack_matrix(Format.q4, np.zeros((rank, 64), np.float32))
     with pytest.raises(ValueError, match=r"tiles|matrix"):
-        _native.Predictor(
-            format=format,
-            kind=_native.PredictorKind.lowrank,
-            size=rank,
-            n_neurons=n_neurons,
-            tiles=tiles,
-            first_matrix=first,
-        )
+        _native.Predictor(format=format, n_neurons=n_neurons, tiles=tiles, first_matrix=first)

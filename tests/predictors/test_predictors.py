@@ -5,6 +5,7 @@ cheaper.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from predictors.evaluate import evaluate
 from predictors.evaluate import main as evaluate_main
 from predictors.file import load_predictor_file
 from predictors.predictors import (
-    make_sign,
     margin_for_recall,
     measure_quality,
     quantize_lowrank,
@@ -35,7 +35,6 @@ CHEAP = {
     "exact_ns": 1000.0,
     "named_row_ns": 5.0,
     "lowrank_ns": {"8": 50.0, "16": 100.0, "32": 200.0},
-    "sign_ns": 100.0,
 }
 
 
@@ -130,35 +129,19 @@ def test_recall_and_precision_hold_on_other_tokens(trained, other_tokens):
 
 def test_exact_is_kept_if_nothing_is_cheaper(trace):
     pytest.importorskip("torch")
-    dear = CHEAP | {"lowrank_ns": {"8": 2000.0, "16": 2000.0}, "sign_ns": 2000.0}
+    dear = CHEAP | {"lowrank_ns": {"8": 2000.0, "16": 2000.0}}
     costly = replace(trace, about=trace.about | {"costs": dear})
     file = train(costly, Options(ranks=(8,), epochs=0))
     assert {choice.kind for choices in file.choices.values() for choice in choices} == {"exact"}
     assert not file.predictors
 
 
-def test_without_torch_only_training_free_kinds_are_tried(trace, monkeypatch):
-    monkeypatch.setattr(training, "_has_torch", lambda: False)
-    file = train(trace, Options())
-    kinds = {choice.kind for choices in file.choices.values() for choice in choices}
-    assert kinds <= {"sign", "exact"}
-    assert file.about["kinds"] == ["sign"]
-
-
-def test_sign_is_better_than_chance(trace):
-    layer = trace.layer(0)
-    scores, active = make_sign(layer.gate).scores(layer.inputs), layer.active()
-    margin = margin_for_recall(scores, active, 0.9)
-    quality = measure_quality(scores, active, active * 1.0, margin)
-    assert quality.recall >= 0.9
-    assert quality.predicted < 0.7
-    assert quality.precision > 1.3 * active.mean()
-
-
-def test_sign_scores_by_hand():
-    gate = np.array([[1, -1, 1, -1], [-1, -1, -1, -1], [1, 1, 1, 1]])
-    scores = make_sign(gate).scores(np.array([[2.0, -3.0, 0.5, 4.0]]))
-    assert scores.tolist() == [[2 - 1, 2 - 3, 2 - 1]]
+def test_without_torch_nothing_is_trained(trace, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # `import torch` fails
+    assert training.main([str(trace.folder), "-o", str(tmp_path / "p")]) == 1
+    error = capsys.readouterr().err
+    assert "training needs torch: pip install 'hybrid-inference[train]'\n" in error
+    assert not (tmp_path / "p").exists()
 
 
 def test_quality_by_hand():
@@ -204,15 +187,22 @@ def test_rounded_matrices_give_nearly_the_same_scores():
 
 def test_costs_between_measured_ranks_are_interpolated():
     costs = CostTable.of(CHEAP, N_NEURONS)
-    assert costs.of_predictor("lowrank", 12, 0.0) == 75.0
-    assert costs.of_predictor("lowrank", 16, 0.5) == 100.0 + 60 * 5.0
-    assert costs.of_predictor("sign", 0, 0.1) == 100.0 + 12 * 5.0
+    assert costs.of_predictor(12, 0.0) == 75.0
+    assert costs.of_predictor(16, 0.5) == 100.0 + 60 * 5.0
+
+
+def test_costs_of_an_older_trace_are_read():
+    older = CHEAP | {"sign_ns": 100.0}
+    assert CostTable.of(older, N_NEURONS) == CostTable.of(CHEAP, N_NEURONS)
 
 
 def test_exact_is_chosen_over_a_dearer_predictor(trace):
     layer, costs = trace.layer(0), CostTable.of(CHEAP, N_NEURONS)
     held_out = HeldOut.of(layer, np.arange(400))
-    choice = candidates_for(make_sign(layer.gate), held_out, [0.9], costs)[0.9]
+    left, sizes, right = np.linalg.svd(layer.gate.astype(np.float32))
+    b, a = left[:, :8] * sizes[:8], right[:8]
+    predictor = quantize_lowrank(a, b, np.zeros(N_NEURONS), layer.inputs)
+    choice = candidates_for(predictor, held_out, [0.9], costs)[0.9]
     assert cheapest([choice], costs) is choice
     assert cheapest([replace(choice, cost_ns=1001.0)], costs).kind == "exact"
 
@@ -224,7 +214,7 @@ def test_a_file_is_read_as_it_was_written(trained, tmp_path):
     assert loaded.about == json.loads(json.dumps(trained.about))
     x = np.random.default_rng(0).standard_normal((9, HIDDEN))
     for (choice, ours), (_, read) in zip(trained.select(0.99), loaded.select(0.99), strict=True):
-        assert choice.kind == read.kind
+        assert choice.rank == read.rank
         np.testing.assert_array_equal(ours.scores(x), read.scores(x))
     assert list(tmp_path.iterdir()) == [tmp_path / "p"]
 

@@ -75,7 +75,7 @@ def open_executor(
             budget = int(SMALLER * plan.vram_budget)
             smaller = solve_for(machine, spec, budget, Notices())
             notices.add(f"planned anew for {budget / 2**20:.0f} MiB of VRAM, because {error}")
-            decision = replace(decision, plan=replace(smaller, hand_offs=plan.hand_offs))
+            decision = replace(decision, plan=smaller)
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -29,7 +29,7 @@ class Prediction:
 
     path: Path
     recall: float  # the requested recall of each layer
-    kinds: tuple[str, ...]  # per layer: "exact", "sign", or "lowrank" with its rank
+    kinds: tuple[str, ...]  # per layer: "exact", or "lowrank" with its rank
     worst_recall: float  # lowest recall of any layer, on held-out tokens
     predicted: float  # share of the neurons whose gates are computed, on held-out tokens
     bytes_per_token: int  # of the predictors themselves

@@ -314,6 +314,12 @@ def test_triton_decodes_the_same_text(gpu, monkeypatch, tmp_path):
     check_greedy(actual, expected)
 
 
+@pytest.mark.slow
+def test_a_solved_plan_takes_the_mechanism_that_measured_fastest(gpu):
+    _, engine = greedy(vram_budget=14 * MIB)
+    assert engine.plan.hand_offs == GPU.mechanism
+
+
 def test_torch_is_loaded_only_if_a_gpu_is_used(home):
     program = (
         "import sys, hybrid\n"
