@@ -25,7 +25,8 @@ from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import last_level_cache_bytes, measure_stream_gbs
 from hybrid.text.sampling import Sampler
 from hybrid.text.tokenizer import ChatMessage, check_message
-from hybrid.weights.packing import decode_bytes
+from hybrid.weights.layout import decode_bytes
+from hybrid.weights.packing import NeuronOrders
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +61,9 @@ class Engine:
         """`hybrid.load` makes the parts (hybrid/engine/loading/pipeline.py)."""
         self.folder, self.spec, self.plan = parts.folder, parts.spec, parts.plan
         self.tokenizer, self.default_sampling = parts.tokenizer, parts.default_sampling
-        self.neuron_orders, self.is_synthetic = parts.orders, parts.is_synthetic
+        # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
+        self.neuron_orders: NeuronOrders | None = parts.orders
+        self.is_synthetic = parts.is_synthetic
         self._device_name, self._notices = parts.device_name, parts.notices
         self._executor: Executor | None = parts.executor
         loaded = parts.loaded
@@ -169,19 +172,12 @@ class Engine:
         is the number of pairs whose gate is computed: those that the predictor names, or None for
         all. `n_shortlisted` is the number of rows of a previewed head that are computed in full.
         """
-        predictor_bytes = 0
-        if n_gates is not None and self.prediction is not None:
-            predictor_bytes = self.prediction.bytes_per_token
-        return decode_bytes(
-            self.config,
-            self.spec.format,
-            n_tokens,
-            first_position,
-            n_active,
-            n_gates,
-            predictor_bytes,
-            n_shortlisted,
+        n_bytes = decode_bytes(
+            self.spec.layout, n_tokens, first_position, n_active, n_gates, n_shortlisted
         )
+        if n_gates is not None and self.prediction is not None:
+            n_bytes += n_tokens * self.prediction.bytes_per_token
+        return n_bytes
 
     @spelling_out(GenerationOptions)
     def generate(

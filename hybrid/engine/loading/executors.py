@@ -86,7 +86,7 @@ def _hybrid(
     from hybrid.weights.unpacked import PackedReader
 
     assert decision.device is not None
-    reader = PackedReader(model.embedding.memory, spec.config, spec.format, spec.predicted_layers)
+    reader = PackedReader(model.embedding.memory, spec.layout)
     return HybridExecutor(
         cpu,
         model,

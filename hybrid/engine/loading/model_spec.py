@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,9 @@ from hybrid.placement.plan import PlacementPlan, cpu_plan
 from hybrid.placement.sizes import ModelSizes
 from hybrid.placement.time_model import PredictorCost, TimeModel, flat_frequencies
 from hybrid.progress import Progress, ignore_progress
-from hybrid.weights.packing import Layers, NeuronOrders, order_hash
+from hybrid.weights.layout import PackedLayout, packed_layout
+from hybrid.weights.packing import NeuronOrders, order_hash
+from hybrid.weights.preview import wants_preview
 
 # Share of the neurons that is assumed to fire per token if there is no profile.
 UNRECORDED_ACTIVE = 0.12
@@ -32,8 +34,7 @@ PLANNED_POSITIONS = 512  # positions of context that a planned token attends to
 class ModelSpec:
     """A model in one format, with one order of neurons, for one context and number of threads."""
 
-    config: ModelConfig
-    format: Format
+    layout: PackedLayout  # also says the config and the format
     n_context: int
     n_threads: int
     model_hash: str
@@ -44,9 +45,21 @@ class ModelSpec:
     prediction: Prediction | None = None
 
     @property
-    def predicted_layers(self) -> Layers:
-        """The layers whose gates a predictor selects."""
-        return frozenset() if self.prediction is None else self.prediction.predicted_layers
+    def config(self) -> ModelConfig:
+        return self.layout.config
+
+    @property
+    def format(self) -> Format:
+        return self.layout.format
+
+    def with_prediction(self, prediction: Prediction | None) -> ModelSpec:
+        """Return the spec with predictors, for which gates and head are laid out."""
+        if prediction is None:
+            return self
+        layers = prediction.predicted_layers
+        has_preview = wants_preview(self.config, layers)
+        layout = packed_layout(self.config, self.format, layers, has_preview=has_preview)
+        return replace(self, layout=layout, prediction=prediction)
 
     def cpu_plan(self) -> PlacementPlan:
         return cpu_plan(
@@ -60,7 +73,7 @@ class ModelSpec:
             frequencies = flat_frequencies(config.n_layers, config.n_neurons, active)
         return TimeModel(
             machine,
-            ModelSizes(config, self.format, self.n_context),
+            ModelSizes(self.layout, self.n_context),
             frequencies,
             n_positions=min(PLANNED_POSITIONS, self.n_context),
             predictors=self._predictor_costs(),
@@ -84,8 +97,7 @@ def describe(
     """
     orders, frequencies = choose_orders(checkpoint, options.profile, home, notices)
     spec = ModelSpec(
-        config=checkpoint.config,
-        format=Format[options.quant],
+        layout=packed_layout(checkpoint.config, Format[options.quant]),
         n_context=checked_context(options.context_size, checkpoint.config),
         n_threads=options.threads or default_threads(),
         model_hash=checkpoint.weights_hash,

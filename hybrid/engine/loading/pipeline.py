@@ -6,7 +6,7 @@ Each step is one function. All of them receive the same `Request`, and report to
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybrid.checkpoint import Checkpoint, open_checkpoint
@@ -23,7 +23,7 @@ from hybrid.progress import Progress, ignore_progress
 from hybrid.text.sampling import SamplingParams
 from hybrid.text.tokenizer import Tokenizer
 from hybrid.weights.packed_file import LoadedModel, load_packed
-from hybrid.weights.packing import NeuronOrders, packed_layout
+from hybrid.weights.packing import NeuronOrders
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def load_parts(request: Request) -> Parts:
         notices.add(*checkpoint.notices, *tokenizer.notices)
         spec, orders = describe(checkpoint, options, request.home, notices)
         predictors, prediction = choose_predictors(spec, options, request.home, notices)
-        spec = replace(spec, prediction=prediction)
+        spec = spec.with_prediction(prediction)
         loaded = pack(checkpoint, spec, orders, request)
     decision = decide(options.device_request, spec, request.home, notices)
     executor, plan = open_executor(
@@ -99,14 +99,12 @@ def pack(
 ) -> LoadedModel:
     """Return the packed weights, from their file if that is current."""
     options = request.options
-    n_bytes = packed_layout(spec.config, spec.format, spec.predicted_layers).n_bytes
-    use_mmap, fits_memory = choose_mmap(options.mmap, n_bytes, request.notices)
+    use_mmap, fits_memory = choose_mmap(options.mmap, spec.layout.n_bytes, request.notices)
     loaded = load_packed(
         checkpoint,
-        spec.format,
+        spec.layout,
         cache=None if request.home is None else request.home / "packed",
         neuron_orders=orders,
-        predicted_layers=spec.predicted_layers,
         use_mmap=use_mmap,
         use_mlock=options.mlock,
         fits_memory=fits_memory,
