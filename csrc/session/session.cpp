@@ -216,33 +216,34 @@ Ahead Session::ReadNext(int32_t phase, int32_t thread, int32_t n_threads) const 
   if (phases_ != &program_.decode_phases()) return {};
   for (size_t i = static_cast<size_t>(phase) + 1; i < phases_->size(); ++i) {
     const Phase& next = (*phases_)[i];
-    const Op& op = program_.op(next.op);
     const int32_t first_piece =
         static_cast<int32_t>(int64_t{CountPieces(next)} * thread / n_threads);
     switch (next.kind) {
       case PhaseKind::kQkv:
-        return of_rows(op.a, first_piece * program_.shape().head_dim);
+        return of_rows(program_.op<Qkv>(next).rows, first_piece * program_.shape().head_dim);
       case PhaseKind::kOutput:
-        return of_rows(op.a, first_piece * kOutputRows);
-      case PhaseKind::kHead:
-        if (Previews(op)) {
-          const uint8_t* tiles = op.preview.tiles + int64_t{first_piece} * kHeadRows /
-                                                        kPredictTile * PreviewTileBytes(op.preview);
-          return {tiles, tiles + kMostBytes};
-        }
-        return of_rows(op.a, first_piece * kHeadRows);
+        return of_rows(program_.op<Attend>(next).o, first_piece * kOutputRows);
+      case PhaseKind::kHead: {
+        const Head& op = program_.op<Head>(next);
+        if (!Previews(op)) return of_rows(op.rows, first_piece * kHeadRows);
+        const uint8_t* tiles = op.preview->tiles + int64_t{first_piece} * kHeadRows / kPredictTile *
+                                                       PreviewTileBytes(*op.preview);
+        return {tiles, tiles + kMostBytes};
+      }
       case PhaseKind::kPredict:
         if (is_dense_) break;
-        return of_rows(op.d, first_piece * kPredictRows);
+        return of_rows(program_.op<Ffn>(next).predictor->first, first_piece * kPredictRows);
       case PhaseKind::kFfn: {
+        const Ffn& op = program_.op<Ffn>(next);
         const size_t run = static_cast<size_t>(std::min(thread, CountPieces(next) - 1));
-        const int32_t first = std::max(FirstNeuron(op, ffn_runs_[run]), op.n_given),
+        const int32_t first = std::max(FirstNeuron(op, ffn_runs_[run]), op.n_given()),
                       last = FirstNeuron(op, ffn_runs_[run + 1]);
         if (first >= last) return {};
-        if (!op.has_predictor || is_dense_) return of_rows(op.a, first);
-        const int64_t tile_bytes = PredictTileBytes(op.predictor);
-        return {op.predictor.tiles + first / kPredictTile * tile_bytes,
-                op.predictor.tiles + last / kPredictTile * tile_bytes};
+        if (!op.predictor || is_dense_) return of_rows(op.gate, first);
+        const Predictor& second = op.predictor->second;
+        const int64_t tile_bytes = PredictTileBytes(second);
+        return {second.tiles + first / kPredictTile * tile_bytes,
+                second.tiles + last / kPredictTile * tile_bytes};
       }
       default:
         break;
@@ -253,7 +254,6 @@ Ahead Session::ReadNext(int32_t phase, int32_t thread, int32_t n_threads) const 
 
 int32_t Session::CountPieces(const Phase& phase) const {
   const ProgramShape& shape = program_.shape();
-  const Op& op = program_.op(phase.op);
   const int32_t token_pieces = CeilDiv(n_tokens_, kTokensPerPiece);
   const bool wants_head = wants_logits_ || all_logits_ != nullptr;
   switch (phase.kind) {
@@ -266,29 +266,32 @@ int32_t Session::CountPieces(const Phase& phase) const {
       return shape.n_kv_heads * CeilDiv(position_ + 1, kSpan);
     case PhaseKind::kOutput:
     case PhaseKind::kOutputTokens:
-      return CeilDiv(op.a.n_rows, kOutputRows);
+      return CeilDiv(shape.hidden_size, kOutputRows);
     case PhaseKind::kPredict:
     case PhaseKind::kPredictTokens:
-      return is_dense_ ? 0 : CeilDiv(op.d.n_rows, kPredictRows);
+      return is_dense_ ? 0 : CeilDiv(program_.op<Ffn>(phase).predictor->first.n_rows, kPredictRows);
     case PhaseKind::kFfn:
       return static_cast<int32_t>(ffn_runs_.size()) - 1;
     case PhaseKind::kFfnTokens:
       return kFfnPieces;
     case PhaseKind::kHead:
-      return CeilDiv(op.a.n_rows, kHeadRows);
+      return CeilDiv(program_.vocab_size(), kHeadRows);
     case PhaseKind::kShortlist:
-      return Previews(op) ? CeilDiv(op.a.n_rows, kShortlistRows) : 0;
+      return Previews(program_.op<Head>(phase)) ? CeilDiv(program_.vocab_size(), kShortlistRows)
+                                                : 0;
     case PhaseKind::kShortlistTokens:
-      if (!wants_head || !Previews(op)) return 0;
-      return all_logits_ == nullptr ? CeilDiv(op.a.n_rows, kShortlistRows) : n_tokens_;
+      if (!wants_head || !Previews(program_.op<Head>(phase))) return 0;
+      return all_logits_ == nullptr ? CeilDiv(program_.vocab_size(), kShortlistRows) : n_tokens_;
     case PhaseKind::kHeadTokens:
-      return wants_head ? CeilDiv(op.a.n_rows, kHeadRows) : 0;
+      return wants_head ? CeilDiv(program_.vocab_size(), kHeadRows) : 0;
     case PhaseKind::kAttendTokens:
       return shape.n_kv_heads * token_pieces;
-    case PhaseKind::kNormTokens:
-      return op.kind == OpKind::kHead && !wants_head ? 0 : token_pieces;
+    case PhaseKind::kHeadNormTokens:
+      return wants_head ? token_pieces : 0;
     case PhaseKind::kEmbedTokens:
+    case PhaseKind::kQkvNormTokens:
     case PhaseKind::kQuantizeTokens:
+    case PhaseKind::kFfnNormTokens:
     case PhaseKind::kFfnSumTokens:
       return token_pieces;
   }

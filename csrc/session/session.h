@@ -77,11 +77,11 @@ inline int32_t PlaceOf(int32_t piece) {
 }
 
 // The first neuron of a piece of an FFN layer. Pieces begin at multiples of 8 neurons.
-inline int32_t FirstNeuron(const Op& op, int32_t piece) {
-  const int32_t n_neurons = op.a.n_rows - op.first_neuron;
+inline int32_t FirstNeuron(const Ffn& op, int32_t piece) {
+  const int32_t n_neurons = op.n_neurons() - op.first_neuron();
   return piece == kFfnPieces
-             ? op.a.n_rows
-             : op.first_neuron +
+             ? op.n_neurons()
+             : op.first_neuron() +
                    static_cast<int32_t>(int64_t{n_neurons} * piece / kFfnPieces) / 8 * 8;
 }
 
@@ -212,32 +212,36 @@ class Session {
   int32_t CountPieces(const Phase& phase) const;
   void RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch);
 
-  void RunDecodePiece(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
-  void RunPrefillPiece(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
+  void RunDecodePiece(const Phase& phase, int32_t piece, ThreadScratch& scratch);
+  void RunPrefillPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch);
   // Adds the time since the thread's last tick to a stage.
   void Tick(Stage stage, ThreadScratch& scratch) const;
-  const uint8_t* NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch);
+  const float* Norm(const float* norm, float scale, int32_t token, float* floats,
+                    uint8_t* out) const;
+  const uint8_t* NormOnce(const Phase& phase, const float* norm, ThreadScratch& scratch);
+  const uint8_t* NormHeadOnce(const Phase& phase, const Head& op, ThreadScratch& scratch);
   void PrefetchNorm(int32_t op) const;
-  const uint8_t* PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
-                                     ThreadScratch& scratch);
+  const uint8_t* PredictorInputsOnce(const Phase& phase, const Predictor& predictor,
+                                     const uint8_t* x, ThreadScratch& scratch);
   const uint8_t* MergeHeadsOnce(const Phase& phase, ThreadScratch& scratch);
-  void FinishHead(const Op& op, int32_t head, const float* values, int32_t position, int32_t token,
+  void FinishHead(const Qkv& op, int32_t head, const float* values, int32_t position, int32_t token,
                   ThreadScratch& scratch);
-  void AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
+  void AttendSpan(const Attend& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
                   const void* next, ThreadScratch& scratch, float* max, float* sum, float* out);
-  ActiveCounts RunFfn(const Phase& phase, const Op& op, int32_t first_piece, int32_t end_piece,
+  ActiveCounts RunFfn(const Phase& phase, const Ffn& op, int32_t first_piece, int32_t end_piece,
                       const uint8_t* x, ThreadScratch& scratch);
-  void AddPartial(const Op& op, int32_t piece);
-  bool Previews(const Op& op) const;
-  void RunHead(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
-  void RunShortlist(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
-  void RunHeadTokens(const Op& op, int32_t piece);
-  void RunShortlistTokens(const Phase& phase, const Op& op, int32_t piece, ThreadScratch& scratch);
-  void PreviewRows(const Op& op, int32_t piece, const uint8_t* input, float* logits,
+  void AddPartial(const Ffn& op, int32_t piece);
+  bool Previews(const Head& op) const;
+  void RunHead(const Phase& phase, const Head& op, int32_t piece, ThreadScratch& scratch);
+  void RunShortlist(const Phase& phase, const Head& op, int32_t piece, ThreadScratch& scratch);
+  void RunHeadTokens(const Head& op, int32_t piece);
+  void RunShortlistTokens(const Phase& phase, const Head& op, int32_t piece,
+                          ThreadScratch& scratch);
+  void PreviewRows(const Head& op, int32_t piece, const uint8_t* input, float* logits,
                    float* maxima) const;
-  float LikelyOnce(const Phase& phase, const Op& op, ThreadScratch& scratch) const;
-  float LikelyLogit(const Op& op, const float* maxima, ThreadScratch& scratch) const;
-  int64_t Shortlist(const Op& op, int32_t piece, float likely, const uint8_t* x,
+  float LikelyOnce(const Phase& phase, const Head& op, ThreadScratch& scratch) const;
+  float LikelyLogit(const Head& op, const float* maxima, ThreadScratch& scratch) const;
+  int64_t Shortlist(const Head& op, int32_t piece, float likely, const uint8_t* x,
                     const float* maxima, float* logits, ThreadScratch& scratch) const;
   // Floats from one piece's partial sums to the next. The gap keeps this from being a multiple of
   // the sizes by which caches are divided; otherwise pieces would evict one another.
@@ -245,10 +249,10 @@ class Session {
     return n_tokens_ * int64_t{PaddedCols(program_.shape().format, program_.shape().hidden_size)} +
            kPartialGap;
   }
-  void ObserveActive(const Op& op, const Active* active, int32_t n_listed);
-  void AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
+  void ObserveActive(const Ffn& op, const Active* active, int32_t n_listed);
+  void AddRows(const Attend& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
                ThreadScratch& scratch);
-  void PrefetchKey(const Op& op, int32_t head) const;
+  void PrefetchKey(const Qkv& op, int32_t head) const;
   uint16_t* KeyAt(int32_t layer, int32_t kv_head, int32_t position) const;
   uint16_t* KvSpan(int32_t layer, int32_t kv_head, int32_t span) const;
 

@@ -12,9 +12,10 @@ namespace hybrid {
 namespace {
 
 // The stage to which the time of a phase is added, except for time that the phase itself has added.
-Stage StageOf(PhaseKind kind, OpKind op) {
+Stage StageOf(PhaseKind kind) {
   switch (kind) {
     case PhaseKind::kQkv:
+    case PhaseKind::kQkvNormTokens:
     case PhaseKind::kQkvTokens:
       return kStageQkv;
     case PhaseKind::kAttend:
@@ -31,8 +32,8 @@ Stage StageOf(PhaseKind kind, OpKind op) {
     case PhaseKind::kFfnTokens:
     case PhaseKind::kFfnSumTokens:
       return kStageUpDown;
-    case PhaseKind::kNormTokens:
-      return op == OpKind::kQkv ? kStageQkv : op == OpKind::kFfn ? kStageGate : kStageHead;
+    case PhaseKind::kFfnNormTokens:
+      return kStageGate;
     default:
       return kStageHead;
   }
@@ -41,13 +42,12 @@ Stage StageOf(PhaseKind kind, OpKind op) {
 }  // namespace
 
 void Session::RunPiece(const Phase& phase, int32_t piece, ThreadScratch& scratch) {
-  const Op& op = program_.op(phase.op);
   if (is_timed_) scratch.last_tick = platform::Nanoseconds();
   if (phase.kind >= PhaseKind::kEmbedTokens)
-    RunPrefillPiece(phase, op, piece, scratch);
+    RunPrefillPiece(phase, piece, scratch);
   else
-    RunDecodePiece(phase, op, piece, scratch);
-  Tick(StageOf(phase.kind, op.kind), scratch);
+    RunDecodePiece(phase, piece, scratch);
+  Tick(StageOf(phase.kind), scratch);
 }
 
 void Session::Tick(Stage stage, ThreadScratch& scratch) const {
@@ -57,27 +57,30 @@ void Session::Tick(Stage stage, ThreadScratch& scratch) const {
   scratch.last_tick = now;
 }
 
-void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
-                             ThreadScratch& scratch) {
+void Session::RunDecodePiece(const Phase& phase, int32_t piece, ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
   const int32_t head_dim = shape.head_dim, head_stride = program_.head_stride();
   const int32_t group = shape.n_heads / shape.n_kv_heads;
   float* floats = scratch.floats.get();
   switch (phase.kind) {
-    case PhaseKind::kEmbed:
-      kernels_->dequantize(shape.format, op.a, tokens_[0], op.scale, x_.get());
-      scratch.bytes[kStageHead] += RowBytes(op.a, shape.format);
+    case PhaseKind::kEmbed: {
+      const Embed& op = program_.op<Embed>(phase);
+      kernels_->dequantize(shape.format, op.embedding, tokens_[0], op.scale, x_.get());
+      scratch.bytes[kStageHead] += RowBytes(op.embedding, shape.format);
       break;
+    }
     case PhaseKind::kQkv: {
-      const uint8_t* x = NormOnce(phase, op, scratch);
+      const Qkv& op = program_.op<Qkv>(phase);
+      const uint8_t* x = NormOnce(phase, op.norm, scratch);
       PrefetchKey(op, piece);
       kernels_->gemm(
-          {shape.format, op.a, piece * head_dim, (piece + 1) * head_dim, x, 0, 1, floats, 0});
+          {shape.format, op.rows, piece * head_dim, (piece + 1) * head_dim, x, 0, 1, floats, 0});
       FinishHead(op, piece, floats, position_, 0, scratch);
-      scratch.bytes[kStageQkv] += head_dim * RowBytes(op.a, shape.format);
+      scratch.bytes[kStageQkv] += head_dim * RowBytes(op.rows, shape.format);
       break;
     }
     case PhaseKind::kAttend: {
+      const Attend& op = program_.op<Attend>(phase);
       const int32_t span = piece / shape.n_kv_heads, kv_head = piece % shape.n_kv_heads;
       const int32_t head = kv_head * group;
       const int64_t row = int64_t{span} * shape.n_heads + head;
@@ -87,67 +90,86 @@ void Session::RunDecodePiece(const Phase& phase, const Op& op, int32_t piece,
       const void* next_bytes =
           next < n_pieces ? static_cast<const void*>(
                                 KvSpan(op.layer, next % shape.n_kv_heads, next / shape.n_kv_heads))
-                          : op.a.values;
+                          : op.o.values;
       AttendSpan(op, kv_head, q_ + int64_t{head} * head_stride, span, position_ + 1, next_bytes,
                  scratch, span_max_ + row, span_sum_ + row, span_out_ + row * head_stride);
       scratch.bytes[kStageAttend] += 2 * int64_t{sizeof(uint16_t)} * head_stride *
                                      std::min(kSpan, position_ + 1 - span * kSpan);
       break;
     }
-    case PhaseKind::kOutput:
+    case PhaseKind::kOutput: {
+      const Attend& op = program_.op<Attend>(phase);
       AddRows(op, piece, MergeHeadsOnce(phase, scratch), 1, scratch);
       scratch.bytes[kStageOutput] +=
-          std::min(kOutputRows, op.a.n_rows - piece * kOutputRows) * RowBytes(op.a, shape.format);
+          std::min(kOutputRows, op.o.n_rows - piece * kOutputRows) * RowBytes(op.o, shape.format);
       break;
+    }
     case PhaseKind::kPredict: {
+      const Ffn& op = program_.op<Ffn>(phase);
+      const Rows& rows = op.predictor->first;
       const int32_t first = piece * kPredictRows,
-                    last = std::min(first + kPredictRows, op.d.n_rows);
+                    last = std::min(first + kPredictRows, rows.n_rows);
       const Format format = PredictorFormat(shape.format);
       kernels_->gemm(
-          {format, op.d, first, last, NormOnce(phase, op, scratch), 0, 1, z_ + first, 0});
-      scratch.bytes[kStagePredict] += (last - first) * RowBytes(op.d, format);
+          {format, rows, first, last, NormOnce(phase, op.norm, scratch), 0, 1, z_ + first, 0});
+      scratch.bytes[kStagePredict] += (last - first) * RowBytes(rows, format);
       break;
     }
     case PhaseKind::kFfn: {
+      const Ffn& op = program_.op<Ffn>(phase);
       const size_t run = static_cast<size_t>(piece);
       const int32_t first_piece = ffn_runs_[run], end_piece = ffn_runs_[run + 1];
-      const int32_t first = std::max(FirstNeuron(op, first_piece), op.n_given),
+      const int32_t first = std::max(FirstNeuron(op, first_piece), op.n_given()),
                     last = FirstNeuron(op, end_piece);
       const ActiveCounts counts =
-          RunFfn(phase, op, first_piece, end_piece, NormOnce(phase, op, scratch), scratch);
-      if (op.has_predictor && !is_dense_ && last > first)
+          RunFfn(phase, op, first_piece, end_piece, NormOnce(phase, op.norm, scratch), scratch);
+      if (op.predictor && !is_dense_ && last > first)
         scratch.bytes[kStageGate] += (CeilDiv(last, kPredictTile) - CeilDiv(first, kPredictTile)) *
-                                     PredictTileBytes(op.predictor);
-      scratch.bytes[kStageGate] += counts.n_predicted * RowBytes(op.a, shape.format);
+                                     PredictTileBytes(op.predictor->second);
+      scratch.bytes[kStageGate] += counts.n_predicted * RowBytes(op.gate, shape.format);
       scratch.bytes[kStageUpDown] +=
-          counts.n_listed * (RowBytes(op.b, shape.format) + RowBytes(op.c, shape.format));
+          counts.n_listed * (RowBytes(op.up, shape.format) + RowBytes(op.down, shape.format));
       for (int32_t i = first_piece; i < end_piece; ++i) AddPartial(op, i);
       break;
     }
     case PhaseKind::kShortlist:
-      RunShortlist(phase, op, piece, scratch);
+      RunShortlist(phase, program_.op<Head>(phase), piece, scratch);
       break;
     default:  // kHead
-      RunHead(phase, op, piece, scratch);
+      RunHead(phase, program_.op<Head>(phase), piece, scratch);
   }
 }
 
-// The normed and quantised input of a decode phase. Every thread computes its own, once per
-// operation: that is cheaper than a phase for it, and all threads get equal results.
-const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch& scratch) {
+// Norms and quantises a token's residual stream into `out`. Without a norm, the other device has
+// computed it. Returns the normed vector, which may be in `floats`.
+const float* Session::Norm(const float* norm, float scale, int32_t token, float* floats,
+                           uint8_t* out) const {
+  const ProgramShape& shape = program_.shape();
+  const int64_t at = int64_t{token} * shape.hidden_size;
+  const float* h = norm == nullptr ? exchange_.h + at : floats;
+  if (norm != nullptr)
+    kernels_->rms_norm(x_ + at, norm, shape.hidden_size, shape.rms_norm_eps, scale, floats);
+  kernels_->quantize(shape.format, h, shape.hidden_size, out);
+  return h;
+}
+
+// The input of a decode phase. Every thread computes its own, once per operation: that is cheaper
+// than a phase for it, and all threads get equal results.
+const uint8_t* Session::NormOnce(const Phase& phase, const float* norm, ThreadScratch& scratch) {
   const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
   if (scratch.x_serial != serial) {
-    const ProgramShape& shape = program_.shape();
-    const float scale = op.kind == OpKind::kHead ? op.scale : 1.0f;
-    const float* h = exchange_.h;
-    if (!op.is_split) {
-      kernels_->rms_norm(x_.get(), op.norm, shape.hidden_size, shape.rms_norm_eps, scale,
-                         scratch.floats.get());
-      h = scratch.floats.get();
-    }
-    kernels_->quantize(shape.format, h, shape.hidden_size, scratch.x.get());
+    Norm(norm, 1.0f, 0, scratch.floats.get(), scratch.x.get());
+    scratch.x_serial = serial;
+  }
+  return scratch.x.get();
+}
+
+const uint8_t* Session::NormHeadOnce(const Phase& phase, const Head& op, ThreadScratch& scratch) {
+  const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
+  if (scratch.x_serial != serial) {
+    const float* h = Norm(op.norm, op.scale, 0, scratch.floats.get(), scratch.x.get());
     if (Previews(op))
-      kernels_->make_preview_input(h, shape.hidden_size, scratch.preview_input.get());
+      kernels_->make_preview_input(h, program_.shape().hidden_size, scratch.preview_input.get());
     scratch.x_serial = serial;
   }
   return scratch.x.get();
@@ -156,24 +178,24 @@ const uint8_t* Session::NormOnce(const Phase& phase, const Op& op, ThreadScratch
 // Prefetches the next operation's norm, if it has one. Every thread reads the norm as soon as the
 // next phase begins, and without the prefetch it would begin at the pace of single misses.
 void Session::PrefetchNorm(int32_t op) const {
-  const float* norm = op < program_.n_ops() ? program_.op(op).norm : nullptr;
+  const float* norm = program_.norm(op);
   if (norm == nullptr) return;
   constexpr int32_t kLine = 64 / sizeof(float);
   for (int32_t i = 0; i < program_.shape().hidden_size; i += kLine) platform::Prefetch(norm + i);
 }
 
-// The inputs of the operation's predictor, for all tokens of the call.
-const uint8_t* Session::PredictorInputsOnce(const Phase& phase, const Op& op, const uint8_t* x,
-                                            ThreadScratch& scratch) {
+// The inputs of a predictor, for all tokens of the call.
+const uint8_t* Session::PredictorInputsOnce(const Phase& phase, const Predictor& predictor,
+                                            const uint8_t* x, ThreadScratch& scratch) {
   const uint64_t serial = serial_ + static_cast<uint64_t>(phase.op);
   uint8_t* inputs = scratch.predictor_inputs.get();
   if (scratch.predictor_serial != serial) {
     const ProgramShape& shape = program_.shape();
     const int64_t x_bytes = VectorBytes(shape.format, shape.hidden_size),
-                  input_bytes = PredictorInputBytes(op.predictor);
+                  input_bytes = PredictorInputBytes(predictor);
     for (int32_t t = 0; t < n_tokens_; ++t)
-      kernels_->make_predictor_input(op.predictor, shape.format, x + t * x_bytes, shape.hidden_size,
-                                     z_ + int64_t{t} * op.predictor.size, inputs + t * input_bytes);
+      kernels_->make_predictor_input(predictor, shape.format, x + t * x_bytes, shape.hidden_size,
+                                     z_ + int64_t{t} * predictor.size, inputs + t * input_bytes);
     scratch.predictor_serial = serial;
   }
   return inputs;
@@ -197,7 +219,7 @@ const uint8_t* Session::MergeHeadsOnce(const Phase& phase, ThreadScratch& scratc
 }
 
 // Applies rope to a projected head and stores it: q in scratch memory, k and v in the cache.
-void Session::FinishHead(const Op& op, int32_t head, const float* values, int32_t position,
+void Session::FinishHead(const Qkv& op, int32_t head, const float* values, int32_t position,
                          int32_t token, ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
   const int32_t head_dim = shape.head_dim, half = head_dim / 2,
@@ -224,7 +246,7 @@ void Session::FinishHead(const Op& op, int32_t head, const float* values, int32_
 
 // Prefetches the place where a key will be written, before the key is computed: each of its
 // elements would be a cache miss.
-void Session::PrefetchKey(const Op& op, int32_t head) const {
+void Session::PrefetchKey(const Qkv& op, int32_t head) const {
   const ProgramShape& shape = program_.shape();
   const int32_t kv_head = head - shape.n_heads;
   if (kv_head < 0 || kv_head >= shape.n_kv_heads) return;
@@ -246,9 +268,9 @@ uint16_t* Session::KvSpan(int32_t layer, int32_t kv_head, int32_t span) const {
   return kv_ + index * 2 * kSpan * program_.head_stride();
 }
 
-void Session::AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t span, int32_t end,
-                         const void* next, ThreadScratch& scratch, float* max, float* sum,
-                         float* out) {
+void Session::AttendSpan(const Attend& op, int32_t kv_head, const float* q, int32_t span,
+                         int32_t end, const void* next, ThreadScratch& scratch, float* max,
+                         float* sum, float* out) {
   const ProgramShape& shape = program_.shape();
   AttendSpanArgs args;
   args.q = q;
@@ -265,15 +287,15 @@ void Session::AttendSpan(const Op& op, int32_t kv_head, const float* q, int32_t 
   kernels_->attend_span(args);
 }
 
-ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_piece,
+ActiveCounts Session::RunFfn(const Phase& phase, const Ffn& op, int32_t first_piece,
                              int32_t end_piece, const uint8_t* x, ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
   const int64_t padded = PaddedCols(shape.format, shape.hidden_size);
   SparseFfnArgs args;
   args.format = shape.format;
-  args.gate = op.a;
-  args.up = op.b;
-  args.down = op.c;
+  args.gate = op.gate;
+  args.up = op.up;
+  args.down = op.down;
   int32_t piece_ends[kFfnPieces];
   for (int32_t i = first_piece; i < end_piece; ++i)
     piece_ends[i - first_piece] = FirstNeuron(op, i + 1);
@@ -283,7 +305,7 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_pie
   args.piece_ends = piece_ends;
   args.given_gates = exchange_.gates;
   args.given_stride = exchange_.n_neurons;
-  args.n_given = op.n_given;
+  args.n_given = op.n_given();
   args.activation = op.activation;
   args.threshold = op.threshold;
   args.x = x;
@@ -294,10 +316,11 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_pie
   args.out_stride = padded;
   args.computes_all = is_dense_;
   args.active = scratch.active.get();
-  if (op.has_predictor && !is_dense_) {
-    args.predictor = &op.predictor;
-    args.predictor_inputs = PredictorInputsOnce(phase, op, x, scratch);
-    args.predictor_input_stride = PredictorInputBytes(op.predictor);
+  if (op.predictor && !is_dense_) {
+    const Predictor& predictor = op.predictor->second;
+    args.predictor = &predictor;
+    args.predictor_inputs = PredictorInputsOnce(phase, predictor, x, scratch);
+    args.predictor_input_stride = PredictorInputBytes(predictor);
     args.predicted = scratch.predicted.get();
   }
   const ActiveCounts counts = kernels_->find_active(args);
@@ -315,7 +338,7 @@ ActiveCounts Session::RunFfn(const Phase& phase, const Op& op, int32_t first_pie
 // thread that brings the last partial sum of a half adds that half up. The thread that is second to
 // do so adds both halves to x. The order is that of sum_partials and add_partials over all places,
 // so every number of threads gives the same bits.
-void Session::AddPartial(const Op& op, int32_t piece) {
+void Session::AddPartial(const Ffn& op, int32_t piece) {
   const ProgramShape& shape = program_.shape();
   const int32_t padded = PaddedCols(shape.format, shape.hidden_size), half = PlaceOf(piece) % 2;
   if (n_arrived_[half].n.fetch_add(1, std::memory_order_acq_rel) + 1 < kFfnPieces / 2) return;
@@ -324,13 +347,13 @@ void Session::AddPartial(const Op& op, int32_t piece) {
   kernels_->sum_partials(sum, 2 * PartialStride(), kFfnPieces / 2, padded, sum);
   if (n_arrived_[2].n.fetch_add(1, std::memory_order_acq_rel) == 0) return;
   n_arrived_[2].n.store(0, std::memory_order_relaxed);
-  if (op.is_split) std::fill_n(exchange_.y, shape.hidden_size, 0.0f);
+  if (op.split) std::fill_n(exchange_.y, shape.hidden_size, 0.0f);
   kernels_->add_partials(shape.format, partials_.get(), PartialStride(), 2, shape.hidden_size,
-                         op.is_split ? 1.0f : op.scale, op.is_split ? exchange_.y : x_.get());
+                         op.split ? 1.0f : op.scale, op.split ? exchange_.y : x_.get());
 }
 
 // Pieces begin at multiples of 8 neurons, so no two pieces write to the same byte of a mask.
-void Session::ObserveActive(const Op& op, const Active* active, int32_t n_listed) {
+void Session::ObserveActive(const Ffn& op, const Active* active, int32_t n_listed) {
   const int64_t n_bytes = CeilDiv(program_.n_neurons(), 8);
   uint8_t* masks =
       observation_->masks + (op.layer * observation_->n_tokens + first_observed_) * n_bytes;
@@ -342,12 +365,12 @@ void Session::ObserveActive(const Op& op, const Active* active, int32_t n_listed
 }
 
 // x[token] += scale * dot(rows, x) for one piece of rows.
-void Session::AddRows(const Op& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
+void Session::AddRows(const Attend& op, int32_t piece, const uint8_t* x, int32_t n_tokens,
                       ThreadScratch& scratch) {
   const ProgramShape& shape = program_.shape();
-  const int32_t first = piece * kOutputRows, last = std::min(first + kOutputRows, op.a.n_rows);
+  const int32_t first = piece * kOutputRows, last = std::min(first + kOutputRows, op.o.n_rows);
   float* dots = scratch.floats.get();
-  kernels_->gemm({shape.format, op.a, first, last, x, VectorBytes(shape.format, op.a.n_cols),
+  kernels_->gemm({shape.format, op.o, first, last, x, VectorBytes(shape.format, op.o.n_cols),
                   n_tokens, dots, kOutputRows});
   for (int32_t t = 0; t < n_tokens; ++t)
     for (int32_t row = first; row < last; ++row)
