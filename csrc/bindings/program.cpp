@@ -270,39 +270,28 @@ void BindProgram(py::module_& m) {
       .def_property_readonly("position", [](const PySession& s) { return s.session.position(); })
       .def_property_readonly("n_context", [](const PySession& s) { return s.session.n_context(); })
       .def_property_readonly("active_counts",
-                             [](const PySession& s) {
-                               std::vector<int64_t> counts;
-                               for (int32_t layer = 0; layer < s.program.n_layers(); ++layer)
-                                 counts.push_back(s.session.active_count(layer));
-                               return counts;
-                             })
+                             [](const PySession& s) { return s.session.Count().n_active; })
       .def_property_readonly("predicted_counts",
-                             [](const PySession& s) {
-                               std::vector<int64_t> counts;
-                               for (int32_t layer = 0; layer < s.program.n_layers(); ++layer)
-                                 counts.push_back(s.session.predicted_count(layer));
-                               return counts;
-                             })
+                             [](const PySession& s) { return s.session.Count().n_predicted; })
       .def_property_readonly("shortlisted_count",
-                             [](const PySession& s) { return s.session.shortlisted_count(); })
+                             [](const PySession& s) { return s.session.Count().n_shortlisted; })
       .def_property_readonly("decode_bytes",
                              [](PySession& s) {
                                ExclusiveUse use(s);
+                               const Counters counted = s.session.Count();
                                py::dict bytes;
                                for (int32_t stage = 0; stage < kStages; ++stage)
-                                 bytes[kStageNames[stage]] =
-                                     s.session.decode_bytes(static_cast<Stage>(stage));
+                                 bytes[kStageNames[stage]] = counted.bytes[stage];
                                return bytes;
                              })
       .def_property_readonly(
           "stage_seconds",
           [](PySession& s) {
             ExclusiveUse use(s);
+            const Counters counted = s.session.Count();
             py::dict seconds;
             for (int32_t stage = 0; stage < kStages; ++stage)
-              seconds[kStageNames[stage]] =
-                  1e-9 *
-                  static_cast<double>(s.session.stage_nanoseconds(static_cast<Stage>(stage)));
+              seconds[kStageNames[stage]] = 1e-9 * static_cast<double>(counted.nanoseconds[stage]);
             seconds["waiting"] = 1e-9 * static_cast<double>(s.session.waiting_nanoseconds());
             return seconds;
           })
