@@ -1,4 +1,5 @@
-// What decode prefetches beside the kernels, which prefetch what they stream themselves.
+// What decode prefetches between the kernels' calls. kernels/prefetch.inl.h says why and how the
+// kernels themselves prefetch.
 #pragma once
 
 #include <cstdint>
