@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
 namespace hybrid {
 
@@ -11,6 +12,20 @@ constexpr int32_t kMaxLayers = 4096;
 
 void Check(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
+}
+
+void CheckLayer(int32_t layer) {
+  Check(layer >= 0 && layer < kMaxLayers, "layer must be in [0, 4096)");
+}
+
+void CheckSplit(const FfnSplit& split, int32_t n_neurons) {
+  const int32_t first = split.first_neuron, n_given = split.n_given;
+  Check(first % 8 == 0 || first == n_neurons,
+        "first_neuron must be a multiple of 8, or the number of neurons");
+  Check(0 <= first && first <= n_given && n_given <= n_neurons,
+        "0 <= first_neuron <= n_given <= the number of neurons must hold");
+  Check(n_given % kPredictTile == 0 || n_given == n_neurons,
+        "n_given must be a multiple of 16, or the number of neurons");
 }
 
 }  // namespace
@@ -26,95 +41,108 @@ Program::Program(const ProgramShape& shape) : shape_(shape) {
   Check(shape.max_context > 0, "max_context must be positive");
 }
 
-void Program::Add(const Op& op) {
-  const int32_t hidden = shape_.hidden_size, attention = shape_.n_heads * shape_.head_dim;
-  const int32_t index = static_cast<int32_t>(ops_.size());
-  Check(!is_sealed_, "the program is sealed: a session was opened on it");
-  Check(op.layer >= 0 && op.layer < kMaxLayers, "layer must be in [0, 4096)");
-  switch (op.kind) {
-    case OpKind::kEmbed:
-      Check(op.a.n_cols == hidden, "the embedding must have hidden_size columns");
-      vocab_size_ = op.a.n_rows;
-      decode_.push_back({PhaseKind::kEmbed, index});
-      prefill_.push_back({PhaseKind::kEmbedTokens, index});
-      break;
-    case OpKind::kQkv:
-      Check(op.a.n_cols == hidden, "qkv must have hidden_size columns");
-      Check(op.a.n_rows == attention + 2 * shape_.n_kv_heads * shape_.head_dim,
-            "qkv must have (n_heads + 2 * n_kv_heads) * head_dim rows");
-      decode_.push_back({PhaseKind::kQkv, index});
-      for (PhaseKind kind : {PhaseKind::kNormTokens, PhaseKind::kQkvTokens})
-        prefill_.push_back({kind, index});
-      break;
-    case OpKind::kAttend:
-      Check(op.a.n_cols == attention && op.a.n_rows == hidden,
-            "o must be (hidden_size, n_heads * head_dim)");
-      for (PhaseKind kind : {PhaseKind::kAttend, PhaseKind::kOutput})
-        decode_.push_back({kind, index});
-      for (PhaseKind kind :
-           {PhaseKind::kAttendTokens, PhaseKind::kQuantizeTokens, PhaseKind::kOutputTokens})
-        prefill_.push_back({kind, index});
-      break;
-    case OpKind::kFfn:
-      Check(op.a.n_cols == hidden && op.b.n_cols == hidden && op.c.n_cols == hidden,
-            "gate, up and down must have hidden_size columns");
-      Check(op.a.n_rows == op.b.n_rows && op.a.n_rows == op.c.n_rows,
-            "gate, up and down must have the same number of rows");
-      Check(op.is_split || op.norm != nullptr,
-            "an FFN needs a norm unless another device computes it");
-      Check(op.b.layout == RowLayout::kRowMajor && op.c.layout == RowLayout::kRowMajor,
-            "up and down rows must be row-major");
-      Check(op.first_neuron % 8 == 0 || op.first_neuron == op.a.n_rows,
-            "first_neuron must be a multiple of 8, or the number of neurons");
-      Check(0 <= op.first_neuron && op.first_neuron <= op.n_given && op.n_given <= op.a.n_rows,
-            "0 <= first_neuron <= n_given <= the number of neurons must hold");
-      Check(op.n_given % kPredictTile == 0 || op.n_given == op.a.n_rows,
-            "n_given must be a multiple of 16, or the number of neurons");
-      if (op.has_predictor) {
-        AddPredictor(op);
-        decode_.push_back({PhaseKind::kPredict, index});
-      }
-      decode_.push_back({PhaseKind::kFfn, index});
-      prefill_.push_back({PhaseKind::kNormTokens, index});
-      if (op.has_predictor) prefill_.push_back({PhaseKind::kPredictTokens, index});
-      for (PhaseKind kind : {PhaseKind::kFfnTokens, PhaseKind::kFfnSumTokens})
-        prefill_.push_back({kind, index});
-      break;
-    case OpKind::kHead:
-      Check(op.a.n_cols == hidden && op.a.n_rows == vocab_size_,
-            "the head must be (vocab_size, hidden_size)");
-      decode_.push_back({PhaseKind::kHead, index});
-      for (PhaseKind kind : {PhaseKind::kNormTokens, PhaseKind::kHeadTokens})
-        prefill_.push_back({kind, index});
-      if (!op.has_preview) break;
-      Check(op.preview.n_cols == hidden && op.preview.n_rows == op.a.n_rows,
-            "the preview must be (vocab_size, hidden_size)");
-      Check(op.a.layout == RowLayout::kRowMajor,
-            "the rows of a head with a preview must be row-major");
-      decode_.push_back({PhaseKind::kShortlist, index});
-      prefill_.push_back({PhaseKind::kShortlistTokens, index});
-      has_preview_ = true;
-      break;
-  }
-  has_head_ |= op.kind == OpKind::kHead;
-  if (op.kind == OpKind::kQkv || op.kind == OpKind::kAttend || op.kind == OpKind::kFfn)
-    n_layers_ = std::max(n_layers_, op.layer + 1);
-  if (op.kind == OpKind::kFfn) n_neurons_ = std::max(n_neurons_, op.a.n_rows);
-  ops_.push_back(op);
+void Program::Add(const Embed& op) {
+  Check(op.embedding.n_cols == shape_.hidden_size, "the embedding must have hidden_size columns");
+  Record(op, {PhaseKind::kEmbed}, {PhaseKind::kEmbedTokens});
+  vocab_size_ = op.embedding.n_rows;
 }
 
-void Program::AddPredictor(const Op& op) {
-  const Predictor& predictor = op.predictor;
-  Check(op.a.layout == RowLayout::kBitReversed,
+void Program::Add(const Qkv& op) {
+  Check(op.rows.n_cols == shape_.hidden_size, "qkv must have hidden_size columns");
+  Check(op.rows.n_rows == (shape_.n_heads + 2 * shape_.n_kv_heads) * shape_.head_dim,
+        "qkv must have (n_heads + 2 * n_kv_heads) * head_dim rows");
+  CheckLayer(op.layer);
+  Record(op, {PhaseKind::kQkv}, {PhaseKind::kQkvNormTokens, PhaseKind::kQkvTokens});
+  n_layers_ = std::max(n_layers_, op.layer + 1);
+}
+
+void Program::Add(const Attend& op) {
+  Check(op.o.n_cols == shape_.n_heads * shape_.head_dim && op.o.n_rows == shape_.hidden_size,
+        "o must be (hidden_size, n_heads * head_dim)");
+  CheckLayer(op.layer);
+  Record(op, {PhaseKind::kAttend, PhaseKind::kOutput},
+         {PhaseKind::kAttendTokens, PhaseKind::kQuantizeTokens, PhaseKind::kOutputTokens});
+  n_layers_ = std::max(n_layers_, op.layer + 1);
+}
+
+void Program::Add(const Ffn& op) {
+  const int32_t hidden = shape_.hidden_size, n_neurons = op.n_neurons();
+  Check(op.gate.n_cols == hidden && op.up.n_cols == hidden && op.down.n_cols == hidden,
+        "gate, up and down must have hidden_size columns");
+  Check(op.up.n_rows == n_neurons && op.down.n_rows == n_neurons,
+        "gate, up and down must have the same number of rows");
+  Check(op.up.layout == RowLayout::kRowMajor && op.down.layout == RowLayout::kRowMajor,
+        "up and down rows must be row-major");
+  Check((op.norm == nullptr) == op.split.has_value(),
+        "an FFN needs a norm unless another device computes it");
+  if (op.split) CheckSplit(*op.split, n_neurons);
+  if (op.predictor) CheckPredictor(op);
+  CheckLayer(op.layer);
+  if (op.predictor)
+    Record(op, {PhaseKind::kPredict, PhaseKind::kFfn},
+           {PhaseKind::kFfnNormTokens, PhaseKind::kPredictTokens, PhaseKind::kFfnTokens,
+            PhaseKind::kFfnSumTokens});
+  else
+    Record(op, {PhaseKind::kFfn},
+           {PhaseKind::kFfnNormTokens, PhaseKind::kFfnTokens, PhaseKind::kFfnSumTokens});
+  n_layers_ = std::max(n_layers_, op.layer + 1);
+  n_neurons_ = std::max(n_neurons_, n_neurons);
+  if (!op.predictor) return;
+  const Predictor& second = op.predictor->second;
+  predictor_input_bytes_ = std::max(predictor_input_bytes_, PredictorInputBytes(second));
+  largest_rank_ = std::max(largest_rank_, second.rank);
+}
+
+void Program::CheckPredictor(const Ffn& op) const {
+  const FfnPredictor& predictor = *op.predictor;
+  const int32_t rank = predictor.second.rank;
+  Check(op.gate.layout == RowLayout::kBitReversed,
         "gate rows that a predictor selects must be bit-reversed");
   Check(op.activation != Activation::kSilu,
         "a predictor needs an activation that can be zero: relu or fatrelu");
-  Check(predictor.rank > 0 && predictor.rank % kRowTile == 0,
-        "the predictor's rank must be a positive multiple of 4");
-  Check(op.d.n_rows == predictor.rank && op.d.n_cols == shape_.hidden_size,
+  Check(rank > 0 && rank % kRowTile == 0, "the predictor's rank must be a positive multiple of 4");
+  Check(predictor.first.n_rows == rank && predictor.first.n_cols == shape_.hidden_size,
         "the predictor's first matrix must be (rank, hidden_size)");
-  largest_rank_ = std::max(largest_rank_, predictor.rank);
-  predictor_input_bytes_ = std::max(predictor_input_bytes_, PredictorInputBytes(predictor));
+}
+
+void Program::Add(const Head& op) {
+  const int32_t hidden = shape_.hidden_size;
+  Check(op.rows.n_cols == hidden && op.rows.n_rows == vocab_size_,
+        "the head must be (vocab_size, hidden_size)");
+  if (op.preview) {
+    Check(op.preview->n_cols == hidden && op.preview->n_rows == vocab_size_,
+          "the preview must be (vocab_size, hidden_size)");
+    Check(op.rows.layout == RowLayout::kRowMajor,
+          "the rows of a head with a preview must be row-major");
+    Record(op, {PhaseKind::kHead, PhaseKind::kShortlist},
+           {PhaseKind::kHeadNormTokens, PhaseKind::kHeadTokens, PhaseKind::kShortlistTokens});
+  } else {
+    Record(op, {PhaseKind::kHead}, {PhaseKind::kHeadNormTokens, PhaseKind::kHeadTokens});
+  }
+  has_head_ = true;
+  has_preview_ |= op.preview.has_value();
+}
+
+void Program::Record(const Op& op, std::initializer_list<PhaseKind> decode,
+                     std::initializer_list<PhaseKind> prefill) {
+  Check(!is_sealed_, "the program is sealed: a session was opened on it");
+  const int32_t index = static_cast<int32_t>(ops_.size());
+  for (PhaseKind kind : decode) decode_.push_back({kind, index});
+  for (PhaseKind kind : prefill) prefill_.push_back({kind, index});
+  ops_.push_back(op);
+}
+
+const float* Program::norm(int32_t op) const {
+  if (op >= static_cast<int32_t>(ops_.size())) return nullptr;
+  return std::visit(
+      [](const auto& of) -> const float* {
+        using T = std::decay_t<decltype(of)>;
+        if constexpr (std::is_same_v<T, Embed> || std::is_same_v<T, Attend>)
+          return nullptr;
+        else
+          return of.norm;
+      },
+      ops_[static_cast<size_t>(op)]);
 }
 
 void Program::EndSegment(bool sends_x) {

@@ -14,6 +14,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <variant>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -32,33 +35,65 @@ struct ProgramShape {
   const float* rope_sin;
 };
 
-// The fused operations, and the matrices that each takes.
-enum class OpKind : int32_t {
-  kEmbed,   // a: embedding. x = embedding[token] * scale
-  kQkv,     // a: q, k, v. Norm, projections, rope, KV-cache write
-  kAttend,  // a: o. Attention over the cache; x += scale * o(attention)
-  kFfn,     // a: gate, b: up, c: down; d: a low-rank predictor's first matrix. Norm, gated FFN;
-            // x += scale * y
-  kHead,    // a: head. logits = head(norm(x) * scale); with a preview, first estimated from it
+// The fused operations. Rows and norms belong to the caller.
+
+// x = embedding[token] * scale.
+struct Embed {
+  Rows embedding;  // (vocab_size, hidden_size)
+  float scale;
 };
-struct Op {
-  OpKind kind;
-  Rows a{}, b{}, c{}, d{};
-  const float* norm = nullptr;  // (hidden_size,)
-  float scale = 1.0f;
-  Activation activation = Activation::kRelu;
-  float threshold = 0.0f;
-  int32_t layer = 0;
-  bool has_predictor = false;
-  Predictor predictor{};
-  bool has_preview = false;  // kHead
-  Preview preview{};
-  // kFfn, if another device computes neurons [0, first_neuron). That device also computes the norm
-  // (null here) and the gates of neurons [0, n_given). It receives the sum of the other neurons'
-  // outputs.
-  bool is_split = false;
-  int32_t first_neuron = 0, n_given = 0;
+
+// Norm, projections and rope; writes keys and values to the KV cache.
+struct Qkv {
+  const float* norm;  // (hidden_size,)
+  Rows rows;          // ((n_heads + 2 * n_kv_heads) * head_dim, hidden_size): q, k, v
+  int32_t layer;
 };
+
+// Attention over the KV cache. x += scale * o(attention).
+struct Attend {
+  Rows o;  // (hidden_size, n_heads * head_dim)
+  float scale;
+  int32_t layer;
+};
+
+// Names the neurons whose gates are computed, from the FFN's input h.
+struct FfnPredictor {
+  Rows first;        // (rank, hidden_size)
+  Predictor second;  // scores every neuron from first(h)
+};
+
+// Another device computes neurons [0, first_neuron). It also computes the norm, and the gates of
+// neurons [0, n_given). It receives the sum of the other neurons' outputs.
+struct FfnSplit {
+  int32_t first_neuron, n_given;
+};
+
+// Norm, gated FFN. x += scale * y.
+struct Ffn {
+  const float* norm;    // (hidden_size,); null if the FFN is split
+  Rows gate, up, down;  // (n_neurons, hidden_size)
+  Activation activation;
+  float threshold;
+  float scale;
+  int32_t layer;
+  std::optional<FfnPredictor> predictor;
+  std::optional<FfnSplit> split;
+
+  int32_t n_neurons() const { return gate.n_rows; }
+  int32_t first_neuron() const { return split ? split->first_neuron : 0; }
+  int32_t n_given() const { return split ? split->n_given : 0; }
+};
+
+// logits = rows(norm(x) * scale). With a preview, all logits are estimated first.
+struct Head {
+  const float* norm;  // (hidden_size,)
+  Rows rows;          // (vocab_size, hidden_size)
+  float scale;
+  std::optional<Preview> preview;
+};
+
+using Op = std::variant<Embed, Qkv, Attend, Ffn, Head>;
 
 // The format of a predictor's first matrix, which is multiplied with the same vectors as the gate.
 inline Format PredictorFormat(Format format) {
@@ -77,14 +112,16 @@ enum class PhaseKind : int32_t {
   kShortlist,  // with a preview: the likeliest rows in full
   // prefill
   kEmbedTokens,
-  kNormTokens,
+  kQkvNormTokens,
   kQkvTokens,
   kAttendTokens,
   kQuantizeTokens,
   kOutputTokens,
+  kFfnNormTokens,
   kPredictTokens,
   kFfnTokens,
   kFfnSumTokens,
+  kHeadNormTokens,
   kHeadTokens,
   kShortlistTokens,
 };
@@ -106,9 +143,13 @@ class Program {
   // Throws std::invalid_argument for sizes that the kernels do not support.
   explicit Program(const ProgramShape& shape);
 
-  // Records one operation. Throws std::invalid_argument if its sizes do not fit the shape, or if
-  // the program is sealed.
-  void Add(const Op& op);
+  // Each records one operation. They throw std::invalid_argument if its sizes do not fit the shape,
+  // or if the program is sealed.
+  void Add(const Embed& op);
+  void Add(const Qkv& op);
+  void Add(const Attend& op);
+  void Add(const Ffn& op);
+  void Add(const Head& op);
 
   // EndSegment ends the segment that is being recorded. ReceiveX lets the segment that is being
   // recorded begin with the residual stream from the other device.
@@ -128,15 +169,22 @@ class Program {
   int32_t largest_rank() const { return largest_rank_; }  // of all low-rank predictors
   int64_t predictor_input_bytes() const { return predictor_input_bytes_; }  // the largest
   bool has_preview() const { return has_preview_; }
-  int32_t n_ops() const { return static_cast<int32_t>(ops_.size()); }
-  const Op& op(int32_t index) const { return ops_[static_cast<size_t>(index)]; }
+  // The operation of a phase. T is the type that the phase's kind belongs to.
+  template <typename T>
+  const T& op(const Phase& phase) const {
+    return std::get<T>(ops_[static_cast<size_t>(phase.op)]);
+  }
+  // The norm with which an operation begins. Null if it has none, or if there is no such operation.
+  const float* norm(int32_t op) const;
   const std::vector<Phase>& decode_phases() const { return decode_; }
   const std::vector<Phase>& prefill_phases() const { return prefill_; }
   // At least one, once the program is sealed.
   const std::vector<Segment>& segments() const { return segments_; }
 
  private:
-  void AddPredictor(const Op& op);
+  void Record(const Op& op, std::initializer_list<PhaseKind> decode,
+              std::initializer_list<PhaseKind> prefill);
+  void CheckPredictor(const Ffn& op) const;
 
   ProgramShape shape_;
   std::vector<Op> ops_;

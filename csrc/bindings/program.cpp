@@ -99,26 +99,19 @@ void BindProgram(py::module_& m) {
       .def(
           "embed",
           [](PyProgram& p, py::object embedding, float scale) {
-            Op op{OpKind::kEmbed};
-            op.scale = scale;
-            p.Add(op, {embedding}, {});
+            p.program.Add(Embed{p.TakeRows(embedding), scale});
           },
           py::arg("embedding"), py::arg("scale"))
       .def(
           "qkv",
           [](PyProgram& p, Floats norm, py::object qkv, int32_t layer) {
-            Op op{OpKind::kQkv};
-            op.layer = layer;
-            p.Add(op, {qkv}, norm);
+            p.program.Add(Qkv{p.TakeNorm(norm), p.TakeRows(qkv), layer});
           },
           py::arg("norm"), py::arg("qkv"), py::arg("layer"))
       .def(
           "attend",
           [](PyProgram& p, py::object o, float scale, int32_t layer) {
-            Op op{OpKind::kAttend};
-            op.scale = scale;
-            op.layer = layer;
-            p.Add(op, {o}, {});
+            p.program.Add(Attend{p.TakeRows(o), scale, layer});
           },
           py::arg("o"), py::arg("scale"), py::arg("layer"))
       .def(
@@ -126,25 +119,28 @@ void BindProgram(py::module_& m) {
           [](PyProgram& p, std::optional<Floats> norm, py::object gate, py::object up,
              py::object down, Activation activation, float threshold, float scale, int32_t layer,
              py::object predictor, int32_t first_neuron, int32_t n_given) {
-            Op op{OpKind::kFfn};
+            Ffn op{};
+            op.gate = p.TakeRows(gate);
+            op.up = p.TakeRows(up);
+            op.down = p.TakeRows(down);
             op.activation = activation;
             op.threshold = threshold;
             op.scale = scale;
             op.layer = layer;
-            op.is_split = !norm;
-            op.first_neuron = first_neuron;
-            op.n_given = n_given;
+            if (norm) {
+              op.norm = p.TakeNorm(*norm);
+              Check(first_neuron == 0 && n_given == 0, "a split FFN must have no norm");
+            } else {
+              op.split = FfnSplit{first_neuron, n_given};
+            }
             if (!predictor.is_none()) {
               const PyPredictor& of = predictor.cast<const PyPredictor&>();
-              Check(of.format == p.program.shape().format &&
-                        of.n_neurons == gate.cast<const PyRows&>().rows.n_rows,
+              Check(of.format == p.program.shape().format && of.n_neurons == op.n_neurons(),
                     "the predictor must have the program's format and one score per gate row");
-              op.has_predictor = true;
-              op.predictor = of.predictor;
-              op.d = of.rows;
+              op.predictor = FfnPredictor{of.rows, of.predictor};
               p.keep_alive.append(predictor);
             }
-            p.Add(op, {gate, up, down}, norm);
+            p.program.Add(op);
           },
           py::arg("norm"), py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("activation"),
           py::arg("threshold"), py::arg("scale"), py::arg("layer"),
@@ -159,14 +155,12 @@ void BindProgram(py::module_& m) {
       .def(
           "head",
           [](PyProgram& p, Floats norm, py::object head, float scale, py::object preview) {
-            Op op{OpKind::kHead};
-            op.scale = scale;
+            Head op{p.TakeNorm(norm), p.TakeRows(head), scale, std::nullopt};
             if (!preview.is_none()) {
-              op.has_preview = true;
               op.preview = preview.cast<const PyPreview&>().preview;
               p.keep_alive.append(preview);
             }
-            p.Add(op, {head}, norm);
+            p.program.Add(op);
           },
           py::arg("norm"), py::arg("head"), py::arg("scale"), py::arg("preview") = py::none())
       .def_property_readonly("max_context",
@@ -275,39 +269,28 @@ void BindProgram(py::module_& m) {
       .def_property_readonly("position", [](const PySession& s) { return s.session.position(); })
       .def_property_readonly("n_context", [](const PySession& s) { return s.session.n_context(); })
       .def_property_readonly("active_counts",
-                             [](const PySession& s) {
-                               std::vector<int64_t> counts;
-                               for (int32_t layer = 0; layer < s.program.n_layers(); ++layer)
-                                 counts.push_back(s.session.active_count(layer));
-                               return counts;
-                             })
+                             [](const PySession& s) { return s.session.Count().n_active; })
       .def_property_readonly("predicted_counts",
-                             [](const PySession& s) {
-                               std::vector<int64_t> counts;
-                               for (int32_t layer = 0; layer < s.program.n_layers(); ++layer)
-                                 counts.push_back(s.session.predicted_count(layer));
-                               return counts;
-                             })
+                             [](const PySession& s) { return s.session.Count().n_predicted; })
       .def_property_readonly("shortlisted_count",
-                             [](const PySession& s) { return s.session.shortlisted_count(); })
+                             [](const PySession& s) { return s.session.Count().n_shortlisted; })
       .def_property_readonly("decode_bytes",
                              [](PySession& s) {
                                ExclusiveUse use(s);
+                               const Counters counted = s.session.Count();
                                py::dict bytes;
                                for (int32_t stage = 0; stage < kStages; ++stage)
-                                 bytes[kStageNames[stage]] =
-                                     s.session.decode_bytes(static_cast<Stage>(stage));
+                                 bytes[kStageNames[stage]] = counted.bytes[stage];
                                return bytes;
                              })
       .def_property_readonly(
           "stage_seconds",
           [](PySession& s) {
             ExclusiveUse use(s);
+            const Counters counted = s.session.Count();
             py::dict seconds;
             for (int32_t stage = 0; stage < kStages; ++stage)
-              seconds[kStageNames[stage]] =
-                  1e-9 *
-                  static_cast<double>(s.session.stage_nanoseconds(static_cast<Stage>(stage)));
+              seconds[kStageNames[stage]] = 1e-9 * static_cast<double>(counted.nanoseconds[stage]);
             seconds["waiting"] = 1e-9 * static_cast<double>(s.session.waiting_nanoseconds());
             return seconds;
           })

@@ -26,21 +26,18 @@ struct PyProgram {
     keep_alive.append(rope_cos);
     keep_alive.append(rope_sin);
   }
-  void Add(Op op, const std::vector<py::object>& rows, std::optional<Floats> norm) {
-    Rows* slots[] = {&op.a, &op.b, &op.c};
-    for (size_t i = 0; i < rows.size(); ++i) {
-      const PyRows& matrix = rows[i].cast<const PyRows&>();
-      Check(matrix.format == program.shape().format, "all rows must have the program's format");
-      *slots[i] = matrix.rows;
-      keep_alive.append(rows[i]);
-    }
-    if (norm) {
-      Check(norm->ndim() == 1 && norm->shape(0) == program.shape().hidden_size,
-            "norm must be (hidden_size,)");
-      op.norm = norm->data();
-      keep_alive.append(*norm);
-    }
-    program.Add(op);
+  // The rows or the norm of an operation, checked. The program keeps their memory alive.
+  Rows TakeRows(const py::object& matrix) {
+    const PyRows& rows = matrix.cast<const PyRows&>();
+    Check(rows.format == program.shape().format, "all rows must have the program's format");
+    keep_alive.append(matrix);
+    return rows.rows;
+  }
+  const float* TakeNorm(const Floats& norm) {
+    Check(norm.ndim() == 1 && norm.shape(0) == program.shape().hidden_size,
+          "norm must be (hidden_size,)");
+    keep_alive.append(norm);
+    return norm.data();
   }
   Program program;
   py::list keep_alive;

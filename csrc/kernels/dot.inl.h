@@ -5,19 +5,17 @@
 // A result therefore does not depend on how rows and tokens were tiled, and prefill equals decode
 // to the last bit.
 //
-// With a single token, memory bandwidth is the limit. The hardware prefetches only addresses that
-// are first touched in rising order (docs/log.md). A tile of interleaved rows is therefore read
-// strictly in that order, and InOrder() keeps the compiler from reordering its loads.
+// With a single token, memory bandwidth is the limit. A tile of interleaved rows is then read
+// strictly at rising addresses (prefetch.inl.h), and InOrder() keeps the compiler from reordering
+// its loads.
 #pragma once
 
 #include "kernels/kernels.h"
+#include "kernels/prefetch.inl.h"
 #include HYBRID_SIMD
 
 namespace hybrid {
 namespace {
-
-constexpr int64_t kCacheLine = 64;
-constexpr int64_t kStreamAhead = 6 << 10;  // bytes between a stream's prefetch and its use
 
 inline void InOrder() {
 #if defined(__GNUC__)
@@ -101,30 +99,8 @@ class OneTile {
   const uint8_t* at_;
 };
 
-struct Nothing {
-  void operator()(int32_t) const {}
-};
-
-// Prefetches into L2 what lies some KB behind the rows that one token needs, at the speed at which
-// the rows are computed. The hardware alone does not read far enough ahead during computation
-// (docs/log.md). Those bytes are nearly always what the thread needs next. At the end of a matrix
-// they are not, and a prefetch of an invalid address is no fault.
-template <Format kFormat>
-class StreamPrefetcher {
- public:
-  explicit StreamPrefetcher(const uint8_t* rows) : at_(rows + kStreamAhead) {}
-  void operator()(int32_t n_rows) {
-    credit_ += n_rows * static_cast<int32_t>(TileGroupBytes(kFormat) / kRowTile);
-    for (; credit_ > 0; credit_ -= kCacheLine, at_ += kCacheLine) PrefetchL2(at_);
-  }
-
- private:
-  const uint8_t* at_;
-  int32_t credit_ = 0;  // bytes
-};
-
-// With one token, `between` is called after each row's part of a group, with the number of rows. It
-// does work that should be spread evenly over the computation, such as prefetching.
+// With one token, `between` is called after each row's part of a group, with the number of rows
+// (prefetch.inl.h).
 template <int kRows, int kTokens, typename Source, typename Between>
 inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
                         Between& between) {
@@ -312,26 +288,6 @@ inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token
   }
 }
 
-// Prefetches the rows that come next into L2, in equal shares between the computations of other
-// rows.
-class RowPrefetcher {
- public:
-  RowPrefetcher(const GemmArgs& a, int32_t first, int32_t last, int32_t n_shares) {
-    if (n_shares < 2) return;
-    at_ = StartOf(a.rows, first);
-    end_ = StartOf(a.rows, last < a.rows.n_rows ? last : a.rows.n_rows);
-    share_ = (end_ - at_ + n_shares - 1) / n_shares;
-  }
-  void operator()() {
-    for (int64_t left = share_; left > 0 && at_ < end_; left -= kCacheLine, at_ += kCacheLine)
-      PrefetchL2(at_);
-  }
-
- private:
-  const uint8_t *at_ = nullptr, *end_ = nullptr;
-  int64_t share_ = 0;
-};
-
 // Blocks of rows that stay in L1 while all tokens pass. q8 and q4 take two tokens per tile: their
 // integers, scales and sums then fit the registers.
 template <int kTokens>
@@ -339,7 +295,7 @@ inline void GemmTiles(const GemmArgs& a) {
   const int32_t block = a.format == Format::kQ4 ? 16 : 8;
   for (int32_t row = a.first; row < a.last;) {
     const int32_t end = (row / block + 1) * block, last = end < a.last ? end : a.last;
-    RowPrefetcher next(a, end, end + block, a.n_tokens / kTokens);
+    BlockPrefetcher next(a.rows, end, end + block, a.n_tokens / kTokens);
     int32_t token = 0;
     for (; token + kTokens <= a.n_tokens; token += kTokens) {
       next();

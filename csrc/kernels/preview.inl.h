@@ -86,43 +86,30 @@ void PreviewTiles(const Preview& p, int32_t first, int32_t last, const uint8_t* 
   }
 }
 
-// Prefetches separate rows into L2, a quarter faster than the pace at which rows are computed. A
-// faster prefetch would be lost: a core can have only so many misses outstanding (docs/log.md).
-class RowsAhead {
+// Prefetches the rows of a list while other rows of it are computed.
+class ListPrefetcher {
  public:
-  RowsAhead(Format format, const Rows& matrix, const int32_t* rows, int32_t n)
-      : matrix_(matrix),
-        rows_(rows),
-        n_(n),
-        row_bytes_(RowBytes(matrix, format)),
-        share_(GroupValueBytes(format) * 5 / 4) {}
-  void operator()(int32_t n_groups) { Issue(n_groups * share_); }
-  void Issue(int64_t n_bytes) {
-    for (credit_ += n_bytes; credit_ > 0 && next_ < n_; credit_ -= kCacheLine) {
-      PrefetchL2(StartOf(matrix_, rows_[next_]) + at_);
-      at_ += kCacheLine;
-      if (at_ < row_bytes_) continue;
-      at_ = 0;
-      ++next_;
-    }
+  ListPrefetcher(Format format, const Rows& matrix, const int32_t* rows, int32_t n)
+      : matrix_(matrix), rows_(rows), n_(n), pace_(format), walk_(RowBytes(matrix, format), 0) {}
+  void operator()(int32_t n_rows) { Prefetch(pace_.Lines(n_rows)); }
+  void Prefetch(int64_t n_lines) {
+    walk_.Prefetch(n_lines, n_, [&](int32_t i) { return StartOf(matrix_, rows_[i]); });
   }
 
  private:
   const Rows& matrix_;
   const int32_t* rows_;
   const int32_t n_;
-  const int64_t row_bytes_, share_;
-  int64_t credit_ = 0;  // bytes
-  int32_t next_ = 0;
-  int64_t at_ = 0;
+  Pace pace_;
+  RowWalk walk_;
 };
 
 // See KernelTable::gather_dots.
 void GatherDots(Format format, const Rows& matrix, const int32_t* rows, int32_t n, const uint8_t* x,
                 float* out) {
   constexpr int64_t kFirstRows = 8;
-  RowsAhead ahead(format, matrix, rows, n);
-  ahead.Issue(kFirstRows * RowBytes(matrix, format));
+  ListPrefetcher ahead(format, matrix, rows, n);
+  ahead.Prefetch(kFirstRows * RowBytes(matrix, format) / kCacheLine);
   const uint8_t* one_x[1] = {x};
   for (int32_t i = 0; i < n;) {
     float dots[kRowTile][1];

@@ -41,17 +41,16 @@ inline float Activate(Activation activation, float gate) {
   return activation == Activation::kSilu ? gate / (1.0f + expf(-gate)) : gate;
 }
 
-// Prefetches into L2, a few cache lines at a time, while one token is computed. It prefetches gate
-// rows that a predictor selected, some rows ahead of the one in use. It also prefetches the bundles
-// of neurons that are active. The pace matters: a burst stalls everything behind it, and a prefetch
-// beyond the misses that a core can have outstanding is dropped (docs/log.md).
-class Prefetcher {
+// Prefetches while one token is computed: gate rows that a predictor selected, some rows ahead of
+// the one in use, and then the bundles of neurons that are active.
+class FfnPrefetcher {
  public:
-  Prefetcher(const SparseFfnArgs& a, int32_t first_bundle)
+  FfnPrefetcher(const SparseFfnArgs& a, int32_t first_bundle)
       : a_(a),
-        row_bytes_(RowBytes(a.gate, a.format)),
         bundle_bytes_(2 * RowBytes(a.up, a.format)),
-        bundle_{first_bundle, 0} {}
+        pace_(a.format),
+        rows_(RowBytes(a.gate, a.format), 0),
+        bundles_(bundle_bytes_, first_bundle) {}
 
   // How many bundles to be ahead of the one in use: as many as fit kBytesAhead, which is a part of
   // L2, but at least a tile.
@@ -60,53 +59,31 @@ class Prefetcher {
     return n < kNeuronTile ? kNeuronTile : static_cast<int32_t>(n);
   }
   int64_t bundle_bytes() const { return bundle_bytes_; }
-  int32_t next_bundle() const { return bundle_.next; }
+  int32_t next_bundle() const { return bundles_.next(); }
   // From now on, predicted rows before `row_end` and bundles of the list before `bundle_end` may be
   // prefetched.
   void Allow(int32_t row_end, int32_t bundle_end) {
     row_end_ = row_end;
     bundle_end_ = bundle_end;
   }
-  // To be called after the parts of a group of `n_rows` rows were computed. It prefetches as many
-  // bytes as those parts have, and a quarter more.
-  void operator()(int32_t n_rows) {
-    credit_ += n_rows * GroupValueBytes(a_.format) * 5 / 4;
-    Issue(credit_);
-    credit_ %= kCacheLine;
-  }
-  void Issue(int64_t n_bytes) {
-    int64_t n_lines = n_bytes / kCacheLine;
-    n_lines = Go(n_lines, row_end_, row_bytes_, &row_, [&](int32_t i) {
+  void operator()(int32_t n_rows) { Prefetch(pace_.Lines(n_rows)); }
+  void Prefetch(int64_t n_lines) {
+    n_lines = rows_.Prefetch(n_lines, row_end_, [&](int32_t i) {
       return a_.gate.values + a_.predicted[i] * a_.gate.values_stride;
     });
-    Go(n_lines, bundle_end_, bundle_bytes_, &bundle_,
-       [&](int32_t i) { return a_.up.values + a_.active[i].neuron * a_.up.values_stride; });
+    bundles_.Prefetch(n_lines, bundle_end_, [&](int32_t i) {
+      return a_.up.values + a_.active[i].neuron * a_.up.values_stride;
+    });
   }
-  void Finish() { Issue(INT32_MAX); }
+  void Finish() { Prefetch(INT32_MAX); }
 
  private:
   static constexpr int64_t kBytesAhead = 16 << 10;
-  struct Cursor {
-    int32_t next;
-    int64_t at;
-  };
-  template <typename AddressOf>
-  int64_t Go(int64_t n_lines, int32_t end, int64_t n_bytes, Cursor* cursor, AddressOf address_of) {
-    while (n_lines > 0 && cursor->next < end) {
-      const uint8_t* start = address_of(cursor->next);
-      for (; n_lines > 0 && cursor->at < n_bytes; cursor->at += kCacheLine, --n_lines)
-        PrefetchL2(start + cursor->at);
-      if (cursor->at < n_bytes) break;
-      *cursor = {cursor->next + 1, 0};
-    }
-    return n_lines;
-  }
-
   const SparseFfnArgs& a_;
-  const int64_t row_bytes_, bundle_bytes_;
-  int64_t credit_ = 0;  // bytes
+  const int64_t bundle_bytes_;
+  Pace pace_;
   int32_t row_end_ = 0, bundle_end_ = 0;
-  Cursor row_{0, 0}, bundle_;
+  RowWalk rows_, bundles_;
 };
 
 // The list of active (neuron, token) pairs, as it grows.
@@ -121,8 +98,7 @@ struct ActiveList {
     a.active[n_listed] = {neuron, token, fires ? gate : 0.0f};
     n_listed += fires || a.computes_all;
   }
-  // Prefetches the first and the last line of new bundles, so that their pages are looked up long
-  // before the bundles are prefetched line by line.
+  // Looks up the pages of new bundles: their first and their last line.
   void Touch() {
     for (; n_touched < n_listed; ++n_touched) {
       const uint8_t* bundle = a.up.values + a.active[n_touched].neuron * a.up.values_stride;
@@ -134,7 +110,7 @@ struct ActiveList {
 
 // Lists the predicted neurons in one pass over the predictor's tiles, without a branch on their
 // results. While the last tiles are read, the first gate rows are prefetched. Returns how many.
-int32_t NamePredicted(const SparseFfnArgs& a, Prefetcher& prefetcher) {
+int32_t NamePredicted(const SparseFfnArgs& a, FfnPrefetcher& prefetcher) {
   constexpr int64_t kAhead = 4096;  // bytes of tiles
   constexpr int32_t kLastTiles = 4;
   const int64_t tile_bytes = PredictTileBytes(*a.predictor);
@@ -151,21 +127,20 @@ int32_t NamePredicted(const SparseFfnArgs& a, Prefetcher& prefetcher) {
       predicted[n] = tile * kPredictTile + i;
       n += static_cast<int32_t>(bits >> i & 1);
     }
-    // Looks up a row's page long before the row is prefetched line by line.
+    // Looks up the pages of new rows.
     for (; n_touched < n; ++n_touched)
       PrefetchL2(a.gate.values + predicted[n_touched] * a.gate.values_stride);
     if (tile + kLastTiles < end) continue;
     prefetcher.Allow(Least(n, kRowsAhead), 0);
-    prefetcher.Issue(kRowsAhead * RowBytes(a.gate, a.format) / kLastTiles + kCacheLine);
+    prefetcher.Prefetch(kRowsAhead * RowBytes(a.gate, a.format) / kLastTiles / kCacheLine + 1);
   }
   return n;
 }
 
-// For one token: computes the gates of the predicted neurons only. All predictions come first. Then
-// rows are prefetched at the pace at which they are computed, since a burst of prefetches stalls
-// everything behind it (docs/log.md).
+// For one token: computes the gates of the predicted neurons only. All predictions come first, and
+// the list of rows is then prefetched while it is computed.
 ActiveCounts FindPredicted(const SparseFfnArgs& a) {
-  Prefetcher prefetcher(a, 0);
+  FfnPrefetcher prefetcher(a, 0);
   const int32_t n = NamePredicted(a, prefetcher);
   ActiveList list{a};
   const uint8_t* x[1] = {a.x};
@@ -217,7 +192,7 @@ ActiveCounts FindActive(const SparseFfnArgs& a) {
   if (a.n_given > a.first) return FindGiven(a);
   if (a.predictor != nullptr && a.n_tokens == 1) return FindPredicted(a);
   ActiveList list{a};
-  Prefetcher prefetcher(a, 0);
+  FfnPrefetcher prefetcher(a, 0);
   float gates[kTokenTile * kGateBlock];
   int64_t n_predicted = 0;
   const int32_t block = a.n_tokens == 1 ? kRowTile : kGateBlock;
@@ -240,7 +215,7 @@ ActiveCounts FindActive(const SparseFfnArgs& a) {
     if (a.n_tokens == 1) {
       list.Touch();
       prefetcher.Allow(0, Least(list.n_listed, prefetcher.n_ahead()));
-      prefetcher.Issue(prefetcher.bundle_bytes() * 2 / 3);
+      prefetcher.Prefetch(prefetcher.bundle_bytes() * 2 / 3 / kCacheLine);
     }
     first = last;
   }
@@ -296,7 +271,7 @@ void AddActive(const SparseFfnArgs& a, const ActiveCounts& found) {
     for (int32_t token = 0; token < a.n_tokens; ++token)
       for (int32_t col = 0; col < padded; col += kLanes)
         Store(a.out + piece * a.piece_stride + token * a.out_stride + col, Zero());
-  Prefetcher prefetcher(a, found.n_prefetched);
+  FfnPrefetcher prefetcher(a, found.n_prefetched);
   Nothing nothing;
   int32_t piece = 0;
   for (int32_t i = 0; i < n;) {

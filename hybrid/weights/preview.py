@@ -24,7 +24,7 @@ CHUNK_TILES = 16  # tiles packed at once, so that temporary arrays stay in the c
 # Smaller heads get no preview: they are read quickly or stay in the cache.
 LEAST_ROWS = 16_384
 # About this share of the rows is computed in full if logits are normally distributed. The rule is
-# in csrc/session/session.h.
+# in csrc/session/head.cpp.
 SHORTLISTED = 0.042
 # The best step of four levels for a normal distribution of standard deviation 1 (Max, 1960).
 NORMAL_STEP = 0.9957

@@ -1,0 +1,89 @@
+// The embedding, and how a layer begins: norm, q, k and v, rope, KV-cache write.
+
+#include <cmath>
+
+#include "session/input.h"
+#include "session/prefetch.h"
+#include "session/stages.h"
+
+namespace hybrid {
+
+namespace {
+
+void EmbedToken(const Pass& pass, const Embed& op, int32_t token) {
+  const ProgramShape& shape = pass.shape();
+  pass.kernels->dequantize(shape.format, op.embedding, pass.tokens[token], op.scale,
+                           pass.scratch.x + int64_t{token} * shape.hidden_size);
+}
+
+// Applies rope to a projected head and stores it: q in scratch memory, k and v in the cache.
+void FinishHead(const Pass& pass, const Qkv& op, int32_t head, int32_t token, const float* values,
+                ThreadScratch& thread) {
+  const ProgramShape& shape = pass.shape();
+  const KernelTable& kernels = *pass.kernels;
+  const int32_t position = pass.position + token, head_dim = shape.head_dim, half = head_dim / 2;
+  const float* cos = shape.rope_cos + int64_t{position} * half;
+  const float* sin = shape.rope_sin + int64_t{position} * half;
+  if (head < shape.n_heads) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    kernels.rotate(values, cos, sin, half, scale, pass.QueryOf(token, head));
+    return;
+  }
+  const int32_t kv_head = (head - shape.n_heads) % shape.n_kv_heads;
+  if (head >= shape.n_heads + shape.n_kv_heads) {
+    kernels.to_fp16(values, head_dim, pass.kv.ValueAt(op.layer, kv_head, position));
+    return;
+  }
+  kernels.rotate(values, cos, sin, half, 1.0f, thread.rotated.get());
+  kernels.to_fp16(thread.rotated.get(), head_dim, thread.key.get());
+  uint16_t* key = pass.kv.KeyAt(op.layer, kv_head, position);
+  for (int32_t i = 0; i < head_dim; ++i) key[i * kKeyTile] = thread.key[i];
+}
+
+}  // namespace
+
+void RunEmbed(const Pass& pass, const Phase& phase, int32_t, ThreadScratch& thread) {
+  const Embed& op = pass.program.op<Embed>(phase);
+  EmbedToken(pass, op, 0);
+  thread.counters.bytes[kStageHead] += RowBytes(op.embedding, pass.shape().format);
+}
+
+void RunEmbedTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch&) {
+  const TokenRange tokens = TokensOf(pass, piece);
+  for (int32_t t = tokens.first; t < tokens.last; ++t)
+    EmbedToken(pass, pass.program.op<Embed>(phase), t);
+}
+
+// A piece of q, k and v is one head.
+void RunQkv(const Pass& pass, const Phase& phase, int32_t head, ThreadScratch& thread) {
+  const Qkv& op = pass.program.op<Qkv>(phase);
+  const Format format = pass.shape().format;
+  const int32_t head_dim = pass.shape().head_dim;
+  const uint8_t* x = NormOnce(pass, phase, op.norm, thread);
+  float* values = thread.floats.get();
+  PrefetchKey(pass, op, head);
+  pass.kernels->gemm({format, op.rows, head * head_dim, (head + 1) * head_dim, x, 0, 1, values, 0});
+  FinishHead(pass, op, head, 0, values, thread);
+  thread.counters.bytes[kStageQkv] += head_dim * RowBytes(op.rows, format);
+}
+
+void RunQkvNormTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
+  const Qkv& op = pass.program.op<Qkv>(phase);
+  const TokenRange tokens = TokensOf(pass, piece);
+  for (int32_t t = tokens.first; t < tokens.last; ++t)
+    Norm(pass, op.norm, 1.0f, t, thread.floats.get(), InputOf(pass, t, op.rows.n_cols));
+}
+
+void RunQkvTokens(const Pass& pass, const Phase& phase, int32_t head, ThreadScratch& thread) {
+  const Qkv& op = pass.program.op<Qkv>(phase);
+  const Format format = pass.shape().format;
+  const int32_t head_dim = pass.shape().head_dim;
+  float* values = thread.floats.get();
+  pass.kernels->gemm({format, op.rows, head * head_dim, (head + 1) * head_dim,
+                      pass.scratch.inputs.get(), VectorBytes(format, op.rows.n_cols), pass.n_tokens,
+                      values, head_dim});
+  for (int32_t t = 0; t < pass.n_tokens; ++t)
+    FinishHead(pass, op, head, t, values + t * head_dim, thread);
+}
+
+}  // namespace hybrid
