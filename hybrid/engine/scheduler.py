@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from hybrid.model.config import ModelConfig
-from hybrid.model.forward import forward
 from hybrid.model.weights import LayerWeights, ModelWeights
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
 
@@ -68,7 +66,7 @@ class Scheduler:
         if needs_gates:
             self.gpu.find_active(layer)
         self.gpu.start_cold(layer)
-        self.cpu.cold_ffn(weights, layer, placement)
+        self.cpu.cold_ffn(weights, layer, placement.n_hot, placement.n_gate)
         self.cpu.end_segment(sends_x=False)
         if not needs_gates:
             self.gpu.find_active(layer)
@@ -83,10 +81,6 @@ class Scheduler:
             self._move(x, "cpu")
             self.cpu.head(None, weights, scale)
         self.gpu.end_token()
-
-    def run(self, weights: ModelWeights[Any], config: ModelConfig) -> None:
-        """One pass over the model."""
-        forward(self, weights, config)
 
     def _on_gpu(self, layer: int) -> bool:
         return self.plan.layers[layer].is_on_gpu

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import InvalidArtifact
-from hybrid.kernels import Activation, Format, Program, Session, ThreadPool, _native, active_isa
-from hybrid.kernels.reference import rope_tables
+from hybrid.kernels import Format, Session, ThreadPool, _native, active_isa
 from hybrid.model.config import ModelConfig
+from hybrid.model.forward import forward
+from hybrid.model.program import ProgramRecorder, new_program
 from hybrid.placement.hardware import available_memory_bytes, last_level_cache_bytes
 from hybrid.placement.machine import CpuSpeeds, Machine, load_machine
 from hybrid.weights.packing import PackedModel, pack_model, packed_layout, view_packed
@@ -36,35 +37,20 @@ def measure_cpu(config: ModelConfig, format: Format, pool: ThreadPool) -> CpuSpe
     """Measure the CPU's speeds. It takes a few seconds and some hundred MB. Raises MemoryError."""
     config = _shape(config, format)
     model = _random_model(config, format)
-    cos, sin = rope_tables(config.head_dim, config.rope_theta, _CONTEXT + _TOKENS * _ROUNDS + 1)
-    program = Program(
-        format=format,
-        hidden_size=config.hidden_size,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_cos=cos,
-        rope_sin=sin,
+    n_context = _CONTEXT + _TOKENS * _ROUNDS + 1
+    program = new_program(config, format, n_context)
+    # With a residual scale of 0 every layer sees the same x, and about the same number of neurons
+    # fires in each.
+    uniform = replace(
+        config,
+        activation="fatrelu",
+        threshold=_ACTIVE_AT,
+        embedding_scale=1.0,
+        residual_scale=0.0,
+        logit_scale=1.0,
     )
-    # Scales of 0 add nothing to the residual stream. So every layer sees the same x, and about the
-    # same number of neurons fires in each.
-    program.embed(model.embedding, 1.0)
-    for layer, weights in enumerate(model.layers):
-        program.qkv(weights.attention_norm, weights.qkv, layer)
-        program.attend(weights.o, 0.0, layer)
-        program.ffn(
-            weights.ffn_norm,
-            weights.gate,
-            weights.up,
-            weights.down,
-            Activation.fatrelu,
-            _ACTIVE_AT,
-            0.0,
-            layer,
-        )
-    program.head(model.norm, model.head, 1.0)
-    session = Session(program, pool, len(cos), False, True)
+    forward(ProgramRecorder(program, uniform), model, uniform)
+    session = Session(program, pool, n_context, False, True)
     session.prefill(np.arange(_CONTEXT) % _VOCAB)
     session.decode(0)
     rounds: list[tuple[float, CpuSpeeds]] = []

@@ -1,8 +1,8 @@
 """Calibrates a synthetic model: finds gate biases with which neurons fire as often as wanted.
 
 Layers are calibrated in order. The input of each is the output of the calibrated layers before it
-for random tokens. Weights and activations are rounded as the format rounds them. The forward pass
-is that of `hybrid.model.forward` for whole batches, with the weights of one layer in memory.
+for random tokens. Weights and activations are rounded as the format rounds them. The weights of one
+layer are in memory at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION, BIAS_DIMS, SyntheticWeights
 from hybrid.kernels import Format, reference
 from hybrid.model.families import expected_tensors
+from hybrid.model.forward import forward_layer
+from hybrid.model.weights import LayerWeights, read_layer
 from hybrid.progress import Progress
 from hybrid.weights.formats import round_weights
 
@@ -46,58 +48,74 @@ def calibrate(
         if layer is not None:
             sizes[layer] += 2 * int(np.prod(shape))
     progress(task, 0, sum(sizes))
-    biases, n_active = [], 0
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         batch = _Batch(weights, format, workers)
+        x = batch.embed()
         for layer in range(config.n_layers):
-            batch.attend(layer)
-            bias, n = batch.calibrate_ffn(layer)
-            biases.append(bias)
-            n_active += n
+            x = forward_layer(
+                batch,
+                x,
+                read_layer(weights.make, layer, batch.rounded),  # gates without bias
+                layer,
+                config.residual_scale,
+            )
             progress(task, sum(sizes[: layer + 1]), sum(sizes))
     n_held_out = HELD_OUT_SHAPE[0] * HELD_OUT_SHAPE[1] * config.n_layers * config.n_neurons
-    return Calibration(np.stack(biases), n_active / n_held_out)
+    return Calibration(np.stack(batch.biases), batch.n_active / n_held_out)
 
 
 class _Batch:
-    """The residual of all calibration and held-out tokens, which passes through the layers."""
+    """`forward.LayerOperations` over all calibration and held-out tokens.
+
+    `ffn` finds the layer's biases before it uses them.
+    """
 
     def __init__(self, weights: SyntheticWeights, format: Format, workers: Executor) -> None:
         self.weights, self.config, self.format = weights, weights.config, format
         self._workers = workers
+        self.biases: list[Array] = []  # per layer (n_neurons,)
+        self.n_active = 0  # (neuron, token) pairs of the held-out tokens that fire
         calibration = weights.token_ids("calibration", CALIBRATION_SHAPE)
-        ids = np.concatenate((calibration, weights.token_ids("held_out", HELD_OUT_SHAPE)))
+        self._ids = np.concatenate((calibration, weights.token_ids("held_out", HELD_OUT_SHAPE)))
         self._n_calibration = calibration.size
-        self._n_sequences, n_tokens = ids.shape
-        rows = weights.make("embedding", None)[ids.reshape(-1)]
-        self.x = self._rounded(rows) * np.float32(self.config.embedding_scale)
+        n_sequences, n_tokens = self._ids.shape
         cos, sin = reference.rope_tables(self.config.head_dim, self.config.rope_theta, n_tokens)
-        self._cos, self._sin = np.tile(cos, (len(ids), 1)), np.tile(sin, (len(ids), 1))
+        self._cos, self._sin = np.tile(cos, (n_sequences, 1)), np.tile(sin, (n_sequences, 1))
 
-    def attend(self, layer: int) -> None:
+    def embed(self) -> Array:
+        rows = self.weights.make("embedding", None)[self._ids.reshape(-1)]
+        return self.rounded(rows) * np.float32(self.config.embedding_scale)
+
+    def qkv(self, x: Array, weights: LayerWeights[Array], layer: int) -> tuple[Array, Array, Array]:
         config = self.config
-        h = self._normed()
-
-        def heads(role: str) -> Array:  # (sequences * tokens, heads, head_dim)
-            w = self._rounded(self.weights.make(role, layer))
-            return (h @ w.T).reshape(len(h), -1, config.head_dim)
-
-        q = reference.rope(heads("q"), self._cos, self._sin)
-        k, v = _cached(reference.rope(heads("k"), self._cos, self._sin)), _cached(heads("v"))
-        # Use our own threads, because BLAS would start and stop its own for each small product.
-        split = [np.split(part, self._n_sequences) for part in (q, k, v)]
-        results = self._workers.map(lambda q, k, v: reference.attention(q, k, v, 0), *split)
-        y = np.concatenate(list(results)).reshape(len(h), -1)
-        o = self._rounded(self.weights.make("o", layer))
-        self.x += np.float32(config.residual_scale) * (
-            reference.round_activation(self.format, y) @ o.T
+        h = self._normed(x, weights.attention_norm)
+        ends = np.cumsum([config.n_heads, config.n_kv_heads]) * config.head_dim
+        # Keep three products: BLAS may sum one large product in another order, which the frozen
+        # recipe forbids.
+        q, k, v = (
+            (h @ w.T).reshape(len(h), -1, config.head_dim) for w in np.split(weights.qkv, ends)
         )
+        k = reference.rope(k, self._cos, self._sin)
+        return reference.rope(q, self._cos, self._sin), _cached(k), _cached(v)
 
-    def calibrate_ffn(self, layer: int) -> tuple[Array, int]:
-        """Return the layer's biases, and the number of active neurons on the held-out tokens."""
+    def attend(
+        self,
+        x: Array,
+        q: tuple[Array, Array, Array],
+        weights: LayerWeights[Array],
+        layer: int,
+        scale: float,
+    ) -> Array:
+        # Use our own threads, because BLAS would start and stop its own for each small product.
+        split = [np.split(part, len(self._ids)) for part in q]
+        results = self._workers.map(lambda q, k, v: reference.attention(q, k, v, 0), *split)
+        y = np.concatenate(list(results)).reshape(len(x), -1)
+        return x + np.float32(scale) * (reference.round_activation(self.format, y) @ weights.o.T)
+
+    def ffn(self, x: Array, weights: LayerWeights[Array], layer: int, scale: float) -> Array:
         threshold = np.float32(self.config.threshold)
-        h = self._normed()
-        gate = h @ self._rounded(self.weights.make("gate", layer)).T  # still without bias
+        h = self._normed(x, weights.ffn_norm)
+        gate = h @ weights.gate.T  # still without bias
         constant = h[:, :BIAS_DIMS].sum(-1, keepdims=True)  # the factor of a bias
         # A neuron fires if gate + bias * constant >= threshold, which means margin >= -bias.
         margin = ((gate - threshold) / constant)[: self._n_calibration]
@@ -108,20 +126,19 @@ class _Batch:
         bias = reference.bf16_values(
             reference.bf16_bits(std * (quantile + np.float32(shift)) - mean)
         )
-        gate += constant * self._rounded(np.tile(bias[:, None], BIAS_DIMS))[:, 0]
+        gate += constant * self.rounded(np.tile(bias[:, None], BIAS_DIMS))[:, 0]
         active = gate >= threshold
-        gate *= h @ self._rounded(self.weights.make("up", layer)).T
+        gate *= h @ weights.up.T
         gate *= active
-        down = np.ascontiguousarray(self.weights.make("down", layer).T)
-        self.x += np.float32(self.config.residual_scale) * (gate @ self._rounded(down))
-        return bias, int(np.count_nonzero(active[self._n_calibration :]))
+        self.biases.append(bias)
+        self.n_active += int(np.count_nonzero(active[self._n_calibration :]))
+        return x + np.float32(scale) * (gate @ weights.down)
 
-    def _normed(self) -> Array:
-        ones = np.ones(self.config.hidden_size, np.float32)  # the recipe's norms
-        h = reference.rms_norm(self.x, ones, self.config.rms_norm_eps)
+    def _normed(self, x: Array, weight: Array) -> Array:
+        h = reference.rms_norm(x, weight, self.config.rms_norm_eps)
         return reference.round_activation(self.format, h)
 
-    def _rounded(self, w: Array) -> Array:
+    def rounded(self, w: Array) -> Array:
         """Round `w` in place to the values that the format stores, and return it."""
 
         def round_rows(first: int) -> None:

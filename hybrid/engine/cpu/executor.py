@@ -1,78 +1,18 @@
-"""CPU executor: records the forward pass as a native program, and owns the threads that run it."""
+"""CPU executor: owns the native program of a model and the threads that run it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hybrid.engine.scheduler import SILENT, Scheduler
 from hybrid.errors import InvalidOption
-from hybrid.kernels import Activation, Format, Predictor, Program, Rows, Session, ThreadPool
-from hybrid.kernels.reference import rope_tables
+from hybrid.kernels import Format, Predictor, Rows, Session, ThreadPool
 from hybrid.model.config import ModelConfig
-from hybrid.model.forward import forward
-from hybrid.model.weights import LayerWeights, ModelWeights
-from hybrid.placement.plan import LayerPlacement, PlacementPlan
+from hybrid.model.forward import Operations, forward
+from hybrid.model.program import ProgramRecorder, new_program
+from hybrid.placement.plan import PlacementPlan
 from hybrid.weights.packing import PackedModel
-
-
-class ProgramRecorder:
-    """`forward.Operations` that compute nothing. Each one records a native operation."""
-
-    def __init__(
-        self, program: Program, config: ModelConfig, predictors: Sequence[Predictor | None]
-    ) -> None:
-        self.program, self.config, self.predictors = program, config, predictors
-
-    def embed(self, weights: ModelWeights[Rows], scale: float) -> None:
-        self.program.embed(weights.embedding, scale)
-
-    def qkv(self, x: None, weights: LayerWeights[Rows], layer: int) -> None:
-        self.program.qkv(weights.attention_norm, weights.qkv, layer)
-
-    def attend(
-        self, x: None, q: None, weights: LayerWeights[Rows], layer: int, scale: float
-    ) -> None:
-        self.program.attend(weights.o, scale, layer)
-
-    def ffn(self, x: None, weights: LayerWeights[Rows], layer: int, scale: float) -> None:
-        activation = Activation[self.config.activation]
-        self.program.ffn(
-            weights.ffn_norm,
-            weights.gate,
-            weights.up,
-            weights.down,
-            activation,
-            self.config.threshold,
-            scale,
-            layer,
-            self.predictors[layer],
-        )
-
-    def cold_ffn(self, weights: LayerWeights[Rows], layer: int, placement: LayerPlacement) -> None:
-        """Record the partial sum over the cold neurons, which the GPU then adds."""
-        has_gates = placement.n_gate < self.config.n_neurons
-        self.program.ffn(
-            None,
-            weights.gate,
-            weights.up,
-            weights.down,
-            Activation[self.config.activation],
-            self.config.threshold,
-            1.0,
-            layer,
-            self.predictors[layer] if has_gates else None,
-            first_neuron=placement.n_hot,
-            n_given=placement.n_gate,
-        )
-
-    def end_segment(self, *, sends_x: bool) -> None:
-        self.program.end_segment(sends_x=sends_x)
-
-    def receive_x(self) -> None:
-        self.program.receive_x()
-
-    def head(self, x: None, weights: ModelWeights[Rows], scale: float) -> None:
-        self.program.head(weights.norm, weights.head, scale, weights.preview)
 
 
 class CpuExecutor:
@@ -94,27 +34,17 @@ class CpuExecutor:
         With a plan, the program holds only what the plan leaves to the CPU. Raises InvalidOption if
         the threads cannot be started.
         """
-        cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
         self.n_context = n_context
         try:
             self.pool = ThreadPool(n_threads)
         except RuntimeError as error:
             raise InvalidOption(f"threads: cannot start {n_threads} threads ({error})") from error
-        self.program = Program(
-            format=format,
-            hidden_size=config.hidden_size,
-            n_heads=config.n_heads,
-            n_kv_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_cos=cos,
-            rope_sin=sin,
-        )
-        recorder = ProgramRecorder(self.program, config, predictors or [None] * config.n_layers)
-        if plan is None or not plan.uses_gpu:
-            forward(recorder, model, config)
-        else:
-            Scheduler(plan, recorder, SILENT).run(model, config)
+        self.program = new_program(config, format, n_context)
+        recorder = ProgramRecorder(self.program, config, predictors)
+        ops: Operations[Rows, Any, Any, None] = recorder
+        if plan is not None:
+            ops = Scheduler(plan, recorder, SILENT)
+        forward(ops, model, config)
         self.program.seal()
 
     @property

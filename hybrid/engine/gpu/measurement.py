@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hybrid.engine.gpu.device import Device, Mechanism, Work
 from hybrid.engine.gpu.hand_off import PATIENCE_S, Exchange, HandOffs
-from hybrid.kernels import Activation, Format, Program, Session, ThreadPool
+from hybrid.engine.scheduler import SILENT, Scheduler, Silent
+from hybrid.kernels import Activation, Format, Rows, Session, ThreadPool
 from hybrid.kernels._native import meet
 from hybrid.kernels.gpu.torch_kernels import (
     CHUNK_VALUES,
@@ -25,10 +26,13 @@ from hybrid.kernels.gpu.torch_kernels import (
     TorchKernels,
     empty_vectors,
 )
-from hybrid.kernels.reference import rope_tables
 from hybrid.model.config import ModelConfig
+from hybrid.model.forward import forward
+from hybrid.model.program import ProgramRecorder, new_program
+from hybrid.model.weights import LayerWeights, ModelWeights
 from hybrid.placement.hardware import available_memory_bytes
 from hybrid.placement.machine import GpuSpeeds
+from hybrid.placement.plan import LayerPlacement, PlacementPlan
 from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 
 _ROUNDS = 5
@@ -135,7 +139,11 @@ def hand_off_seconds(
 
 
 class HandOffLoop:
-    """A token of `n` hand-offs and nothing between them. The checks on a GPU replay it too."""
+    """A token of `n` hand-offs and nothing between them. The checks on a GPU replay it too.
+
+    It is a pass over `n` split layers. The GPU's side computes nothing, and no neuron fires on the
+    CPU.
+    """
 
     def __init__(
         self,
@@ -146,21 +154,22 @@ class HandOffLoop:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.device, self.mechanism, self.n = device, mechanism, n
-        self.session = _empty_session(pool, n)
+        format, config = Format.bf16, _small_config(n)
+        layers = (LayerPlacement(True, n_gate=_SMALL, n_hot=0),) * n
+        self.plan = PlacementPlan("", "", format.name, 2, _SMALL, layers, is_head_on_gpu=True)
+        self.config, self.weights = config, _zero_weights(config, format)
+        program = new_program(config, format, 2)
+        recorder = ProgramRecorder(program, config)
+        forward(Scheduler(self.plan, recorder, SILENT), self.weights, config)
+        self.session = Session(program, pool, 2)
         self.exchange = Exchange(device, _SMALL, _SMALL, n + 1, patience_s)
         meet(self.session, self.exchange.link)
         self.h = torch.ones(1, _SMALL, device=device.torch_device)
         self.y = torch.zeros(n, _SMALL, device=device.torch_device)
 
     def launch(self) -> None:
-        link, exchange = self.exchange.link, self.exchange
-        hand_offs = HandOffs(self.device, link, self.mechanism, self.session.run_segment)
-        hand_offs.start()
-        hand_offs.finish()
-        for index in range(self.n):
-            hand_offs.start((exchange.h[:1], self.h))
-            hand_offs.finish((self.y[index : index + 1], exchange.y[:1]))
-        hand_offs.close()
+        side = _HandOffsOnly(self)
+        forward(Scheduler(self.plan, SILENT, side), self.weights, self.config)
 
     def replay(self, recording: Sequence[Work]) -> float:
         """Return the seconds of one token. Raises RuntimeError if the link failed."""
@@ -180,6 +189,63 @@ class HandOffLoop:
         seconds = time.perf_counter() - started
         self.session.truncate(0)
         return seconds
+
+
+class _HandOffsOnly(Silent):
+    """A GPU's side that computes nothing. It sends `loop.h` and stores the answers in `loop.y`."""
+
+    def __init__(self, loop: HandOffLoop) -> None:
+        self.exchange, self.h = loop.exchange, loop.h
+        self.hand_offs = HandOffs(
+            loop.device, loop.exchange.link, loop.mechanism, loop.session.run_segment
+        )
+        self.answers = iter(loop.y[:, None])
+
+    def start_token(self) -> None:
+        self.hand_offs.start()
+
+    def take_x(self) -> None:
+        self.hand_offs.finish()
+
+    def start_cold(self, layer: int) -> None:
+        self.hand_offs.start((self.exchange.h[:1], self.h))
+
+    def finish_cold(self) -> None:
+        self.hand_offs.finish((next(self.answers), self.exchange.y[:1]))
+
+    def end_token(self) -> None:
+        self.hand_offs.close()
+
+
+def _small_config(n_layers: int) -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        vocab_size=_SMALL,
+        hidden_size=_SMALL,
+        n_layers=n_layers,
+        n_heads=2,
+        n_kv_heads=2,
+        head_dim=_SMALL // 2,
+        n_neurons=_SMALL,
+        max_context=2,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        activation="relu",
+        threshold=0.0,
+        embedding_scale=1.0,
+        residual_scale=1.0,
+        logit_scale=1.0,
+        has_tied_head=True,
+        bos_id=None,
+        eos_ids=(),
+    )
+
+
+def _zero_weights(config: ModelConfig, format: Format) -> ModelWeights[Rows]:
+    zeros = np.zeros((_SMALL, _SMALL), np.float32)
+    matrix, (up, down) = pack_matrix(format, zeros), pack_bundles(format, zeros, zeros)
+    layer = LayerWeights(zeros[0], matrix, matrix, zeros[0], matrix, up, down)
+    return ModelWeights(matrix, (layer,) * config.n_layers, zeros[0], matrix)
 
 
 def free_and_context_bytes(
@@ -226,38 +292,3 @@ def random_matrix(format: Format, n_rows: int, n_cols: int, device: torch.device
 
 def _touch(x: Tensor) -> None:
     x.add_(1.0)
-
-
-def _empty_session(pool: ThreadPool, n: int) -> Session:
-    """Return a session whose program has n split FFNs that leave the CPU nothing to do."""
-    format = Format.bf16
-    cos, sin = rope_tables(32, 1e4, 2)
-    program = Program(
-        format=format,
-        hidden_size=_SMALL,
-        n_heads=2,
-        n_kv_heads=2,
-        head_dim=32,
-        rms_norm_eps=1e-5,
-        rope_cos=cos,
-        rope_sin=sin,
-    )
-    zeros = np.zeros((_SMALL, _SMALL), np.float32)
-    gate, (up, down) = pack_matrix(format, zeros), pack_bundles(format, zeros, zeros)
-    program.embed(pack_matrix(format, zeros[:4]), 1.0)
-    program.end_segment(sends_x=True)
-    for layer in range(n):
-        program.ffn(
-            None,
-            gate,
-            up,
-            down,
-            Activation.relu,
-            0.0,
-            1.0,
-            layer,
-            first_neuron=0,
-            n_given=_SMALL,
-        )
-        program.end_segment(sends_x=False)
-    return Session(program, pool, 2)

@@ -19,6 +19,7 @@ from hybrid.engine.gpu.operations import GpuSide
 from hybrid.engine.scheduler import SILENT, Scheduler
 from hybrid.errors import DeviceFailed, InvalidOption
 from hybrid.kernels._native import PREFILL_CHUNK, Session, meet
+from hybrid.model.forward import forward
 
 if TYPE_CHECKING:
     from hybrid.engine.gpu.executor import HybridExecutor
@@ -174,7 +175,7 @@ class HybridSession:
             n_visible=n_visible,
             computes_all=self._is_dense,
         )
-        Scheduler(executor.plan, SILENT, side).run(executor.model, executor.config)
+        forward(Scheduler(executor.plan, SILENT, side), executor.model, executor.config)
         if side.has_logits:
             side.fetch((lane.logits, lane.tensors.logits))
         return side

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import overload
 
 import numpy as np
@@ -18,7 +19,7 @@ from hybrid.checkpoint import Checkpoint
 from hybrid.kernels import Activation, Format, reference
 from hybrid.model.config import ModelConfig
 from hybrid.model.forward import forward
-from hybrid.model.weights import LayerWeights, ModelWeights
+from hybrid.model.weights import LayerWeights, ModelWeights, read_layer
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.formats import round_weights
 
@@ -31,7 +32,8 @@ ROUNDED_ROWS = 512  # rows that are rounded at once; keeps NumPy's temporary arr
 def read_weights(checkpoint: Checkpoint, format: Format | None) -> ModelWeights[Array]:
     """Return all weights of a checkpoint as fp32 arrays, rounded to what `format` stores."""
     layers = tuple(
-        read_layer(checkpoint, format, layer) for layer in range(checkpoint.config.n_layers)
+        read_layer(checkpoint.read, layer, partial(_rounded, format))
+        for layer in range(checkpoint.config.n_layers)
     )
     return _with_layers(checkpoint, format, layers)
 
@@ -45,22 +47,6 @@ def stream_weights(
     bytes in fp32. The checkpoint must stay open.
     """
     return _with_layers(checkpoint, format, StreamedLayers(checkpoint, format, progress))
-
-
-def read_layer(checkpoint: Checkpoint, format: Format | None, layer: int) -> LayerWeights[Array]:
-    def matrix(role: str) -> Array:
-        return _rounded(format, checkpoint.read(role, layer))
-
-    return LayerWeights(
-        attention_norm=checkpoint.read("attention_norm", layer),
-        qkv=np.concatenate([matrix(role) for role in ("q", "k", "v")]),
-        o=matrix("o"),
-        ffn_norm=checkpoint.read("ffn_norm", layer),
-        gate=matrix("gate"),
-        up=matrix("up"),
-        # Blocks of down run along hidden, so it is transposed before it is rounded.
-        down=_rounded(format, np.ascontiguousarray(checkpoint.read("down", layer).T)),
-    )
 
 
 class StreamedLayers(Sequence[LayerWeights[Array]]):
@@ -84,7 +70,7 @@ class StreamedLayers(Sequence[LayerWeights[Array]]):
         layers = range(len(self))[index]
         if isinstance(layers, range):
             return [self[layer] for layer in layers]
-        weights = read_layer(self._checkpoint, self._format, layers)
+        weights = read_layer(self._checkpoint.read, layers, partial(_rounded, self._format))
         layer_bytes = sum(getattr(weights, field.name).nbytes for field in fields(weights))
         self._progress("computing the oracle", (layers + 1) * layer_bytes, len(self) * layer_bytes)
         return weights
