@@ -14,7 +14,7 @@ from hybrid.hub import checksum
 from hybrid.kernels import Format, active_isa, available_isas, check_isa_cap
 from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import available_memory_bytes
-from hybrid.weights.packing import packed_layout
+from hybrid.weights.layout import packed_layout
 
 
 def check_files(folder: Path) -> Check:

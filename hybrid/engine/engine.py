@@ -43,8 +43,10 @@ from hybrid.placement.hardware import (
 from hybrid.progress import Progress, ignore_progress
 from hybrid.text.sampling import Sampler, SamplingParams
 from hybrid.text.tokenizer import ChatMessage, Tokenizer, check_message
+from hybrid.weights.layout import decode_bytes, packed_layout
 from hybrid.weights.packed_file import load_packed
-from hybrid.weights.packing import NeuronOrders, decode_bytes, order_hash, packed_layout
+from hybrid.weights.packing import NeuronOrders, order_hash
+from hybrid.weights.preview import wants_preview
 
 Quant = Literal["bf16", "q8", "q4"]
 
@@ -132,14 +134,18 @@ class Engine:
             predicted_layers = frozenset(
                 layer for layer, native in enumerate(predictors or ()) if native is not None
             )
-            n_bytes = packed_layout(config, format, predicted_layers).n_bytes
-            use_mmap, memory_notices = choose_mmap(mmap, n_bytes)
+            layout = packed_layout(
+                config,
+                format,
+                predicted_layers,
+                has_preview=wants_preview(config, predicted_layers),
+            )
+            use_mmap, memory_notices = choose_mmap(mmap, layout.n_bytes)
             loaded = load_packed(
                 checkpoint,
-                format,
+                layout,
                 cache=None if home is None else home / "packed",
                 neuron_orders=orders,
-                predicted_layers=predicted_layers,
                 use_mmap=use_mmap,
                 use_mlock=mlock,
                 fits_memory=not memory_notices,
@@ -148,8 +154,7 @@ class Engine:
             )
             self.is_synthetic: bool = checkpoint.is_synthetic
         spec = ModelSpec(
-            config=config,
-            format=format,
+            layout=layout,
             n_context=n_context,
             n_threads=n_threads,
             model_hash=self.model_hash,
@@ -160,7 +165,7 @@ class Engine:
         self.spec: ModelSpec = spec  # what a placement plan is made for
         decision = decide(request, spec, home)
         executor, self.plan, plan_notices = open_executor(
-            decision, spec, loaded.model, predicted_layers, predictors, home
+            decision, spec, loaded.model, predictors, home
         )
         # Whether all logits are estimated from a preview and only the likeliest computed in full.
         self.previews_head: bool = loaded.model.preview is not None and not (
@@ -256,19 +261,12 @@ class Engine:
         is the number of pairs whose gate is computed: those that the predictor names, or None for
         all. `n_shortlisted` is the number of rows of a previewed head that are computed in full.
         """
-        predictor_bytes = 0
-        if n_gates is not None and self.prediction is not None:
-            predictor_bytes = self.prediction.bytes_per_token
-        return decode_bytes(
-            self.config,
-            Format[self.quant],
-            n_tokens,
-            first_position,
-            n_active,
-            n_gates,
-            predictor_bytes,
-            n_shortlisted,
+        n_bytes = decode_bytes(
+            self.spec.layout, n_tokens, first_position, n_active, n_gates, n_shortlisted
         )
+        if n_gates is not None and self.prediction is not None:
+            n_bytes += n_tokens * self.prediction.bytes_per_token
+        return n_bytes
 
     def generate(
         self,

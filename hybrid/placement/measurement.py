@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from hybrid.errors import InvalidArtifact
 from hybrid.kernels import Format, Session, ThreadPool, _native, active_isa
 from hybrid.model.config import ModelConfig
+from hybrid.model.families import expected_tensors
 from hybrid.model.forward import forward
 from hybrid.model.program import ProgramRecorder, new_program
 from hybrid.placement.hardware import available_memory_bytes, last_level_cache_bytes
 from hybrid.placement.machine import CpuSpeeds, Machine, load_machine
-from hybrid.weights.packing import PackedModel, pack_model, packed_layout, view_packed
+from hybrid.weights.layout import packed_layout
+from hybrid.weights.packing import PackedModel, pack_model, view_packed
 
 _VOCAB = 512
 _CONTEXT = 256  # positions that attention reads
@@ -121,37 +123,28 @@ def _shape(config: ModelConfig, format: Format) -> ModelConfig:
 
 
 class _Random:
-    """A checkpoint of one layer with random weights."""
+    """A checkpoint with random weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
+        self._shapes = {tensor.role: tensor.shape for tensor in expected_tensors(config)}
         self._rng = np.random.default_rng(0)
 
     def read(self, role: str, layer: int | None = None) -> NDArray[np.float32]:
-        c = self.config
-        if role.endswith("norm"):
-            return np.ones(c.hidden_size, np.float32)
-        shapes = {
-            "embedding": (c.vocab_size, c.hidden_size),
-            "q": (c.attention_size, c.hidden_size),
-            "k": (c.n_kv_heads * c.head_dim, c.hidden_size),
-            "v": (c.n_kv_heads * c.head_dim, c.hidden_size),
-            "o": (c.hidden_size, c.attention_size),
-            "down": (c.hidden_size, c.n_neurons),
-        }
-        n_rows, n_cols = shapes.get(role, (c.n_neurons, c.hidden_size))
-        w = self._rng.standard_normal((n_rows, n_cols), np.float32)
-        return w / np.float32(np.sqrt(c.hidden_size))
+        shape = self._shapes[role]
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        w = self._rng.standard_normal(shape, np.float32)
+        return w / np.float32(np.sqrt(self.config.hidden_size))
 
 
 def _random_model(config: ModelConfig, format: Format) -> PackedModel:
     """Return a model in which every layer is a copy of one random layer."""
     single = replace(config, n_layers=1)
-    one = pack_model(_Random(single), format).embedding.memory
     source, layout = packed_layout(single, format), packed_layout(config, format)
+    one = pack_model(_Random(single), source).embedding.memory
     buffer = _native.allocate_bytes(layout.n_bytes)
-    for name, (first, n_bytes) in layout.arrays.items():
+    for name, array in layout.arrays.items():
         layer, dot, part = name.partition(".")
-        begin, _ = source.arrays[f"0.{part}" if dot else layer]
-        buffer[first : first + n_bytes] = one[begin : begin + n_bytes]
-    return view_packed(buffer, config, format)
+        array.of(buffer)[:] = source.arrays[f"0.{part}" if dot else layer].of(one)
+    return view_packed(buffer, layout)

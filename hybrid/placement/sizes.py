@@ -1,4 +1,4 @@
-"""Sizes of each part of a model in bytes, on CPU and GPU. No other module computes them."""
+"""Sizes of each part of a model in bytes, on CPU and GPU, as a plan needs them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from hybrid.kernels import Format, _native
 from hybrid.model.config import ModelConfig
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
-from hybrid.weights import preview
-from hybrid.weights.formats import BLOCK, row_bytes
+from hybrid.weights.formats import BLOCK, plain_row_bytes
+from hybrid.weights.layout import PackedArray, PackedLayout
+from hybrid.weights.preview import SHORTLISTED
 
 _T = _native.PREFILL_CHUNK
 MAX_SPLITS = 16  # most partial sums that the GPU's kernels write (kernels.gpu.triton_kernels)
@@ -16,62 +17,63 @@ MAX_SPLITS = 16  # most partial sums that the GPU's kernels write (kernels.gpu.t
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Bytes of one model in one format, with a KV cache of `n_context` positions."""
+    """Bytes of one model with a KV cache of `n_context` positions. Its layers are all alike."""
 
-    config: ModelConfig
-    format: Format
+    layout: PackedLayout
     n_context: int
     n_splits: int = MAX_SPLITS
     rows_per_count: int = 8  # neurons per counter of those that fired; 0: one counter for all
 
-    def cpu_row(self, n_cols: int) -> int:
-        """Return the bytes of a packed row on the CPU."""
-        return sum(row_bytes(self.format, n_cols))
+    @property
+    def config(self) -> ModelConfig:
+        return self.layout.config
 
-    def gpu_row(self, n_cols: int) -> int:
-        """Return the bytes of a row on the GPU, without padding."""
-        if self.format is Format.bf16:
-            return 2 * n_cols
-        values = n_cols if self.format is Format.q8 else n_cols // 2
-        return values + n_cols // BLOCK * 2
+    @property
+    def format(self) -> Format:
+        """The format of activations."""
+        return self.layout.format
 
     @property
     def neuron(self) -> int:
         """One neuron's gate, up or down row on the GPU."""
-        return self.gpu_row(self.config.hidden_size)
+        gate = self.layout.arrays["0.gate"]
+        return plain_row_bytes(gate.format, gate.n_cols)
+
+    @property
+    def cpu_neuron(self) -> int:
+        """One neuron's gate, up or down row on the CPU."""
+        return self.layout.arrays["0.gate"].row_bytes
 
     @property
     def attention(self) -> int:
         """The attention projections of one layer on the GPU."""
-        c = self.config
-        return c.qkv_size * self.gpu_row(c.hidden_size) + c.hidden_size * self.gpu_row(
-            c.attention_size
-        )
+        return sum(_plain_bytes(self.layout.arrays[name]) for name in ("0.qkv", "0.o"))
 
     @property
     def cpu_attention(self) -> int:
-        c = self.config
-        return c.qkv_size * self.cpu_row(c.hidden_size) + c.hidden_size * self.cpu_row(
-            c.attention_size
-        )
+        arrays = (self.layout.arrays[name] for name in ("0.qkv", "0.o"))
+        return sum(array.n_rows * array.row_bytes for array in arrays)
 
-    def cpu_head(self, *, is_previewed: bool) -> int:
-        """Return the bytes of the head that one token reads on the CPU.
+    @property
+    def cpu_head(self) -> int:
+        """The bytes of the head that one token reads on the CPU.
 
         A previewed head counts as its preview and the expected shortlist.
         """
-        c = self.config
-        n_bytes = c.vocab_size * self.cpu_row(c.hidden_size)
-        if not (is_previewed and preview.pays(c.vocab_size)):
+        n_bytes = self.layout.head.n_rows * self.layout.head.row_bytes
+        if not self.layout.has_preview:
             return n_bytes
-        in_full = preview.SHORTLISTED * n_bytes
-        return preview.preview_bytes(c.vocab_size, c.hidden_size) + round(in_full)
+        return self.layout.arrays["preview"].n_bytes + round(SHORTLISTED * n_bytes)
+
+    @property
+    def head_rows(self) -> int:
+        """The head's rows on the GPU."""
+        return _plain_bytes(self.layout.head)
 
     @property
     def head(self) -> int:
         """The head with its norm and logits on the GPU."""
-        c = self.config
-        return c.vocab_size * (self.neuron + 4) + 4 * c.hidden_size
+        return self.head_rows + 4 * self.config.vocab_size + self.layout.arrays["norm"].n_bytes
 
     def kv(self, n_positions: int) -> int:
         """Return the bytes of one layer's fp16 keys and values."""
@@ -120,3 +122,8 @@ class ModelSizes:
         widest = max(layer.n_hot for layer in plan.layers)
         layers = sum(self.layer(layer) for layer in plan.layers)
         return layers + self.buffers(widest) + (self.head if plan.is_head_on_gpu else 0)
+
+
+def _plain_bytes(array: PackedArray) -> int:
+    """Return the bytes of a matrix on the GPU."""
+    return array.n_rows * plain_row_bytes(array.format, array.n_cols)

@@ -85,13 +85,12 @@ class TimeModel:
         return 0.0 if self.machine.gpu is None else self.machine.gpu.hand_off_us * 1e-6
 
     def head(self, is_on_gpu: bool) -> float:
-        c, gpu = self.sizes.config, self.machine.gpu
+        gpu = self.machine.gpu
         if is_on_gpu:
             assert gpu is not None
-            n_bytes = c.vocab_size * self.sizes.neuron
-            return n_bytes / gpu.stream_gbs * 1e-9 + HEAD_NODES * gpu.node_us * 1e-6
-        n_bytes = self.sizes.cpu_head(is_previewed=any(self.predictors))
-        return n_bytes / self.machine.cpu.stream_gbs * 1e-9
+            seconds = self.sizes.head_rows / gpu.stream_gbs * 1e-9
+            return seconds + HEAD_NODES * gpu.node_us * 1e-6
+        return self.sizes.cpu_head / self.machine.cpu.stream_gbs * 1e-9
 
     def layer(self, layer: int, placement: LayerPlacement) -> LayerTime:
         c, sizes, cpu = self.sizes.config, self.sizes, self.machine.cpu
@@ -123,7 +122,7 @@ class TimeModel:
 
     def cold_gates(self, layer: int, first: int, last: int) -> float:
         """Return the seconds that the CPU needs to find the active neurons of [first, last)."""
-        row, cpu = self.sizes.cpu_row(self.sizes.config.hidden_size), self.machine.cpu
+        row, cpu = self.sizes.cpu_neuron, self.machine.cpu
         predictor = self.predictors[layer]
         if predictor is None or first == last:
             return (last - first) * row / cpu.stream_gbs * 1e-9
@@ -133,8 +132,7 @@ class TimeModel:
 
     def cold_rows(self, layer: int, first: int, last: int) -> float:
         """Return the seconds for up and down rows of active neurons on the CPU."""
-        row = self.sizes.cpu_row(self.sizes.config.hidden_size)
-        n_bytes = 2 * row * self.active(layer, first, last)
+        n_bytes = 2 * self.sizes.cpu_neuron * self.active(layer, first, last)
         return n_bytes / self.machine.cpu.gather_gbs * 1e-9
 
     def hot_rows(self, layer: int, first: int, last: int) -> float:

@@ -103,6 +103,14 @@ def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
     return padded if format is Format.q8 else padded // 2, padded // BLOCK * 2
 
 
+def plain_row_bytes(format: Format, n_cols: int) -> int:
+    """Return the bytes of one row without padding, with its scales, as on the GPU."""
+    if format is Format.bf16:
+        return 2 * n_cols
+    values = n_cols if format is Format.q8 else n_cols // 2
+    return values + n_cols // BLOCK * 2
+
+
 def pack_rows(
     format: Format, w: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

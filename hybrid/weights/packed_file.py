@@ -26,8 +26,8 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from hybrid.errors import OutOfMemory
-from hybrid.kernels import Format
 from hybrid.progress import Progress, ignore_progress
+from hybrid.weights.layout import PackedLayout
 from hybrid.weights.memory import (
     BackgroundCopy,
     FileChanged,
@@ -39,13 +39,11 @@ from hybrid.weights.memory import (
 )
 from hybrid.weights.packed_rows import ALIGNMENT, Buffer
 from hybrid.weights.packing import (
-    Layers,
     NeuronOrders,
     PackedModel,
     Source,
     order_hash,
     pack_model,
-    packed_layout,
     view_packed,
 )
 
@@ -78,11 +76,10 @@ class LoadedModel:
 
 def load_packed(
     checkpoint: FileSource,
-    format: Format,
+    layout: PackedLayout,
     *,
     cache: Path | None,
     neuron_orders: NeuronOrders | None = None,
-    predicted_layers: Layers = frozenset(),
     use_mmap: bool = False,
     use_mlock: bool = False,
     fits_memory: bool = True,
@@ -99,8 +96,7 @@ def load_packed(
     an error if the weights do not fit into memory. Raises OutOfMemory, and the errors of
     `pack_model`.
     """
-    config = checkpoint.config
-    n_bytes = packed_layout(config, format, predicted_layers).n_bytes
+    n_bytes = layout.n_bytes
 
     def loaded(
         memory: Buffer | BackgroundCopy,
@@ -112,7 +108,7 @@ def load_packed(
         buffer = memory.buffer if isinstance(memory, BackgroundCopy) else memory
         refused = lock(buffer) if use_mlock else []
         return LoadedModel(
-            view_packed(buffer, config, format, predicted_layers),
+            view_packed(buffer, layout),
             n_bytes,
             is_mapped,
             use_mlock and not refused,
@@ -124,10 +120,9 @@ def load_packed(
     def pack(buffer: Buffer) -> Buffer:
         pack_model(
             checkpoint,
-            format,
+            layout,
             buffer=buffer,
             neuron_orders=neuron_orders,
-            predicted_layers=predicted_layers,
             n_threads=n_threads,
             progress=progress,
         )
@@ -135,8 +130,8 @@ def load_packed(
 
     if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
         return loaded(pack(allocate(n_bytes)), *(["mmap: there is no file to map"] * use_mmap))
-    path = cache / _file_name(checkpoint, format, predicted_layers)
-    header = _header(checkpoint, format, order_hash(neuron_orders), predicted_layers)
+    path = cache / _file_name(checkpoint, layout)
+    header = _header(checkpoint, layout, order_hash(neuron_orders))
     if _is_current(path, header, n_bytes):
         # The file may be deleted or shortened at any moment.
         with contextlib.suppress(FileChanged, OSError):
@@ -174,7 +169,7 @@ def load_packed(
     return loaded(buffer)
 
 
-def _file_name(checkpoint: FileSource, format: Format, predicted_layers: Layers) -> str:
+def _file_name(checkpoint: FileSource, layout: PackedLayout) -> str:
     """Return one name per model folder, format, and whether there is a predictor.
 
     So a changed model replaces its own file.
@@ -182,25 +177,25 @@ def _file_name(checkpoint: FileSource, format: Format, predicted_layers: Layers)
     folder = checkpoint.folder.resolve()
     name = re.sub(r"[^\w.-]", "_", folder.name)[:80]
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    return f"{name}-{digest}-{format.name}{'-predicted' if predicted_layers else ''}.safetensors"
+    suffix = "-predicted" if layout.predicted_layers else ""
+    return f"{name}-{digest}-{layout.format.name}{suffix}.safetensors"
 
 
-def _header(checkpoint: FileSource, format: Format, order: str, predicted_layers: Layers) -> bytes:
+def _header(checkpoint: FileSource, layout: PackedLayout, order: str) -> bytes:
     """Return the first bytes of the file, padded so that the buffer begins at a cache line."""
-    layout = packed_layout(checkpoint.config, format, predicted_layers)
-    starts = [first for first, _ in layout.arrays.values()] + [layout.n_bytes]
     entries: dict[str, object] = {
         "__metadata__": {
             "hybrid_packed": VERSION,
-            "format": format.name,
+            "format": layout.format.name,
             "source": _fingerprint(checkpoint),
             "neuron_order": order,
-            "predicted_layers": " ".join(map(str, sorted(predicted_layers))),
+            "predicted_layers": " ".join(map(str, layout.predicted_layers)),
         }
     }
-    for name, first, end in zip(layout.arrays, starts, starts[1:], strict=False):
+    for name, array in layout.arrays.items():
         # Padding after an array counts as part of it, because safetensors allows no gaps.
-        entries[name] = {"dtype": "U8", "shape": [end - first], "data_offsets": [first, end]}
+        offsets = [array.first, array.end]
+        entries[name] = {"dtype": "U8", "shape": [array.end - array.first], "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text

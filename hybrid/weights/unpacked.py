@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
-from hybrid.model.config import ModelConfig
 from hybrid.weights.formats import BLOCK, GROUP, GROUP_BLOCKS, TILE_ROWS, row_bytes
-from hybrid.weights.packed_rows import Buffer, bundle_bytes
-from hybrid.weights.packing import Layers, has_preview, head_name, packed_layout
+from hybrid.weights.layout import PackedArray, PackedLayout
+from hybrid.weights.packed_rows import Buffer
+
+_GROUP_VALUE_BYTES = {Format.bf16: 2 * BLOCK, Format.q8: GROUP, Format.q4: GROUP // 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,88 +58,64 @@ def unpack_rows(
 class PackedReader:
     """Reads single matrices out of a packed model's buffer."""
 
-    def __init__(
-        self,
-        buffer: Buffer,
-        config: ModelConfig,
-        format: Format,
-        predicted_layers: Layers = frozenset(),
-    ) -> None:
-        self.buffer, self.config, self.format, self.predicted_layers = (
-            buffer,
-            config,
-            format,
-            predicted_layers,
-        )
-        self.layout = packed_layout(config, format, predicted_layers)
+    def __init__(self, buffer: Buffer, layout: PackedLayout) -> None:
+        self.buffer, self.layout = buffer, layout
 
-    def matrix(self, name: str, n_rows: int, n_cols: int) -> PlainRows:
-        """Return the first `n_rows` rows of an interleaved matrix."""
-        value_bytes, scale_bytes = row_bytes(self.format, n_cols)
-        n_groups = max(1, value_bytes // self._group_value_bytes)
-        parts = [scale_bytes // n_groups, value_bytes // n_groups]  # bytes of one row's group
-        n_tiles = -(-n_rows // TILE_ROWS)
-        first, _ = self.layout.arrays[name]
-        tiles = self.buffer[first : first + n_tiles * TILE_ROWS * (value_bytes + scale_bytes)]
-        groups = tiles.reshape(n_tiles, n_groups, TILE_ROWS * sum(parts))
-        split = TILE_ROWS * parts[0]
-        scales, values = (
-            part.reshape(n_tiles, n_groups, TILE_ROWS, width)
-            .swapaxes(1, 2)
-            .reshape(n_tiles * TILE_ROWS, n_groups * width)[:n_rows]
-            for part, width in zip((groups[..., :split], groups[..., split:]), parts, strict=True)
-        )
-        return unpack_rows(self.format, values, scales, n_cols)
-
-    def head(self) -> PlainRows:
-        name = head_name(self.config)
-        n_rows, hidden = self.config.vocab_size, self.config.hidden_size
-        if not has_preview(self.config, self.predicted_layers):
-            return self.matrix(name, n_rows, hidden)
-        return unpack_rows(self.format, *self._row_major(name, n_rows), hidden)
-
-    def gate(self, layer: int, n: int) -> PlainRows:
-        """Return the gate rows of the first n neurons."""
-        name, hidden = f"{layer}.gate", self.config.hidden_size
-        if layer not in self.predicted_layers:
-            return self.matrix(name, n, hidden)
-        places = _native.group_places(self.format, hidden)
-        values, scales = (
-            part.reshape(n, len(places), -1)[:, places].reshape(n, -1)
-            for part in self._row_major(name, n)
-        )
-        return unpack_rows(self.format, values, scales, hidden)
-
-    def _row_major(self, name: str, n: int) -> tuple[Buffer, Buffer]:
-        """Return values and scales of the first n rows of a row-major matrix of the hidden size."""
-        first, _ = self.layout.arrays[name]
-        value_bytes, scale_bytes = row_bytes(self.format, self.config.hidden_size)
-        row = value_bytes + scale_bytes
-        rows = self.buffer[first : first + n * row].reshape(n, row)
-        return rows[:, :value_bytes], rows[:, value_bytes:]
+    def matrix(self, name: str, n_rows: int | None = None) -> PlainRows:
+        """Return the first `n_rows` rows of a matrix, or all of them."""
+        array = self.layout.arrays[name]
+        n_rows = array.n_rows if n_rows is None else n_rows
+        read = _interleaved if array.layout == "interleaved" else _row_major
+        return unpack_rows(array.format, *read(array, self.buffer, n_rows), array.n_cols)
 
     def up_and_down(self, layer: int, n: int) -> tuple[PlainRows, PlainRows]:
         """Return the up and down rows of the first n neurons."""
-        hidden = self.config.hidden_size
-        first, _ = self.layout.arrays[f"{layer}.bundles"]
-        stride = bundle_bytes(self.format, hidden)
-        value_bytes, scale_bytes = row_bytes(self.format, hidden)
-        bundles = self.buffer[first : first + n * stride].reshape(n, stride)
+        array = self.layout.arrays[f"{layer}.bundles"]
+        value_bytes, scale_bytes = row_bytes(array.format, array.n_cols)
+        bundles = array.of(self.buffer).reshape(array.n_rows, -1)[:n]
         up, down = (
             unpack_rows(
-                self.format,
+                array.format,
                 bundles[:, i * value_bytes : (i + 1) * value_bytes],
                 bundles[:, 2 * value_bytes + i * scale_bytes :][:, :scale_bytes],
-                hidden,
+                array.n_cols,
             )
             for i in range(2)
         )
         return up, down
 
     def norm(self, name: str) -> NDArray[np.float32]:
-        first, n_bytes = self.layout.arrays[name]
-        return self.buffer[first : first + n_bytes].view(np.float32).copy()
+        return self.layout.arrays[name].of(self.buffer).view(np.float32).copy()
 
-    @property
-    def _group_value_bytes(self) -> int:
-        return {Format.bf16: 2 * BLOCK, Format.q8: GROUP, Format.q4: GROUP // 2}[self.format]
+
+def _interleaved(array: PackedArray, buffer: Buffer, n_rows: int) -> tuple[Buffer, Buffer]:
+    """Return packed values and scales (n_rows, bytes) of the first rows of interleaved tiles."""
+    value_bytes, scale_bytes = row_bytes(array.format, array.n_cols)
+    n_groups = max(1, value_bytes // _GROUP_VALUE_BYTES[array.format])
+    parts = [scale_bytes // n_groups, value_bytes // n_groups]  # bytes of one row's group
+    n_tiles = -(-n_rows // TILE_ROWS)
+    tiles = array.of(buffer)[: n_tiles * TILE_ROWS * array.row_bytes]
+    groups = tiles.reshape(n_tiles, n_groups, TILE_ROWS * sum(parts))
+    split = TILE_ROWS * parts[0]
+    scales, values = (
+        part.reshape(n_tiles, n_groups, TILE_ROWS, width)
+        .swapaxes(1, 2)
+        .reshape(n_tiles * TILE_ROWS, n_groups * width)[:n_rows]
+        for part, width in zip((groups[..., :split], groups[..., split:]), parts, strict=True)
+    )
+    return values, scales
+
+
+def _row_major(array: PackedArray, buffer: Buffer, n_rows: int) -> tuple[Buffer, Buffer]:
+    """Return packed values and scales (n_rows, bytes), groups in natural order, of first rows."""
+    value_bytes, _ = row_bytes(array.format, array.n_cols)
+    rows = array.of(buffer).reshape(array.n_rows, -1)[:n_rows]
+    values, scales = rows[:, :value_bytes], rows[:, value_bytes:]
+    if array.layout == "row_major":
+        return values, scales
+    places = _native.group_places(array.format, array.n_cols)
+    values, scales = (
+        part.reshape(n_rows, len(places), -1)[:, places].reshape(n_rows, -1)
+        for part in (values, scales)
+    )
+    return values, scales

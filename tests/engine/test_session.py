@@ -14,6 +14,7 @@ from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.cpu.executor import CpuExecutor
 from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format, Program, Session, ThreadPool, _native
+from hybrid.weights.layout import packed_layout
 from hybrid.weights.packed_rows import pack_matrix
 from hybrid.weights.packing import pack_model
 
@@ -25,7 +26,9 @@ def open_executor(
     folder: Path, format: Format, n_threads: int = 2, n_context: int = 600, orders=None
 ) -> CpuExecutor:
     with open_checkpoint(folder) as checkpoint:
-        model = pack_model(checkpoint, format, neuron_orders=orders)
+        model = pack_model(
+            checkpoint, packed_layout(checkpoint.config, format), neuron_orders=orders
+        )
         return CpuExecutor(
             model, checkpoint.config, format, n_threads=n_threads, n_context=n_context
         )

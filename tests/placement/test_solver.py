@@ -19,7 +19,8 @@ from hybrid.placement.plan import ON_CPU, LayerPlacement, PlacementPlan, cpu_pla
 from hybrid.placement.sizes import ModelSizes
 from hybrid.placement.solver import alternatives, best, solve, solve_greedy, solve_milp
 from hybrid.placement.time_model import PredictorCost, TimeModel, buckets, flat_frequencies
-from hybrid.weights.preview import LEAST_ROWS, preview_bytes
+from hybrid.weights.layout import packed_layout
+from hybrid.weights.preview import LEAST_ROWS, preview_bytes, wants_preview
 
 pytest.importorskip("scipy")
 
@@ -57,7 +58,7 @@ def frequencies(seed: int = 0) -> np.ndarray:
 
 
 def time_model(machine: Machine = MACHINE, **options) -> TimeModel:
-    sizes = ModelSizes(CONFIG, Format.q8, 256)
+    sizes = ModelSizes(packed_layout(CONFIG, Format.q8), 256)
     return TimeModel(machine, sizes, frequencies(), n_positions=128, **options)
 
 
@@ -65,7 +66,7 @@ def with_gpu(**speeds) -> Machine:
     return replace(MACHINE, gpu=replace(GPU, **speeds))
 
 
-ALL = ModelSizes(CONFIG, Format.q8, 256).plan(whole_plan(CPU_ONLY))
+ALL = ModelSizes(packed_layout(CONFIG, Format.q8), 256).plan(whole_plan(CPU_ONLY))
 machines = st.builds(
     with_gpu,
     stream_gbs=st.floats(5, 1000),
@@ -169,12 +170,12 @@ TINY = replace(
 
 
 def tiny_model(machine: Machine) -> TimeModel:
-    sizes = ModelSizes(TINY, Format.bf16, 64)
+    sizes = ModelSizes(packed_layout(TINY, Format.bf16), 64)
     return TimeModel(machine, sizes, flat_frequencies(1, 64, 0.25), n_positions=10)
 
 
 def test_sizes_by_hand():
-    sizes = ModelSizes(TINY, Format.bf16, 64)
+    sizes = ModelSizes(packed_layout(TINY, Format.bf16), 64)
     assert sizes.neuron == 64  # 32 columns of 2 bytes
     assert sizes.attention == 96 * 64 + 32 * 64
     assert sizes.kv(64) == 64 * 32 * 2 * 2
@@ -242,12 +243,17 @@ def test_the_summary_says_what_is_where():
 
 
 @pytest.mark.parametrize("format", list(Format))
-def test_a_large_head_reads_less_if_it_is_previewed(format):
+def test_a_previewed_head_reads_less(format):
+    config = replace(CONFIG, vocab_size=LEAST_ROWS)
+    plain = ModelSizes(packed_layout(config, format), 256)
+    assert plain.cpu_head == LEAST_ROWS * plain.cpu_neuron
+    previewed = ModelSizes(packed_layout(config, format, has_preview=True), 256)
+    least = preview_bytes(LEAST_ROWS, config.hidden_size)
+    assert least < previewed.cpu_head < 0.6 * plain.cpu_head
+
+
+def test_large_heads_of_models_with_predictors_are_previewed():
     large = replace(CONFIG, vocab_size=LEAST_ROWS)
-    small = replace(CONFIG, vocab_size=LEAST_ROWS - 1)
-    row = ModelSizes(large, format, 256).cpu_row(large.hidden_size)
-    whole = LEAST_ROWS * row
-    assert ModelSizes(large, format, 256).cpu_head(is_previewed=False) == whole
-    assert ModelSizes(small, format, 256).cpu_head(is_previewed=True) == whole - row
-    previewed = ModelSizes(large, format, 256).cpu_head(is_previewed=True)
-    assert preview_bytes(LEAST_ROWS, large.hidden_size) < previewed < 0.6 * whole
+    assert wants_preview(large, {1})
+    assert not wants_preview(large, ())
+    assert not wants_preview(replace(large, vocab_size=LEAST_ROWS - 1), {1})

@@ -20,8 +20,8 @@ from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import Format, _native
 from hybrid.weights import memory, packed_file
+from hybrid.weights.layout import packed_layout
 from hybrid.weights.packed_file import LoadedModel, load_packed
-from hybrid.weights.packing import packed_layout
 
 
 @pytest.fixture
@@ -37,7 +37,8 @@ def keep_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(model: Path, cache: Path | None, **options) -> LoadedModel:
     with open_checkpoint(model) as checkpoint:
-        return load_packed(checkpoint, options.pop("format", Format.q8), cache=cache, **options)
+        layout = packed_layout(checkpoint.config, options.pop("format", Format.q8))
+        return load_packed(checkpoint, layout, cache=cache, **options)
 
 
 def weights(loaded: LoadedModel) -> np.ndarray:
@@ -94,7 +95,7 @@ def test_a_model_replaced_while_it_is_open_is_not_taken_for_the_new_one(model, t
     other = write_model(tmp_path / "other", seed=1)
     with open_checkpoint(model) as checkpoint:
         (other / "model.safetensors").replace(model / "model.safetensors")
-        load_packed(checkpoint, Format.q8, cache=cache)
+        load_packed(checkpoint, packed_layout(checkpoint.config, Format.q8), cache=cache)
     again = load(model, cache)
     assert again.was_packed
     np.testing.assert_array_equal(weights(again), weights(load(model, None)))
@@ -269,10 +270,12 @@ def test_two_processes_may_pack_at_once(model, tmp_path):
         "from hybrid.checkpoint.hf import open_checkpoint\n"
         "from hybrid.kernels import Format\n"
         "from hybrid.weights import packed_file\n"
+        "from hybrid.weights.layout import packed_layout\n"
         "packed_file.KEEP_FROM_BYTES = 0\n"
         "for _ in range(5):\n"
         "    with open_checkpoint(Path(sys.argv[1])) as checkpoint:\n"
-        "        loaded = packed_file.load_packed(checkpoint, Format.q8, cache=Path(sys.argv[2]))\n"
+        "        layout = packed_layout(checkpoint.config, Format.q8)\n"
+        "        loaded = packed_file.load_packed(checkpoint, layout, cache=Path(sys.argv[2]))\n"
         "    for path in Path(sys.argv[2]).glob('*.safetensors'): path.unlink(missing_ok=True)\n"
         "    assert not loaded.notices\n"
     )

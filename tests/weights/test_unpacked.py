@@ -8,8 +8,8 @@ from tiny_models import write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
-from hybrid.weights import preview
 from hybrid.weights.formats import pack_rows, quantize_q4, quantize_q8, round_weights
+from hybrid.weights.layout import packed_layout
 from hybrid.weights.packing import pack_model
 from hybrid.weights.unpacked import PackedReader, PlainRows, unpack_rows
 
@@ -38,37 +38,35 @@ def test_unpack_rows_undoes_pack_rows(format, n_cols):
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-@pytest.mark.parametrize("least_rows", [0, 10**9])
+@pytest.mark.parametrize("has_preview", [False, True])
 @pytest.mark.parametrize("predicted_layers", [frozenset(), frozenset({1})])
-def test_reader_finds_every_matrix(
-    format, tmp_path, predicted_layers, least_rows, is_tied, monkeypatch
-):
-    monkeypatch.setattr(preview, "LEAST_ROWS", least_rows)  # for heads to be previewed
+def test_reader_finds_every_matrix(format, tmp_path, predicted_layers, has_preview, is_tied):
     with open_checkpoint(write_model(tmp_path, tie_word_embeddings=is_tied)) as checkpoint:
-        check_reader(checkpoint, format, predicted_layers)
+        layout = packed_layout(checkpoint.config, format, predicted_layers, has_preview=has_preview)
+        check_reader(checkpoint, layout)
 
 
-def check_reader(checkpoint, format, predicted_layers):
-    config = checkpoint.config
+def check_reader(checkpoint, layout):
+    config, format = layout.config, layout.format
     order = np.random.default_rng(1).permutation(config.n_neurons)
     orders = [order] * config.n_layers
-    model = pack_model(checkpoint, format, neuron_orders=orders, predicted_layers=predicted_layers)
-    reader = PackedReader(model.embedding.memory, config, format, predicted_layers)
+    model = pack_model(checkpoint, layout, neuron_orders=orders)
+    reader = PackedReader(model.embedding.memory, layout)
 
     def expect(rows: PlainRows, w: np.ndarray) -> None:
         np.testing.assert_array_equal(values_of(format, rows), round_weights(format, w))
 
-    read, hidden = checkpoint.read, config.hidden_size
+    read = checkpoint.read
     for layer in range(config.n_layers):
         qkv = np.concatenate([read(role, layer) for role in ("q", "k", "v")])
-        expect(reader.matrix(f"{layer}.qkv", config.qkv_size, hidden), qkv)
-        expect(reader.matrix(f"{layer}.o", hidden, config.attention_size), read("o", layer))
+        expect(reader.matrix(f"{layer}.qkv"), qkv)
+        expect(reader.matrix(f"{layer}.o"), read("o", layer))
         n = 61
-        expect(reader.gate(layer, n), read("gate", layer)[order[:n]])
+        expect(reader.matrix(f"{layer}.gate", n), read("gate", layer)[order[:n]])
         up, down = reader.up_and_down(layer, n)
         expect(up, read("up", layer)[order[:n]])
         expect(down, np.ascontiguousarray(read("down", layer).T[order[:n]]))
         np.testing.assert_array_equal(reader.norm(f"{layer}.ffn_norm"), read("ffn_norm", layer))
-    expect(reader.head(), read("embedding" if config.has_tied_head else "head"))
+    expect(reader.matrix(layout.head.name), read("embedding" if config.has_tied_head else "head"))
     if not config.has_tied_head:
-        expect(reader.matrix("embedding", config.vocab_size, hidden), read("embedding"))
+        expect(reader.matrix("embedding"), read("embedding"))

@@ -50,8 +50,8 @@ class HybridExecutor:
         DeviceFailed.
         """
         self.cpu, self.model, self.plan, self.device = cpu, model, plan, device
-        self.config: ModelConfig = reader.config
-        self.format: Format = reader.format
+        self.config: ModelConfig = reader.layout.config
+        self.format: Format = reader.layout.format
         self.n_context, self.patience_s = n_context, patience_s
         self.prefill_kernels = TorchKernels()
         self.decode_kernels = decode_kernels or self.prefill_kernels

@@ -49,7 +49,7 @@ def upload(
     reader: PackedReader, plan: PlacementPlan, n_context: int, device: torch.device
 ) -> GpuWeights:
     """Copy the plan's part of a packed model to the GPU. Raises torch.OutOfMemoryError."""
-    config, format = reader.config, reader.format
+    config, format = reader.layout.config, reader.layout.format
 
     def matrix(rows: PlainRows) -> DeviceMatrix:
         values = torch.from_numpy(rows.values)
@@ -61,7 +61,6 @@ def upload(
     def norm(name: str) -> Tensor:
         return torch.from_numpy(reader.norm(name)).to(device)
 
-    hidden = config.hidden_size
     layers = {}
     for index, placement in enumerate(plan.layers):
         if not placement.is_on_gpu:
@@ -69,16 +68,16 @@ def upload(
         up, down = reader.up_and_down(index, placement.n_hot)
         layers[index] = GpuLayer(
             attention_norm=norm(f"{index}.attention_norm"),
-            qkv=matrix(reader.matrix(f"{index}.qkv", config.qkv_size, hidden)),
-            o=matrix(reader.matrix(f"{index}.o", hidden, config.attention_size)),
+            qkv=matrix(reader.matrix(f"{index}.qkv")),
+            o=matrix(reader.matrix(f"{index}.o")),
             ffn_norm=norm(f"{index}.ffn_norm"),
-            gate=matrix(reader.gate(index, placement.n_gate)),
+            gate=matrix(reader.matrix(f"{index}.gate", placement.n_gate)),
             up=matrix(up),
             down=matrix(down),
         )
     head = None
     if plan.is_head_on_gpu:
-        head = matrix(reader.head())
+        head = matrix(reader.matrix(reader.layout.head.name))
     cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
     return GpuWeights(
         layers,

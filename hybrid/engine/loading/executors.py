@@ -14,7 +14,7 @@ from hybrid.engine.session import NativeSession
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import Predictor, ThreadPool
 from hybrid.placement.plan import PlacementPlan
-from hybrid.weights.packing import Layers, PackedModel
+from hybrid.weights.packing import PackedModel
 
 SMALLER = 0.8  # share of a budget that is tried next if the budget was too large
 _ATTEMPTS = 4
@@ -33,7 +33,6 @@ def open_executor(
     decision: PlanDecision,
     spec: ModelSpec,
     model: PackedModel,
-    predicted_layers: Layers,
     predictors: Sequence[Predictor | None] | None,
     home: Path | None,
 ) -> tuple[Executor, PlacementPlan, tuple[str, ...]]:
@@ -58,7 +57,7 @@ def open_executor(
         if not plan.uses_gpu:
             return cpu, plan, tuple(notices)
         try:
-            return _hybrid(decision, spec, model, predicted_layers, cpu), plan, tuple(notices)
+            return _hybrid(decision, spec, model, cpu), plan, tuple(notices)
         except OutOfMemory as error:
             if not decision.is_solved or attempt == _ATTEMPTS - 1:
                 raise
@@ -77,14 +76,13 @@ def _hybrid(
     decision: PlanDecision,
     spec: ModelSpec,
     model: PackedModel,
-    predicted_layers: Layers,
     cpu: CpuExecutor,
 ) -> Executor:
     from hybrid.engine.gpu.executor import HybridExecutor
     from hybrid.weights.unpacked import PackedReader
 
     assert decision.device is not None
-    reader = PackedReader(model.embedding.memory, spec.config, spec.format, predicted_layers)
+    reader = PackedReader(model.embedding.memory, spec.layout)
     return HybridExecutor(
         cpu,
         model,

@@ -22,6 +22,7 @@ from hybrid.placement.plan import PlacementPlan, cpu_plan
 from hybrid.placement.sizes import ModelSizes
 from hybrid.placement.time_model import PredictorCost, TimeModel, flat_frequencies
 from hybrid.progress import Progress, ignore_progress
+from hybrid.weights.layout import PackedLayout, packed_layout
 from hybrid.weights.packing import order_hash
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -64,8 +65,7 @@ class DeviceRequest:
 class ModelSpec:
     """A model as it will be loaded, with everything that its plan depends on."""
 
-    config: ModelConfig
-    format: Format
+    layout: PackedLayout  # also says the config and the format
     n_context: int
     n_threads: int
     model_hash: str
@@ -74,6 +74,14 @@ class ModelSpec:
     # profile.
     frequencies: NDArray[np.float64] | None
     prediction: Prediction | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.layout.config
+
+    @property
+    def format(self) -> Format:
+        return self.layout.format
 
     def cpu_plan(self) -> PlacementPlan:
         return cpu_plan(
@@ -87,7 +95,7 @@ class ModelSpec:
             frequencies = flat_frequencies(config.n_layers, config.n_neurons, active)
         return TimeModel(
             machine,
-            ModelSizes(config, self.format, self.n_context),
+            ModelSizes(self.layout, self.n_context),
             frequencies,
             n_positions=min(PLANNED_POSITIONS, self.n_context),
             predictors=self._predictor_costs(),
@@ -120,8 +128,7 @@ def read_model_spec(
         config = checkpoint.config
         orders, frequencies, notices = choose_orders(checkpoint, "auto", home)
         spec = ModelSpec(
-            config=config,
-            format=format,
+            layout=packed_layout(config, format),
             n_context=checked_context(context_size, config),
             n_threads=checked_count(
                 "threads", default_threads() if threads is None else threads, MAX_THREADS

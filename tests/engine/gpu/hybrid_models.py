@@ -16,6 +16,7 @@ from hybrid.engine.cpu.executor import CpuExecutor
 from hybrid.engine.gpu.executor import HybridExecutor
 from hybrid.kernels import Format
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
+from hybrid.weights.layout import packed_layout
 from hybrid.weights.packing import PackedModel, pack_model
 from hybrid.weights.unpacked import PackedReader
 
@@ -33,8 +34,9 @@ class PackedFolder:
     def __init__(self, folder: Path, format: Format) -> None:
         with open_checkpoint(folder) as checkpoint:
             self.config, self.format = checkpoint.config, format
-            self.model: PackedModel = pack_model(checkpoint, format)
-        self.reader = PackedReader(self.model.embedding.memory, self.config, format)
+            self.layout = packed_layout(checkpoint.config, format)
+            self.model: PackedModel = pack_model(checkpoint, self.layout)
+        self.reader = PackedReader(self.model.embedding.memory, self.layout)
 
     def plan(self, layers: list[LayerPlacement], *, head: bool) -> PlacementPlan:
         return PlacementPlan(

@@ -250,7 +250,7 @@ def test_observing_masks_is_refused(stories):
 def test_a_plans_bytes_equal_those_on_the_device(packed, name):
     plan = packed.plans()[name]
     with packed.hybrid(plan, HostDevice()) as executor:
-        sizes = ModelSizes(packed.config, packed.format, N_CONTEXT, n_splits=1, rows_per_count=0)
+        sizes = ModelSizes(packed.layout, N_CONTEXT, n_splits=1, rows_per_count=0)
         assert executor.weight_bytes + executor.lane_bytes == sizes.plan(plan)
 
 
