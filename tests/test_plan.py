@@ -27,7 +27,6 @@ def fast_gpu(tmp_path: Path) -> str:
 
 
 def test_plans_are_explained(tmp_path, capsys):
-    pytest.importorskip("scipy")
     hardware = fast_gpu(tmp_path)
     options = ["-c", "256", "--vram-budget", "7MiB", "--hardware", hardware, "--explain"]
     assert main([*options, "--save", str(tmp_path / "plan.json")]) == 0

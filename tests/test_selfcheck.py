@@ -429,7 +429,6 @@ def test_oracle_memory_is_known_beforehand():
 @pytest.mark.slow
 def test_the_gpu_checks_can_be_rehearsed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
-    pytest.importorskip("scipy")
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
     path = tmp_path / "checks.json"
     assert selfcheck.main(["--gpu", "--rehearse", "-o", str(path)]) == 0, capsys.readouterr().out

@@ -1,23 +1,25 @@
 """Solver: finds the placement plan with the least predicted time within a VRAM budget.
 
-There are two methods. `solve_milp` solves a mixed-integer program (scipy's HiGHS) over layers and
-buckets of neurons. `solve_greedy` tries runs of layers before the head, and fills the remaining
-budget with the rows that save most. It needs no scipy, and serves as a check of the other. `solve`
-takes the better plan of both.
+It is a dynamic program over the layers. Its state is the device that holds the residual stream, and
+the bytes in use so far, rounded to LEVELS levels of the budget. Hot sets end at buckets of neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hybrid.placement.plan import BUCKET, ON_CPU, LayerPlacement, PlacementPlan, whole_plan
-from hybrid.placement.time_model import HOT_NODES, TimeModel, buckets
+from hybrid.placement.plan import ON_CPU, LayerPlacement, PlacementPlan, whole_plan
+from hybrid.placement.time_model import TimeModel, buckets
 
-MIP_GAP = 1e-3  # accepted distance from the optimum, as a share of the predicted time
-TIME_LIMIT_S = 20.0
+LEVELS = 1 << 14
+# Where the residual stream is: on the CPU while the GPU is unused, on the GPU, on the CPU again.
+_UNUSED, _ON_GPU, _BACK = range(3)
+# Hand-offs of the stream from state (row) to state (column).
+_SWITCHES = np.array([[0.0, 1.0, np.nan], [np.nan, 0.0, 1.0], [np.nan, 1.0, 0.0]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,267 +45,102 @@ def best(alternatives: list[Alternative]) -> Alternative:
 
 
 def alternatives(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> list[Alternative]:
-    """Return the best plan of each kind that fits: CPU only, whole layers, hybrid, all on GPU."""
+    """Return the best plan of each kind that fits: CPU only, whole layers, hybrid, all on GPU.
 
-    def named(name: str, plan: PlacementPlan) -> Alternative:
-        return Alternative(name, plan, model.plan(plan))
-
-    found = [named("CPU only", cpu_only)]
-    if model.machine.gpu is None or budget <= 0:
-        return found
-    whole = [
-        p for p in _runs(model, cpu_only, budget, (_whole(cpu_only),)) if _fits(model, p, budget)
-    ]
-    if whole:
-        found.append(named("whole layers", min(whole, key=model.plan)))
-    hybrid = [
-        plan
-        for plan in (solve_greedy(model, cpu_only, budget), solve_milp(model, cpu_only, budget))
-        if plan
-    ]
-    if hybrid:
-        found.append(named("hybrid", min(hybrid, key=model.plan)))
-    everything = _sized(model, whole_plan(cpu_only))
-    if everything.vram_bytes <= budget:
-        found.append(named("all on the GPU", everything))
-    return found
-
-
-def solve_greedy(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> PlacementPlan | None:
-    """Return the best plan of a greedy search, or None if nothing fits.
-
-    The search combines the head (or not) with the last m layers: whole, or their attention with all
-    gates, or without gates. Then it adds up and down rows, or whole neurons, by time saved per
-    byte.
+    Whole layers and hybrid use the GPU even if that is slower than the CPU alone.
     """
     n = cpu_only.n_neurons
-    starts = (LayerPlacement(True, n, 0), LayerPlacement(True, 0, 0), _whole(cpu_only))
-    filled = (_fill(model, plan, budget) for plan in _runs(model, cpu_only, budget, starts))
-    return min(filled, key=lambda plan: (model.plan(plan), plan.vram_bytes), default=None)
+    hot_sets = (0, *(last for _, last in buckets(n)[:-1]))
+    whole = (ON_CPU, LayerPlacement(True, n, n))
+    all_gates = (LayerPlacement(True, n, n_hot) for n_hot in hot_sets)
+    own_gates = (LayerPlacement(True, n_hot, n_hot) for n_hot in hot_sets)
+    plans: dict[str, PlacementPlan | None] = {"CPU only": cpu_only}
+    if model.machine.gpu is not None:
+        plans["whole layers"] = _fastest(model, cpu_only, budget, whole)
+        plans["hybrid"] = _fastest(model, cpu_only, budget, (*whole, *all_gates, *own_gates))
+        everything = _sized(model, whole_plan(cpu_only))
+        plans["all on the GPU"] = everything if everything.vram_bytes <= budget else None
+    return [Alternative(name, plan, model.plan(plan)) for name, plan in plans.items() if plan]
 
 
-def solve_milp(model: TimeModel, cpu_only: PlacementPlan, budget: int) -> PlacementPlan | None:
-    """Solve the mixed-integer program. Return None if scipy is missing or nothing fits."""
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import coo_matrix
-    except ImportError:
-        return None
-    program = _Program(model, cpu_only, budget)
-    if program.room <= 0:
-        return None
-    rows, columns, values, lower, upper = program.constraints()
-    matrix = coo_matrix((values, (rows, columns)), shape=(len(lower), program.n))
-    result = milp(
-        program.cost,
-        integrality=program.integrality,
-        bounds=Bounds(np.zeros(program.n), program.upper),
-        constraints=LinearConstraint(matrix.tocsr(), lower, upper),
-        options={"mip_rel_gap": MIP_GAP, "time_limit": TIME_LIMIT_S},
-    )
-    if result.x is None:
-        return None
-    plan = program.read(result.x)
-    return _fill(model, plan, budget) if plan.uses_gpu else plan
+def _fastest(
+    model: TimeModel,
+    cpu_only: PlacementPlan,
+    budget: int,
+    placements: Sequence[LayerPlacement],
+) -> PlacementPlan | None:
+    """Return the fastest plan that uses the GPU, each layer in one of `placements`.
+
+    Return None if nothing fits.
+    """
+    # Buffers grow with the widest hot set, so plans without any have more room.
+    without_hot = [placement for placement in placements if placement.n_hot == 0]
+    found = [
+        plan for some in (without_hot, placements) for plan in _solve(model, cpu_only, budget, some)
+    ]
+    return min(found, key=lambda plan: (model.plan(plan), plan.vram_bytes), default=None)
 
 
-def _whole(plan: PlacementPlan) -> LayerPlacement:
-    return LayerPlacement(True, plan.n_neurons, plan.n_neurons)
+def _solve(
+    model: TimeModel,
+    cpu_only: PlacementPlan,
+    budget: int,
+    placements: Sequence[LayerPlacement],
+) -> Iterator[PlacementPlan]:
+    """Yield the fastest plans that fit, without and with the head on the GPU.
 
+    They have room for buffers of the widest hot set of all `placements`.
+    """
+    sizes, n_layers = model.sizes, len(cpu_only.layers)
+    room = budget - sizes.buffers(max(placement.n_hot for placement in placements))
+    if room <= 0:
+        return
 
-def _fits(model: TimeModel, plan: PlacementPlan, budget: int) -> bool:
-    return model.sizes.plan(plan) <= budget
+    def levels(n_bytes: int) -> int:
+        return round(n_bytes * LEVELS / room)
+
+    fitting = [(p, levels(sizes.layer(p))) for p in placements if sizes.layer(p) <= room]
+    arrival = np.where(np.isnan(_SWITCHES), np.inf, _SWITCHES * model.switch)
+    # [state, level]: least seconds of the layers so far, with at most so many levels in use. Each
+    # layer's rounded bytes may be half a level too many.
+    seconds = np.full((len(arrival), LEVELS + n_layers // 2 + 2), np.inf)
+    seconds[_UNUSED] = 0.0
+    n_levels = seconds.shape[1]
+    steps = []  # per layer: the state before it, and the index of its placement
+    for layer in range(n_layers):
+        arrived = seconds[:, None] + arrival[:, :, None]
+        before, arrived = arrived.argmin(0).astype(np.int8), arrived.min(0)
+        seconds, chosen = np.full_like(seconds, np.inf), np.zeros(seconds.shape, np.int8)
+        for index, (placement, used) in enumerate(fitting):
+            cost = model.layer(layer, placement).total
+            for state in (_ON_GPU,) if placement.is_on_gpu else (_UNUSED, _BACK):
+                total = arrived[state, : n_levels - used] + cost
+                is_less = total < seconds[state, used:]
+                np.copyto(seconds[state, used:], total, where=is_less)
+                np.copyto(chosen[state, used:], np.int8(index), where=is_less)
+        steps.append((before, chosen))
+
+    def plan_at(is_head_on_gpu: bool, level: int) -> PlacementPlan | None:
+        """Return the fastest plan whose layers use at most `level` levels."""
+        arrived = seconds[:, level] + arrival[:, _ON_GPU if is_head_on_gpu else _BACK]
+        if arrived.min() == np.inf:
+            return None
+        layers, state = [], arrived.argmin()
+        for before, chosen in reversed(steps):
+            placement, used = fitting[chosen[state, level]]
+            layers.append(placement)
+            level -= used
+            state = before[state, level]
+        layers.reverse()
+        plan = replace(cpu_only, layers=tuple(layers), is_head_on_gpu=is_head_on_gpu)
+        return _sized(model, plan)
+
+    for is_head_on_gpu in (False, True):
+        used = levels(sizes.head) if is_head_on_gpu else 0
+        plans = (plan_at(is_head_on_gpu, level) for level in range(n_levels - 1 - used, -1, -1))
+        fits = (plan for plan in plans if plan is not None and plan.vram_bytes <= budget)
+        yield from itertools.islice(fits, 1)
 
 
 def _sized(model: TimeModel, plan: PlacementPlan) -> PlacementPlan:
     return replace(plan, vram_bytes=model.sizes.plan(plan))
-
-
-def _runs(
-    model: TimeModel,
-    cpu_only: PlacementPlan,
-    budget: int,
-    placements: tuple[LayerPlacement, ...],
-) -> Iterator[PlacementPlan]:
-    """Yield plans that fit: with or without the head, and the last m layers in one placement."""
-    n_layers = len(cpu_only.layers)
-    for head in (True, False):
-        for placement in placements:
-            for m in range(n_layers + 1):
-                layers = (ON_CPU,) * (n_layers - m) + (placement,) * m
-                plan = replace(cpu_only, layers=layers, is_head_on_gpu=head)
-                if not plan.uses_gpu:
-                    continue
-                plan = _sized(model, plan)
-                if plan.vram_bytes > budget:
-                    break
-                yield plan
-
-
-def _fill(model: TimeModel, plan: PlacementPlan, budget: int) -> PlacementPlan:
-    """Fill the rest of the budget with hot rows, those first that save most time per byte.
-
-    A layer gets more rows only while they save time, so only until its GPU part takes longer than
-    its CPU part.
-    """
-    layers, sizes = list(plan.layers), model.sizes
-    # Buffers grow with the largest hot set. Assume that it holds all neurons.
-    room = budget - sum(sizes.layer(layer) for layer in layers) - sizes.buffers()
-    room -= sizes.head if plan.is_head_on_gpu else 0
-    steps = buckets(plan.n_neurons)
-
-    def step_of(layer: int) -> tuple[float, LayerPlacement, int] | None:
-        """Return what the layer's next rows save per byte, the new placement, and their bytes."""
-        now = layers[layer]
-        if not now.is_on_gpu or now.n_hot == plan.n_neurons:
-            return None
-        end = next(last for _, last in steps if last > now.n_hot)
-        then = replace(now, n_hot=end, n_gate=max(now.n_gate, end))
-        cost = sizes.layer(then) - sizes.layer(now)
-        saved = model.layer(layer, now).total - model.layer(layer, then).total
-        return saved / cost, then, cost
-
-    candidates = {layer: step_of(layer) for layer in range(len(layers))}
-    while True:
-        affordable = [
-            (step[0], -layer) for layer, step in candidates.items() if step and step[2] <= room
-        ]
-        if not affordable or max(affordable)[0] <= 0:
-            break
-        layer = -max(affordable)[1]
-        step = candidates[layer]
-        assert step is not None
-        layers[layer], room = step[1], room - step[2]
-        candidates[layer] = step_of(layer)
-    filled = replace(plan, layers=tuple(layers))
-    return replace(filled, vram_bytes=sizes.plan(filled))
-
-
-class _Program:
-    """The mixed-integer program.
-
-    Each layer has three exclusive choices: whole, split with all gates, or split with the gates of
-    hot neurons only. Continuous variables are the hot share of each bucket, and the FFN times,
-    which are maxima over both devices.
-    """
-
-    def __init__(self, model: TimeModel, cpu_only: PlacementPlan, budget: int) -> None:
-        self.model, self.cpu_only = model, cpu_only
-        self.steps = buckets(cpu_only.n_neurons)
-        self.n_layers, n_steps = len(cpu_only.layers), len(self.steps)
-        # A layer's variables: its choices, the buckets of both splits, its FFN's time, and the
-        # switches of the residual stream to the GPU (up) and to the CPU (down) before it.
-        self.width = 3 + 2 * n_steps + 3
-        self.n = self.n_layers * self.width + 3  # the head's choice and the switches before it
-        self.room = budget - model.sizes.buffers()
-        self.cost, self.upper = np.zeros(self.n), np.ones(self.n)
-        self.integrality = np.zeros(self.n)
-        self._rows: list[tuple[dict[int, float], float, float]] = []
-        memory: dict[int, float] = {}
-        for layer in range(self.n_layers):
-            self._layer(layer, memory)
-        self._head(memory)
-        # Units are MiB and microseconds, so that coefficients are near one.
-        self._add({i: b / 2**20 for i, b in memory.items()}, -np.inf, self.room / 2**20)
-
-    def _at(self, layer: int, index: int) -> int:
-        return layer * self.width + index
-
-    def _add(self, row: dict[int, float], lower: float, upper: float) -> None:
-        self._rows.append((row, lower, upper))
-
-    def _layer(self, layer: int, memory: dict[int, float]) -> None:
-        model, sizes, n = self.model, self.model.sizes, self.cpu_only.n_neurons
-        gpu = model.machine.gpu
-        assert gpu is not None
-        n_steps = len(self.steps)
-        whole, all_gates, own_gates = (self._at(layer, i) for i in range(3))
-        with_gates = [self._at(layer, 3 + j) for j in range(n_steps)]
-        with_own = [self._at(layer, 3 + n_steps + j) for j in range(n_steps)]
-        time, up, down = (self._at(layer, 3 + 2 * n_steps + i) for i in range(3))
-        self.integrality[[whole, all_gates, own_gates]] = 1
-        self.upper[time] = np.inf
-
-        on_cpu = model.layer(layer, ON_CPU).total * 1e6
-        self.cost[whole] = model.layer(layer, LayerPlacement(True, n, n)).total * 1e6 - on_cpu
-        for split, gates in ((all_gates, n), (own_gates, 0)):
-            bare = model.layer(layer, LayerPlacement(True, gates, 0))
-            self.cost[split] = (bare.before + bare.after) * 1e6 - on_cpu
-        self.cost[time] = 1.0
-
-        memory[whole] = sizes.layer(LayerPlacement(True, n, n))
-        memory[all_gates] = sizes.layer(LayerPlacement(True, n, 0))
-        memory[own_gates] = sizes.layer(LayerPlacement(True, 0, 0))
-        self._add({whole: 1.0, all_gates: 1.0, own_gates: 1.0}, 0.0, 1.0)
-
-        hot_time, cold_time = {time: 1.0}, {time: 1.0}
-        # Cost of the CPU's segment, hand-off included, if no neuron is hot.
-        for split, gates in ((all_gates, n), (own_gates, 0)):
-            bare = model.layer(layer, LayerPlacement(True, gates, 0))
-            cold_time[split] = -bare.cold * 1e6
-            hot_time[split] = -HOT_NODES * gpu.node_us
-        for j, (first, last) in enumerate(self.steps):
-            hot = model.hot_rows(layer, first, last) * 1e6
-            cold = model.cold_rows(layer, first, last) * 1e6
-            gates_saved = model.cold_gates(layer, first, last) * 1e6
-            gates_cost = (last - first) * sizes.neuron / gpu.stream_gbs * 1e-3
-            rows = 2 * (last - first) * sizes.neuron
-            for bucket, split, is_own in (
-                (with_gates[j], all_gates, False),
-                (with_own[j], own_gates, True),
-            ):
-                self._add({bucket: 1.0, split: -1.0}, -1.0, 0.0)
-                hot_time[bucket] = -hot
-                cold_time[bucket] = cold + (gates_saved if is_own else 0.0)
-                memory[bucket] = rows + (rows / 2 if is_own else 0)
-                self.cost[bucket] = gates_cost if is_own else 0.0
-        self._add(hot_time, 0.0, np.inf)
-        self._add(cold_time, 0.0, np.inf)
-        before = [] if layer == 0 else [self._at(layer - 1, i) for i in range(3)]
-        self._switch([whole, all_gates, own_gates], before, up, down)
-
-    def _head(self, memory: dict[int, float]) -> None:
-        head, up, down = self.n - 3, self.n - 2, self.n - 1
-        self.integrality[head] = 1
-        self.cost[head] = (self.model.head(True) - self.model.head(False)) * 1e6
-        memory[head] = self.model.sizes.head
-        self._switch([head], [self._at(self.n_layers - 1, i) for i in range(3)], up, down)
-
-    def _switch(self, here: list[int], before: list[int], up: int, down: int) -> None:
-        """Add the constraints up >= here - before and down >= before - here."""
-        self.cost[[up, down]] = self.model.switch * 1e6
-        difference = {i: 1.0 for i in here} | {i: -1.0 for i in before}
-        self._add({up: 1.0} | {i: -v for i, v in difference.items()}, 0.0, np.inf)
-        self._add({down: 1.0} | difference, 0.0, np.inf)
-
-    def constraints(
-        self,
-    ) -> tuple[list[int], list[int], list[float], list[float], list[float]]:
-        rows, columns, values = [], [], []
-        for index, (row, _, _) in enumerate(self._rows):
-            rows += [index] * len(row)
-            columns += list(row)
-            values += list(row.values())
-        return rows, columns, values, [r[1] for r in self._rows], [r[2] for r in self._rows]
-
-    def read(self, x: np.ndarray) -> PlacementPlan:
-        """Return the plan of a solution, with hot sets rounded down to buckets."""
-        n, n_steps = self.cpu_only.n_neurons, len(self.steps)
-        layers = []
-        for layer in range(self.n_layers):
-            at = x[layer * self.width : (layer + 1) * self.width]
-            whole, all_gates, own_gates = at[:3] > 0.5
-            if whole:
-                layers.append(LayerPlacement(True, n, n))
-                continue
-            if not (all_gates or own_gates):
-                layers.append(ON_CPU)
-                continue
-            shares = at[3 : 3 + n_steps] if all_gates else at[3 + n_steps : 3 + 2 * n_steps]
-            hot = sum((b - a) * s for (a, b), s in zip(self.steps, shares, strict=True))
-            n_hot = n if hot > n - 0.5 else int(hot + 1e-6) // BUCKET * BUCKET
-            layers.append(LayerPlacement(True, n if all_gates else n_hot, n_hot))
-        plan = replace(
-            self.cpu_only, layers=tuple(layers), is_head_on_gpu=bool(x[self.n - 3] > 0.5)
-        )
-        return replace(plan, vram_bytes=self.model.sizes.plan(plan))

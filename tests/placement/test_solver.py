@@ -1,6 +1,4 @@
-"""Plans stay within the budget, are never worse than greedy ones, get no slower with more budget,
-and agree with results worked out by hand.
-"""
+"""Plans fit the budget, get no slower with more of it, and agree with those worked out by hand."""
 
 from __future__ import annotations
 
@@ -17,12 +15,10 @@ from hybrid.model.config import ModelConfig
 from hybrid.placement.machine import CpuSpeeds, GpuSpeeds, Machine
 from hybrid.placement.plan import ON_CPU, LayerPlacement, PlacementPlan, cpu_plan, whole_plan
 from hybrid.placement.sizes import ModelSizes
-from hybrid.placement.solver import alternatives, best, solve, solve_greedy, solve_milp
+from hybrid.placement.solver import alternatives, best, solve
 from hybrid.placement.time_model import PredictorCost, TimeModel, buckets, flat_frequencies
 from hybrid.weights.layout import packed_layout
 from hybrid.weights.preview import LEAST_ROWS, preview_bytes, wants_preview
-
-pytest.importorskip("scipy")
 
 CONFIG = ModelConfig(
     family="minicpm",
@@ -77,27 +73,21 @@ machines = st.builds(
 
 
 @given(machine=machines, budget=st.integers(0, 2 * ALL))
-def test_never_over_budget_and_never_worse_than_greedy(machine, budget):
+def test_never_over_budget_and_never_slower_than_the_cpu(machine, budget):
     model = time_model(machine)
     plan = solve(model, CPU_ONLY, budget)
     assert model.sizes.plan(plan) == plan.vram_bytes <= budget
     for layer in plan.layers:
         assert layer.n_hot % 64 == 0
         assert layer.n_gate % 64 == 0
-    greedy = solve_greedy(model, CPU_ONLY, budget)
     assert model.plan(plan) <= model.plan(CPU_ONLY)
-    if greedy is not None:
-        assert greedy.vram_bytes <= budget
-        assert model.plan(plan) <= model.plan(greedy)
-    milp = solve_milp(model, CPU_ONLY, budget)
-    assert milp is None or milp.vram_bytes <= budget
 
 
 def test_more_budget_is_never_slower():
     model = time_model()
     seconds = [model.plan(solve(model, CPU_ONLY, ALL * step // 12)) for step in range(14)]
     for less, more in itertools.pairwise(seconds):
-        assert more <= less * 1.001  # the solver's own tolerance
+        assert more <= less * 1.001  # bytes are rounded
     assert seconds[-1] < seconds[0]
 
 
@@ -141,25 +131,6 @@ def test_hybrid_beats_whole_layers_at_half_the_budget():
     assert candidates["hybrid"] < 0.95 * candidates["whole layers"] < candidates["CPU only"]
     assert "all on the GPU" not in candidates
     assert best(alternatives(time_model(), CPU_ONLY, ALL // 2)).name == "hybrid"
-
-
-def test_without_scipy_the_greedy_plan_is_taken(monkeypatch):
-    import builtins
-
-    model, real = time_model(), builtins.__import__
-
-    def without_scipy(name, *args, **kwargs):
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_scipy)
-    assert solve_milp(model, CPU_ONLY, ALL // 2) is None
-    plan = solve(model, CPU_ONLY, ALL // 2)
-    assert plan == min(
-        (way.plan for way in alternatives(model, CPU_ONLY, ALL // 2)), key=model.plan
-    )
-    assert plan.uses_gpu
 
 
 # For results by hand: one block of 32 columns, so that sizes are small numbers.

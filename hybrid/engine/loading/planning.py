@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,8 +112,6 @@ def solve_for(
             f"budget is {vram_budget / 2**20:.0f} MiB: everything runs on the CPU"
         )
         return spec.cpu_plan()
-    if find_spec("scipy") is None:
-        notices.add("scipy is not installed: the plan comes from a greedy search")
     if spec.frequencies is None:
         notices.add("no profile of this model: the plan treats all neurons as equally hot")
     model = spec.time_model(machine)
