@@ -279,11 +279,9 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
             f"{prediction.bytes_per_token / 1e6:.1f} MB/token for the predictor; it may miss "
             "neurons: measure what that costs with hybrid.eval perplexity --predictor"
         )
-        if engine.previews_head:
-            in_full = short.shortlisted / engine.config.vocab_size
-            print(
-                f"head       previewed in 2 bits; the likeliest {in_full:.1%} of its rows in full"
-            )
+    if engine.previews_head:
+        in_full = short.shortlisted / engine.config.vocab_size
+        print(f"head       previewed in 2 bits; the likeliest {in_full:.1%} of its rows in full")
     print(
         f"active     {short.active_fraction:.2%} of FFN neurons; sparse over dense "
         f"{short.median_tps / dense.median_tps:.2f}x\n"

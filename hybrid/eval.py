@@ -92,6 +92,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.quant == "fp32" and args.predictor != "exact":
         parser.error("--quant fp32 computes every gate: it takes no --predictor")
+    if args.quant == "fp32" and args.preview_head:
+        parser.error("--quant fp32 computes every logit: it takes no --preview-head")
     if args.quant == "fp32" and (args.vram_budget or args.plan or args.device == "cuda"):
         parser.error("--quant fp32 runs on the CPU: it takes no --device cuda and no plan")
     if args.command == "choices" and args.limit is not None and args.limit < 1:
@@ -122,6 +124,7 @@ def what(args: argparse.Namespace, engine: Engine | Fp32Engine) -> dict[str, Any
         "synthetic": engine.is_synthetic,
         "predictor": None if prediction is None else str(prediction.path),
         "recall": None if prediction is None else prediction.recall,
+        "previews_head": isinstance(engine, Engine) and engine.previews_head,
     }
 
 
@@ -178,7 +181,8 @@ def choices(args: argparse.Namespace) -> None:
 
 def label(about: dict[str, Any]) -> str:
     predictor = "" if about["predictor"] is None else f", predictor at recall {about['recall']:g}"
-    return f"{about['model']}, {about['quant']}{predictor}"
+    head = ", head previewed" if about["previews_head"] else ""
+    return f"{about['model']}, {about['quant']}{predictor}{head}"
 
 
 def run(args: argparse.Namespace) -> int:

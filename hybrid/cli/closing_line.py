@@ -38,6 +38,8 @@ def closing_line(engine: Engine, generation: Generation) -> str:
         parts.append(f"{stats.active_fraction:.1%} of FFN neurons active")
     if engine.prediction is not None:
         parts.append(f"predicted at recall {engine.prediction.recall:g}")
+    if engine.previews_head:
+        parts.append("head previewed")
     parts.append(f"memory {psutil.Process().memory_info().rss / 1e6:.0f} MB")
     parts.append(f"{engine.quant}, {engine.n_threads} threads, seed {generation.seed}")
     if generation.finish_reason == "cancelled":

@@ -71,14 +71,19 @@ def add_predictor_options(parser: argparse.ArgumentParser) -> None:
         "--predictor",
         default="exact",
         metavar="{exact,auto,FILE}",
-        help="compute every gate (exact) or those that a predictor names; a predictor leaves "
-        "estimated logits for unlikely tokens of a large vocabulary (default: exact)",
+        help="compute every gate (exact) or those that a predictor names (default: exact)",
     )
     add(
         "--recall",
         type=float,
         default=0.99,
         help="share of the active neurons that the predictor must find (default: 0.99)",
+    )
+    add(
+        "--preview-head",
+        action="store_true",
+        help="estimate the logits of a large vocabulary from a 2-bit copy of the head, which reads "
+        "fewer bytes; likely logits are exact, the others remain estimates (default: off)",
     )
 
 
@@ -189,7 +194,7 @@ def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     A command that does not offer an option takes its default; without device options a command runs
     on the CPU. `changes` are fields of LoadOptions.
     """
-    names = ["threads", "quant", "recall", "mmap", "mlock", "offline"]
+    names = ["threads", "quant", "recall", "preview_head", "mmap", "mlock", "offline"]
     names += ["device", "vram_budget", "plan"] if "device" in args else []
     given: dict[str, Any] = {"device": "cpu"}
     given |= {name: getattr(args, name) for name in names if name in args}

@@ -63,6 +63,7 @@ class LoadOptions:
     profile: Path | Literal["auto", "none"] = "auto"
     predictor: Path | Literal["auto", "exact"] = "exact"
     recall: float = DEFAULT_RECALL
+    preview_head: bool = False
     device: DeviceName = "auto"
     vram_budget: int | None = None  # bytes
     plan: Path | None = None
@@ -133,6 +134,7 @@ class LoadKeywords(TypedDict, total=False):
     profile: Path | Literal["auto", "none"]
     predictor: Path | Literal["auto", "exact"]
     recall: float
+    preview_head: bool
     device: DeviceName
     vram_budget: int | None
     plan: Path | None

@@ -48,9 +48,13 @@ def load(
     misses at most about 1 - `recall` of the neurons that fire, so the text is no longer exactly the
     model's. "exact" computes every gate. "auto" uses the predictor that `hybrid.setup` made for
     this model, or computes every gate if there is none. A path names a file of `predictors.train`,
-    which must be for the same model and neuron order. `Engine.prediction` says what is in use. With
-    a predictor and a large vocabulary (`Engine.previews_head`) only the likeliest tokens have the
-    model's own logits. The others are estimates from the preview, a 2-bit copy of the head.
+    which must be for the same model and neuron order. `Engine.prediction` says what is in use.
+
+    `preview_head` estimates all logits from a 2-bit copy of the output head, so that a token reads
+    fewer bytes, and computes the likeliest 4 % in full. Those are the model's own logits, and the
+    others are estimates, which may change probabilities by some percent. It has no effect on
+    vocabularies below 16,384 tokens, nor on a head on the GPU. `Engine.previews_head` says whether
+    it is in use.
 
     `device` is "cpu", "cuda" or "auto". "auto" uses a GPU if `vram_budget` or `plan` requests one,
     or if `hybrid.setup` made a plan. `vram_budget` is the GPU memory in bytes that the whole

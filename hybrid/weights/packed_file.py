@@ -170,15 +170,16 @@ def load_packed(
 
 
 def _file_name(checkpoint: FileSource, layout: PackedLayout) -> str:
-    """Return one name per model folder, format, and whether there is a predictor.
+    """Return one name per model folder, format, and whether there are predictors and a preview.
 
     So a changed model replaces its own file.
     """
     folder = checkpoint.folder.resolve()
     name = re.sub(r"[^\w.-]", "_", folder.name)[:80]
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    suffix = "-predicted" if layout.predicted_layers else ""
-    return f"{name}-{digest}-{layout.format.name}{suffix}.safetensors"
+    parts = [name, digest, layout.format.name]
+    parts += ["predicted"] * bool(layout.predicted_layers) + ["preview"] * layout.has_preview
+    return f"{'-'.join(parts)}.safetensors"
 
 
 def _header(checkpoint: FileSource, layout: PackedLayout, order: str) -> bytes:

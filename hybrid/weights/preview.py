@@ -8,14 +8,11 @@ preview has fewer columns; ours has fewer bits. csrc/kernels/kernels.h describes
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.kernels import _native
 from hybrid.kernels._native import Preview
-from hybrid.model.config import ModelConfig
 
 TILE = _native.PREDICT_TILE  # rows per tile
 COLS = 16  # columns per line
@@ -28,11 +25,6 @@ LEAST_ROWS = 16_384
 SHORTLISTED = 0.042
 # The best step of four levels for a normal distribution of standard deviation 1 (Max, 1960).
 NORMAL_STEP = 0.9957
-
-
-def wants_preview(config: ModelConfig, predicted_layers: Collection[int]) -> bool:
-    """Whether the head gets a preview: if there are predictors and the vocabulary is large."""
-    return len(predicted_layers) > 0 and config.vocab_size >= LEAST_ROWS
 
 
 def preview_bytes(n_rows: int, n_cols: int) -> int:

@@ -75,6 +75,11 @@ def parse_arguments() -> argparse.Namespace:
         help="also measure hybrid with this predictor: auto, or a file (default: exact, none)",
     )
     add("--recall", type=float, default=0.99, help="recall of the predictor (default: 0.99)")
+    add(
+        "--preview-head",
+        action="store_true",
+        help="also preview the head in the run with the predictor (default: off)",
+    )
     add("--folder", type=Path, help="folder to keep the GGUF file in (default: a temporary one)")
     return parser.parse_args()
 
@@ -83,7 +88,11 @@ class HybridWorker:
     """hybrid's part of the comparison; each measuring method is one task of `serve`."""
 
     def __init__(
-        self, args: argparse.Namespace, gguf_path: Path, predictor: str | Path = "exact"
+        self,
+        args: argparse.Namespace,
+        gguf_path: Path,
+        predictor: str | Path = "exact",
+        preview_head: bool = False,
     ) -> None:
         self.engine = load(
             args.model,
@@ -91,6 +100,7 @@ class HybridWorker:
             threads=args.threads,
             predictor=predictor,  # type: ignore[arg-type]
             recall=args.recall,
+            preview_head=preview_head,
         )
         self.engine.wait_for_weights()
         vocab_size = self.engine.config.vocab_size
@@ -134,11 +144,12 @@ class PredictingWorker(HybridWorker):
 
     def __init__(self, args: argparse.Namespace, gguf_path: Path) -> None:
         predictor = args.predictor if args.predictor == "auto" else Path(args.predictor)
-        super().__init__(args, gguf_path, predictor)
+        super().__init__(args, gguf_path, predictor, args.preview_head)
         prediction = self.engine.prediction
         if prediction is None:
             raise RuntimeError(f"no predictor in use: {'; '.join(self.engine.notices)}")
         self.about = f"hybrid, predictor at recall {prediction.recall:g} ({prediction.path.name})"
+        self.about += ", head previewed" * self.engine.previews_head
 
 
 class LlamaWorker:

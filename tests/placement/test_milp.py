@@ -21,6 +21,7 @@ from hybrid.placement.plan import PlacementPlan, cpu_plan, whole_plan
 from hybrid.placement.sizes import ModelSizes
 from hybrid.placement.solver import solve
 from hybrid.placement.time_model import TimeModel
+from hybrid.weights.layout import packed_layout
 
 TOLERANCE = 1.001
 
@@ -52,7 +53,7 @@ def test_a_model_of_52_layers(share, format):
     )  # fmt: skip
     hot_first = np.random.default_rng(0).beta(0.6, 4.4, (52, 3840))
     hot_first = -np.sort(-hot_first, 1)
-    sizes = ModelSizes(config, format, 4096)
+    sizes = ModelSizes(packed_layout(config, format), 4096)
     model = TimeModel(MODELLED["ddr4-rtx3050"](), sizes, hot_first)
     cpu_only = cpu_plan(config, format.name, 4096, "model", "order")
     budget = int(share * sizes.plan(whole_plan(cpu_only)))

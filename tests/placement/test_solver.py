@@ -18,7 +18,7 @@ from hybrid.placement.sizes import ModelSizes
 from hybrid.placement.solver import alternatives, best, solve
 from hybrid.placement.time_model import PredictorCost, TimeModel, buckets, flat_frequencies
 from hybrid.weights.layout import packed_layout
-from hybrid.weights.preview import LEAST_ROWS, preview_bytes, wants_preview
+from hybrid.weights.preview import LEAST_ROWS, preview_bytes
 
 CONFIG = ModelConfig(
     family="minicpm",
@@ -221,10 +221,3 @@ def test_a_previewed_head_reads_less(format):
     previewed = ModelSizes(packed_layout(config, format, has_preview=True), 256)
     least = preview_bytes(LEAST_ROWS, config.hidden_size)
     assert least < previewed.cpu_head < 0.6 * plain.cpu_head
-
-
-def test_large_heads_of_models_with_predictors_are_previewed():
-    large = replace(CONFIG, vocab_size=LEAST_ROWS)
-    assert wants_preview(large, {1})
-    assert not wants_preview(large, ())
-    assert not wants_preview(replace(large, vocab_size=LEAST_ROWS - 1), {1})

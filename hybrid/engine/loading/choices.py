@@ -14,6 +14,7 @@ from hybrid.kernels import active_isa, available_isas
 from hybrid.notices import Notices
 from hybrid.placement.hardware import available_memory_bytes
 from hybrid.placement.profile import check_profile, find_profile, load_profile
+from hybrid.weights import preview
 from hybrid.weights.packing import NeuronOrders
 
 
@@ -60,6 +61,17 @@ def choose_mmap(mmap: bool | None, weight_bytes: int, notices: Notices) -> tuple
             f"{sizes} is free; close other programs, use quant q4, or allow mmap (slow)"
         )
     return bool(mmap), fits
+
+
+def choose_preview(preview_head: bool, vocab_size: int, notices: Notices) -> bool:
+    """Return whether the head gets a preview: if one is requested and the vocabulary is large."""
+    if preview_head and vocab_size < preview.LEAST_ROWS:
+        notices.add(
+            f"preview_head has no effect: the vocabulary has {vocab_size:,} tokens, and a preview "
+            f"pays from {preview.LEAST_ROWS:,} on"
+        )
+        return False
+    return preview_head
 
 
 def notice_isa(notices: Notices) -> None:

@@ -23,7 +23,6 @@ from hybrid.placement.time_model import PredictorCost, TimeModel, flat_frequenci
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.layout import PackedLayout, packed_layout
 from hybrid.weights.packing import NeuronOrders, order_hash
-from hybrid.weights.preview import wants_preview
 
 # Share of the neurons that is assumed to fire per token if there is no profile.
 UNRECORDED_ACTIVE = 0.12
@@ -52,12 +51,9 @@ class ModelSpec:
     def format(self) -> Format:
         return self.layout.format
 
-    def with_prediction(self, prediction: Prediction | None) -> ModelSpec:
-        """Return the spec with predictors, for which gates and head are laid out."""
-        if prediction is None:
-            return self
-        layers = prediction.predicted_layers
-        has_preview = wants_preview(self.config, layers)
+    def laid_out_for(self, prediction: Prediction | None, *, has_preview: bool) -> ModelSpec:
+        """Return the spec with predictors, or with a preview of the head."""
+        layers = frozenset[int]() if prediction is None else prediction.predicted_layers
         layout = packed_layout(self.config, self.format, layers, has_preview=has_preview)
         return replace(self, layout=layout, prediction=prediction)
 
@@ -91,7 +87,7 @@ class ModelSpec:
 def describe(
     checkpoint: Checkpoint, options: LoadOptions, home: Path | None, notices: Notices
 ) -> tuple[ModelSpec, NeuronOrders | None]:
-    """Return the spec of a model that runs without a predictor, and the order of its neurons.
+    """Return the spec of a model that runs exactly, and the order of its neurons.
 
     Raises InvalidOption, and InvalidArtifact for a given profile.
     """

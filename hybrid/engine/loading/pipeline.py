@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybrid.checkpoint import Checkpoint, open_checkpoint
-from hybrid.engine.loading.choices import choose_mmap, notice_isa
+from hybrid.engine.loading.choices import choose_mmap, choose_preview, notice_isa
 from hybrid.engine.loading.executors import Executor, Weights, open_executor
 from hybrid.engine.loading.model_spec import ModelSpec, describe
 from hybrid.engine.loading.planning import decide
@@ -70,12 +70,15 @@ def load_parts(request: Request) -> Parts:
         notices.add(*checkpoint.notices, *tokenizer.notices)
         spec, orders = describe(checkpoint, options, request.home, notices)
         predictors, prediction = choose_predictors(spec, options, request.home, notices)
-        spec = spec.with_prediction(prediction)
+        has_preview = choose_preview(options.preview_head, config.vocab_size, notices)
+        spec = spec.laid_out_for(prediction, has_preview=has_preview)
         loaded = pack(checkpoint, spec, orders, request)
     decision = decide(options.device_request, spec, request.home, notices)
     executor, plan = open_executor(
         decision, spec, Weights(loaded.model, predictors), request.home, notices
     )
+    if has_preview and plan.is_head_on_gpu:
+        notices.add("preview_head has no effect: the plan puts the head on the GPU")
     notice_isa(notices)
     device = decision.device if plan.uses_gpu else None
     return Parts(
