@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from predictors.errors import PredictorError
 from predictors.predictors import WIDE_RANK, LowRank
+from predictors.writing import replacing
 
 VERSION = 2
 _METADATA = "hybrid_predictor"
@@ -68,7 +69,7 @@ class PredictorFile:
         )
 
     def save(self, path: Path) -> None:
-        """Write the file. It gets its name only when it is complete. Raises OSError."""
+        """Write the file. Raises OSError."""
         tensors: dict[str, NDArray[Any]] = {}
         for (layer, name), predictor in self.predictors.items():
             for part in predictor.__slots__:
@@ -82,12 +83,8 @@ class PredictorFile:
                 for recall, choices in self.choices.items()
             },
         }
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            temporary.write_bytes(save(tensors, {_METADATA: json.dumps(about, ensure_ascii=False)}))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(save(tensors, {_METADATA: json.dumps(about, ensure_ascii=False)}))
 
 
 def load_predictor_file(path: Path) -> PredictorFile:

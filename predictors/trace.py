@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from predictors.errors import PredictorError
+from predictors.writing import replacing
 
 VERSION = 2
 _FILE = "trace.json"
@@ -200,14 +201,12 @@ class TraceWriter:
             }
             header = json.dumps(entries).encode()
             header += b" " * (-len(header) % 8)
-            with self._part_path(layer).open("rb") as part:
-                temporary = self.folder / f".layer_{layer:03}.tmp"
-                with temporary.open("wb") as out:
-                    out.write(struct.pack("<Q", len(header)) + header + gate.tobytes())
-                    while block := part.read(_COPY_BYTES):
-                        out.write(block)
-            temporary.replace(_layer_path(self.folder, layer))
-            self._part_path(layer).unlink()
+            part_path, path = self._part_path(layer), _layer_path(self.folder, layer)
+            with part_path.open("rb") as part, replacing(path) as out:
+                out.write(struct.pack("<Q", len(header)) + header + gate.tobytes())
+                while block := part.read(_COPY_BYTES):
+                    out.write(block)
+            part_path.unlink()
         self.drop_stale()
         sizes = {
             "n_layers": self.n_layers,
@@ -216,12 +215,9 @@ class TraceWriter:
             "n_tokens": self.n_records,
             "stride": self.stride,
         }
-        temporary = self.folder / f".{_FILE}.tmp"
-        temporary.write_text(
-            json.dumps({"hybrid_trace": VERSION, **sizes, **about}, ensure_ascii=False, indent=1),
-            encoding="utf-8",
-        )
-        temporary.replace(self.folder / _FILE)
+        content = {"hybrid_trace": VERSION, **sizes, **about}
+        with replacing(self.folder / _FILE) as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
 
     def close(self) -> None:
         for file in self._files:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hybrid import Engine, InvalidOption, Progress
+from hybrid.files import write_atomically
 
 CHUNK_BYTES = 1 << 18
 WRITTEN_TOKENS = 256  # maximum length of each text that the model writes
@@ -173,9 +174,8 @@ def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[To
             progress("writing texts to record on, texts", done, total)
             path = folder / f"{kind}_{index:02}.json"
             if not path.exists():
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(_write(engine, prompt, seed=index)))
-                temporary.replace(path)
+                ids = _write(engine, prompt, seed=index)
+                write_atomically(path, json.dumps(ids).encode())
             sequences.append(json.loads(path.read_text()))
             done += 1
         corpora.append(TokenLists(f"self-written: {kind}", sequences))

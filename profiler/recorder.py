@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save
 
 from hybrid import Engine, HybridError, InvalidOption, Observation, Progress
 from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.files import write_atomically
 from hybrid.kernels import Format
 from hybrid.placement.gate_costs import measure_gate_costs
 from hybrid.placement.profile import FILE_NAME, ActivationProfile
@@ -154,9 +155,7 @@ class _Recorder:
             (_SUMS, save({**sums, "serial": np.array([serial])})),
             (_STATE, json.dumps(state).encode()),
         ):
-            temporary = self.folder / f".{name}.tmp"
-            temporary.write_bytes(content)
-            temporary.replace(self.folder / name)
+            write_atomically(self.folder / name, content)
         if self.trace is not None:
             self.trace.drop_stale()
 

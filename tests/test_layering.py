@@ -15,7 +15,7 @@ PACKAGES = Path(hybrid.__file__).parents[1]
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["hybrid.errors", "hybrid.notices", "hybrid.progress"],
+    ["hybrid.errors", "hybrid.files", "hybrid.notices", "hybrid.progress"],
     ["hybrid.kernels"],
     ["hybrid.model"],
     ["hybrid.checkpoint", "hybrid.weights"],

@@ -20,13 +20,13 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid.errors import DownloadFailed, InvalidCheckpoint, ModelNotFound
+from hybrid.files import write_atomically
 from hybrid.hub.checksum import check, check_link, is_checksum
 from hybrid.hub.download_progress import CallerRaised, SilentBar, Tally, ToldFile
 from hybrid.hub.errors import advice, hub_errors
@@ -182,9 +182,7 @@ def _download(repo_id: str, cache: Path, stamps: Path, progress: Progress) -> Pa
     # Last, because a ref to an unfinished snapshot would hide an older complete one.
     ref = storage / "refs" / "main"
     ref.parent.mkdir(exist_ok=True)
-    temporary = ref.with_name(f"main.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(commit)
-    temporary.replace(ref)
+    write_atomically(ref, commit.encode())
     return snapshot
 
 

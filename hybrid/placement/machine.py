@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.errors import InvalidArtifact
+from hybrid.files import write_atomically
 
 VERSION = 1
 
@@ -54,15 +55,10 @@ class Machine:
     is_modelled: bool = False
 
     def save(self, path: Path) -> None:
-        """Write the file. It appears under its name only when it is complete. Raises OSError."""
+        """Write the file. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+        write_atomically(path, text.encode())
 
 
 def read_overrides(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import InvalidArtifact
+from hybrid.files import write_atomically
 from hybrid.model.config import ModelConfig
 
 VERSION = 1
@@ -95,14 +96,9 @@ class PlacementPlan:
         return f"plan: on the GPU {where} ({self.vram_bytes / 2**20:.0f} MiB); the rest on the CPU"
 
     def save(self, path: Path) -> None:
-        """Write the file. It appears under its name only when it is complete. Raises OSError."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the file. Raises OSError."""
+        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+        write_atomically(path, text.encode())
 
 
 def cpu_plan(

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hybrid.errors import InvalidArtifact
+from hybrid.files import write_atomically
 from hybrid.model.config import ModelConfig
 from hybrid.notices import Notices
 
@@ -55,7 +56,7 @@ class ActivationProfile:
         return [np.argsort(-counts, kind="stable") for counts in self.counts]
 
     def save(self, path: Path) -> None:
-        """Write the file. It appears under its name only when it is complete. Raises OSError."""
+        """Write the file. Raises OSError."""
         about = {
             **self.about,
             "version": VERSION,
@@ -63,12 +64,8 @@ class ActivationProfile:
             "n_tokens": self.n_tokens,
         }
         tensors = {name: getattr(self, name) for name in _SHAPES}
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            temporary.write_bytes(save(tensors, {_METADATA: json.dumps(about, ensure_ascii=False)}))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        metadata = {_METADATA: json.dumps(about, ensure_ascii=False)}
+        write_atomically(path, save(tensors, metadata))
 
 
 # Dimensions of each array: T texts, L layers, N neurons, B buckets.

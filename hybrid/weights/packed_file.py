@@ -2,30 +2,27 @@
 
 A file is safetensors (https://github.com/huggingface/safetensors). Its header says what is packed
 and from which source. Its tensors are the bytes of the packed model's buffer. The header depends on
-nothing else, so a file is current if it begins with the header that would be written today. A file
-appears under its name only when it is complete.
+nothing else, so a file is current if it begins with the header that would be written today.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import mmap
 import os
 import re
 import struct
-import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from hybrid.errors import OutOfMemory
+from hybrid.files import replacing
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.layout import PackedLayout
 from hybrid.weights.memory import (
@@ -49,7 +46,6 @@ from hybrid.weights.packing import (
 
 VERSION = "4"  # of rounding and byte layout; a new version makes every file stale
 KEEP_FROM_BYTES = 64 << 20  # smaller models are packed so fast that a file does not pay off
-_ABANDONED_S = 3600  # older temporary files are deleted; no packing takes that long
 
 
 class FileSource(Source, Protocol):
@@ -145,7 +141,8 @@ def load_packed(
             return loaded(memory, is_mapped=use_mmap, was_packed=False)
     try:
         if use_mmap:
-            with _replacing(path, len(header) + n_bytes) as file:
+            cache.mkdir(parents=True, exist_ok=True)
+            with replacing(path, len(header) + n_bytes) as file:
                 file.write(header)
                 file.flush()
                 mapping = mmap.mmap(file.fileno(), len(header) + n_bytes)
@@ -161,7 +158,8 @@ def load_packed(
             ) from error
         return loaded(pack(allocate(n_bytes)), _not_kept(path, error))
     try:
-        with _replacing(path, len(header) + n_bytes) as file:
+        cache.mkdir(parents=True, exist_ok=True)
+        with replacing(path, len(header) + n_bytes) as file:
             file.write(header)
             file.write(buffer.data)
     except OSError as error:
@@ -217,32 +215,6 @@ def _is_current(path: Path, header: bytes, n_bytes: int) -> bool:
             return is_whole and file.read(len(header)) == header
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
-    """Open a new file that replaces `path` if the body ends without an exception.
-
-    Its disk space is reserved first, so that a full disk raises OSError and leaves no partial file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A killed process leaves its temporary file.
-    for abandoned in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - abandoned.stat().st_mtime > _ABANDONED_S:
-                abandoned.unlink()
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w+b") as file:
-            file.truncate(n_bytes)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, n_bytes)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _not_kept(path: Path, error: Exception) -> str:

@@ -25,6 +25,7 @@ from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.hub.catalog import catalog, expected_active_fraction, resolve
 from hybrid.kernels import Format
 from hybrid.model.families import expected_tensors
+from hybrid.text.tokenizer import Tokenizer
 
 TINY = "synthetic:tiny"
 IDS = np.random.default_rng(99).integers(0, 512, 512).astype(np.int32)
@@ -325,9 +326,7 @@ def test_the_1b_has_the_published_shape(tmp_path, monkeypatch):
     sizes = [np.prod(shape) for _, _, _, shape in expected_tensors(config)]
     assert sum(sizes) == 1_360_246_272
     assert sum(path.stat().st_size for path in folder.iterdir()) < 4 << 20  # no weights
-    tokenizer = hybrid.engine.engine.Tokenizer.from_folder(
-        folder, vocab_size=config.vocab_size, bos_id=config.bos_id
-    )
+    tokenizer = Tokenizer.from_folder(folder, vocab_size=config.vocab_size, bos_id=config.bos_id)
     assert not tokenizer.has_chat_template
     assert tokenizer.decode(tokenizer.encode("naïve text, 你好")) == "naïve text, 你好"
     assert tokenizer.decode([73439]) == "w73439"

@@ -9,12 +9,8 @@ that format is first used. `weights` makes the weights, and `calibration` finds 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import uuid
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from hybrid.checkpoint.synthetic.calibration import (
 )
 from hybrid.checkpoint.synthetic.weights import RECIPE, SyntheticWeights
 from hybrid.errors import InvalidCheckpoint, ModelNotFound
+from hybrid.files import replacing, write_atomically
 from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import expected_tensors
@@ -112,8 +109,8 @@ def make_synthetic(model: str, home: Path) -> Path:
             }
             folder.mkdir(parents=True, exist_ok=True)
             for file_name, content in contents.items():
-                with _replacing(folder / file_name) as write:
-                    write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+                text = json.dumps(content, ensure_ascii=False, indent=1)
+                write_atomically(folder / file_name, text.encode())
     except OSError as error:
         raise _not_writable(folder, error) from error
     return folder
@@ -155,9 +152,9 @@ def open_synthetic(
     if calibration is None:
         task = f"calibrating {PREFIX}{name} for {format.name}"
         try:
-            with _replacing(bias_path) as write:  # opened first, to fail before a minute of work
+            with replacing(bias_path) as file:  # opened first, to fail before a minute of work
                 calibration = calibrate(weights, format, progress, task)
-                write(_bias_file(calibration, identity))
+                file.write(_bias_file(calibration, identity))
         except OSError as error:
             raise _not_writable(folder, error) from error
     notice = (
@@ -219,20 +216,6 @@ def _read_bias(path: Path, identity: dict[str, Any], config: ModelConfig) -> Cal
         and np.isfinite(bias).all()
     )
     return Calibration(bias, active_fraction) if is_ours and is_sound else None
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Callable[[bytes], object]]:
-    """Write a file under a temporary name, and rename it to `path` when it is complete."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file.write
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _not_writable(folder: Path, error: OSError) -> ModelNotFound:
