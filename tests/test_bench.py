@@ -12,6 +12,7 @@ import pytest
 import hybrid
 from hybrid import bench
 from hybrid.placement import hardware
+from hybrid.placement.disturbance import StolenTime
 
 KEYS = [
     "model",
@@ -98,7 +99,7 @@ def test_the_share_of_bandwidth_is_given_if_the_weights_exceed_the_cache(capsys,
 
 @pytest.mark.parametrize(("share", "is_reported"), [(0.004, False), (0.12, True)])
 def test_time_that_a_hypervisor_took_is_reported(capsys, monkeypatch, share, is_reported):
-    monkeypatch.setattr(bench.StolenTime, "share", lambda self, n_threads: share)
+    monkeypatch.setattr(StolenTime, "share", lambda self, n_threads: share)
     bench.main(["--runs", "1", "-n", "10"])
     *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last)["stolen_fraction"] == share

@@ -46,7 +46,7 @@ _USUAL = {"hybrid", "hybrid.hub.catalog", "hybrid.cli.progress_bar", "hybrid.cli
 FRONT_ENDS = {
     "hybrid.run": _USUAL | {"hybrid.cli.closing_line", "hybrid.cli.conversation"},
     "hybrid.cli.conversation": _USUAL,
-    "hybrid.bench": _USUAL | {"hybrid.placement.disturbance"},
+    "hybrid.bench": _USUAL | {"hybrid.evaluation.speed"},
     "hybrid.eval": _USUAL | {"hybrid.evaluation"},
     "hybrid.plan": _USUAL
     | {

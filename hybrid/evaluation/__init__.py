@@ -1,7 +1,7 @@
 """Measures a model's perplexity on a text, and its accuracy on multiple-choice questions.
 
 The model runs on the native engine, or in fp32 on the oracle, to compare with other
-implementations.
+implementations. speed.py measures how fast an engine is.
 """
 
 from hybrid.evaluation.choices import Accuracy, Question, measure_choices, read_questions
