@@ -62,7 +62,7 @@ def test_the_last_line_is_one_json_object(capsys, quant):
     assert 0 < summary["active_fraction"] < 1
     # GB are 1e9 bytes; both figures are rounded.
     expected_gbs = summary["bytes_per_token"] * summary["decode_tps"] / 1e9
-    assert summary["decode_gbs"] == pytest.approx(expected_gbs, rel=0.01)
+    assert summary["decode_gbs"] == pytest.approx(expected_gbs, rel=0.01, abs=0.005)
     assert any(line.startswith("decode, all neurons") for line in table)
 
 
