@@ -37,7 +37,7 @@ from hybrid.cli.command_line import (
     printable,
     run_command,
 )
-from hybrid.cli.conversation import Conversation, interrupts
+from hybrid.cli.conversation import Conversation, Display, interrupts
 from hybrid.hub.catalog import catalog
 
 MAX_PROMPT_BYTES = 4 << 20
@@ -248,9 +248,7 @@ def run(args: argparse.Namespace) -> int:
             generation_options(args),
             system=args.system,
             is_chat=engine.tokenizer.has_chat_template and not args.raw,
-            describe=closing_line,
-            streams=not args.no_stream,
-            is_verbose=args.verbose,
+            display=Display(closing_line, not args.no_stream, args.verbose),
         )
         conversation.run(first=prompt)
         return 0

@@ -7,6 +7,7 @@ trained on their rounded values, with a loss that punishes misses more than fals
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +31,17 @@ LEARNING_RATE = 2e-2  # relative to the size of each matrix's elements
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
+    recall: float = 0.99  # that training aims at
     epochs: int = 10
     patience: int = 3  # epochs without progress on held-out tokens
     seed: int = 0
+
+
+class TokenSplit(NamedTuple):
+    """Which tokens of a trace are trained on, and which measure the progress."""
+
+    train: NDArray[np.intp]
+    held_out: NDArray[np.intp]
 
 
 class SvdBasis:
@@ -74,21 +83,19 @@ def train_lowrank(
     basis: SvdBasis,
     rank: int,
     trace: LayerTrace,
-    train: NDArray[np.intp],
-    held_out: NDArray[np.intp],
-    recall: float,
+    tokens: TokenSplit,
     options: TrainingOptions,
 ) -> LowRank:
     """Train one predictor with weighted BCE and AdamW.
 
     The measure of progress is the share of neurons that must be predicted on held-out tokens for
-    `recall`. Training stops early if it no longer falls, and keeps the best epoch.
+    the recall aimed at. Training stops early if it no longer falls, and keeps the best epoch.
     """
     generator = torch.Generator().manual_seed(options.seed)
     a, b, bias = basis.matrices(rank)
     x = torch.from_numpy(trace.inputs.astype(np.float32))
     active = torch.from_numpy(trace.active())
-    train_tokens, held_out_tokens = torch.from_numpy(train), torch.from_numpy(held_out)
+    train_tokens, held_out_tokens = map(torch.from_numpy, tokens)
     with torch.no_grad():  # scale scores to deviation 3, the range in which the loss bends
         some = x[train_tokens[:BATCH]]
         z = some @ a.T
@@ -102,7 +109,7 @@ def train_lowrank(
         parameter.requires_grad_()
         groups.append({"params": [parameter], "lr": LEARNING_RATE * _size(parameter)})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    steps = options.epochs * -(-len(train) // BATCH)
+    steps = options.epochs * -(-len(train_tokens) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / (steps + 1))
     weight = torch.tensor(MISS_WEIGHT)
 
@@ -121,7 +128,7 @@ def train_lowrank(
             hits = scores[active[held_out_tokens]]
             if not len(hits):
                 return 0.0
-            k = max(1, int((1.0 - recall) * len(hits)))
+            k = max(1, int((1.0 - options.recall) * len(hits)))
             return float((scores >= hits.kthvalue(k).values).float().mean())
 
     def snapshot() -> tuple[Array, Array, Array]:
@@ -130,13 +137,13 @@ def train_lowrank(
 
     best, best_share, waited = snapshot(), predicted_share(), 0
     for _ in range(options.epochs):
-        shuffled = train_tokens[torch.randperm(len(train), generator=generator)]
+        shuffled = train_tokens[torch.randperm(len(train_tokens), generator=generator)]
         units = _units(b)
-        for tokens in torch.split(shuffled, BATCH):
+        for batch in torch.split(shuffled, BATCH):
             optimizer.zero_grad(set_to_none=True)
-            scores = scores_of(tokens, units)
+            scores = scores_of(batch, units)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
-                scores, active[tokens].float(), pos_weight=weight
+                scores, active[batch].float(), pos_weight=weight
             )
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -148,7 +155,7 @@ def train_lowrank(
             waited += 1
             if waited >= options.patience:
                 break
-    return quantize_lowrank(*best, trace.inputs[train[:2048]])
+    return quantize_lowrank(*best, trace.inputs[tokens.train[:2048]])
 
 
 def _units(b: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,37 +102,50 @@ def record_bytes(hidden_size: int, n_neurons: int) -> int:
     return 2 * hidden_size + -(-n_neurons // 8)
 
 
+class TraceSizes(NamedTuple):
+    """The sizes of the traced model."""
+
+    n_layers: int
+    n_neurons: int
+    hidden_size: int
+
+
+class Sample(NamedTuple):
+    """How far a trace has come."""
+
+    n_records: int = 0  # tokens kept
+    stride: int = 1  # every how many tokens one is kept
+    n_seen: int = 0  # tokens offered
+
+
+START = Sample()
+
+
 class TraceWriter:
     """Collects an even sample of a stream of tokens whose length is not known.
 
     It keeps every `stride`-th token. When it has `capacity` tokens, it drops every second one and
     doubles the stride.
 
-    It is resumable: `n_records`, `stride` and `n_seen` are its whole state besides the files. A
-    caller that saves them calls `flush` before and `drop_stale` after. Files of an earlier stride
-    are kept until then.
+    It is resumable: `sample` is its whole state besides the files. A caller that saves it calls
+    `flush` before and `drop_stale` after. Files of an earlier stride are kept until then.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        n_layers: int,
-        n_neurons: int,
-        hidden_size: int,
-        capacity: int,
-        n_records: int = 0,
-        stride: int = 1,
-        n_seen: int = 0,
+        self, folder: Path, sizes: TraceSizes, capacity: int, sample: Sample = START
     ) -> None:
         """Open or create the files. This and every other method raises OSError."""
-        self.folder, self.n_layers, self.n_neurons = folder, n_layers, n_neurons
-        self.hidden_size, self.capacity = hidden_size, capacity
-        self.n_records, self.stride, self.n_seen = n_records, stride, n_seen
-        self.record_bytes = record_bytes(hidden_size, n_neurons)
+        self.folder, self.capacity = folder, capacity
+        self.n_layers, self.n_neurons, self.hidden_size = sizes
+        self.n_records, self.stride, self.n_seen = sample
+        self.record_bytes = record_bytes(self.hidden_size, self.n_neurons)
         folder.mkdir(parents=True, exist_ok=True)
         self._files: list[BinaryIO] = []
         self._open_parts()
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(self.n_records, self.stride, self.n_seen)
 
     def _open_parts(self) -> None:
         self.close()

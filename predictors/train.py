@@ -95,7 +95,7 @@ def _train_layer(
     costs: CostTable,
 ) -> list[tuple[LowRank, dict[float, Choice]]]:
     """Return the candidate predictors, each with its choice for every recall."""
-    from predictors.lowrank import SvdBasis, TrainingOptions, train_lowrank
+    from predictors.lowrank import SvdBasis, TokenSplit, TrainingOptions, train_lowrank
 
     # Split in blocks, so that neighbouring tokens are mostly on the same side.
     n = len(trace.inputs)
@@ -127,10 +127,8 @@ def _train_layer(
                 basis,
                 rank,
                 trace,
-                training,
-                held_out_tokens,
-                aim,
-                TrainingOptions(epochs=options.epochs, seed=options.seed),
+                TokenSplit(training, held_out_tokens),
+                TrainingOptions(recall=aim, epochs=options.epochs, seed=options.seed),
             )
         )
     return found

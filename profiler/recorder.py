@@ -27,7 +27,7 @@ from hybrid.kernels import Format
 from hybrid.placement.gate_costs import measure_gate_costs
 from hybrid.placement.profile import FILE_NAME, ActivationProfile
 from hybrid.weights.packing import order_hash
-from predictors.trace import TraceWriter, record_bytes
+from predictors.trace import Sample, TraceSizes, TraceWriter, record_bytes
 from profiler.corpus import Corpus, random_corpora, written_corpora
 from profiler.statistics import ActivationSums
 
@@ -140,7 +140,7 @@ class _Recorder:
         trace: dict[str, int] = {}
         if self.trace is not None:
             self.trace.flush()
-            trace = {name: getattr(self.trace, name) for name in ("n_records", "stride", "n_seen")}
+            trace = self.trace.sample._asdict()
         serial = time.time_ns()
         sums = {name: getattr(self.sums, name) for name in ActivationSums.ARRAYS}
         state = {
@@ -177,14 +177,8 @@ class _Recorder:
                 f"--trace-budget: {budget / 1e6:.0f} MB requested, but {free / 1e6:.0f} MB are "
                 f"free in {self.folder}"
             )
-        return TraceWriter(
-            self.folder / "trace",
-            n_layers=config.n_layers,
-            n_neurons=config.n_neurons,
-            hidden_size=config.hidden_size,
-            capacity=capacity,
-            **state,
-        )
+        sizes = TraceSizes(config.n_layers, config.n_neurons, config.hidden_size)
+        return TraceWriter(self.folder / "trace", sizes, capacity, Sample(**state))
 
     def run(self, progress: Progress) -> Recording:
         started = saved = time.monotonic()

@@ -84,8 +84,7 @@ def environment(device: Device) -> dict[str, Any]:
         "isa": active_isa(),
         "mechanisms": list(device.mechanisms),
     }
-    free, context, own = measurement.free_and_context_bytes(device)
-    facts |= {"free_bytes": free, "context_bytes": context, "torch_bytes": own}
+    facts |= measurement.measure_memory(device)._asdict()
     if device.torch_device.type == "cuda":
         properties = torch.cuda.get_device_properties(device.torch_device)
         facts |= {

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
+from hybrid.checkpoint.tensor import Tensor, TensorEntry, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint
 
 # A parsed header takes twenty times its size in memory. A header of 100,000 tensors has 10 MB.
@@ -66,15 +66,8 @@ class SafetensorsFile:
                     f"{self._path}: tensor {name!r}: expected an object with dtype, shape and "
                     "data_offsets in the header"
                 )
-        return map_tensor(
-            self._path,
-            self._buffer,
-            name,
-            dtype,
-            tuple(sizes),
-            begin=begin,
-            use_mmap=self._use_mmap,
-        )
+        tensor = TensorEntry(name, dtype, tuple(sizes), begin)
+        return map_tensor(self._path, self._buffer, tensor, use_mmap=self._use_mmap)
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

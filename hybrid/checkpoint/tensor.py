@@ -11,7 +11,7 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -108,22 +108,24 @@ def map_file(path: Path) -> mmap.mmap:
         raise InvalidCheckpoint(f"{path}: cannot be read: {error}") from error
 
 
-def map_tensor(
-    path: Path,
-    buffer: mmap.mmap,
-    name: str,
-    dtype: str,
-    shape: tuple[int, ...],
-    *,
-    begin: int,
-    strides: tuple[int, ...] | None = None,
-    use_mmap: bool = True,
-) -> Tensor:
-    """Return the tensor whose first element is at byte `begin`.
+class TensorEntry(NamedTuple):
+    """What a file's index says of a tensor."""
 
-    `strides` count elements; None means contiguous. The caller has checked that all elements are
-    inside the file.
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # byte of the first element in the file
+    strides: tuple[int, ...] | None = None  # in elements; None: contiguous
+
+
+def map_tensor(
+    path: Path, buffer: mmap.mmap, entry: TensorEntry, *, use_mmap: bool = True
+) -> Tensor:
+    """Return the tensor of an entry. The caller has checked that it is inside the file.
+
+    Raises UnsupportedModel for its type, InvalidCheckpoint for its shape.
     """
+    name, dtype, shape, begin, strides = entry
     element_type = _ELEMENT_TYPES.get(dtype)
     if element_type is None:
         raise UnsupportedModel(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
+from hybrid.checkpoint.tensor import Tensor, TensorEntry, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint
 
 # These limits bound the time and memory of the interpreter below. 1,000 tensors need 0.3 MB.
@@ -109,16 +109,8 @@ class TorchBin:
                 f"its storage claims {storage.n_elements:,} and holds {n_bytes:,} bytes"
             )
         begin += entry.offset * storage.itemsize
-        return map_tensor(
-            self._path,
-            self._buffer,
-            name,
-            storage.dtype,
-            entry.shape,
-            begin=begin,
-            strides=entry.strides,
-            use_mmap=self._use_mmap,
-        )
+        tensor = TensorEntry(name, storage.dtype, entry.shape, begin, entry.strides)
+        return map_tensor(self._path, self._buffer, tensor, use_mmap=self._use_mmap)
 
     def _find_members(self) -> dict[str, zipfile.ZipInfo]:
         path = self._path

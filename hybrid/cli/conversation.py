@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NamedTuple
 
 import psutil
 
@@ -29,6 +30,14 @@ HELP = """\
 /quit   leave (or Ctrl-D)   Ctrl-C  stop the answer"""
 
 
+class Display(NamedTuple):
+    """How answers are shown."""
+
+    describe: Callable[[Engine, Generation], str]  # one line of figures
+    streams: bool = True  # piece by piece, not at once
+    is_verbose: bool = False  # the figures after each answer
+
+
 class Conversation:
     """The messages so far, and the session that holds their keys and values."""
 
@@ -39,14 +48,11 @@ class Conversation:
         *,
         system: str | None,
         is_chat: bool,
-        describe: Callable[[Engine, Generation], str],
-        streams: bool,
-        is_verbose: bool,
+        display: Display,
     ) -> None:
         self.engine, self.options = engine, options
         self.session = engine.open_session()
-        self.is_chat, self.streams, self.is_verbose = is_chat, streams, is_verbose
-        self.describe = describe
+        self.is_chat, self.display = is_chat, display
         self.opening: list[ChatMessage] = []
         if system is not None:
             self.opening = [{"role": "system", "content": system}]
@@ -110,9 +116,9 @@ class Conversation:
         self.last = generation
         with interrupts(generation):
             for piece in generation:
-                if self.streams:
+                if self.display.streams:
                     print(piece, end="", flush=True)
-        print("" if self.streams else generation.text, flush=True)
+        print("" if self.display.streams else generation.text, flush=True)
         if self.is_chat:
             self.messages += [
                 {"role": "user", "content": line},
@@ -126,8 +132,8 @@ class Conversation:
             print("(stopped: the context is full; /reset starts again)", file=sys.stderr)
         elif generation.finish_reason == "length":
             print(f"(stopped after --max-tokens {self.options.max_tokens})", file=sys.stderr)
-        if self.is_verbose:
-            print(self.describe(self.engine, generation), file=sys.stderr)
+        if self.display.is_verbose:
+            print(self.display.describe(self.engine, generation), file=sys.stderr)
 
     def begin(self, line: str) -> Generation:
         engine, tokenizer = self.engine, self.engine.tokenizer
@@ -152,7 +158,7 @@ class Conversation:
             f"{totals.weight_bytes / 1e6:.0f} MB",
         ]
         if self.last is not None:
-            lines.append("last: " + self.describe(self.engine, self.last))
+            lines.append("last: " + self.display.describe(self.engine, self.last))
         return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -70,29 +70,39 @@ class LoadedModel:
     notices: tuple[str, ...]
 
 
+class Residence(NamedTuple):
+    """How packed weights are brought into memory and held there."""
+
+    use_mmap: bool = False  # mapped from their file, whatever its size
+    use_mlock: bool = False  # the system cannot swap out or drop their pages
+    fits_memory: bool = True  # without use_mmap
+    n_threads: int = 1
+
+
+DEFAULT_RESIDENCE = Residence()
+
+
 def load_packed(
     checkpoint: FileSource,
     layout: PackedLayout,
     *,
     cache: Path | None,
     neuron_orders: NeuronOrders | None = None,
-    use_mmap: bool = False,
-    use_mlock: bool = False,
-    fits_memory: bool = True,
-    n_threads: int = 1,
+    residence: Residence = DEFAULT_RESIDENCE,
     progress: Progress = ignore_progress,
 ) -> LoadedModel:
     """Load the packed model from its file in `cache` if that is current; else pack and keep it.
 
-    With `use_mmap` the file is mapped, whatever its size. Otherwise its bytes are copied into
-    huge-page memory: in the background, or before this returns if `use_mlock` is set. `use_mlock`
-    locks the weights; if the system refuses, a notice says why. `cache` None keeps nothing.
+    Without `use_mmap` the file's bytes are copied into huge-page memory: in the background, or
+    before this returns if `use_mlock` is set. If the system refuses to lock, a notice says why.
+    `cache` None keeps nothing.
 
     If the folder cannot be written, the model is packed at each load and a notice says so. That is
     an error if the weights do not fit into memory. Raises OutOfMemory, and the errors of
     `pack_model`.
     """
     n_bytes = layout.n_bytes
+    use_mmap, use_mlock, fits_memory, n_threads = residence
 
     def loaded(
         memory: Buffer | BackgroundCopy,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid.checkpoint.tensor import Tensor, map_file, map_tensor
+from hybrid.checkpoint.tensor import Tensor, TensorEntry, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint
 
 
@@ -34,8 +34,8 @@ def test_strided_tensors_become_contiguous(tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "file"
     path.write_bytes(np.arange(64, dtype=np.uint16).tobytes())
     buffer = map_file(path)
-    tensor = map_tensor(path, buffer, "a", dtype, (3, 2), begin=8, strides=(1, 4))
-    plain = map_tensor(path, buffer, "b", dtype, (2, 4), begin=8)
+    tensor = map_tensor(path, buffer, TensorEntry("a", dtype, (3, 2), 8, (1, 4)))
+    plain = map_tensor(path, buffer, TensorEntry("b", dtype, (2, 4), 8))
     wide = tensor.fp32()
     assert wide.flags.c_contiguous
     np.testing.assert_array_equal(wide, plain.fp32()[:, :3].T)
@@ -44,13 +44,14 @@ def test_strided_tensors_become_contiguous(tmp_path: Path, dtype: str) -> None:
 def test_a_scalar_stays_a_scalar(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(np.float32(3.5).tobytes())
-    assert map_tensor(path, map_file(path), "a", "F32", (), begin=0).fp32().shape == ()
+    scalar = map_tensor(path, map_file(path), TensorEntry("a", "F32", (), 0))
+    assert scalar.fp32().shape == ()
 
 
 def test_an_array_outlives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(np.ones(1000, np.float32).tobytes())
-    data = map_tensor(path, map_file(path), "a", "F32", (1000,), begin=0).fp32()
+    data = map_tensor(path, map_file(path), TensorEntry("a", "F32", (1000,), 0)).fp32()
     path.unlink()
     assert data.sum() == 1000
 

@@ -14,7 +14,7 @@ import pytest
 from tiny_models import write_chat_model
 
 import hybrid
-from hybrid.cli.conversation import Conversation
+from hybrid.cli.conversation import Conversation, Display
 
 OPTIONS: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
 
@@ -60,9 +60,7 @@ def converse(
         hybrid.GenerationOptions(**OPTIONS | options),
         system=system,
         is_chat=is_chat,
-        describe=lambda engine, generation: "described",
-        streams=True,
-        is_verbose=False,
+        display=Display(lambda engine, generation: "described"),
     )
     conversation.run(first)
     assert next(inputs, None) is None  # all lines were read

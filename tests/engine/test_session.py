@@ -26,12 +26,9 @@ def open_executor(
     folder: Path, format: Format, n_threads: int = 2, n_context: int = 600, orders=None
 ) -> CpuExecutor:
     with open_checkpoint(folder) as checkpoint:
-        model = pack_model(
-            checkpoint, packed_layout(checkpoint.config, format), neuron_orders=orders
-        )
-        return CpuExecutor(
-            model, checkpoint.config, format, n_threads=n_threads, n_context=n_context
-        )
+        layout = packed_layout(checkpoint.config, format)
+        model = pack_model(checkpoint, layout, neuron_orders=orders)
+        return CpuExecutor(model, layout, n_threads=n_threads, n_context=n_context)
 
 
 def decode_all(executor: CpuExecutor, ids: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from predictors.predictors import (
     round_blocks,
 )
 from predictors.selection import CostTable, HeldOut, candidates_for, cheapest
-from predictors.trace import LayerTrace, Trace, TraceWriter, load_trace
+from predictors.trace import LayerTrace, Trace, TraceSizes, TraceWriter, load_trace
 from predictors.train import Options, train
 
 HIDDEN, N_NEURONS, RANK = 64, 120, 6
@@ -47,9 +47,7 @@ def write_trace(folder: Path, *, n_tokens: int = 1500, seed: int = 0, **about: o
     mix = rng.standard_normal((N_NEURONS, RANK)) @ rng.standard_normal((RANK, HIDDEN))
     gate = (mix + 0.3 * rng.standard_normal((N_NEURONS, HIDDEN))) * 0.05
     tokens = np.random.default_rng(seed + 1)
-    writer = TraceWriter(
-        folder, n_layers=2, n_neurons=N_NEURONS, hidden_size=HIDDEN, capacity=n_tokens + 1
-    )
+    writer = TraceWriter(folder, TraceSizes(2, N_NEURONS, HIDDEN), capacity=n_tokens + 1)
     x = tokens.standard_normal((2, n_tokens, HIDDEN)).astype(np.float16)
     threshold = float(np.quantile(x[0].astype(np.float32) @ gate.T, 0.875))
     active = x.astype(np.float32) @ gate.T >= threshold
@@ -102,7 +100,7 @@ def test_training_finds_the_planted_rank(trained, trace):
 
 def test_training_beats_its_initialisation(trace):
     pytest.importorskip("torch")
-    from predictors.lowrank import SvdBasis, TrainingOptions, train_lowrank
+    from predictors.lowrank import SvdBasis, TokenSplit, TrainingOptions, train_lowrank
 
     layer = trace.layer(0)
     tokens = np.arange(1500)
@@ -112,7 +110,9 @@ def test_training_beats_its_initialisation(trace):
     shares = []
     for predictor in (
         basis.predictor(4, layer.inputs),
-        train_lowrank(basis, 4, layer, training_tokens, held_out, 0.99, TrainingOptions(epochs=8)),
+        train_lowrank(
+            basis, 4, layer, TokenSplit(training_tokens, held_out), TrainingOptions(epochs=8)
+        ),
     ):
         scores = predictor.scores(layer.inputs[held_out])
         margin = margin_for_recall(scores, active, 0.99)

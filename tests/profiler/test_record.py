@@ -19,7 +19,7 @@ from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
 from hybrid.placement.profile import FILE_NAME, POSITION_BUCKETS, load_profile
-from predictors.trace import TraceWriter, load_trace
+from predictors.trace import TraceSizes, TraceWriter, load_trace
 from profiler import recorder
 from profiler.corpus import TextFile, TokenLists
 from profiler.record import main
@@ -142,7 +142,7 @@ def test_a_trace_holds_inputs_masks_and_gates(engine, tokens, tmp_path):
 
 
 def test_a_trace_is_an_even_sample_within_its_budget(tmp_path):
-    writer = TraceWriter(tmp_path, n_layers=2, n_neurons=9, hidden_size=4, capacity=10)
+    writer = TraceWriter(tmp_path, TraceSizes(2, 9, 4), capacity=10)
     sent = 0
     for n in (1, 3, 30, 7, 60):
         inputs = np.zeros((2, n, 4), np.float16)

@@ -19,9 +19,10 @@ from tiny_models import write_model
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import Format, _native
+from hybrid.progress import ignore_progress
 from hybrid.weights import memory, packed_file
 from hybrid.weights.layout import packed_layout
-from hybrid.weights.packed_file import LoadedModel, load_packed
+from hybrid.weights.packed_file import LoadedModel, Residence, load_packed
 
 
 @pytest.fixture
@@ -38,7 +39,9 @@ def keep_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def load(model: Path, cache: Path | None, **options) -> LoadedModel:
     with open_checkpoint(model) as checkpoint:
         layout = packed_layout(checkpoint.config, options.pop("format", Format.q8))
-        return load_packed(checkpoint, layout, cache=cache, **options)
+        progress = options.pop("progress", ignore_progress)
+        residence = Residence(**options)
+        return load_packed(checkpoint, layout, cache=cache, residence=residence, progress=progress)
 
 
 def weights(loaded: LoadedModel) -> np.ndarray:

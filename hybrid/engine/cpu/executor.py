@@ -7,11 +7,11 @@ from typing import Any
 
 from hybrid.engine.scheduler import SILENT, Scheduler
 from hybrid.errors import InvalidOption
-from hybrid.kernels import Format, Predictor, Rows, Session, ThreadPool
-from hybrid.model.config import ModelConfig
+from hybrid.kernels import Predictor, Rows, Session, ThreadPool
 from hybrid.model.forward import Operations, forward
 from hybrid.model.program import ProgramRecorder, new_program
 from hybrid.placement.plan import PlacementPlan
+from hybrid.weights.layout import PackedLayout
 from hybrid.weights.packing import PackedModel
 
 
@@ -21,8 +21,7 @@ class CpuExecutor:
     def __init__(
         self,
         model: PackedModel,
-        config: ModelConfig,
-        format: Format,
+        layout: PackedLayout,
         *,
         n_threads: int,
         n_context: int,
@@ -34,12 +33,13 @@ class CpuExecutor:
         With a plan, the program holds only what the plan leaves to the CPU. Raises InvalidOption if
         the threads cannot be started.
         """
-        self.n_context = n_context
+        self.model, self.layout, self.n_context = model, layout, n_context
+        config = layout.config
         try:
             self.pool = ThreadPool(n_threads)
         except RuntimeError as error:
             raise InvalidOption(f"threads: cannot start {n_threads} threads ({error})") from error
-        self.program = new_program(config, format, n_context)
+        self.program = new_program(config, layout.format, n_context)
         recorder = ProgramRecorder(self.program, config, predictors)
         ops: Operations[Rows, Any, Any, None] = recorder
         if plan is not None:

@@ -23,7 +23,6 @@ from hybrid.kernels._native import Session
 from hybrid.kernels.gpu.torch_kernels import TorchKernels
 from hybrid.model.config import ModelConfig
 from hybrid.placement.plan import PlacementPlan
-from hybrid.weights.packing import PackedModel
 from hybrid.weights.unpacked import PackedReader
 
 
@@ -33,39 +32,37 @@ class HybridExecutor:
     def __init__(
         self,
         cpu: CpuExecutor,
-        model: PackedModel,
-        reader: PackedReader,
         plan: PlacementPlan,
         device: Device,
         *,
-        n_context: int,
         decode_kernels: TorchKernels | None = None,
         mechanism: Mechanism | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`cpu` must have recorded the CPU's share of the plan.
+        """`cpu` holds the weights, and must have recorded the CPU's share of the plan.
 
         `decode_kernels` process one token; None uses the kernels of prefill. `mechanism` None takes
         the plan's mechanism if the device has it, else the device's first one. Raises OutOfMemory,
         DeviceFailed.
         """
-        self.cpu, self.model, self.plan, self.device = cpu, model, plan, device
-        self.config: ModelConfig = reader.layout.config
-        self.format: Format = reader.layout.format
-        self.n_context, self.patience_s = n_context, patience_s
+        self.cpu, self.model, self.plan, self.device = cpu, cpu.model, plan, device
+        self.config: ModelConfig = cpu.layout.config
+        self.format: Format = cpu.layout.format
+        self.n_context, self.patience_s = cpu.n_context, patience_s
         self.prefill_kernels = TorchKernels()
         self.decode_kernels = decode_kernels or self.prefill_kernels
         planned = [own for own in device.mechanisms if own == plan.hand_offs]
         self.mechanism: Mechanism = mechanism or (*planned, *device.mechanisms)[0]
         self.failure: str | None = None
         self.lock = threading.Lock()  # held by the session that uses the device
-        self._free_lanes: list[_Lane] = []
+        self._free_lanes: list[SessionLane] = []
         self._n_lanes = self.lane_bytes = 0
         if plan.vram_budget:
             # Torch must stay within the plan, including what it rounds up and needs for itself.
             device.limit(plan.vram_budget - plan.context_bytes + plan.torch_bytes)
         try:
-            self.weights = upload(reader, plan, n_context, device.torch_device)
+            reader = PackedReader(cpu.model.embedding.memory, cpu.layout)
+            self.weights = upload(reader, plan, cpu.n_context, device.torch_device)
             self.weight_bytes = device_bytes(self.weights)
             self._free_lanes.append(self._new_lane())
         except torch.OutOfMemoryError as error:
@@ -86,12 +83,12 @@ class HybridExecutor:
         native = self.cpu.open_session(is_dense=is_dense, is_timed=is_timed)
         return HybridSession(self, native, is_dense=is_dense)
 
-    def take_lane(self) -> _Lane:
+    def take_lane(self) -> SessionLane:
         if self._free_lanes:
             return self._free_lanes.pop()
         return self._new_lane()
 
-    def return_lane(self, lane: _Lane) -> None:
+    def return_lane(self, lane: SessionLane) -> None:
         self._free_lanes.append(lane)
 
     def check(self) -> None:
@@ -102,7 +99,7 @@ class HybridExecutor:
     def fail(self, why: str) -> None:
         self.failure = self.failure or why
 
-    def _new_lane(self) -> _Lane:
+    def _new_lane(self) -> SessionLane:
         budget, context = self.plan.vram_budget, self.plan.context_bytes
         needed = context + self.weight_bytes + (self._n_lanes + 1) * self.lane_bytes
         if self._n_lanes > 0 and budget and needed > budget:
@@ -121,10 +118,10 @@ class HybridExecutor:
         )
         self._n_lanes += 1
         self.lane_bytes = device_bytes(tensors)
-        return _Lane(self, tensors)
+        return SessionLane(self, tensors)
 
 
-class _Lane:
+class SessionLane:
     """A sequence's memory on the device, and the recordings that use it."""
 
     def __init__(self, executor: HybridExecutor, tensors: Lane) -> None:

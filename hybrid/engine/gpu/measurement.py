@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from hybrid.kernels._native import meet
 from hybrid.kernels.gpu.torch_kernels import (
     CHUNK_VALUES,
     DeviceMatrix,
+    Neurons,
     TorchKernels,
     empty_vectors,
 )
@@ -33,6 +35,7 @@ from hybrid.model.weights import LayerWeights, ModelWeights
 from hybrid.placement.hardware import available_memory_bytes
 from hybrid.placement.machine import GpuSpeeds
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
+from hybrid.weights.layout import PackedLayout
 from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 
 _ROUNDS = 5
@@ -42,32 +45,40 @@ _HAND_OFFS = 52
 _SMALL = 64  # hidden size and neurons of a program that computes almost nothing
 
 
+class DeviceMemory(NamedTuple):
+    """A device's memory, in bytes."""
+
+    free_bytes: int  # once this process has its context
+    context_bytes: int = 0  # of a process besides its tensors; 0 if not measured
+    torch_bytes: int = 0  # torch's share of that
+
+
 def measure_gpu(
     device: Device,
     kernels: TorchKernels,
-    config: ModelConfig,
-    format: Format,
+    layout: PackedLayout,
     pool: ThreadPool,
+    memory: DeviceMemory,
     *,
-    vram_bytes: int,
-    context_bytes: int,
-    torch_bytes: int = 0,
     n_rows: int = 1 << 16,
 ) -> GpuSpeeds:
-    """Measure the GPU's speeds, which takes some seconds. `n_rows`: rows of the test matrices."""
+    """Measure the GPU's speeds for a model, which takes some seconds.
+
+    `n_rows`: rows of the test matrices.
+    """
     hand_offs = {m: hand_off_seconds(device, pool, m) for m in device.mechanisms}
     mechanism = min(hand_offs, key=lambda m: hand_offs[m])
-    stream, gather = bandwidths(device, kernels, config.hidden_size, format, n_rows)
+    stream, gather = bandwidths(device, kernels, layout.config.hidden_size, layout.format, n_rows)
     return GpuSpeeds(
         name=device.name,
-        vram_bytes=vram_bytes,
-        context_bytes=context_bytes,
+        vram_bytes=memory.free_bytes,
+        context_bytes=memory.context_bytes,
         stream_gbs=stream,
         gather_gbs=gather,
         node_us=node_seconds(device) * 1e6,
         hand_off_us=hand_offs[mechanism] * 1e6,
         mechanism=mechanism,
-        torch_bytes=torch_bytes,
+        torch_bytes=memory.torch_bytes,
     )
 
 
@@ -108,7 +119,7 @@ def bandwidths(
     active = torch.rand(1, n_rows, generator=torch.Generator().manual_seed(0)) < _ACTIVE
     gates = active.float().to(device.torch_device)
     counts = torch.zeros(kernels.n_counts(n_rows), dtype=torch.int64, device=device.torch_device)
-    up = repeat(kernels.up, matrix, x, gates, Activation.relu, False, out, counts)
+    up = repeat(kernels.up, matrix, x, Activation.relu, False, Neurons(gates, out, counts))
     gather = seconds_of(device, up, n)
     share = float(active.float().mean())
     return matrix.n_bytes / stream / 1e9, share * matrix.n_bytes / gather / 1e9
@@ -248,21 +259,18 @@ def _zero_weights(config: ModelConfig, format: Format) -> ModelWeights[Rows]:
     return ModelWeights(matrix, (layer,) * config.n_layers, zeros[0], matrix)
 
 
-def free_and_context_bytes(
-    device: Device, *, measures_context: bool = True
-) -> tuple[int, int, int]:
-    """Return free VRAM, the VRAM of a process besides its tensors, and torch's share of that.
+def measure_memory(device: Device, *, measures_context: bool = True) -> DeviceMemory:
+    """Measure the device's memory.
 
-    Free VRAM is measured after this process has created its context. The other two are 0 if they
-    are not measured. To measure them, a second process dequantises and multiplies rows as prefill
-    does. This process then measures how much less VRAM is free.
+    To measure what a process needs besides its tensors, a second process dequantises and multiplies
+    rows as prefill does. This process then measures how much less VRAM is free.
     """
     if device.torch_device.type != "cuda":
-        return available_memory_bytes(), 0, 0
+        return DeviceMemory(available_memory_bytes())
     torch.zeros(1, device=device.torch_device)
     before = torch.cuda.mem_get_info(device.torch_device)[0]
     if not measures_context:
-        return before, 0, 0
+        return DeviceMemory(before)
     program = (
         f"import torch, sys; w = torch.zeros({CHUNK_VALUES} // 1024, 1024, device='cuda'); "
         "a = w + 1; b = a * 2; y = a[:64] @ b.T; torch.cuda.synchronize(); "
@@ -275,7 +283,7 @@ def free_and_context_bytes(
         reserved = int(child.stdout.readline())
         taken = before - torch.cuda.mem_get_info(device.torch_device)[0]
         child.communicate()
-    return before, max(taken, reserved), reserved
+    return DeviceMemory(before, max(taken, reserved), reserved)
 
 
 def random_matrix(format: Format, n_rows: int, n_cols: int, device: torch.device) -> DeviceMatrix:

@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from hybrid.engine.gpu.device import Device, copy
-from hybrid.engine.gpu.hand_off import Exchange, HandOffs
-from hybrid.engine.gpu.weights import GpuWeights, Lane
+from hybrid.engine.gpu.device import copy
+from hybrid.engine.gpu.hand_off import HandOffs
 from hybrid.kernels import Activation
-from hybrid.kernels.gpu.torch_kernels import TorchKernels, Vectors
-from hybrid.model.config import ModelConfig
-from hybrid.placement.plan import PlacementPlan
+from hybrid.kernels.gpu.torch_kernels import Gating, Neurons, TorchKernels, Vectors
+
+if TYPE_CHECKING:
+    from hybrid.engine.gpu.executor import HybridExecutor, SessionLane
+    from hybrid.engine.gpu.weights import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass over the layers computes."""
+
+    n_tokens: int
+    n_visible: int  # positions that attention reads; at least up to the pass's last position
+    is_decode: bool
+    computes_all: bool  # all neurons, for comparisons
 
 
 class GpuSide:
-    """One pass of `n_tokens` tokens through the parts that the plan puts on the device."""
+    """One pass through the parts that the plan puts on the device."""
 
     def __init__(
-        self,
-        device: Device,
-        kernels: TorchKernels,
-        weights: GpuWeights,
-        lane: Lane,
-        exchange: Exchange,
-        hand_offs: HandOffs,
-        config: ModelConfig,
-        plan: PlacementPlan,
-        *,
-        n_tokens: int,
-        n_visible: int,
-        computes_all: bool,
+        self, executor: HybridExecutor, lane: SessionLane, hand_offs: HandOffs, shape: Pass
     ) -> None:
-        """`n_visible`: positions that attention reads; at least up to the pass's last position."""
-        self.device, self.kernels, self.weights = device, kernels, weights
-        self.hand_offs, self.config, self.plan = hand_offs, config, plan
-        self.n_visible, self.computes_all = n_visible, computes_all
-        self.activation = Activation[config.activation]
-        n = n_tokens
+        self.device, self.weights = executor.device, executor.weights
+        self.kernels: TorchKernels = (
+            executor.decode_kernels if shape.is_decode else executor.prefill_kernels
+        )
+        self.hand_offs, self.config, self.plan = hand_offs, executor.config, executor.plan
+        self.n_visible, self.computes_all = shape.n_visible, shape.computes_all
+        self.gating = Gating(Activation[self.config.activation], self.config.threshold)
+        n, exchange = shape.n_tokens, lane.exchange
+        self.host_x, self.host_h, self.host_y = exchange.x[:n], exchange.h[:n], exchange.y[:n]
+        self.host_gates = exchange.gates[:n]
+        self._view(lane.tensors, n)
+        self.has_logits = False
+
+    def _view(self, lane: Lane, n: int) -> None:
+        """Take views of the lane's tensors for `n` tokens."""
         self.x, self.h, self.y = lane.x[:n], lane.h[:n], lane.y[:n]
         self.h_quant, self.attention_quant = (
             vectors.tokens(n) for vectors in (lane.h_quant, lane.attention_quant)
         )
         self.qkv_out, self.q, self.attention = lane.qkv[:n], lane.q[:n], lane.attention[:n]
-        self.partials = lane.decode_partials if n == 1 else lane.partials[: kernels.n_splits, :n]
-        self.lane = lane
-        self.host_x, self.host_h, self.host_y = exchange.x[:n], exchange.h[:n], exchange.y[:n]
+        n_splits = self.kernels.n_splits
+        self.partials = lane.decode_partials if n == 1 else lane.partials[:n_splits, :n]
         self.gates, self.values = lane.gates[:n], lane.values[:n]
-        self.host_gates = exchange.gates[:n]
-        self.has_logits = False
+        self.lane = lane
 
     def start_token(self) -> None:
         """Signal the CPU to compute the embedding and the layers before the first GPU layer."""
@@ -69,12 +78,10 @@ class GpuSide:
         launch(
             self.kernels.rope_and_cache,
             self.qkv_out,
-            self.weights.cos,
-            self.weights.sin,
+            self.weights.rope,
             lane.position,
             self.q,
-            lane.k[layer],
-            lane.v[layer],
+            lane.caches[layer],
         )
 
     def attend(self, layer: int, scale: float) -> None:
@@ -82,8 +89,7 @@ class GpuSide:
         launch(
             self.kernels.attend,
             self.q,
-            lane.k[layer],
-            lane.v[layer],
+            lane.caches[layer],
             lane.position,
             self.n_visible,
             self.attention,
@@ -102,8 +108,7 @@ class GpuSide:
                 self.kernels.gates,
                 self.weights.layers[layer].gate,
                 self.h_quant,
-                self.activation,
-                self.config.threshold,
+                self.gating,
                 self.gates[:, : placement.n_gate],
             )
 
@@ -127,20 +132,11 @@ class GpuSide:
         weights, n_hot = self.weights.layers[layer], self.plan.layers[layer].n_hot
         if n_hot == 0:
             return
-        gates, values = self.gates[:, :n_hot], self.values[:, :n_hot]
-        self.device.launch(
-            self.kernels.up,
-            weights.up,
-            self.h_quant,
-            gates,
-            self.activation,
-            self.computes_all,
-            values,
-            self.lane.counts[layer],
-        )
-        self.device.launch(
-            self.kernels.down, weights.down, values, self.computes_all, self.partials
-        )
+        hot = Neurons(self.gates[:, :n_hot], self.values[:, :n_hot], self.lane.counts[layer])
+        launch, computes_all = self.device.launch, self.computes_all
+        activation = self.gating.activation
+        launch(self.kernels.up, weights.up, self.h_quant, activation, computes_all, hot)
+        launch(self.kernels.down, weights.down, hot.values, computes_all, self.partials)
 
     def whole_ffn(self, layer: int) -> None:
         """Compute the sum over all neurons of a layer that is whole on the GPU."""
@@ -150,12 +146,9 @@ class GpuSide:
             weights.gate,
             weights.up,
             self.h_quant,
-            self.activation,
-            self.config.threshold,
+            self.gating,
             self.computes_all,
-            self.gates,
-            self.values,
-            self.lane.counts[layer],
+            Neurons(self.gates, self.values, self.lane.counts[layer]),
         )
         self.device.launch(
             self.kernels.down, weights.down, self.values, self.computes_all, self.partials

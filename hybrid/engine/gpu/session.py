@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hybrid.engine.gpu.device import Work
 from hybrid.engine.gpu.hand_off import HandOffs
-from hybrid.engine.gpu.operations import GpuSide
+from hybrid.engine.gpu.operations import GpuSide, Pass
 from hybrid.engine.scheduler import SILENT, Scheduler
 from hybrid.errors import DeviceFailed, InvalidOption
 from hybrid.kernels._native import PREFILL_CHUNK, Session, meet
@@ -156,25 +156,11 @@ class HybridSession:
             bucket *= 2
         return min(bucket, self._executor.n_context)
 
-    def _schedule(
-        self, hand_offs: HandOffs, *, n_tokens: int, n_visible: int, is_decode: bool
-    ) -> GpuSide:
+    def _schedule(self, hand_offs: HandOffs, shape: Pass) -> GpuSide:
         """Launch the GPU's side of one pass."""
         executor, lane = self._executor, self._lane
         executor.device.launch(lane.tensors.position.copy_, lane.position, True)
-        side = GpuSide(
-            executor.device,
-            executor.decode_kernels if is_decode else executor.prefill_kernels,
-            executor.weights,
-            lane.tensors,
-            lane.exchange,
-            hand_offs,
-            executor.config,
-            executor.plan,
-            n_tokens=n_tokens,
-            n_visible=n_visible,
-            computes_all=self._is_dense,
-        )
+        side = GpuSide(executor, lane, hand_offs, shape)
         forward(Scheduler(executor.plan, SILENT, side), executor.model, executor.config)
         if side.has_logits:
             side.fetch((lane.logits, lane.tensors.logits))
@@ -188,7 +174,7 @@ class HybridSession:
             lane.native.run_segment(slot)
 
         hand_offs = HandOffs(executor.device, lane.exchange.link, executor.mechanism, answer)
-        self._schedule(hand_offs, n_tokens=1, n_visible=key[0], is_decode=True)
+        self._schedule(hand_offs, Pass(1, key[0], is_decode=True, computes_all=key[1]))
 
     def _replay(self, recording: Sequence[Work], token: int) -> None:
         executor, lane, native = self._executor, self._lane, self._native
@@ -226,9 +212,8 @@ class HybridSession:
         native.begin(tokens, is_decode=is_decode, logits=on_cpu)
         lane.position[0] = self.position
         hand_offs = HandOffs(executor.device, lane.exchange.link, "synchronise", native.run_segment)
-        side = self._schedule(
-            hand_offs, n_tokens=len(tokens), n_visible=n_visible, is_decode=is_decode
-        )
+        shape = Pass(len(tokens), n_visible, is_decode=is_decode, computes_all=self._is_dense)
+        side = self._schedule(hand_offs, shape)
         native.end()
         executor.device.synchronize()
         if not executor.plan.is_head_on_gpu:

@@ -13,6 +13,8 @@ from hybrid.kernels import Format
 from hybrid.kernels._native import PREFILL_CHUNK
 from hybrid.kernels.gpu.torch_kernels import (
     DeviceMatrix,
+    LayerCache,
+    Rope,
     TorchKernels,
     Vectors,
     empty_vectors,
@@ -41,8 +43,7 @@ class GpuWeights:
     layers: dict[int, GpuLayer]  # layers that the plan puts on the GPU, by index
     norm: Tensor | None
     head: DeviceMatrix | None
-    cos: Tensor  # fp32 (n_context, head_dim / 2)
-    sin: Tensor
+    rope: Rope
 
 
 def upload(
@@ -78,13 +79,12 @@ def upload(
     head = None
     if plan.is_head_on_gpu:
         head = matrix(reader.matrix(reader.layout.head.name))
-    cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
+    tables = rope_tables(config.head_dim, config.rope_theta, n_context)
     return GpuWeights(
         layers,
         norm("norm") if plan.is_head_on_gpu else None,
         head,
-        torch.from_numpy(np.ascontiguousarray(cos)).to(device),
-        torch.from_numpy(np.ascontiguousarray(sin)).to(device),
+        Rope(*(torch.from_numpy(np.ascontiguousarray(table)).to(device) for table in tables)),
     )
 
 
@@ -125,14 +125,11 @@ class Lane:
         # Hot neurons that fired: per layer `n_counts` partial counts.
         self.counts = empty(config.n_layers, n_counts, dtype=torch.int64)
         shape = (config.n_kv_heads, n_context, config.head_dim)
-        self.k, self.v = (
-            {
-                index: empty(*shape, dtype=torch.float16)
-                for index, layer in enumerate(plan.layers)
-                if layer.is_on_gpu
-            }
-            for _ in range(2)
-        )
+        self.caches = {
+            index: LayerCache(*(empty(*shape, dtype=torch.float16) for _ in range(2)))
+            for index, layer in enumerate(plan.layers)
+            if layer.is_on_gpu
+        }
 
 
 def device_bytes(of: GpuWeights | Lane) -> int:
@@ -146,6 +143,8 @@ def _tensors(of: object) -> Iterator[Tensor]:
     elif isinstance(of, (DeviceMatrix, Vectors, GpuLayer, GpuWeights)):
         for field in fields(of):
             yield from _tensors(getattr(of, field.name))
+    elif isinstance(of, (Rope, LayerCache)):
+        yield from of
     elif isinstance(of, dict):
         for value in of.values():
             yield from _tensors(value)

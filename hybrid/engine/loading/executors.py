@@ -55,8 +55,7 @@ def open_executor(
         plan = decision.plan
         cpu = CpuExecutor(
             weights.model,
-            spec.config,
-            spec.format,
+            spec.layout,
             n_threads=spec.n_threads,
             n_context=spec.n_context,
             predictors=weights.predictors,
@@ -65,7 +64,7 @@ def open_executor(
         if not plan.uses_gpu:
             return cpu, plan
         try:
-            return _hybrid(decision, spec, weights.model, cpu), plan
+            return _hybrid(decision, cpu), plan
         except OutOfMemory as error:
             if not decision.is_solved or attempt == _ATTEMPTS - 1:
                 raise
@@ -79,20 +78,8 @@ def open_executor(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _hybrid(
-    decision: PlanDecision, spec: ModelSpec, model: PackedModel, cpu: CpuExecutor
-) -> Executor:
+def _hybrid(decision: PlanDecision, cpu: CpuExecutor) -> Executor:
     from hybrid.engine.gpu.executor import HybridExecutor
-    from hybrid.weights.unpacked import PackedReader
 
     assert decision.device is not None
-    reader = PackedReader(model.embedding.memory, spec.layout)
-    return HybridExecutor(
-        cpu,
-        model,
-        reader,
-        decision.plan,
-        decision.device,
-        n_context=spec.n_context,
-        decode_kernels=decision.kernels,
-    )
+    return HybridExecutor(cpu, decision.plan, decision.device, decode_kernels=decision.kernels)

@@ -22,7 +22,7 @@ from hybrid.placement.plan import PlacementPlan
 from hybrid.progress import Progress, ignore_progress
 from hybrid.text.sampling import SamplingParams
 from hybrid.text.tokenizer import Tokenizer
-from hybrid.weights.packed_file import LoadedModel, load_packed
+from hybrid.weights.packed_file import LoadedModel, Residence, load_packed
 from hybrid.weights.packing import NeuronOrders
 
 
@@ -108,10 +108,7 @@ def pack(
         spec.layout,
         cache=None if request.home is None else request.home / "packed",
         neuron_orders=orders,
-        use_mmap=use_mmap,
-        use_mlock=options.mlock,
-        fits_memory=fits_memory,
-        n_threads=spec.n_threads,
+        residence=Residence(use_mmap, options.mlock, fits_memory, spec.n_threads),
         progress=request.progress,
     )
     request.notices.add(*loaded.notices)

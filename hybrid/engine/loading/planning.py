@@ -175,7 +175,7 @@ def measured_gpu(
     device: Device, kernels: TorchKernels, spec: ModelSpec, home: Path | None, notices: Notices
 ) -> Machine:
     """Return this machine with its GPU. Speeds are measured once and kept in `home`."""
-    from hybrid.engine.gpu.measurement import free_and_context_bytes, measure_gpu
+    from hybrid.engine.gpu.measurement import measure_gpu, measure_memory
 
     config, format = spec.config, spec.format
     pool = ThreadPool(spec.n_threads)
@@ -189,22 +189,13 @@ def measured_gpu(
             try:
                 kept = load_machine(path)
                 if kept.gpu is not None:
-                    free, _, _ = free_and_context_bytes(device, measures_context=False)
-                    return replace(machine, gpu=replace(kept.gpu, vram_bytes=free))
+                    memory = measure_memory(device, measures_context=False)
+                    return replace(machine, gpu=replace(kept.gpu, vram_bytes=memory.free_bytes))
             except InvalidArtifact:
                 pass  # a broken file is measured anew and overwritten
-    free, context, own = free_and_context_bytes(device)
+    memory = measure_memory(device)
     load = OtherLoad()
-    speeds = measure_gpu(
-        device,
-        kernels,
-        config,
-        format,
-        pool,
-        vram_bytes=free,
-        context_bytes=context,
-        torch_bytes=own,
-    )
+    speeds = measure_gpu(device, kernels, spec.layout, pool, memory)
     machine = replace(machine, gpu=speeds)
     if path is not None and not load.notice(pool.n_threads, notices):
         save_quietly(machine, path)

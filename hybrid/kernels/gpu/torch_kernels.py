@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +90,35 @@ class Vectors:
         return (blocks * self.scales[..., None]).view(self.values.shape)
 
 
+class Gating(NamedTuple):
+    """What a gate does with its dot product."""
+
+    activation: Activation
+    threshold: float  # of fatrelu
+
+
+class Neurons(NamedTuple):
+    """The activations of an FFN's neurons for T tokens."""
+
+    gates: Tensor  # fp32 (T, n_rows): 0 for neurons that do not fire
+    values: Tensor  # fp32 (T, n_rows): act(gate) * up
+    counts: Tensor  # int64 (n_counts,): their sum counts the neurons that fired so far
+
+
+class Rope(NamedTuple):
+    """The rotary embedding's tables, fp32 (n_context, head_dim / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class LayerCache(NamedTuple):
+    """A layer's keys and values, fp16 (n_kv_heads, n_context, head_dim)."""
+
+    k: Tensor
+    v: Tensor
+
+
 def empty_vectors(format: Format, n_tokens: int, n: int, device: torch.device) -> Vectors:
     """Zeroed vectors of n elements for `n_tokens` tokens, to be written into."""
     if format is Format.bf16:
@@ -138,43 +168,35 @@ class TorchKernels:
         """residual (T, n_rows) += scale * (x @ matrix.T)."""
         residual += scale * (x.dequantize() @ matrix.dequantize().T)
 
-    def gates(
-        self,
-        matrix: DeviceMatrix,
-        x: Vectors,
-        activation: Activation,
-        threshold: float,
-        out: Tensor,
-    ) -> None:
+    def gates(self, matrix: DeviceMatrix, x: Vectors, gating: Gating, out: Tensor) -> None:
         """out (T, n_rows): the value of each gate whose neuron fires, 0 for the others.
 
         A NaN fires, so that it is seen.
         """
         self.linear(matrix, x, out)
-        if activation is Activation.relu:
+        if gating.activation is Activation.relu:
             out.masked_fill_(out <= 0, 0.0)
-        elif activation is Activation.fatrelu:
-            out.masked_fill_(out < threshold, 0.0)
+        elif gating.activation is Activation.fatrelu:
+            out.masked_fill_(out < gating.threshold, 0.0)
 
     def up(
         self,
         matrix: DeviceMatrix,
         x: Vectors,
-        gates: Tensor,
         activation: Activation,
         computes_all: bool,
-        out: Tensor,
-        counts: Tensor,
+        neurons: Neurons,
     ) -> None:
-        """out (T, n_rows) = act(gate) * (x @ matrix.T), and 0 for gates that are 0.
+        """values = act(gates) * (x @ matrix.T), and 0 for gates that are 0.
 
         Unless `computes_all`, kernels that can skip rows do not read the rows of those gates. The
-        sum of `counts` (n_counts,) grows by the number of gates that are not 0.
+        sum of the counts grows by the number of gates that are not 0.
         """
-        self.linear(matrix, x, out)
+        gates, values, counts = neurons
+        self.linear(matrix, x, values)
         silu = activation is Activation.silu
         value = torch.nn.functional.silu(gates) if silu else gates
-        torch.where(gates == 0, torch.zeros_like(out), value * out, out=out)
+        torch.where(gates == 0, torch.zeros_like(values), value * values, out=values)
         counts[0] += torch.count_nonzero(gates)
 
     def gates_and_up(
@@ -182,16 +204,13 @@ class TorchKernels:
         gate: DeviceMatrix,
         up: DeviceMatrix,
         x: Vectors,
-        activation: Activation,
-        threshold: float,
+        gating: Gating,
         computes_all: bool,
-        gates: Tensor,
-        out: Tensor,
-        counts: Tensor,
+        neurons: Neurons,
     ) -> None:
         """Compute `gates`, then `up`, for the same neurons."""
-        self.gates(gate, x, activation, threshold, gates)
-        self.up(up, x, gates, activation, computes_all, out, counts)
+        self.gates(gate, x, gating, neurons.gates)
+        self.up(up, x, gating.activation, computes_all, neurons)
 
     def down(
         self, matrix: DeviceMatrix, values: Tensor, computes_all: bool, partials: Tensor
@@ -216,57 +235,48 @@ class TorchKernels:
             residual += scale * total
 
     def rope_and_cache(
-        self,
-        qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        position: Tensor,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        self, qkv: Tensor, rope: Rope, position: Tensor, q: Tensor, cache: LayerCache
     ) -> None:
-        """Apply rope to qkv (T, heads * head_dim) and write keys and values into the caches.
+        """Apply rope to qkv (T, heads * head_dim) and write keys and values into the cache.
 
-        Token t is at position position[0] + t. Rope rotates the halves of each head of q and k;
-        cos and sin are (context, head_dim / 2). q (T, n_heads, head_dim) receives the queries,
-        divided by sqrt(head_dim). The caches are fp16 (n_kv_heads, n_context, head_dim).
+        Token t is at position position[0] + t. Rope rotates the halves of each head of q and k.
+        q (T, n_heads, head_dim) receives the queries, divided by sqrt(head_dim).
         """
         n_tokens, n_heads, head_dim = q.shape
-        n_kv_heads = k_cache.shape[0]
+        n_kv_heads = cache.k.shape[0]
         positions = position + torch.arange(n_tokens, device=qkv.device)
         heads = qkv.view(n_tokens, -1, head_dim)
         rotated = heads[:, : n_heads + n_kv_heads]
         first, second = rotated[..., : head_dim // 2], rotated[..., head_dim // 2 :]
-        c, s = cos[positions][:, None], sin[positions][:, None]
+        c, s = (table[positions][:, None] for table in rope)
         rotated = torch.cat((first * c - second * s, second * c + first * s), -1)
         torch.mul(rotated[:, :n_heads], head_dim**-0.5, out=q)
-        k_cache.index_copy_(1, positions, rotated[:, n_heads:].transpose(0, 1).half())
-        v_cache.index_copy_(1, positions, heads[:, n_heads + n_kv_heads :].transpose(0, 1).half())
+        cache.k.index_copy_(1, positions, rotated[:, n_heads:].transpose(0, 1).half())
+        cache.v.index_copy_(1, positions, heads[:, n_heads + n_kv_heads :].transpose(0, 1).half())
 
     def attend(
         self,
         q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: LayerCache,
         position: Tensor,
         n_visible: int,
         out: Tensor,
         quant: Vectors,
     ) -> None:
-        """out (T, n_heads * head_dim): causal attention over the caches; `quant`: `out` quantised.
+        """out (T, n_heads * head_dim): causal attention over the cache; `quant`: `out` quantised.
 
-        Token t is at position position[0] + t. Only the first `n_visible` positions of the caches
+        Token t is at position position[0] + t. Only the first `n_visible` positions of the cache
         are read; they must include the positions of all tokens.
         """
         n_tokens, n_heads, _ = q.shape
-        group = n_heads // k_cache.shape[0]
-        k = k_cache[:, :n_visible].float().repeat_interleave(group, 0)  # (heads, context, dim)
-        v = v_cache[:, :n_visible].float().repeat_interleave(group, 0)
+        group = n_heads // cache.k.shape[0]
+        k = cache.k[:, :n_visible].float().repeat_interleave(group, 0)  # (heads, context, dim)
+        v = cache.v[:, :n_visible].float().repeat_interleave(group, 0)
         scores = torch.einsum("thd,hcd->htc", q, k)
         positions = position + torch.arange(n_tokens, device=q.device)
         unseen = torch.arange(n_visible, device=q.device) > positions[:, None]
         weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
-        # Beyond the last token the caches are unwritten: weights are 0 there, values may be NaN.
+        # Beyond the last token the cache is unwritten: weights are 0 there, values may be NaN.
         v = v.masked_fill((torch.arange(n_visible, device=q.device) > positions[-1])[:, None], 0.0)
         out.view(n_tokens, n_heads, -1).copy_(torch.einsum("htc,hcd->thd", weights, v))
         self.quantize(out, quant)

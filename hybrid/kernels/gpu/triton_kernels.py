@@ -15,7 +15,16 @@ from torch import Tensor
 
 from hybrid.kernels import Activation, Format
 from hybrid.kernels.gpu import triton_rows
-from hybrid.kernels.gpu.torch_kernels import BLOCK, DeviceMatrix, TorchKernels, Vectors
+from hybrid.kernels.gpu.torch_kernels import (
+    BLOCK,
+    DeviceMatrix,
+    Gating,
+    LayerCache,
+    Neurons,
+    Rope,
+    TorchKernels,
+    Vectors,
+)
 from hybrid.kernels.gpu.triton_attention import attend_span, merge_spans, rope_and_cache
 
 ROWS = 8  # rows of a matrix per program
@@ -75,46 +84,34 @@ class TritonKernels(TorchKernels):
         )
 
     def linear(self, matrix: DeviceMatrix, x: Vectors, out: Tensor) -> None:
-        self._gemv(matrix, x, out, STORE, 0.0, SILU)
+        self._gemv(matrix, x, out, STORE, 0.0)
 
     def add_linear(self, matrix: DeviceMatrix, x: Vectors, scale: float, residual: Tensor) -> None:
-        self._gemv(matrix, x, residual, ADD, scale, SILU)
+        self._gemv(matrix, x, residual, ADD, scale)
 
-    def gates(
-        self,
-        matrix: DeviceMatrix,
-        x: Vectors,
-        activation: Activation,
-        threshold: float,
-        out: Tensor,
-    ) -> None:
-        self._gemv(matrix, x, out, GATE, threshold, _ACTIVATIONS[activation])
+    def gates(self, matrix: DeviceMatrix, x: Vectors, gating: Gating, out: Tensor) -> None:
+        self._gemv(matrix, x, out, GATE, gating.threshold, _ACTIVATIONS[gating.activation])
 
     def up(
         self,
         matrix: DeviceMatrix,
         x: Vectors,
-        gates: Tensor,
         activation: Activation,
         computes_all: bool,
-        out: Tensor,
-        counts: Tensor,
+        neurons: Neurons,
     ) -> None:
-        self._up(None, matrix, x, activation, 0.0, computes_all, gates, out, counts)
+        self._up(None, matrix, x, Gating(activation, 0.0), computes_all, neurons)
 
     def gates_and_up(
         self,
         gate: DeviceMatrix,
         up: DeviceMatrix,
         x: Vectors,
-        activation: Activation,
-        threshold: float,
+        gating: Gating,
         computes_all: bool,
-        gates: Tensor,
-        out: Tensor,
-        counts: Tensor,
+        neurons: Neurons,
     ) -> None:
-        self._up(gate, up, x, activation, threshold, computes_all, gates, out, counts)
+        self._up(gate, up, x, gating, computes_all, neurons)
 
     def down(
         self, matrix: DeviceMatrix, values: Tensor, computes_all: bool, partials: Tensor
@@ -153,25 +150,16 @@ class TritonKernels(TorchKernels):
         )
 
     def rope_and_cache(
-        self,
-        qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        position: Tensor,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        self, qkv: Tensor, rope: Rope, position: Tensor, q: Tensor, cache: LayerCache
     ) -> None:
         n_heads, head_dim = int(q.shape[-2]), int(q.shape[-1])
-        n_kv_heads, n_context = int(k_cache.shape[0]), int(k_cache.shape[1])
+        n_kv_heads, n_context = int(cache.k.shape[0]), int(cache.k.shape[1])
         rope_and_cache[(n_heads + 2 * n_kv_heads,)](
             qkv,
-            cos,
-            sin,
+            *rope,
             position,
             q,
-            k_cache,
-            v_cache,
+            *cache,
             head_dim**-0.5,
             n_context,
             N_HEADS=n_heads,
@@ -184,23 +172,21 @@ class TritonKernels(TorchKernels):
     def attend(
         self,
         q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: LayerCache,
         position: Tensor,
         n_visible: int,
         out: Tensor,
         quant: Vectors,
     ) -> None:
         n_heads, head_dim = int(q.shape[-2]), int(q.shape[-1])
-        n_kv_heads, n_context = int(k_cache.shape[0]), int(k_cache.shape[1])
+        n_kv_heads, n_context = int(cache.k.shape[0]), int(cache.k.shape[1])
         n_spans = triton.cdiv(n_visible, SPAN)
         largest, sums, values = self._span_scratch(n_spans, n_heads, head_dim, q.device)
         sizes = {"N_HEADS": n_heads, "DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim)}
         group = n_heads // n_kv_heads
         attend_span[(n_kv_heads, n_spans)](
             q,
-            k_cache,
-            v_cache,
+            *cache,
             position,
             largest,
             sums,
@@ -236,7 +222,7 @@ class TritonKernels(TorchKernels):
         out: Tensor,
         then: int,
         number: float,
-        activation: int,
+        activation: int = SILU,
     ) -> None:
         values, scales = _arguments(matrix.values, matrix.scales)
         x_values, x_scales = _arguments(x.values, x.scales)
@@ -262,12 +248,9 @@ class TritonKernels(TorchKernels):
         gate: DeviceMatrix | None,
         up: DeviceMatrix,
         x: Vectors,
-        activation: Activation,
-        threshold: float,
+        gating: Gating,
         computes_all: bool,
-        gates: Tensor,
-        out: Tensor,
-        counts: Tensor,
+        neurons: Neurons,
     ) -> None:
         values, scales = _arguments(up.values, up.scales)
         gate_values, gate_scales = values, scales
@@ -281,16 +264,14 @@ class TritonKernels(TorchKernels):
             scales,
             x_values,
             x_scales,
-            gates,
-            out,
-            counts,
-            threshold,
+            *neurons,
+            gating.threshold,
             up.n_rows,
             N=up.n_cols,
             N_ROWS=ROWS,
             N_BLOCKS=CHUNK_BLOCKS,
             FORMAT=_FORMATS[up.format],
-            ACTIVATION=_ACTIVATIONS[activation],
+            ACTIVATION=_ACTIVATIONS[gating.activation],
             HAS_GATES=gate is None,
             SKIPS=not computes_all,
             **MAY_FUSE,

@@ -18,8 +18,11 @@ def as_float(bits):
 
 
 @triton.jit
-def store_quantized(v, at, block, mask, is_block, values, scales, IS_BF16: tl.constexpr):
+def store_quantized(v, block, is_block, values, scales, IS_BF16: tl.constexpr):
     """Quantise and store fp32 `v` (blocks, 32), with the same bits as `torch_kernels`."""
+    column = tl.arange(0, 32)[None, :]
+    at = block[:, None] * 32 + column
+    mask = is_block[:, None] & (column < 32)
     if IS_BF16:
         bits = v.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -63,7 +66,7 @@ def norm(
         v = tl.load(x + at, mask=mask, other=0.0)
         normed = tl.load(weight + at, mask=mask, other=0.0) * (v * inverse)
         tl.store(out + at, normed, mask=mask)
-        store_quantized(normed, at, block, mask, is_block, values, scales, IS_BF16)
+        store_quantized(normed, block, is_block, values, scales, IS_BF16)
 
 
 @triton.jit
@@ -73,7 +76,7 @@ def quantize(x, values, scales, N: tl.constexpr, N_BLOCKS: tl.constexpr, IS_BF16
     is_block = block < N // 32
     mask = is_block[:, None] & (at < N)
     v = tl.load(x + at, mask=mask, other=0.0)
-    store_quantized(v, at, block, mask, is_block, values, scales, IS_BF16)
+    store_quantized(v, block, is_block, values, scales, IS_BF16)
 
 
 @triton.jit

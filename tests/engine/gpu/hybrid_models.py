@@ -18,7 +18,6 @@ from hybrid.kernels import Format
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
 from hybrid.weights.layout import packed_layout
 from hybrid.weights.packing import PackedModel, pack_model
-from hybrid.weights.unpacked import PackedReader
 
 N_CONTEXT = 320
 # How far the logits of two devices may differ, as a share of the largest logit. The devices add in
@@ -36,7 +35,6 @@ class PackedFolder:
             self.config, self.format = checkpoint.config, format
             self.layout = packed_layout(checkpoint.config, format)
             self.model: PackedModel = pack_model(checkpoint, self.layout)
-        self.reader = PackedReader(self.model.embedding.memory, self.layout)
 
     def plan(self, layers: list[LayerPlacement], *, head: bool) -> PlacementPlan:
         return PlacementPlan(
@@ -67,16 +65,11 @@ class PackedFolder:
         }
 
     def cpu(self, plan: PlacementPlan | None = None) -> CpuExecutor:
-        return CpuExecutor(
-            self.model, self.config, self.format, n_threads=2, n_context=N_CONTEXT, plan=plan
-        )
+        return CpuExecutor(self.model, self.layout, n_threads=2, n_context=N_CONTEXT, plan=plan)
 
     @contextmanager
     def hybrid(self, plan: PlacementPlan, device: Any, **options: Any) -> Iterator[HybridExecutor]:
-        executor = HybridExecutor(
-            self.cpu(plan), self.model, self.reader, plan, device, n_context=N_CONTEXT, **options
-        )
-        yield executor
+        yield HybridExecutor(self.cpu(plan), plan, device, **options)
 
 
 def some_ids(config: Any, n: int, seed: int = 0) -> np.ndarray:

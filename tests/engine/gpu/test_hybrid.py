@@ -20,11 +20,17 @@ from engine.gpu.fake_device import FakeDevice, FakeEvent  # noqa: E402
 from engine.gpu.hybrid_models import N_CONTEXT, PackedFolder, check_logits, some_ids  # noqa: E402
 
 from hybrid.engine.gpu.device import MECHANISMS, HostDevice  # noqa: E402
-from hybrid.engine.gpu.measurement import HandOffLoop, hand_off_seconds, measure_gpu  # noqa: E402
+from hybrid.engine.gpu.measurement import (  # noqa: E402
+    DeviceMemory,
+    HandOffLoop,
+    hand_off_seconds,
+    measure_gpu,
+)
 from hybrid.errors import DeviceFailed, InvalidOption, OutOfMemory  # noqa: E402
 from hybrid.kernels import Format, ThreadPool  # noqa: E402
 from hybrid.kernels.gpu.torch_kernels import TorchKernels  # noqa: E402
 from hybrid.placement.sizes import ModelSizes  # noqa: E402
+from hybrid.weights.layout import packed_layout  # noqa: E402
 
 PLANS = list(PackedFolder(STORIES, Format.q8).plans())
 
@@ -266,16 +272,9 @@ def test_hand_offs_are_measured_with_the_real_link(fake, mechanism):
 
 
 def test_the_speeds_of_a_device_are_measured(format):
-    config, device = PackedFolder(STORIES, Format.q8).config, HostDevice()
+    layout = packed_layout(PackedFolder(STORIES, Format.q8).config, format)
     speeds = measure_gpu(
-        device,
-        TorchKernels(),
-        config,
-        format,
-        ThreadPool(1),
-        vram_bytes=1,
-        context_bytes=0,
-        n_rows=256,
+        HostDevice(), TorchKernels(), layout, ThreadPool(1), DeviceMemory(1), n_rows=256
     )
     assert min(speeds.stream_gbs, speeds.gather_gbs, speeds.node_us, speeds.hand_off_us) > 0
     assert speeds.mechanism == "synchronise"

@@ -54,8 +54,8 @@ def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     device = HostDevice()
     monkeypatch.setattr(planning, "open_device", lambda: device)
     monkeypatch.setattr(measurement, "measure_gpu", lambda *_, **__: GPU)
-    free = GPU.vram_bytes, GPU.context_bytes, GPU.torch_bytes
-    monkeypatch.setattr(measurement, "free_and_context_bytes", lambda *_, **__: free)
+    memory = measurement.DeviceMemory(GPU.vram_bytes, GPU.context_bytes, GPU.torch_bytes)
+    monkeypatch.setattr(measurement, "measure_memory", lambda *_, **__: memory)
     return device
 
 

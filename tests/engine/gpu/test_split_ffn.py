@@ -24,6 +24,8 @@ from hybrid.kernels import (  # noqa: E402
 from hybrid.kernels._native import FLAG_BYTES, PREFILL_CHUNK, DeviceLink, meet  # noqa: E402
 from hybrid.kernels.gpu.torch_kernels import (  # noqa: E402
     DeviceMatrix,
+    Gating,
+    Neurons,
     TorchKernels,
     empty_vectors,
 )
@@ -81,11 +83,14 @@ class Case:
         x = empty_vectors(self.format, N_TOKENS, HIDDEN, torch.device("cpu"))
         kernels.quantize(torch.from_numpy(self.h), x)
         gates = torch.zeros(N_TOKENS, N_NEURONS)
-        kernels.gates(self.device_matrix(self.gate, n_gate), x, relu, 0.0, gates[:, :n_gate])
+        kernels.gates(
+            self.device_matrix(self.gate, n_gate), x, Gating(relu, 0.0), gates[:, :n_gate]
+        )
         values, partials = torch.zeros(N_TOKENS, n_hot), torch.zeros(1, N_TOKENS, HIDDEN)
         hot = gates[:, :n_hot]
         counts = torch.zeros(1, dtype=torch.int64)
-        kernels.up(self.device_matrix(self.up, n_hot), x, hot, relu, False, values, counts)
+        neurons = Neurons(hot, values, counts)
+        kernels.up(self.device_matrix(self.up, n_hot), x, relu, False, neurons)
         assert counts[0] == self.active[:, :n_hot].sum()
         kernels.down(self.device_matrix(self.down, n_hot), values, False, partials)
         return gates.numpy(), partials[0].numpy()

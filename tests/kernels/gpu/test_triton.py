@@ -17,6 +17,10 @@ pytest.importorskip("triton")
 from hybrid.kernels import Activation, Format  # noqa: E402
 from hybrid.kernels.gpu.torch_kernels import (  # noqa: E402
     DeviceMatrix,
+    Gating,
+    LayerCache,
+    Neurons,
+    Rope,
     TorchKernels,
     Vectors,
     empty_vectors,
@@ -117,7 +121,7 @@ def test_gates_match_torch(kernels, format, activation, n_rows, n_cols):
     m, x = matrix(format, n_rows, n_cols), vectors(format, n_cols)
     actual, expected = (torch.empty(1, n_rows, device=DEVICE) for _ in range(2))
     for k, out in ((kernels, actual), (ORACLE, expected)):
-        k.gates(m, x, activation, 0.4, out)
+        k.gates(m, x, Gating(activation, 0.4), out)
     close(actual, expected, n_cols**0.5)
 
 
@@ -126,7 +130,7 @@ def test_a_gate_that_is_nan_fires(kernels, format):
     poison_rows(m, torch.tensor([4]))
     out = torch.empty(1, 9, device=DEVICE)
     for activation in (Activation.relu, Activation.fatrelu):
-        kernels.gates(m, x, activation, 0.4, out)
+        kernels.gates(m, x, Gating(activation, 0.4), out)
         assert torch.isnan(out[0, 4])
         assert not torch.isnan(out[0, :4]).any()
 
@@ -140,13 +144,13 @@ def test_up_and_down_never_read_inactive_rows(kernels, format, activation, n_row
     expected, values, everything = (torch.empty(1, n_rows, device=DEVICE) for _ in range(3))
     counts = torch.full((kernels.n_counts(n_rows),), 3, dtype=torch.int64, device=DEVICE)
     before, oracle_counts = counts.sum(), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    ORACLE.up(up, x, gates, activation, False, expected, oracle_counts)
+    ORACLE.up(up, x, activation, False, Neurons(gates, expected, oracle_counts))
     total = torch.empty(1, 1, n_cols, device=DEVICE)
     ORACLE.down(down, expected, False, total)
-    kernels.up(up, x, gates, activation, True, everything, counts.clone())
+    kernels.up(up, x, activation, True, Neurons(gates, everything, counts.clone()))
     for m in (up, down):
         poison_rows(m, gates[0] == 0)
-    kernels.up(up, x, gates, activation, False, values, counts)
+    kernels.up(up, x, activation, False, Neurons(gates, values, counts))
     assert counts.sum() - before == oracle_counts[0]
     close(values, expected, n_cols**0.5)
     assert torch.equal(everything, values)
@@ -160,6 +164,7 @@ def test_up_and_down_never_read_inactive_rows(kernels, format, activation, n_row
 )
 @pytest.mark.parametrize(("n_rows", "n_cols"), CASES[:4])
 def test_gates_and_up_in_one_kernel_match_torch(kernels, format, activation, n_rows, n_cols):
+    gating = Gating(activation, 0.4)
     gate, up, x = (
         matrix(format, n_rows, n_cols),
         matrix(format, n_rows, n_cols, seed=3),
@@ -169,7 +174,7 @@ def test_gates_and_up_in_one_kernel_match_torch(kernels, format, activation, n_r
     for k in (kernels, ORACLE):
         gates, values = (torch.empty(1, n_rows, device=DEVICE) for _ in range(2))
         counts = torch.zeros(k.n_counts(n_rows), dtype=torch.int64, device=DEVICE)
-        k.gates_and_up(gate, up, x, activation, 0.4, False, gates, values, counts)
+        k.gates_and_up(gate, up, x, gating, False, Neurons(gates, values, counts))
         results.append((gates, values, counts.sum()))
     close(results[0][0], results[1][0], n_cols**0.5)
     close(results[0][1], results[1][1], n_cols)
@@ -177,11 +182,11 @@ def test_gates_and_up_in_one_kernel_match_torch(kernels, format, activation, n_r
     # Two separate kernels give the same bits, and the fused one does not read inactive rows either.
     gates, values = (torch.empty(1, n_rows, device=DEVICE) for _ in range(2))
     counts = torch.zeros(kernels.n_counts(n_rows), dtype=torch.int64, device=DEVICE)
-    kernels.gates(gate, x, activation, 0.4, gates)
-    kernels.up(up, x, gates, activation, False, values, counts)
+    kernels.gates(gate, x, gating, gates)
+    kernels.up(up, x, activation, False, Neurons(gates, values, counts))
     assert torch.equal(values, results[0][1])
     poison_rows(up, gates[0] == 0)
-    kernels.gates_and_up(gate, up, x, activation, 0.4, False, gates, values, counts)
+    kernels.gates_and_up(gate, up, x, gating, False, Neurons(gates, values, counts))
     assert torch.equal(values, results[0][1])
 
 
@@ -214,12 +219,13 @@ def test_with_integers_both_backends_give_the_same_bits(kernels, format, n_gate,
         return DeviceMatrix(m.format, m.values.to(DEVICE), scales)
 
     gates = torch.zeros(1, n_gate, device=DEVICE)
-    kernels.gates(on_device(case.gate, n_gate), x, Activation.relu, 0.0, gates)
+    kernels.gates(on_device(case.gate, n_gate), x, Gating(Activation.relu, 0.0), gates)
     values = torch.zeros(1, n_hot, device=DEVICE)
     partials = torch.zeros(kernels.n_splits, 1, HIDDEN, device=DEVICE)
     hot = gates[:, :n_hot]
     counts = torch.zeros(kernels.n_counts(n_hot), dtype=torch.int64, device=DEVICE)
-    kernels.up(on_device(case.up, n_hot), x, hot, Activation.relu, False, values, counts)
+    neurons = Neurons(hot, values, counts)
+    kernels.up(on_device(case.up, n_hot), x, Activation.relu, False, neurons)
     kernels.down(on_device(case.down, n_hot), values, False, partials)
     residual = torch.zeros(1, HIDDEN, device=DEVICE)
     kernels.merge(partials, None, 1.0, residual)
@@ -238,17 +244,17 @@ def test_attention_matches_torch(kernels, n_heads, n_kv_heads, head_dim, positio
     for _ in range(2):
         k, v = (floats(n_kv_heads, n_context, head_dim, seed=seed).half() for seed in (6, 7))
         k[:, position:] = v[:, position:] = float("nan")  # not written yet
-        caches.append((k, v))
+        caches.append(LayerCache(k, v))
     cos, sin = floats(n_context, head_dim // 2, seed=8), floats(n_context, head_dim // 2, seed=9)
     qkv = floats(1, (n_heads + 2 * n_kv_heads) * head_dim, seed=10)
     where = torch.tensor([position], device=DEVICE)
     outs = []
-    for k, (keys, values) in ((kernels, caches[0]), (ORACLE, caches[1])):
+    for k, cache in zip((kernels, ORACLE), caches, strict=True):
         q = torch.zeros(1, n_heads, head_dim, device=DEVICE)
         out = torch.full((1, n_heads * head_dim), float("nan"), device=DEVICE)
-        k.rope_and_cache(qkv, cos, sin, where, q, keys, values)
+        k.rope_and_cache(qkv, Rope(cos, sin), where, q, cache)
         quant = empty_vectors(Format.q8, 1, out.numel(), DEVICE)
-        k.attend(q, keys, values, where, n_visible, out, quant)
+        k.attend(q, cache, where, n_visible, out, quant)
         outs.append(out)
     close(outs[0], outs[1])
     seen = slice(0, position + 1)
