@@ -7,32 +7,16 @@ with hybrid.load("stories") as engine:
         print(piece, end="", flush=True)
 """
 
-from hybrid.engine.engine import Engine, EngineStats
-from hybrid.engine.generation import Generation, GenerationStats, TokenLogprobs
-from hybrid.engine.loading.prediction import Prediction
-from hybrid.engine.options import GenerationOptions, LoadOptions
-from hybrid.engine.session import Observation, Session
-from hybrid.errors import (
-    ContextOverflow,
-    DeviceFailed,
-    DeviceUnavailable,
-    DownloadFailed,
-    EngineClosed,
-    HybridError,
-    InvalidArtifact,
-    InvalidCheckpoint,
-    InvalidOption,
-    MissingPackage,
-    ModelNotFound,
-    OutOfMemory,
-    UnsupportedIsa,
-    UnsupportedModel,
-)
-from hybrid.hub.loading import load
-from hybrid.kernels import active_isa
-from hybrid.progress import Progress
-from hybrid.text.sampling import Sampler, SamplingParams
-from hybrid.text.tokenizer import ChatMessage
+# ruff: noqa: F403, F405 - __all__ lists the names of hybrid.public
+import importlib
+import typing
+
+from hybrid import interrupts
+
+if interrupts.is_our_command():
+    interrupts.end_on_interrupt()
+
+from hybrid import kernels  # noqa: F401 - the compiled part: if it is missing, say so at once
 
 __version__ = "0.1.0"
 
@@ -68,3 +52,17 @@ __all__ = [
     "active_isa",
     "load",
 ]
+
+if typing.TYPE_CHECKING:
+    from hybrid.public import *
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import the engine when one of its names is first used: that takes a third of a second."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module("hybrid.public"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from hybrid import __version__
+from hybrid import __version__, interrupts
 
 COMMANDS = {
     "run": "generate text: one answer, a chat, or a text that you and the model write together",
@@ -43,6 +43,8 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names. Returns the exit code."""
+    if arguments is None:  # this process is the command
+        interrupts.end_on_interrupt()
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help", "help"):
         print(usage())

@@ -15,7 +15,14 @@ PACKAGES = Path(hybrid.__file__).parents[1]
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["hybrid.errors", "hybrid.files", "hybrid.notices", "hybrid.progress"],
+    [
+        "hybrid.errors",
+        "hybrid.files",
+        "hybrid.interrupts",
+        "hybrid.limits",
+        "hybrid.notices",
+        "hybrid.progress",
+    ],
     ["hybrid.kernels"],
     ["hybrid.model"],
     ["hybrid.checkpoint", "hybrid.weights"],
@@ -24,7 +31,7 @@ LAYERS = [
     ["hybrid.engine"],
     ["hybrid.hub"],
     ["hybrid.evaluation", "hybrid.checking"],
-    ["hybrid"],  # the public names
+    ["hybrid", "hybrid.public"],  # the public names
     ["hybrid.cli"],
     [
         "hybrid.run",

@@ -23,6 +23,7 @@ from hybrid import (
     load,
 )
 from hybrid.cli.progress_bar import progress_bar
+from hybrid.interrupts import INTERRUPTED, raising_interrupts
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -59,7 +60,12 @@ def add_model_options(
         default="stories",
         help="a model's name, a Hugging Face repo id, or a folder (default: stories)",
     )
-    add("-t", "--threads", type=int, help="number of threads (default: the physical cores)")
+    add(
+        "-t",
+        "--threads",
+        type=int,
+        help="number of threads (default: one per core that it may use)",
+    )
     add("--quant", choices=quants, default="q8", help="weight format (default: q8)")
     add("--offline", action="store_true", help="never use the network")
 
@@ -263,7 +269,8 @@ def run_command(program: str, command: Callable[[], int]) -> int:
             # A terminal that cannot show a character must not end the program.
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        return command()
+        with raising_interrupts():
+            return command()
     except InvalidOption as error:
         print(f"{program}: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -271,7 +278,7 @@ def run_command(program: str, command: Callable[[], int]) -> int:
         print(f"{program}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stdout = open_null()  # the reader is gone (`| head`): Python must not flush at exit
         return 1

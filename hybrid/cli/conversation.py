@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -172,12 +173,20 @@ def read_line(prompt: str) -> str:
 
 @contextmanager
 def interrupts(generation: Generation) -> Iterator[None]:
-    """Make Ctrl-C end the answer between two tokens, and nothing else."""
+    """Make Ctrl-C end the answer between two tokens, and nothing else.
+
+    On another thread than the main one this does nothing, since signals belong to the main thread.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    # A handler that was not set from Python is None, and could not be restored.
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
 
     def cancel(signal_number: int, frame: FrameType | None) -> None:
         generation.cancel()
 
-    before = signal.signal(signal.SIGINT, cancel)
+    signal.signal(signal.SIGINT, cancel)
     try:
         yield
     finally:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from hybrid.interrupts import is_our_command
+
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -15,9 +17,7 @@ def refuse(error: ImportError) -> NoReturn:
     Such a process has no caller that could handle the error, and a traceback would hide what to do.
     """
     message = _explain(error)
-    arguments = sys.orig_argv
-    module = arguments[arguments.index("-m") + 1] if "-m" in arguments[:-1] else ""
-    if module.partition(".")[0] in ("hybrid", "predictors", "profiler"):
+    if is_our_command():
         sys.exit(f"hybrid: {message}")
     raise ImportError(message) from error
 

@@ -1,0 +1,31 @@
+"""What `hybrid.__all__` lists. Importing this module imports the whole engine."""
+
+# ruff: noqa: F401
+from __future__ import annotations
+
+from hybrid.engine.engine import Engine, EngineStats
+from hybrid.engine.generation import Generation, GenerationStats, TokenLogprobs
+from hybrid.engine.loading.prediction import Prediction
+from hybrid.engine.options import GenerationOptions, LoadOptions
+from hybrid.engine.session import Observation, Session
+from hybrid.errors import (
+    ContextOverflow,
+    DeviceFailed,
+    DeviceUnavailable,
+    DownloadFailed,
+    EngineClosed,
+    HybridError,
+    InvalidArtifact,
+    InvalidCheckpoint,
+    InvalidOption,
+    MissingPackage,
+    ModelNotFound,
+    OutOfMemory,
+    UnsupportedIsa,
+    UnsupportedModel,
+)
+from hybrid.hub.loading import load
+from hybrid.kernels import active_isa
+from hybrid.progress import Progress
+from hybrid.text.sampling import Sampler, SamplingParams
+from hybrid.text.tokenizer import ChatMessage
