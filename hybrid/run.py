@@ -26,7 +26,7 @@ from hybrid import (
     InvalidOption,
     active_isa,
 )
-from hybrid.cli.closing_line import closing_line
+from hybrid.cli.closing_line import ClosingLine
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_device_options,
@@ -77,7 +77,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="chat with the model; the same as -i unless there is a prompt (needs a template)",
     )
     add("--system", help="system message at the start of a chat (default: none)")
-    add("-t", "--threads", type=int, help="number of threads (default: the physical cores)")
+    add(
+        "-t",
+        "--threads",
+        type=int,
+        help="number of threads (default: one per core that it may use)",
+    )
     add(
         "-c",
         "--ctx-size",
@@ -200,7 +205,8 @@ def answer(engine: Engine, prompt: str, args: argparse.Namespace) -> int:
                 for token, logprob in entry.top
             )
             print(f"{entry.logprob:9.4f} {entry.text!r:16} {likeliest}".rstrip(), file=sys.stderr)
-        print(closing_line(engine, generation), file=sys.stderr)
+        describe = ClosingLine(measures_bandwidth=args.verbose)
+        print(describe(engine, generation), file=sys.stderr)
     return 130 if generation.finish_reason == "cancelled" else 0
 
 
@@ -248,7 +254,9 @@ def run(args: argparse.Namespace) -> int:
             generation_options(args),
             system=args.system,
             is_chat=engine.tokenizer.has_chat_template and not args.raw,
-            display=Display(closing_line, not args.no_stream, args.verbose),
+            display=Display(
+                ClosingLine(measures_bandwidth=args.verbose), not args.no_stream, args.verbose
+            ),
         )
         conversation.run(first=prompt)
         return 0

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import psutil
 
 from hybrid import Engine, Generation, OutOfMemory
 
-_stream_gbs: dict[Engine, float | None] = {}
 
+class ClosingLine:
+    """Describes the generations of one engine.
 
-def measured_stream_gbs(engine: Engine) -> float | None:
-    """Return the memory bandwidth in GB/s, measured once per engine.
-
-    Returns None if there is not enough memory to measure it.
+    `measures_bandwidth` adds the share of the memory's bandwidth. The first line then takes half a
+    second and 1 GiB of memory. The share is left out if there is less memory.
     """
-    if engine not in _stream_gbs:
-        try:
-            _stream_gbs[engine] = engine.measure_stream_gbs()
-        except OutOfMemory:
-            _stream_gbs[engine] = None
-    return _stream_gbs[engine]
+
+    def __init__(self, *, measures_bandwidth: bool = False) -> None:
+        self._measures_bandwidth = measures_bandwidth
+        self._stream_gbs: float | None = None
+
+    def __call__(self, engine: Engine, generation: Generation) -> str:
+        # A small model's weights stay in the CPU's cache, so memory bandwidth is no limit.
+        if self._measures_bandwidth and not (engine.plan.uses_gpu or engine.fits_in_cache):
+            self._measures_bandwidth = False  # once is enough
+            with suppress(OutOfMemory):
+                self._stream_gbs = engine.measure_stream_gbs()
+        return closing_line(engine, generation, self._stream_gbs)
 
 
-def closing_line(engine: Engine, generation: Generation) -> str:
+def closing_line(engine: Engine, generation: Generation, stream_gbs: float | None = None) -> str:
+    """Return the line. `stream_gbs` is the memory's bandwidth in GB/s; None leaves it out."""
     stats = generation.stats
     prompt = f"prompt {stats.prompt_tokens} tokens"
     if stats.cached_tokens:
@@ -30,9 +38,8 @@ def closing_line(engine: Engine, generation: Generation) -> str:
     decode = f"generated {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
     if stats.decode_steps and not engine.plan.uses_gpu:
         decode += f", {stats.decode_gbs:.1f} GB/s"
-        # A small model's weights stay in the CPU's cache, so memory bandwidth is no limit.
-        if not engine.fits_in_cache and (stream := measured_stream_gbs(engine)):
-            decode += f" ({stats.decode_gbs / stream:.0%} of bandwidth)"
+        if stream_gbs is not None:
+            decode += f" ({stats.decode_gbs / stream_gbs:.0%} of bandwidth)"
     parts = [f"{prompt}, {stats.prefill_tps:.1f} tok/s", decode]
     if stats.active_fraction is not None:
         parts.append(f"{stats.active_fraction:.1%} of FFN neurons active")
