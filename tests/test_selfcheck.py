@@ -335,10 +335,7 @@ def test_a_short_context_is_checked_as_far_as_it_goes(tmp_path):
 
 
 def test_too_little_memory_gives_a_warning(monkeypatch):
-    class Nothing:
-        available = 1000
-
-    monkeypatch.setattr(setting.psutil, "virtual_memory", Nothing)
+    monkeypatch.setattr(setting, "available_memory_bytes", lambda: 1000)
     with open_checkpoint(STORIES) as checkpoint:
         check = setting.check_memory(checkpoint.config, "q8")
     assert check.verdict == "warning"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
-
 from hybrid.checking.check import Check, Figures
 from hybrid.engine.options import Quant
 from hybrid.engine.oracle.comparison import oracle_bytes
 from hybrid.errors import UnsupportedIsa
 from hybrid.hub import checksum
 from hybrid.kernels import Format, active_isa, available_isas, check_isa_cap
+from hybrid.limits import allowed_threads
 from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import available_memory_bytes
 from hybrid.weights.layout import packed_layout
@@ -100,9 +99,9 @@ def check_memory(config: ModelConfig, quant: Quant) -> Check:
 
 
 def check_threads(n_threads: int) -> Check:
-    cores = psutil.cpu_count(logical=False) or n_threads
-    message = f"{n_threads} for {cores} physical cores."
-    figures: Figures = {"threads": n_threads, "physical_cores": cores}
+    cores = allowed_threads()
+    message = f"{n_threads} for {cores} cores that this process may use."
+    figures: Figures = {"threads": n_threads, "cores": cores}
     if n_threads > cores:
         advice = f"More threads than cores only wait for one another: use -t {cores}."
         return Check("threads", "warning", message, advice, figures)

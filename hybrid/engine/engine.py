@@ -149,12 +149,16 @@ class Engine:
     def measure_stream_gbs(self) -> float:
         """Measure the memory bandwidth in GB/s with the engine's threads.
 
-        This takes half a second and 1 GiB of memory. Raises OutOfMemory, EngineClosed.
+        This takes half a second and 1 GiB of memory. Raises EngineClosed, and OutOfMemory unless
+        1.5 GiB is free.
         """
         try:
             return measure_stream_gbs(self._open().pool)
         except MemoryError:
-            raise OutOfMemory("measuring the memory bandwidth needs 1 GiB of free memory") from None
+            raise OutOfMemory(
+                "measuring the memory bandwidth needs 1.5 GiB of free memory, but this machine or "
+                "container has less"
+            ) from None
 
     def expected_decode_bytes(
         self,

@@ -55,7 +55,7 @@ class DeviceRequest:
 class LoadOptions:
     """How a model is loaded; `hybrid.load` describes each option. Raises InvalidOption."""
 
-    threads: int | None = None  # None: the physical cores
+    threads: int | None = None  # None: one per core that the process may use
     quant: Quant = "q8"
     context_size: int | None = None  # tokens; None: 4096, or the model's maximum if that is less
     mmap: bool | None = None  # None: only if the weights do not fit into memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from pathlib import Path
@@ -10,19 +9,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from hybrid import limits
 from hybrid.kernels import ThreadPool, _native
 
 STREAM_BYTES = 1 << 30  # far larger than any cache
+STREAM_RESERVE_BYTES = 1 << 29
 STREAM_PASSES = 5
 
 
 def default_threads() -> int:
-    """Return the number of physical cores that this process may use.
-
-    More threads would only compete for the same memory bandwidth.
-    """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))
+    """Return the number of threads to use if the user names none: one per allowed core."""
+    return limits.allowed_threads()
 
 
 def last_level_cache_bytes() -> int | None:
@@ -39,24 +36,19 @@ def last_level_cache_bytes() -> int | None:
 
 
 def available_memory_bytes() -> int:
-    """Return the memory that is free without swapping, within a container's limit."""
-    available = psutil.virtual_memory().available
-    try:  # https://docs.kernel.org/admin-guide/cgroup-v2.html
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            available = min(available, int(limit) - used)
-    except (OSError, ValueError):
-        pass
-    return max(available, 0)
+    """Return the memory that is free without swapping, within the limits of all control groups."""
+    return limits.memory_left(psutil.virtual_memory().available)
 
 
 def measure_stream_gbs(pool: ThreadPool) -> float:
     """Measure the memory bandwidth in GB/s (1e9 bytes) with the threads of `pool`.
 
     It is the best of several read-only SIMD passes over huge-page memory. This takes about half a
-    second and 1 GiB. Raises MemoryError.
+    second and 1 GiB. Raises MemoryError if less than that and a reserve for others is free, because
+    the system would end this process, or another one.
     """
+    if available_memory_bytes() < STREAM_BYTES + STREAM_RESERVE_BYTES:
+        raise MemoryError
     memory = _native.allocate_bytes(STREAM_BYTES).view(np.float32)
     memory[:] = 1.0  # untouched pages would all map to one page of zeros
     best = float("inf")

@@ -7,7 +7,6 @@ layer are in memory at a time.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION, BIAS_DIMS, SyntheticWeights
 from hybrid.kernels import Format, reference
+from hybrid.limits import allowed_threads
 from hybrid.model.families import expected_tensors
 from hybrid.model.forward import forward_layer
 from hybrid.model.weights import LayerWeights, read_layer
@@ -48,7 +48,7 @@ def calibrate(
         if layer is not None:
             sizes[layer] += 2 * int(np.prod(shape))
     progress(task, 0, sum(sizes))
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
+    with ThreadPoolExecutor(allowed_threads()) as workers:
         batch = _Batch(weights, format, workers)
         x = batch.embed()
         for layer in range(config.n_layers):
