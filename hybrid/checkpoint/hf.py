@@ -33,10 +33,10 @@ _HASH_BLOCKS, _HASH_BYTES = 32, 4096
 _MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
 
 
-class Readable(Protocol):
-    """A tensor that is in a file, or is made when it is read."""
+class Generated(Protocol):
+    """A tensor that is in no file and is made when it is used."""
 
-    def fp32(self) -> np.ndarray: ...
+    def make(self) -> Tensor: ...
 
 
 class SourceFile(NamedTuple):
@@ -59,7 +59,7 @@ class Checkpoint:
         self,
         folder: Path,
         config: ModelConfig,
-        tensors: Mapping[tuple[str, int | None], Readable],
+        tensors: Mapping[tuple[str, int | None], Tensor | Generated],
         *,
         sources: tuple[SourceFile, ...],
         is_synthetic: bool = False,
@@ -70,13 +70,20 @@ class Checkpoint:
         self.sources = sources  # the files that the weights come from
         self.is_synthetic = is_synthetic  # random weights, to measure speed
         self.notices = notices  # one line each, for the user
-        self._tensors: Mapping[tuple[str, int | None], Readable] | None = tensors
+        self._tensors: Mapping[tuple[str, int | None], Tensor | Generated] | None = tensors
 
     def read(self, role: str, layer: int | None = None) -> np.ndarray:
         """Return the float32 weights of a role, such as "embedding", or "gate" of a layer.
 
         This is a new array, or a read-only view of the file if it holds contiguous float32. Raises
-        EngineClosed after `close`, and InvalidOption for an unknown role or layer.
+        the errors of `tensor`.
+        """
+        return self.tensor(role, layer).fp32()
+
+    def tensor(self, role: str, layer: int | None = None) -> Tensor:
+        """Return the weights of a role as a tensor, which can be read part by part.
+
+        Raises EngineClosed after `close`, and InvalidOption for an unknown role or layer.
         """
         if self._tensors is None:
             raise EngineClosed(f"{self.folder}: this checkpoint was closed; open it again")
@@ -89,7 +96,7 @@ class Checkpoint:
                 f"no weights for role {role!r} of layer {layer}; roles are {', '.join(roles)}, "
                 f"layers 0 to {self.config.n_layers - 1}"
             )
-        return tensor.fp32()
+        return tensor if isinstance(tensor, Tensor) else tensor.make()
 
     @cached_property
     def weights_hash(self) -> str:

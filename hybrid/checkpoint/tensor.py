@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 
 DType = Literal["F32", "F16", "BF16"]
+# An index into a tensor, such as (slice(0, 256),). Empty: all of it.
+Part = tuple[slice | NDArray[np.intp], ...]
 
 # Files are little-endian on every machine. NumPy has no bfloat16, so its bits stay integers.
 _ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
@@ -42,25 +45,45 @@ class Tensor:
     def shape(self) -> tuple[int, ...]:
         return self.data.shape
 
-    def fp32(self) -> np.ndarray:
-        """Return the values as contiguous float32; a view of the file if it already holds that."""
-        data = self.data if self.unmapped is None else self._read(*self.unmapped)
+    def fp32(self, part: Part = ()) -> np.ndarray:
+        """Return the values of a part as contiguous float32.
+
+        They are a view of the file if it already holds that. Without mmap, a part other than a
+        range of rows reads the whole tensor first; `in_memory` does that once for many parts.
+        """
+        data = self.data
+        if self.unmapped is not None:
+            match part:
+                case (slice() as rows,):
+                    data, part = self._read(*self.unmapped, rows), ()
+                case _:
+                    data = self._read(*self.unmapped)
+        if part:
+            data = data[part]
         if self.dtype == "BF16":
             bits = data.astype(np.uint32, order="C")
             bits <<= 16  # a bfloat16 is the upper half of a float32
             return bits.view(np.float32)
         return np.require(data, np.float32, ["C", "A"])
 
-    def _read(self, path: Path, begin: int, inode: int) -> np.ndarray:
-        """Read the values from the file.
+    def in_memory(self) -> Tensor:
+        """Return the tensor itself if it is mapped. If not, return one with the values read."""
+        if self.unmapped is None:
+            return self
+        return Tensor(self.name, self.dtype, self._read(*self.unmapped))
+
+    def _read(self, path: Path, begin: int, inode: int, rows: slice | None = None) -> np.ndarray:
+        """Read the values from the file, or those of some rows.
 
         Raises InvalidCheckpoint if the file was replaced or shrinks. If a mapped file shrinks, the
         process ends.
         """
-        itemsize, strides = self.data.itemsize, self.data.strides
+        itemsize, strides, shape = self.data.itemsize, self.data.strides, self.shape
+        if rows is not None:
+            first, last, _ = rows.indices(shape[0])
+            begin, shape = begin + first * strides[0], (last - first, *shape[1:])
         n = 1 + sum(
-            (size - 1) * stride // itemsize
-            for size, stride in zip(self.shape, strides, strict=True)
+            (size - 1) * stride // itemsize for size, stride in zip(shape, strides, strict=True)
         )
         try:
             with path.open("rb") as file:
@@ -71,7 +94,7 @@ class Tensor:
             raise InvalidCheckpoint(f"{path}: cannot be read: {error}") from error
         if values.size < n:
             raise InvalidCheckpoint(f"{path}: became shorter while it was read; download it again")
-        return np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
+        return np.lib.stride_tricks.as_strided(values, shape, strides, writeable=False)
 
 
 class WeightFile(Protocol):

@@ -13,8 +13,8 @@ from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hybrid.checkpoint import Tensor
 from hybrid.errors import InvalidArtifact
 from hybrid.kernels import Format, Session, ThreadPool, _native, active_isa
 from hybrid.model.config import ModelConfig
@@ -129,6 +129,7 @@ def _shape(config: ModelConfig, format: Format) -> ModelConfig:
     config = replace(config, vocab_size=_VOCAB, has_tied_head=True)
     one = packed_layout(replace(config, n_layers=1), format).n_bytes
     far = max(_CACHES * (last_level_cache_bytes() or 0), 64 << 20)
+    far = min(far, available_memory_bytes() // 2)
     return replace(config, n_layers=max(1, min(config.n_layers, -(-far // one))))
 
 
@@ -140,12 +141,12 @@ class _Random:
         self._shapes = {tensor.role: tensor.shape for tensor in expected_tensors(config)}
         self._rng = np.random.default_rng(0)
 
-    def read(self, role: str, layer: int | None = None) -> NDArray[np.float32]:
+    def tensor(self, role: str, layer: int | None = None) -> Tensor:
         shape = self._shapes[role]
         if len(shape) == 1:
-            return np.ones(shape, np.float32)
+            return Tensor(role, "F32", np.ones(shape, np.float32))
         w = self._rng.standard_normal(shape, np.float32)
-        return w / np.float32(np.sqrt(self.config.hidden_size))
+        return Tensor(role, "F32", w / np.float32(np.sqrt(self.config.hidden_size)))
 
 
 def _random_model(config: ModelConfig, format: Format) -> PackedModel:

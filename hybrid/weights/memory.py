@@ -22,6 +22,7 @@ from hybrid.weights.packed_rows import Buffer
 
 READ_BYTES = 32 << 20  # bytes of one read
 MOVE_BYTES = 16 << 20  # bytes copied at once in the background; whole huge pages
+SYNC_BYTES = 32 << 20  # bytes written before they are forced to the disk
 
 
 class FileChanged(Exception):
@@ -78,6 +79,43 @@ def read_file(path: Path, offset: int, n_bytes: int, n_threads: int) -> Buffer:
 
         list(workers.map(read, range(0, n_bytes, READ_BYTES)))
     return buffer
+
+
+class MappedOutput:
+    """A new file's bytes from `offset` on, mapped for writing.
+
+    What has been written is forced to the disk again and again. The system cannot drop pages that
+    only memory holds, so if there were many, it would end a process with little memory.
+    """
+
+    def __init__(self, file: BinaryIO, offset: int, n_bytes: int) -> None:
+        """The file already has its whole length. Raises OSError."""
+        self._file = file.fileno()
+        self._mapping = mmap.mmap(self._file, offset + n_bytes)
+        self.buffer: Buffer = np.frombuffer(self._mapping, np.uint8)[offset:]
+        self._lock = threading.Lock()
+        self._unsynced = 0
+
+    def written(self, n_bytes: int) -> None:
+        """Count bytes that were written into the buffer. Any thread may call it. Raises OSError."""
+        with self._lock:
+            self._unsynced += n_bytes
+            if self._unsynced >= SYNC_BYTES:
+                self._unsynced = 0
+                sync(self._file)
+
+
+def write_in_parts(file: BinaryIO, buffer: Buffer) -> None:
+    """Write the buffer, and force each part to the disk, for the same reason as MappedOutput."""
+    for first in range(0, buffer.size, SYNC_BYTES):
+        file.write(buffer[first : first + SYNC_BYTES].data)
+        file.flush()
+        sync(file.fileno())
+
+
+def sync(file: int) -> None:
+    """Force a file's content to the disk. Raises OSError."""
+    getattr(os, "fdatasync", os.fsync)(file)
 
 
 def check_length(file: BinaryIO, n_bytes: int) -> None:

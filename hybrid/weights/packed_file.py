@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import mmap
 import os
 import re
 import struct
@@ -19,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
 from hybrid.errors import OutOfMemory
 from hybrid.files import replacing
 from hybrid.progress import Progress, ignore_progress
@@ -28,11 +25,13 @@ from hybrid.weights.layout import PackedLayout
 from hybrid.weights.memory import (
     BackgroundCopy,
     FileChanged,
+    MappedOutput,
     allocate,
     copy_in_background,
     lock,
     map_file,
     read_file,
+    write_in_parts,
 )
 from hybrid.weights.packed_rows import ALIGNMENT, Buffer
 from hybrid.weights.packing import (
@@ -112,7 +111,11 @@ def load_packed(
     ) -> LoadedModel:
         copying = memory if isinstance(memory, BackgroundCopy) else None
         buffer = memory.buffer if isinstance(memory, BackgroundCopy) else memory
-        refused = lock(buffer) if use_mlock else []
+        refused = []
+        if use_mlock and not fits_memory:  # the system would end the process instead of refusing
+            refused = ["mlock: the weights do not fit into memory, so they are not locked"]
+        elif use_mlock:
+            refused = lock(buffer)
         return LoadedModel(
             view_packed(buffer, layout),
             n_bytes,
@@ -123,7 +126,7 @@ def load_packed(
             (*notices, *refused),
         )
 
-    def pack(buffer: Buffer) -> Buffer:
+    def pack(buffer: Buffer | MappedOutput) -> None:
         pack_model(
             checkpoint,
             layout,
@@ -132,10 +135,19 @@ def load_packed(
             n_threads=n_threads,
             progress=progress,
         )
+
+    def packed() -> Buffer:
+        buffer = allocate(n_bytes)
+        pack(buffer)
         return buffer
 
+    if cache is None and not fits_memory:
+        raise OutOfMemory(
+            "the weights do not fit into memory, and there is no folder for a file of them; set "
+            "HYBRID_HOME to a folder with free space"
+        )
     if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
-        return loaded(pack(allocate(n_bytes)), *(["mmap: there is no file to map"] * use_mmap))
+        return loaded(packed(), *(["mmap: there is no file to map"] * use_mmap))
     path = cache / _file_name(checkpoint, layout)
     header = _header(checkpoint, layout, order_hash(neuron_orders))
     if _is_current(path, header, n_bytes):
@@ -155,23 +167,21 @@ def load_packed(
             with replacing(path, len(header) + n_bytes) as file:
                 file.write(header)
                 file.flush()
-                mapping = mmap.mmap(file.fileno(), len(header) + n_bytes)
-                pack(np.frombuffer(mapping, np.uint8)[len(header) :])
-                mapping.flush()
+                pack(MappedOutput(file, len(header), n_bytes))
             return loaded(map_file(path, len(header), n_bytes), is_mapped=True)
-        buffer = pack(allocate(n_bytes))
+        buffer = packed()
     except (OSError, FileChanged) as error:
         if not fits_memory:
             raise OutOfMemory(
                 f"{_not_kept(path, error)}; without that file the weights must fit into memory, "
                 "but they do not"
             ) from error
-        return loaded(pack(allocate(n_bytes)), _not_kept(path, error))
+        return loaded(packed(), _not_kept(path, error))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with replacing(path, len(header) + n_bytes) as file:
             file.write(header)
-            file.write(buffer.data)
+            write_in_parts(file, buffer)
     except OSError as error:
         return loaded(buffer, _not_kept(path, error))
     return loaded(buffer)

@@ -10,8 +10,9 @@ with each row's values and scales contiguous. The neurons of a layer may have an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +23,10 @@ from hybrid.kernels import Format, Preview, Rows, _native
 from hybrid.model.config import ModelConfig
 from hybrid.model.weights import LayerWeights, ModelWeights
 from hybrid.progress import Progress, ignore_progress
+from hybrid.weights.formats import TILE_ROWS
 from hybrid.weights.layout import PackedArray, PackedLayout
 from hybrid.weights.packed_rows import (
+    CHUNK_ROWS,
     Buffer,
     bundle_rows,
     pack_bit_reversed_into,
@@ -32,15 +35,27 @@ from hybrid.weights.packed_rows import (
     pack_row_major_into,
     row_major_rows,
 )
-from hybrid.weights.preview import pack_preview_into
+from hybrid.weights.preview import pack_preview_into, preview_bytes
 
 PackedModel = ModelWeights[Rows]
 # Per layer: for each packed position, the checkpoint's index of the neuron.
 NeuronOrders = Sequence[NDArray[np.intp]]
 SOURCE_ORDER = "as in the source"
+PART_BYTES = (
+    4 << 20
+)  # fp32 weights that a thread reads at once, so that packing needs little memory
 
 # Largest weight of a format: the largest fp16 scale times the largest integer.
 LARGEST = {Format.q8: 65504.0 * 127, Format.q4: 65504.0 * 8}
+
+
+class SourceTensor(Protocol):
+    """A tensor whose values are read part by part, by an index such as (slice(0, 256),)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def fp32(self, part: tuple[slice | NDArray[np.intp], ...] = ()) -> NDArray[np.float32]: ...
+    def in_memory(self) -> SourceTensor: ...
 
 
 class Source(Protocol):
@@ -48,34 +63,48 @@ class Source(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
-    def read(self, role: str, layer: int | None = None) -> NDArray[np.float32]: ...
+    def tensor(self, role: str, layer: int | None = None) -> SourceTensor: ...
+
+
+class Output(Protocol):
+    """Memory for packed weights that wants to know how much of it has been written."""
+
+    @property
+    def buffer(self) -> Buffer: ...
+    def written(self, n_bytes: int) -> None: ...
 
 
 def pack_model(
     source: Source,
     layout: PackedLayout,
     *,
-    buffer: Buffer | None = None,
+    buffer: Buffer | Output | None = None,
     neuron_orders: NeuronOrders | None = None,
     n_threads: int = 1,
     progress: Progress = ignore_progress,
 ) -> PackedModel:
     """Read and pack all weights into `buffer`, or into new huge-page memory.
 
+    Weights are read part by part: beside `buffer`, each thread needs some times PART_BYTES.
     `neuron_orders[layer][i]` is the checkpoint's neuron that is packed at position i. The bytes do
     not depend on `n_threads`. Raises InvalidCheckpoint if weights are not finite or exceed the
     format's range.
     """
-    target = _native.allocate_bytes(layout.n_bytes) if buffer is None else buffer
+    output = buffer if buffer is not None else _native.allocate_bytes(layout.n_bytes)
+    target = output if isinstance(output, np.ndarray) else output.buffer
 
     def pack(arrays: Sequence[PackedArray]) -> int:
-        first = arrays[0]
-        weights = [
-            _read(source, first.format, role, first.layer, neuron_orders) for role in first.roles
+        first, n_bytes = arrays[0], sum(array.n_bytes for array in arrays)
+        roles = [
+            _open(source, first.format, role, first.layer, neuron_orders) for role in first.roles
         ]
-        for array in arrays:
-            _pack_array(array, weights, target)
-        return sum(array.n_bytes for array in arrays)
+        for rows in _parts(first):
+            weights = _read(roles, rows, first)
+            for array in arrays:
+                _pack_rows(array, rows, weights, target)
+            if not isinstance(output, np.ndarray):
+                output.written(n_bytes * (rows.stop - rows.start) // first.n_rows)
+        return n_bytes
 
     task, done = f"packing to {layout.format.name}", 0
     progress(task, 0, layout.n_bytes)
@@ -108,41 +137,95 @@ def _by_source(layout: PackedLayout) -> list[list[PackedArray]]:
     return list(groups.values())
 
 
-def _read(
+@dataclass(frozen=True, slots=True)
+class _Role:
+    """A role's rows in packed order."""
+
+    tensor: SourceTensor
+    name: str
+    format: Format
+    # Neuron-major: row j is what neuron j adds to the output.
+    is_transposed: bool
+    order: NDArray[np.intp] | None  # of the rows; None: the source's
+
+    @property
+    def n_rows(self) -> int:
+        shape = self.tensor.shape
+        return 1 if len(shape) == 1 else shape[1 if self.is_transposed else 0]
+
+    def read(self, rows: slice) -> NDArray[np.float32]:
+        """Return some rows. Raises InvalidCheckpoint if the format cannot hold them."""
+        if len(self.tensor.shape) == 1:
+            w = self.tensor.fp32()
+        else:
+            index = rows if self.order is None else self.order[rows]
+            w = self.tensor.fp32((slice(None), index) if self.is_transposed else (index,))
+        check_range(self.format, w, self.name)
+        return w.T if self.is_transposed else w
+
+
+def _open(
     source: Source,
     format: Format,
     role: str,
     layer: int | None,
     neuron_orders: NeuronOrders | None,
-) -> NDArray[np.float32]:
-    w = source.read(role, layer)
-    check_range(format, w, role if layer is None else f"{role} of layer {layer}")
-    if role == "down":
-        w = w.T  # neuron-major: row j is what neuron j adds to the output
+) -> _Role:
+    tensor = source.tensor(role, layer)
+    order = None
     if neuron_orders is not None and layer is not None and role in ("gate", "up", "down"):
-        w = w[neuron_orders[layer]]
-    return w
+        order = neuron_orders[layer]
+    if role == "down" or order is not None:
+        tensor = tensor.in_memory()  # its parts are spread over the whole tensor
+    name = role if layer is None else f"{role} of layer {layer}"
+    return _Role(tensor, name, format, role == "down", order)
 
 
-def _pack_array(array: PackedArray, weights: Sequence[NDArray[np.float32]], buffer: Buffer) -> None:
-    """Pack the weights of the array's roles into its part of the buffer."""
+def _read(roles: Sequence[_Role], rows: slice, array: PackedArray) -> list[NDArray[np.float32]]:
+    """Return the weights of some rows: side by side for bundles, else one after the other."""
+    if array.layout == "bundles":
+        return [role.read(rows) for role in roles]
+    weights, begin = [], 0
+    for role in roles:
+        first, last = max(rows.start - begin, 0), min(rows.stop - begin, role.n_rows)
+        if first < last:
+            weights.append(role.read(slice(first, last)))
+        begin += role.n_rows
+    return weights
+
+
+def _parts(array: PackedArray) -> Iterator[slice]:
+    """Yield ranges of rows of about PART_BYTES in fp32. They begin at whole tiles of every kind."""
+    step = max(1, PART_BYTES // (4 * array.n_cols * CHUNK_ROWS)) * CHUNK_ROWS
+    for first in range(0, array.n_rows, step):
+        yield slice(first, min(first + step, array.n_rows))
+
+
+def _pack_rows(
+    array: PackedArray, rows: slice, weights: Sequence[NDArray[np.float32]], buffer: Buffer
+) -> None:
+    """Pack the rows of the array's roles into its part of the buffer."""
     target, format = array.of(buffer), array.format
     if array.layout == "bundles":
         up, down = weights
-        pack_bundles_into(format, up, down, target.reshape(array.n_rows, -1))
+        pack_bundles_into(format, up, down, target.reshape(array.n_rows, -1)[rows])
         return
     w = weights[0] if len(weights) == 1 else np.concatenate(weights)
     match array.layout:
         case "norm":
             target[:] = np.ascontiguousarray(w, np.float32).view(np.uint8)
         case "interleaved":
-            pack_interleaved(format, w, target)
+            end = -(-rows.stop // TILE_ROWS) * TILE_ROWS
+            pack_interleaved(
+                format, w, target[rows.start * array.row_bytes : end * array.row_bytes]
+            )
         case "row_major":
-            pack_row_major_into(format, w, target.reshape(array.n_rows, -1))
+            pack_row_major_into(format, w, target.reshape(array.n_rows, -1)[rows])
         case "bit_reversed":
-            pack_bit_reversed_into(format, w, target.reshape(array.n_rows, -1))
+            pack_bit_reversed_into(format, w, target.reshape(array.n_rows, -1)[rows])
         case "preview":
-            pack_preview_into(w, target)
+            begin = preview_bytes(rows.start, array.n_cols)
+            pack_preview_into(w, target[begin : preview_bytes(rows.stop, array.n_cols)])
 
 
 def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:

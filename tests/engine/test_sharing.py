@@ -10,6 +10,7 @@ import pytest
 from tiny_models import write_chat_model, write_model
 
 import hybrid
+from hybrid.engine.loading import choices
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption
 from hybrid.text.tokenizer import ChatMessage
 
@@ -362,7 +363,8 @@ def test_no_logprobs_by_default(engine):
 def test_weights_beyond_free_memory_are_mapped_or_refused(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "model", vocab_size=4096)
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("hybrid.engine.loading.choices.available_memory_bytes", lambda: 1000)
+    available = choices.WORKING_BYTES + 1000
+    monkeypatch.setattr(choices, "available_memory_bytes", lambda: available)
     with pytest.raises(hybrid.OutOfMemory, match="mmap"):
         hybrid.load(folder, mmap=False)
     with hybrid.load(folder) as engine:
@@ -370,6 +372,13 @@ def test_weights_beyond_free_memory_are_mapped_or_refused(tmp_path, monkeypatch)
         assert any("mapped from disk" in notice for notice in engine.notices)
         assert text_of(engine.generate("A", max_tokens=3, seed=1))
     assert list(Path(tmp_path / "home" / "packed").glob("*.safetensors"))
+
+
+def test_memory_that_holds_nothing_but_weights_is_too_little(monkeypatch):
+    monkeypatch.setattr(choices, "available_memory_bytes", lambda: choices.WORKING_BYTES - 1)
+    for mmap in (None, True, False):
+        with pytest.raises(hybrid.OutOfMemory, match="limit of this container"):
+            hybrid.load("stories", mmap=mmap)
 
 
 @pytest.mark.parametrize("timed", [False, True])

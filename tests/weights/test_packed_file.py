@@ -147,6 +147,12 @@ def test_without_a_cache_nothing_is_kept(model):
     assert "no file" in loaded.notices[0]
 
 
+def test_weights_that_do_not_fit_and_cannot_be_kept_are_an_error(model):
+    for use_mmap in (True, False):
+        with pytest.raises(OutOfMemory, match="HYBRID_HOME"):
+            load(model, None, use_mmap=use_mmap, fits_memory=False)
+
+
 # Stale and damaged files
 
 
@@ -304,6 +310,13 @@ def test_weights_are_locked_if_mlock_is_set(model, tmp_path, use_mmap):
     assert (locked_kb() - before) * 1024 >= locked.n_bytes
     del locked
     assert locked_kb() == before
+
+
+def test_weights_that_do_not_fit_are_not_locked(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("hybrid.weights.memory._native.lock_bytes", None)
+    loaded = load(model, tmp_path, use_mmap=True, use_mlock=True, fits_memory=False)
+    assert not loaded.is_locked
+    assert any("do not fit" in notice for notice in loaded.notices)
 
 
 def test_a_refused_lock_is_reported(model, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from hybrid.checkpoint.synthetic.calibration import (
     calibrate,
 )
 from hybrid.checkpoint.synthetic.weights import RECIPE, SyntheticWeights
+from hybrid.checkpoint.tensor import Tensor
 from hybrid.errors import InvalidCheckpoint, ModelNotFound
 from hybrid.files import replacing, write_atomically
 from hybrid.kernels import Format
@@ -185,9 +186,9 @@ class _Generated:
     layer: int | None
     gate_bias: np.ndarray  # (n_layers, n_neurons)
 
-    def fp32(self) -> np.ndarray:
+    def make(self) -> Tensor:
         bias = self.gate_bias[self.layer] if self.role == "gate" else None
-        return self.weights.make(self.role, self.layer, bias)
+        return Tensor(self.role, "F32", self.weights.make(self.role, self.layer, bias))
 
 
 def _bias_file(calibration: Calibration, identity: dict[str, Any]) -> bytes:

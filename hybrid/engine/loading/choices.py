@@ -17,6 +17,10 @@ from hybrid.placement.profile import check_profile, find_profile, load_profile
 from hybrid.weights import preview
 from hybrid.weights.packing import NeuronOrders
 
+# Memory that loading and a short answer need beside the weights. While the weights are packed, each
+# thread holds some parts of them. Later the KV cache grows instead.
+WORKING_BYTES = 64 << 20
+
 
 def choose_orders(
     checkpoint: Checkpoint,
@@ -48,10 +52,16 @@ def choose_mmap(mmap: bool | None, weight_bytes: int, notices: Notices) -> tuple
     """Return whether to map the weights, and whether they fit into memory.
 
     If `mmap` is None, the weights are mapped only if free memory is too small for them. Raises
-    OutOfMemory if they may not be mapped and do not fit.
+    OutOfMemory if they may not be mapped and do not fit, or if not even mapped weights can be used.
     """
     available = available_memory_bytes()
-    fits = weight_bytes <= available
+    if available < WORKING_BYTES:
+        raise OutOfMemory(
+            f"{available / 1e6:.0f} MB of memory is free, but loading needs at least "
+            f"{WORKING_BYTES / 1e6:.0f} MB beside the weights; close other programs, or raise the "
+            "limit of this container"
+        )
+    fits = weight_bytes + WORKING_BYTES <= available
     sizes = f"the weights need {weight_bytes / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory"
     if mmap is None and not fits:
         notices.add(f"{sizes} is free: they are mapped from disk, which may be slow")
