@@ -127,14 +127,20 @@ def load_packed(
         )
 
     def pack(buffer: Buffer | MappedOutput) -> None:
-        pack_model(
-            checkpoint,
-            layout,
-            buffer=buffer,
-            neuron_orders=neuron_orders,
-            n_threads=n_threads,
-            progress=progress,
-        )
+        try:
+            pack_model(
+                checkpoint,
+                layout,
+                buffer=buffer,
+                neuron_orders=neuron_orders,
+                n_threads=n_threads,
+                progress=progress,
+            )
+        except MemoryError:
+            raise OutOfMemory(
+                "there is too little memory to pack the weights; close other programs, or use "
+                "fewer threads"
+            ) from None
 
     def packed() -> Buffer:
         buffer = allocate(n_bytes)

@@ -110,7 +110,9 @@ def pack_model(
     progress(task, 0, layout.n_bytes)
     workers = ThreadPoolExecutor(n_threads)
     try:
-        for n_bytes in workers.map(pack, _by_source(layout)):
+        # With little memory one thread packs: this one, which needs no further stack.
+        run = workers.map if n_threads > 1 else map
+        for n_bytes in run(pack, _by_source(layout)):
             done += n_bytes
             progress(task, done, layout.n_bytes)
     finally:

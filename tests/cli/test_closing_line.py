@@ -1,4 +1,4 @@
-"""The closing line names the share of bandwidth only if it is requested and there is ample memory."""
+"""The closing line names the share of bandwidth only if requested, and with ample memory."""
 
 from __future__ import annotations
 

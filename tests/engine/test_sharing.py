@@ -12,6 +12,7 @@ from tiny_models import write_chat_model, write_model
 import hybrid
 from hybrid.engine.loading import choices
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption
+from hybrid.notices import Notices
 from hybrid.text.tokenizer import ChatMessage
 
 
@@ -372,6 +373,20 @@ def test_weights_beyond_free_memory_are_mapped_or_refused(tmp_path, monkeypatch)
         assert any("mapped from disk" in notice for notice in engine.notices)
         assert text_of(engine.generate("A", max_tokens=3, seed=1))
     assert list(Path(tmp_path / "home" / "packed").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("left", "n_threads"),
+    [(0, 1), (choices.THREAD_BYTES - 1, 1), (choices.THREAD_BYTES, 2), (10**9, 8)],
+)
+def test_with_little_memory_fewer_threads_pack(monkeypatch, left, n_threads):
+    for mmap, weight_bytes in ((True, 10**10), (None, 10**7)):
+        available = choices.WORKING_BYTES + left + (0 if mmap else weight_bytes)
+        monkeypatch.setattr(choices, "available_memory_bytes", lambda n=available: n)
+        options = hybrid.LoadOptions(mmap=mmap)
+        residence = choices.choose_residence(options, weight_bytes, 8, Notices())
+        assert residence.n_threads == n_threads
+        assert residence.use_mmap == bool(mmap)
 
 
 def test_memory_that_holds_nothing_but_weights_is_too_little(monkeypatch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import TINY, random_tensors, write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
@@ -24,6 +26,16 @@ SHAPE = {"vocab_size": 701, "intermediate_size": 602, "head_dim": 32, "tie_word_
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), **SHAPE)
+
+
+def write_as(folder: Path, dtype: str, **changes: object) -> Path:
+    """Write a random model whose weights are stored as another type."""
+    config = {key: value for key, value in (TINY | changes).items() if value is not None}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: w.astype(dtype) for name, w in random_tensors(config).items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def packed_bytes(folder: Path, layout: PackedLayout, orders=None, *, use_mmap=True) -> bytes:
@@ -54,16 +66,13 @@ def test_the_parts_do_not_change_a_byte(model, format, monkeypatch, is_ordered):
 @pytest.mark.parametrize("kind", ["float32", "float16", "transposed"])
 def test_parts_are_read_from_every_kind_of_file(tmp_path, format, monkeypatch, kind):
     torch = pytest.importorskip("torch")
-    config = {key: value for key, value in (TINY | SHAPE).items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tensors = random_tensors(config)
+    write_as(tmp_path, "float32" if kind == "transposed" else kind, **SHAPE)
     if kind == "transposed":
+        tensors = load_file(tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors").unlink()
         stored = {name: torch.from_numpy(w.T.copy()) for name, w in tensors.items()}
         stored = {name: w.T if w.ndim == 2 else w for name, w in stored.items()}
         torch.save(stored, tmp_path / "pytorch_model.bin")
-    else:
-        converted = {name: w.astype(kind) for name, w in tensors.items()}
-        save_file(converted, tmp_path / "model.safetensors")
     layout = layout_of(tmp_path, format)
     monkeypatch.setattr(packing, "PART_BYTES", 1 << 30)
     whole = packed_bytes(tmp_path, layout)
@@ -76,7 +85,8 @@ def test_parts_are_read_from_every_kind_of_file(tmp_path, format, monkeypatch, k
 def test_packing_holds_parts_of_the_weights_and_no_whole_matrix(tmp_path, monkeypatch, is_ordered):
     """NumPy reports what it allocates to tracemalloc, which the kernels' own memory does not."""
     changes = {"vocab_size": 8192, "hidden_size": 256, "num_attention_heads": 8}
-    folder = write_model(tmp_path, intermediate_size=8192, num_hidden_layers=1, **changes)
+    changes |= {"intermediate_size": 8192, "num_hidden_layers": 1}
+    folder = write_as(tmp_path, "float16", **changes)
     monkeypatch.setattr(packing, "PART_BYTES", 1 << 18)
     orders = [np.random.default_rng(0).permutation(8192)] if is_ordered else None
     with open_checkpoint(folder) as checkpoint:
@@ -110,3 +120,49 @@ def test_what_is_packed_into_a_file_is_forced_to_the_disk_meanwhile(model, tmp_p
         memory.write_in_parts(file, data)
     assert path.read_bytes() == data.tobytes()
     assert len(synced) == -(-data.size // 100_000)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+
+import hybrid.public  # its memory is there already
+from hybrid.checkpoint import open_checkpoint
+from hybrid.kernels import Format
+from hybrid.weights import packed_file
+from hybrid.weights.layout import packed_layout
+
+folder, use_mmap, extra = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
+status = Path("/proc/self/status").read_text()
+used = int(status.partition("VmData:")[2].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + extra, used + extra))
+packed_file.KEEP_FROM_BYTES = 0
+with open_checkpoint(Path(folder)) as checkpoint:
+    layout = packed_layout(checkpoint.config, Format.q8)
+    residence = packed_file.Residence(use_mmap)
+    try:
+        packed_file.load_packed(
+            checkpoint, layout, cache=Path(folder) / "packed", residence=residence
+        )
+        print("packed")
+    except hybrid.OutOfMemory as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit counts anonymous memory on Linux")
+def test_a_model_is_packed_into_its_file_under_a_real_limit(tmp_path):
+    """The largest matrix has 67 MB in fp32, and the packed model 18 MB."""
+    changes = {"vocab_size": 65536, "hidden_size": 256, "num_attention_heads": 8}
+    folder = write_as(tmp_path, "float16", num_hidden_layers=1, **changes)
+
+    def load(use_mmap: bool, extra: int) -> str:
+        arguments = [sys.executable, "-c", LIMITED, folder, str(use_mmap), str(extra)]
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert result.stderr == ""
+        return result.stdout
+
+    assert "use quant q4" in load(False, 16 << 20)
+    assert "too little memory to pack" in load(True, 2 << 20)
+    assert load(True, 16 << 20) == "packed\n"

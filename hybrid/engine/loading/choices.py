@@ -9,17 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.checkpoint import Checkpoint
+from hybrid.engine.options import LoadOptions
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import active_isa, available_isas
 from hybrid.notices import Notices
 from hybrid.placement.hardware import available_memory_bytes
 from hybrid.placement.profile import check_profile, find_profile, load_profile
 from hybrid.weights import preview
-from hybrid.weights.packing import NeuronOrders
+from hybrid.weights.packed_file import Residence
+from hybrid.weights.packing import PART_BYTES, NeuronOrders
 
-# Memory that loading and a short answer need beside the weights. While the weights are packed, each
-# thread holds some parts of them. Later the KV cache grows instead.
+# Memory that loading and a short answer need beside the weights: parts of them while one thread
+# packs, and then the KV cache. Each further thread that packs needs its own.
 WORKING_BYTES = 64 << 20
+THREAD_BYTES = 4 * PART_BYTES
 
 
 def choose_orders(
@@ -48,13 +51,16 @@ def choose_orders(
     return orders, np.take_along_axis(found.frequency, np.stack(orders), 1)
 
 
-def choose_mmap(mmap: bool | None, weight_bytes: int, notices: Notices) -> tuple[bool, bool]:
-    """Return whether to map the weights, and whether they fit into memory.
+def choose_residence(
+    options: LoadOptions, weight_bytes: int, n_threads: int, notices: Notices
+) -> Residence:
+    """Return how the weights are held in memory, and how many threads bring them there.
 
-    If `mmap` is None, the weights are mapped only if free memory is too small for them. Raises
-    OutOfMemory if they may not be mapped and do not fit, or if not even mapped weights can be used.
+    If `options.mmap` is None, the weights are mapped only if free memory is too small for them.
+    With little memory fewer than `n_threads` pack. Raises OutOfMemory if the weights may not be
+    mapped and do not fit, or if there is not even memory to use mapped weights.
     """
-    available = available_memory_bytes()
+    mmap, available = options.mmap, available_memory_bytes()
     if available < WORKING_BYTES:
         raise OutOfMemory(
             f"{available / 1e6:.0f} MB of memory is free, but loading needs at least "
@@ -65,12 +71,14 @@ def choose_mmap(mmap: bool | None, weight_bytes: int, notices: Notices) -> tuple
     sizes = f"the weights need {weight_bytes / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory"
     if mmap is None and not fits:
         notices.add(f"{sizes} is free: they are mapped from disk, which may be slow")
-        return True, False
+        mmap = True
     if not mmap and not fits:
         raise OutOfMemory(
             f"{sizes} is free; close other programs, use quant q4, or allow mmap (slow)"
         )
-    return bool(mmap), fits
+    left = available - WORKING_BYTES - (0 if mmap else weight_bytes)
+    n_threads = min(n_threads, 1 + left // THREAD_BYTES)
+    return Residence(bool(mmap), options.mlock, fits, n_threads)
 
 
 def choose_preview(preview_head: bool, vocab_size: int, notices: Notices) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybrid.checkpoint import Checkpoint, open_checkpoint
-from hybrid.engine.loading.choices import choose_mmap, choose_preview, notice_isa
+from hybrid.engine.loading.choices import choose_preview, choose_residence, notice_isa
 from hybrid.engine.loading.executors import Executor, Weights, open_executor
 from hybrid.engine.loading.model_spec import ModelSpec, describe
 from hybrid.engine.loading.planning import decide
@@ -22,7 +22,7 @@ from hybrid.placement.plan import PlacementPlan
 from hybrid.progress import Progress, ignore_progress
 from hybrid.text.sampling import SamplingParams
 from hybrid.text.tokenizer import Tokenizer
-from hybrid.weights.packed_file import LoadedModel, Residence, load_packed
+from hybrid.weights.packed_file import LoadedModel, load_packed
 from hybrid.weights.packing import NeuronOrders
 
 
@@ -102,13 +102,13 @@ def pack(
 ) -> LoadedModel:
     """Return the packed weights, from their file if that is current."""
     options = request.options
-    use_mmap, fits_memory = choose_mmap(options.mmap, spec.layout.n_bytes, request.notices)
+    residence = choose_residence(options, spec.layout.n_bytes, spec.n_threads, request.notices)
     loaded = load_packed(
         checkpoint,
         spec.layout,
         cache=None if request.home is None else request.home / "packed",
         neuron_orders=orders,
-        residence=Residence(use_mmap, options.mlock, fits_memory, spec.n_threads),
+        residence=residence,
         progress=request.progress,
     )
     request.notices.add(*loaded.notices)
