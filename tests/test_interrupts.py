@@ -21,7 +21,7 @@ from hybrid import interrupts, run
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 # Each is imported after the handler has been set. The first are early, the last is late.
-MARKS = ["hybrid.errors", "numpy", "tokenizers", "hybrid.public", "hybrid.cli.progress_bar"]
+MARKS = ["hybrid.errors", "numpy", "tokenizers", "hybrid.hub.loading", "hybrid.cli.progress_bar"]
 
 
 def start(arguments: list[str | Path], mark: str) -> subprocess.Popen[bytes]:
@@ -41,7 +41,8 @@ def start(arguments: list[str | Path], mark: str) -> subprocess.Popen[bytes]:
     for line in process.stderr:
         if line.split(b"|")[-1].strip() == mark.encode():
             return process
-    raise AssertionError(f"{mark} was not imported; exit code {process.wait()}")
+    process.communicate()
+    raise AssertionError(f"{mark} was not imported; exit code {process.returncode}")
 
 
 def check_end(process: subprocess.Popen[bytes]) -> None:
