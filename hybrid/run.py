@@ -103,7 +103,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="map the weights from disk (default: only if they do not fit in memory)",
     )
     add("--offline", action="store_true", help="never use the network")
-    add("-v", "--verbose", action="store_true", help="print what is loaded and how it runs")
+    add(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="print what is loaded, how it runs, and its share of the memory's bandwidth",
+    )
     args = parser.parse_args(arguments)
     args.interactive |= args.chat and args.prompt is None and args.file is None
     pairs = (
