@@ -8,13 +8,13 @@ with hybrid.load("stories") as engine:
 """
 
 # ruff: noqa: F403, F405 - __all__ lists the names of hybrid.public
-import importlib
-import typing
-
 from hybrid import interrupts
 
-if interrupts.is_our_command():
+if interrupts.is_our_command():  # before the other imports, which take longer
     interrupts.end_on_interrupt()
+
+import importlib
+import typing
 
 from hybrid import kernels  # noqa: F401 - the compiled part: if it is missing, say so at once
 

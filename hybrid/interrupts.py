@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 PACKAGES = ("hybrid", "predictors", "profiler")
 INTERRUPTED = 130  # the exit code
@@ -58,5 +57,5 @@ def _is_handled_by(handler: object) -> bool:
     return is_main and signal.getsignal(signal.SIGINT) is handler
 
 
-def _end(signal_number: int, frame: FrameType | None) -> NoReturn:
+def _end(signal_number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)

@@ -47,6 +47,21 @@ def test_importing_hybrid_loads_neither_torch_nor_numba():
     assert result.stdout.strip() == "set()"
 
 
+def test_the_engine_is_imported_when_one_of_its_names_is_used():
+    code = (
+        "import sys, hybrid\n"
+        "assert 'load' in dir(hybrid) and not hasattr(hybrid, 'no_such_name')\n"
+        "print({'numpy', 'tokenizers', 'hybrid.public'} & set(sys.modules))\n"
+        "print(hybrid.load.__module__, hybrid.load is hybrid.load)\n"
+        "names = {}; exec('from hybrid import *', names)\n"
+        "assert set(hybrid.__all__) <= set(names)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines() == ["set()", "hybrid.hub.loading True"]
+
+
 def test_loading_and_running_a_model_loads_no_torch():
     code = (
         "import sys, hybrid\n"
