@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import hybrid
 from hybrid import limits
+from hybrid.engine.loading.choices import WORKING_BYTES
 from hybrid.placement import hardware
 
 MB = 1 << 20
@@ -188,6 +190,20 @@ def test_the_limits_bound_what_is_available(system, monkeypatch):
     system.write()
     group_v1(top / "a", 3 * MB, MB)
     assert hardware.available_memory_bytes() == 2 * MB
+
+
+def test_a_model_beyond_the_limit_of_an_ancestor_is_mapped(system, monkeypatch, tmp_path):
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
+    top = system.mount("memory", version=2)
+    system.enter("", "/pod/container")
+    system.write()
+    group_v2(top / "pod" / "container", "max", 90 * MB)
+    group_v2(top / "pod", 100 * MB + WORKING_BYTES, 150 * MB, cached=52 * MB)  # 2 MB too much
+    with hybrid.load("stories", threads=2) as engine:
+        assert engine.stats.is_mapped
+        assert any("mapped from disk" in notice for notice in engine.notices)
+    with pytest.raises(hybrid.OutOfMemory, match="close other programs"):
+        hybrid.load("stories", mmap=False)
 
 
 def test_the_bandwidth_is_not_measured_without_ample_memory(monkeypatch):
