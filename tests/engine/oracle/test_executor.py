@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from folded_llama import FatRelu, fold_scales
 from safetensors.numpy import load_file
-from tiny_models import write_model
+from tiny_models import ODD_SHAPES, write_model
 
+import hybrid
 from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.oracle.executor import ReferenceSession, read_weights
+from hybrid.evaluation.fp32 import Fp32Engine
 
 torch = pytest.importorskip("torch", reason="the oracle of the oracle needs torch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -67,6 +69,22 @@ def test_another_head_dim_and_theta_match_transformers(tmp_path):
     folder = write_model(tmp_path, **LLAMA, hidden_act="relu", head_dim=48, rope_theta=500.0)
     expected = llama_logits(folder, load_file(folder / "model.safetensors"), "relu")
     assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES)
+def test_any_hidden_size_matches_transformers(tmp_path, shape):
+    """The oracle in fp32, the oracle as an engine, and the native engine in every format."""
+    changes = {**LLAMA, **shape, "tie_word_embeddings": False, "vocab_size": 4096}
+    folder = write_model(tmp_path, **changes, hidden_act="relu")
+    expected = llama_logits(folder, load_file(folder / "model.safetensors"), "relu")
+    assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
+    with Fp32Engine(folder).open_session() as session:
+        assert np.abs(session.prefill(IDS) - expected).max() <= LOGIT_BOUND
+    for quant, bound in (("bf16", 0.02), ("q8", 0.05), ("q4", 0.5)):  # of the logits' deviation
+        with hybrid.load(folder, quant=quant) as engine:
+            actual = engine.open_session().prefill(IDS, all_logits=True)
+        rms = np.sqrt(np.mean(np.square(actual - expected)))
+        assert rms <= bound * expected.std(), quant
 
 
 def test_sparse_llama_with_fatrelu_matches_transformers(tmp_path, monkeypatch):
