@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from folded_llama import FatRelu, fold_scales
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import ODD_SHAPES, write_model
 
 import hybrid
@@ -85,6 +85,32 @@ def test_any_hidden_size_matches_transformers(tmp_path, shape):
             actual = engine.open_session().prefill(IDS, all_logits=True)
         rms = np.sqrt(np.mean(np.square(actual - expected)))
         assert rms <= bound * expected.std(), quant
+
+
+def test_a_checkpoint_of_hidden_size_8_by_others_matches_transformers(tmp_path, shared_data):
+    """Its weights are random, but neither they nor its file were made here."""
+    gguf = pytest.importorskip("gguf", reason="reading the checkpoint needs gguf")
+    path = shared_data / "models" / "llama-2-tiny-random" / "llama-2-tiny-random.gguf"
+    if not path.is_file():
+        pytest.skip(f"no file {path}")
+    stored = {t.name: np.asarray(t.data, np.float32) for t in gguf.GGUFReader(path).tensors}
+    shape = {"hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    config = {**LLAMA, **shape, "vocab_size": 32_000, "num_hidden_layers": 1, "hidden_act": "silu"}
+    write_model(tmp_path, **config, num_key_value_heads=2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    tensors = {}
+    for name, made in load_file(tmp_path / "model.safetensors").items():
+        stem = names.get_name(name.removesuffix(".weight"))
+        w = stored[f"{stem}.weight"].reshape(made.shape)
+        if stem.endswith(("attn_q", "attn_k")):  # GGUF stores rotary pairs as neighbours
+            w = w.reshape(2, 2, 2, 8).swapaxes(1, 2).reshape(8, 8)
+        tensors[name] = np.ascontiguousarray(w)
+    save_file(tensors, tmp_path / "model.safetensors")
+    expected = llama_logits(tmp_path, tensors, "silu")
+    assert np.abs(reference_logits(tmp_path) - expected).max() <= 1e-5 * expected.std()
+    with hybrid.load(tmp_path, quant="bf16") as engine:
+        actual = engine.open_session().prefill(IDS, all_logits=True)
+    assert np.sqrt(np.mean(np.square(actual - expected))) <= 0.01 * expected.std()
 
 
 def test_sparse_llama_with_fatrelu_matches_transformers(tmp_path, monkeypatch):
