@@ -31,13 +31,10 @@ void CheckSplit(const FfnSplit& split, int32_t n_neurons) {
 }  // namespace
 
 Program::Program(const ProgramShape& shape) : shape_(shape) {
-  Check(shape.hidden_size > 0 && shape.hidden_size % kBlock == 0,
-        "hidden_size must be a multiple of 32");
+  Check(shape.hidden_size > 0, "hidden_size must be positive");
   Check(shape.n_kv_heads > 0 && shape.n_heads % shape.n_kv_heads == 0,
         "n_heads must be a multiple of n_kv_heads");
   Check(shape.head_dim > 0 && shape.head_dim % 2 == 0, "head_dim must be even");
-  Check(shape.n_heads * shape.head_dim % kBlock == 0,
-        "n_heads * head_dim must be a multiple of 32");
   Check(shape.max_context > 0, "max_context must be positive");
 }
 

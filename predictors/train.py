@@ -47,7 +47,8 @@ class Options:
 def train(trace: Trace, options: Options, progress: Progress = lambda *_: None) -> PredictorFile:
     """Train predictors for all layers.
 
-    Raises PredictorError if the trace has too few tokens, or if torch is not installed.
+    Raises PredictorError if the trace has too few tokens, if no rank fits its hidden size, or if
+    torch is not installed.
     """
     if not has_torch():
         raise PredictorError(f"training needs torch: {INSTALL}")
@@ -60,6 +61,8 @@ def train(trace: Trace, options: Options, progress: Progress = lambda *_: None) 
     choices: dict[float, list[Choice]] = {recall: [] for recall in options.recalls}
     predictors: dict[tuple[int, str], LowRank] = {}
     ranks = all_ranks = _ranks(options, trace.hidden_size, costs)
+    if not ranks:
+        raise PredictorError(f"{trace.folder}: no rank fits a hidden size of {trace.hidden_size}")
     for layer in range(trace.n_layers):
         progress("training predictors, layers", layer, trace.n_layers)
         found = _train_layer(trace.layer(layer), trace.threshold, ranks, options, costs)
@@ -136,7 +139,7 @@ def _train_layer(
 
 def _ranks(options: Options, hidden_size: int, costs: CostTable) -> list[int]:
     """Return the ranks to try: those of the options, or the measured ones and some between."""
-    largest = hidden_size // 2 + WIDE_RANK
+    largest = min(hidden_size, hidden_size // 2 + WIDE_RANK)
     if options.ranks:
         return [rank for rank in options.ranks if rank <= largest]
     measured = sorted(costs.lowrank_ns)

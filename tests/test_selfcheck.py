@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from slow import slow_except
-from tiny_models import STORIES, write_model
+from tiny_models import ODD_SHAPES, STORIES, write_model
 
 import hybrid
 from hybrid import kernels, selfcheck
@@ -71,8 +71,9 @@ def test_the_bundled_model_passes_every_check(isa, quant):
         {"hidden_act": "silu", "hidden_act_param": None},
         pytest.param({"hidden_act_param": 0.5, "num_hidden_layers": 12}, marks=pytest.mark.slow),
         {"tie_word_embeddings": False, "head_dim": 32},
+        ODD_SHAPES["hidden 100"],
     ],
-    ids=["fatrelu", "relu", "silu", "a high threshold", "untied"],
+    ids=["fatrelu", "relu", "silu", "a high threshold", "untied", "hidden 100"],
 )
 def test_random_models_agree_with_the_oracle(tmp_path, format, changes):
     folder = write_model(tmp_path, vocab_size=4096, **changes)

@@ -34,6 +34,19 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+# Changes to TINY: hidden sizes and head counts that do not fill blocks of 32, nor groups of 256.
+ODD_SHAPES: dict[str, dict[str, Any]] = {
+    "hidden 8": {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "hidden 36": {
+        "hidden_size": 36,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 6,
+    },
+    "hidden 100": {"hidden_size": 100, "num_attention_heads": 5, "num_key_value_heads": 1},
+    "hidden 288": {"hidden_size": 288, "num_attention_heads": 9, "num_key_value_heads": 3},
+}
+
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights, scaled so that activations stay near one. Every value is exact in bf16."""

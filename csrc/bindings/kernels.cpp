@@ -146,8 +146,8 @@ PyPredictor::PyPredictor(Format format, int32_t n_neurons, Bytes tiles, const Py
 
 PyPreview::PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles)
     : preview{tiles.data(), n_rows, n_cols}, tiles(tiles) {
-  Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols && n_cols % kPreviewCols == 0,
-        "preview sizes: n_rows and n_cols must be positive, n_cols a multiple of 16");
+  Check(n_rows > 0 && n_cols > 0 && n_cols <= kMaxCols,
+        "preview sizes: n_rows must be positive, n_cols from 1 to 16777216");
   Check(tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
             tiles.shape(0) == CountTiles(preview) * PreviewTileBytes(preview),
         "tiles must be (bytes of all tiles,)");
@@ -216,9 +216,8 @@ void BindKernels(py::module_& m) {
       "pack_rows",
       [](Format format, const Floats& w, py::array_t<uint8_t> values,
          std::optional<py::array_t<uint8_t>> scales) {
-        Check(w.ndim() == 2 && w.shape(0) > 0 && w.shape(1) > 0 && w.shape(1) <= kMaxCols &&
-                  w.shape(1) % kBlock == 0,
-              "w must be (rows, n), n a multiple of 32");
+        Check(w.ndim() == 2 && w.shape(0) > 0 && w.shape(1) > 0 && w.shape(1) <= kMaxCols,
+              "w must be (rows, n), n from 1 to 16777216");
         const int32_t n_cols = static_cast<int32_t>(w.shape(1));
         const auto check = [&](const py::array_t<uint8_t>& out, int64_t row_bytes) {
           Check(out.ndim() == 2 && out.shape(0) == w.shape(0) && out.shape(1) == row_bytes &&
@@ -244,9 +243,8 @@ void BindKernels(py::module_& m) {
   m.def(
       "pack_interleaved",
       [](Format format, const Floats& w, py::array_t<uint8_t> tiles) {
-        Check(w.ndim() == 2 && w.shape(0) > 0 && w.shape(1) > 0 && w.shape(1) <= kMaxCols &&
-                  w.shape(1) % kBlock == 0,
-              "w must be (rows, n), n a multiple of 32");
+        Check(w.ndim() == 2 && w.shape(0) > 0 && w.shape(1) > 0 && w.shape(1) <= kMaxCols,
+              "w must be (rows, n), n from 1 to 16777216");
         const int32_t n_rows = static_cast<int32_t>(w.shape(0)),
                       n_cols = static_cast<int32_t>(w.shape(1));
         const int64_t row_bytes = ValueBytes(format, n_cols) + ScaleBytes(format, n_cols);

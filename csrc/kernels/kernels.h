@@ -4,7 +4,8 @@
 // name; no two concurrent calls may share an output. No kernel allocates, throws or keeps state.
 //
 // Row layouts. A packed matrix is a number of rows of `n_cols` weights. Each row is padded to whole
-// groups. RowLayout says how the rows lie in memory:
+// groups, with zeros that change no sum, so `n_cols` may be any number. Vectors are padded alike.
+// RowLayout says how the rows lie in memory:
 // - kInterleaved, for matrices of which every row is read. Rows form tiles of kRowTile rows. A tile
 //   is stored group by group: first the scales of its rows, then their values. Reading the matrix
 //   is then one pass over rising addresses.
@@ -181,27 +182,30 @@ static inline int64_t PredictorInputBytes(const Predictor& p) { return PaddedRan
 // A preview is stored as tiles of kPredictTile rows. A tile is a number of lines of kPredictLine
 // bytes, with four bytes of each row per line, then the 16 rows' fp32 scales. Byte c of a row's
 // four holds columns c, 4 + c, 8 + c and 12 + c of the line's 16, from the lowest bits on. A weight
-// is (bits - 1.5) times its row's scale.
+// is (bits - 1.5) times its row's scale. Columns that fill up the last line meet zeros of x.
 constexpr int32_t kPreviewCols = 16;  // columns of one line
 struct Preview {
   const uint8_t* tiles;
   int32_t n_rows;
-  int32_t n_cols;  // a multiple of kPreviewCols
+  int32_t n_cols;
 };
 static inline int32_t CountTiles(const Preview& p) {
   return (p.n_rows + kPredictTile - 1) / kPredictTile;
 }
 static inline int64_t PreviewTileBytes(const Preview& p) {
-  return int64_t{kPredictLine} * (p.n_cols / kPreviewCols + 1);
+  return int64_t{kPredictLine} * (RoundUp(p.n_cols, kPreviewCols) / kPreviewCols + 1);
 }
 // The variance of what 2 bits leave out of a weight, in scales squared (for normally distributed
 // weights). Noise of variance v in a logit makes its probability exp(v / 2) times as large on
 // average. So v / 2 is subtracted from each logit: the probabilities of all rows then sum up to
 // what they should.
 constexpr float kPreviewVariance = 0.107f;
-// Bytes of a preview's input: int8 values, then three fp32 numbers. These are the scale of the
-// values, -1.5 times their sum, and -kPreviewVariance / 2 times the sum of their squares.
-static inline int64_t PreviewInputBytes(int32_t n_cols) { return n_cols + 12; }
+// Bytes of a preview's input: int8 values of whole lines, then three fp32 numbers. These are the
+// scale of the values, -1.5 times their sum, and -kPreviewVariance / 2 times the sum of their
+// squares.
+static inline int64_t PreviewInputBytes(int32_t n_cols) {
+  return RoundUp(n_cols, kPreviewCols) + 12;
+}
 
 // One active (neuron, token) pair and the value of its gate.
 struct Active {

@@ -144,7 +144,8 @@ void PackRow(Format format, const float* w, int32_t n, uint8_t* values, uint8_t*
       RoundGroupQ8(group, q, halves);
     else
       RoundGroupQ4(group, q, halves);
-    for (int block = length / kBlock; block < kGroupBlocks; ++block) halves[block] = 0;
+    for (int block = RoundUp(length, kBlock) / kBlock; block < kGroupBlocks; ++block)
+      halves[block] = 0;
     memcpy(scales + first / kBlock * 2, halves, sizeof(halves));
     uint8_t stored[kGroup];
     const float zero = format == Format::kQ8 ? 128.0f : 8.0f;

@@ -24,9 +24,11 @@ void MakePreviewInput(const float* x, int32_t n, uint8_t* out) {
     sum += integer;
     squares += int64_t{integer} * integer;
   }
+  const int32_t padded = RoundUp(n, kPreviewCols);
   const float tail[3] = {scale, -1.5f * static_cast<float>(sum),
                          -0.5f * kPreviewVariance * static_cast<float>(squares)};
-  memcpy(out + n, tail, sizeof(tail));
+  memset(out + n, 0, static_cast<size_t>(padded - n));
+  memcpy(out + padded, tail, sizeof(tail));
 }
 
 // Writes one tile's logits to `logits` (kPredictTile,). Returns the largest. It is NaN if the input
@@ -67,7 +69,7 @@ inline float PreviewTile(const Preview& p, const uint8_t* tile, const uint8_t* i
 void PreviewTiles(const Preview& p, int32_t first, int32_t last, const uint8_t* input,
                   float* logits, float* tile_maxima) {
   float tail[3];
-  memcpy(tail, input + p.n_cols, sizeof(tail));
+  memcpy(tail, input + RoundUp(p.n_cols, kPreviewCols), sizeof(tail));
   const int64_t tile_bytes = PreviewTileBytes(p);
   for (int32_t index = first; index < last; ++index, logits += kPredictTile) {
     const uint8_t* tile = p.tiles + index * tile_bytes;

@@ -77,7 +77,8 @@ def measure_gate_costs(
             bias,
         )
 
-    ranks = [rank for rank in RANKS if rank <= hidden_size // 2 + WIDE_RANK]
+    largest = hidden_size // 2 + WIDE_RANK
+    ranks = [rank for rank in RANKS if rank <= largest] or [largest // 4 * 4]
     none = {rank: predicting(lowrank(rank, 0.0)) for rank in ranks}
     some = predicting(lowrank(ranks[0], _PREDICTED), predicted=_PREDICTED)
     n_exact = n_copies(matrix_bytes(format, n_neurons, hidden_size))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hybrid.kernels import Format, _native
 from hybrid.model.config import ModelConfig
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
-from hybrid.weights.formats import BLOCK, plain_row_bytes
+from hybrid.weights.formats import BLOCK, plain_row_bytes, whole_blocks
 from hybrid.weights.layout import PackedArray, PackedLayout
 from hybrid.weights.preview import SHORTLISTED
 
@@ -100,6 +100,7 @@ class ModelSizes:
         n_values = c.n_neurons if n_values is None else n_values
 
         def vectors(n: int) -> int:
+            n = whole_blocks(n)
             return _T * (2 * n if self.format is Format.bf16 else n + n // BLOCK * 4)
 
         floats = (

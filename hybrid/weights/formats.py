@@ -13,11 +13,15 @@ semantics of GGUF's Q4_0.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
 from hybrid.kernels.reference import bf16_bits, bf16_values
+
+Number = TypeVar("Number", bound=np.number)
 
 BLOCK, GROUP, TILE_ROWS = _native.BLOCK, _native.GROUP, _native.ROW_TILE
 GROUP_BLOCKS = GROUP // BLOCK
@@ -27,25 +31,25 @@ Q4_EXTREMES = (-8, 7, -7.5, -8.5, -9)
 
 
 def quantize_q8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """Quantise (rows, n) to int8 (rows, n) and fp16 scales (rows, n / 32); n is a multiple of 32.
+    """Quantise (rows, n) to int8 (rows, n) and fp16 scales (rows, blocks); the last may be short.
 
     A scale is max|w| / 127 rounded to fp16. Values are rounded with that rounded scale.
     """
-    blocks = w.reshape(w.shape[0], -1, BLOCK)
+    blocks = _blocks(w)
     scales = (np.abs(blocks).max(-1) / np.float32(127)).astype(np.float16)
     divisor = scales.astype(np.float32)[..., None]
     q = np.divide(blocks, divisor, out=np.zeros_like(blocks), where=divisor > 0)
-    return np.clip(np.rint(q), -127, 127).astype(np.int8).reshape(w.shape), scales
+    return _columns(np.clip(np.rint(q), -127, 127).astype(np.int8), w.shape[1]), scales
 
 
 def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Quantise (rows, n) to nibbles 0…15 as uint8 (rows, n) and fp16 scales (rows, n / 32).
+    """Quantise (rows, n) to nibbles 0…15 as uint8 (rows, n) and fp16 scales (rows, blocks).
 
     A weight is (nibble - 8) * scale. Each of Q4_EXTREMES gives a scale that maps the block's value
     of largest magnitude to it. The scale with the least squared error is taken. It is then replaced
     by the scale that fits its nibbles best, if that lowers the error further.
     """
-    blocks = w.reshape(w.shape[0], -1, BLOCK)
+    blocks = _blocks(w)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
     best_error = np.full(extreme.shape, np.inf, np.float32)
     best_scales = np.zeros(extreme.shape, np.float16)
@@ -67,7 +71,25 @@ def quantize_q4(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.f
         scales = fitted.astype(np.float16)
     error = _sum_blocks(np.square(q * scales.astype(np.float32) - blocks))
     best_scales = np.where(error < best_error, scales, best_scales)
-    return best_nibbles.reshape(w.shape), best_scales[..., 0]
+    return _columns(best_nibbles, w.shape[1]), best_scales[..., 0]
+
+
+def whole_blocks(n_cols: int) -> int:
+    """Return `n_cols` rounded up to whole blocks."""
+    return -(-n_cols // BLOCK) * BLOCK
+
+
+def _blocks(w: NDArray[Number]) -> NDArray[Number]:
+    """Cut (rows, n) into (rows, blocks, 32); zeros fill up the last block."""
+    padding = whole_blocks(w.shape[1]) - w.shape[1]
+    if padding:
+        w = np.pad(w, ((0, 0), (0, padding)))
+    return w.reshape(len(w), -1, BLOCK)
+
+
+def _columns(blocks: NDArray[Number], n_cols: int) -> NDArray[Number]:
+    """Invert `_blocks`: (rows, blocks, 32) → (rows, n_cols)."""
+    return blocks.reshape(len(blocks), -1)[:, :n_cols]
 
 
 def _sum_blocks(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -90,9 +112,7 @@ def round_weights(format: Format | None, w: NDArray[np.float32]) -> NDArray[np.f
     else:
         nibbles, scales = quantize_q4(w)
         integers = nibbles.astype(np.float32) - np.float32(8)
-    return (integers.reshape(*scales.shape, BLOCK) * scales.astype(np.float32)[..., None]).reshape(
-        w.shape
-    )
+    return _columns(_blocks(integers) * scales.astype(np.float32)[..., None], w.shape[1])
 
 
 def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
@@ -104,7 +124,8 @@ def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
 
 
 def plain_row_bytes(format: Format, n_cols: int) -> int:
-    """Return the bytes of one row without padding, with its scales, as on the GPU."""
+    """Return the bytes of one row of whole blocks, with its scales, as on the GPU."""
+    n_cols = whole_blocks(n_cols)
     if format is Format.bf16:
         return 2 * n_cols
     values = n_cols if format is Format.q8 else n_cols // 2

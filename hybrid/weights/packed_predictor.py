@@ -38,8 +38,13 @@ def pack_predictor(format: Format, predictor: LowRank, margin: float) -> Predict
         format=format,
         n_neurons=n_neurons,
         tiles=_huge(np.concatenate(parts, axis=1)),
-        first_matrix=pack_matrix(Format.bf16 if format is Format.bf16 else Format.q4, predictor.a),
+        first_matrix=pack_matrix(_first_format(format), predictor.a),
     )
+
+
+def _first_format(format: Format) -> Format:
+    """Return the format of the first matrix. It is multiplied with the same vectors as the gate."""
+    return Format.bf16 if format is Format.bf16 else Format.q4
 
 
 def _tiles(rows: NDArray[np.generic], fill: float) -> NDArray[np.generic]:
@@ -59,7 +64,5 @@ def predictor_bytes(format: Format, predictor: LowRank, hidden_size: int) -> int
     """Return the bytes that predicting for one token reads."""
     n_tiles = -(-len(predictor.b) // TILE)
     rank = predictor.rank
-    width = 2 * hidden_size
-    if format is not Format.bf16:
-        width = sum(row_bytes(Format.q4, hidden_size))
+    width = sum(row_bytes(_first_format(format), hidden_size))
     return rank * width + n_tiles * TILE * (WIDE_RANK + 4 * -(-(rank - WIDE_RANK) // 8) + 12)

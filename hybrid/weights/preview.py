@@ -29,7 +29,7 @@ NORMAL_STEP = 0.9957
 
 def preview_bytes(n_rows: int, n_cols: int) -> int:
     """Return the bytes of all tiles; each token reads all of them."""
-    return -(-n_rows // TILE) * LINE_BYTES * (n_cols // COLS + 1)
+    return -(-n_rows // TILE) * LINE_BYTES * (-(-n_cols // COLS) + 1)
 
 
 def round_preview(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -65,11 +65,11 @@ def pack_preview_into(w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None:
 def _pack_tiles(w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None:
     """Pack w (n_rows, n_cols) into `tiles` (n_tiles, bytes per tile)."""
     codes, scales = round_preview(w)
-    n_tiles, n_lines = len(tiles), w.shape[1] // COLS
-    padded = np.zeros((n_tiles * TILE, n_lines, 4, 4), np.uint8)
-    padded[: len(w)] = codes.reshape(len(w), n_lines, 4, 4)
+    n_tiles, n_lines = len(tiles), -(-w.shape[1] // COLS)
+    padded = np.zeros((n_tiles * TILE, n_lines * COLS), np.uint8)
+    padded[: len(w), : w.shape[1]] = codes
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    packed = np.bitwise_or.reduce(padded << shifts, axis=2)
+    packed = np.bitwise_or.reduce(padded.reshape(-1, n_lines, 4, 4) << shifts, axis=2)
     lines = packed.reshape(n_tiles, TILE, n_lines, 4).swapaxes(1, 2)
     tiles[:, :-LINE_BYTES] = lines.reshape(n_tiles, -1)
     tile_scales = np.zeros(n_tiles * TILE, np.float32)

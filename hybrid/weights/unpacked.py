@@ -1,4 +1,4 @@
-"""Unpack rows into natural order without padding, as the GPU's kernels need them.
+"""Unpack rows into natural order in whole blocks, as the GPU's kernels need them.
 
 Integers and scales stay the same, so both devices compute with the same weights.
 """
@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
-from hybrid.weights.formats import BLOCK, GROUP, GROUP_BLOCKS, TILE_ROWS, row_bytes
+from hybrid.weights.formats import (
+    BLOCK,
+    GROUP,
+    GROUP_BLOCKS,
+    TILE_ROWS,
+    row_bytes,
+    whole_blocks,
+)
 from hybrid.weights.layout import PackedArray, PackedLayout
 from hybrid.weights.packed_rows import Buffer
 
@@ -20,11 +27,12 @@ _GROUP_VALUE_BYTES = {Format.bf16: 2 * BLOCK, Format.q8: GROUP, Format.q4: GROUP
 
 @dataclass(frozen=True, slots=True)
 class PlainRows:
-    """Rows in natural order.
+    """Rows in natural order, with zeros that fill up the last block of a row.
 
-    Values of bf16 are the bits as int16 (n, n_cols). Values of q8 are int8 (n, n_cols). Values of
-    q4 are uint8 (n, n_cols / 2): byte i of a block's 16 bytes holds element i in its low nibble and
-    element 16 + i in its high nibble. Scales are fp16 (n, n_cols / 32), or None for bf16.
+    n_cols is a multiple of 32. Values of bf16 are the bits as int16 (n, n_cols). Values of q8 are
+    int8 (n, n_cols). Values of q4 are uint8 (n, n_cols / 2): byte i of a block's 16 bytes holds
+    element i in its low nibble and element 16 + i in its high nibble. Scales are fp16
+    (n, n_cols / 32), or None for bf16.
     """
 
     values: NDArray[np.int8] | NDArray[np.int16] | NDArray[np.uint8]
@@ -35,7 +43,7 @@ def unpack_rows(
     format: Format, values: NDArray[np.uint8], scales: NDArray[np.uint8], n_cols: int
 ) -> PlainRows:
     """Invert `formats.pack_rows`: packed values and scales (rows, bytes) → plain rows."""
-    n_rows = len(values)
+    n_rows, n_cols = len(values), whole_blocks(n_cols)
     if format is Format.bf16:
         bits = np.ascontiguousarray(values).view(np.int16)
         return PlainRows(np.ascontiguousarray(bits[:, :n_cols]), None)

@@ -145,6 +145,18 @@ def test_tensors_have_the_shapes_of_the_config_and_are_bf16_values(tiny):
         checkpoint.read("norm")
 
 
+def test_a_synthetic_model_may_have_any_hidden_size(fresh, monkeypatch, format):
+    """The shape of the folder changes, but not the recipe."""
+    path = fresh / "config.json"
+    shape = {"hidden_size": 100, "num_attention_heads": 5, "num_key_value_heads": 1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | shape | {"num_hidden_layers": 2}))
+    with hybrid.load(fresh, quant=format.name) as engine:
+        session = engine.open_session()
+        session.prefill(IDS[:128])
+        fraction = sum(session.active_counts) / (128 * 2 * engine.config.n_neurons)
+    assert fraction == pytest.approx(ACTIVE_FRACTION, abs=0.02)
+
+
 def test_tensors_are_not_correlated(tiny):
     with open_checkpoint(tiny) as checkpoint:
         names = [("up", 0), ("up", 1), ("gate", 0), ("gate", 1)]

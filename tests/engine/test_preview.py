@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from predictor_files import decode_counted, write_predictor
-from tiny_models import write_model
+from tiny_models import ODD_SHAPES, write_model
 
 import hybrid
 from hybrid.weights import packed_file, preview
@@ -20,9 +20,16 @@ VOCAB = 5003  # more than one piece of a shortlist; the last tile is not full
 IDS = np.random.default_rng(2).integers(0, 320, 70)  # more than one chunk of prefill
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "own head"])
+MODELS = {
+    "tied": {},
+    "own head": {"tie_word_embeddings": False},
+    "hidden 100": ODD_SHAPES["hidden 100"],
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
 def model(tmp_path, request):
-    return write_model(tmp_path / "model", vocab_size=VOCAB, tie_word_embeddings=request.param)
+    return write_model(tmp_path / "model", vocab_size=VOCAB, **request.param)
 
 
 def all_logits(engine: hybrid.Engine, *, dense: bool = False) -> np.ndarray:

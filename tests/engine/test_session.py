@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from slow import slow_except
-from tiny_models import write_model
+from tiny_models import ODD_SHAPES, write_model
 
 from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.cpu.executor import CpuExecutor
@@ -55,6 +55,7 @@ VARIANTS = {
         "hidden_size": 256,
         "num_attention_heads": 4,
     },
+    **ODD_SHAPES,
 }
 
 
@@ -69,7 +70,9 @@ def assert_close_to_oracle(actual: np.ndarray, expected: np.ndarray) -> None:
     assert np.mean(error < 1e-5) > 0.5
 
 
-@pytest.mark.parametrize("variant", slow_except(VARIANTS, "minicpm", "odd sizes", "llama"))
+@pytest.mark.parametrize(
+    "variant", slow_except(VARIANTS, "minicpm", "odd sizes", "llama", *ODD_SHAPES)
+)
 def test_logits_match_the_format_oracle(tmp_path, isa, format, variant):
     folder = write_model(tmp_path, **VARIANTS[variant])
     executor = open_executor(folder, format)
@@ -108,6 +111,19 @@ def test_threads_do_not_change_a_bit(tmp_path, isa, format):
         np.testing.assert_array_equal(prefilled, results[0][0])
         np.testing.assert_array_equal(decoded, results[0][1])
         assert active == results[0][2]
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES)
+def test_padding_keeps_every_bit(tmp_path, isa, format, shape):
+    """Threads, prefill and decode give equal bits where rows and vectors are padded."""
+    folder = write_model(tmp_path, **shape)
+    results = []
+    for n_threads in (1, 3):
+        executor = open_executor(folder, format, n_threads)
+        results.append(executor.open_session().prefill(IDS[:70], all_logits=True))
+        results.append(decode_all(executor, IDS[:70]))
+    for logits in results[1:]:
+        np.testing.assert_array_equal(logits, results[0])
 
 
 def test_the_order_of_neurons_does_not_change_the_logits(tmp_path, format):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import write_chat_model, write_model
+from predictor_files import decode_counted
+from tiny_models import ODD_SHAPES, write_chat_model, write_model
 
 import hybrid
 from hybrid.engine.loading import choices
@@ -290,6 +291,13 @@ def test_counted_bytes_equal_the_formula(tmp_path, quant, dense, has_tied_head):
         parts = session.decode_bytes
         assert parts.pop("predict") == 0
         assert all(parts.values())
+
+
+@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES)
+def test_counted_bytes_equal_the_formula_for_any_hidden_size(tmp_path, quant, shape):
+    with hybrid.load(write_model(tmp_path, vocab_size=4096, **shape), quant=quant) as engine:
+        decode_counted(engine, np.arange(40))
 
 
 def test_a_dense_session_gives_the_same_bits_with_more_work(engine):

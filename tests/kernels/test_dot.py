@@ -15,18 +15,18 @@ from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 
 @given(
     n_rows=st.integers(1, 23),
-    n_blocks=st.integers(1, 20),
+    n_cols=st.integers(1, 640),
     n_tokens=st.integers(1, 9),
     seed=st.integers(0, 2**16),
     data=st.data(),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_gemm_matches_the_oracle(isa, format, n_rows, n_blocks, n_tokens, seed, data):
+def test_gemm_matches_the_oracle(isa, format, n_rows, n_cols, n_tokens, seed, data):
     first = data.draw(st.integers(0, n_rows))
     last = data.draw(st.integers(first, n_rows))
     rng = np.random.default_rng(seed)
-    w = rng.standard_normal((n_rows, 32 * n_blocks), np.float32)
-    x = rng.standard_normal((n_tokens, 32 * n_blocks), np.float32) * 3
+    w = rng.standard_normal((n_rows, n_cols), np.float32)
+    x = rng.standard_normal((n_tokens, n_cols), np.float32) * 3
     actual = _native.gemm(pack_matrix(format, w), quantize_tokens(format, x), first, last)
     w_hat = round_weights(format, w)[first:last]
     x_hat = reference.round_activation(format, x)
@@ -44,6 +44,18 @@ def test_a_result_does_not_depend_on_its_neighbours(isa, format, n_cols):
         for token in range(7):
             alone = _native.gemm(rows, x[token : token + 1], row, row + 1)
             assert alone[0, 0] == together[token, row]
+
+
+@pytest.mark.parametrize("n_cols", [1, 8, 36, 100, 288, 300])
+def test_padding_does_not_change_a_bit(isa, format, n_cols):
+    """Rows of any length give the dot products of the same rows with zeros behind them."""
+    rng = np.random.default_rng(7)
+    w, x = rng.standard_normal((9, n_cols), np.float32), rng.standard_normal((3, n_cols))
+    results = []
+    for padding in (0, -n_cols % 32):
+        wide, long = (np.pad(v, ((0, 0), (0, padding))).astype(np.float32) for v in (w, x))
+        results.append(_native.gemm(pack_matrix(format, wide), quantize_tokens(format, long), 0, 9))
+    np.testing.assert_array_equal(*results)
 
 
 def test_integers_are_exact(isa, format):

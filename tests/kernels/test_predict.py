@@ -103,7 +103,9 @@ def test_lowrank_of_whole_numbers_is_exact(isa, format, rank, n_neurons, hidden,
     assert 0 < expected.mean() < 1
 
 
-@pytest.mark.parametrize(("rank", "n_neurons", "hidden"), [(12, 33, 96), (64, 200, 256)])
+@pytest.mark.parametrize(
+    ("rank", "n_neurons", "hidden"), [(12, 33, 96), (12, 33, 100), (64, 200, 256)]
+)
 def test_lowrank_matches_the_oracle(isa, format, rank, n_neurons, hidden):
     """Scores so near zero that rounding may change their sign are left out."""
     rng = np.random.default_rng(1)

@@ -12,7 +12,7 @@ from hybrid.kernels import Format, _native, reference
 from hybrid.weights.packed_rows import pack_row_major
 from hybrid.weights.preview import TILE, pack_preview, preview_bytes, round_preview
 
-SIZES = [(16, 32), (7, 32), (61, 288), (530, 1536)]
+SIZES = [(16, 32), (7, 32), (20, 8), (33, 100), (61, 288), (530, 1536)]
 
 
 def random(n_rows: int, n_cols: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -82,8 +82,9 @@ def test_zero_rows_and_x_give_zero_and_a_broken_x_gives_nan(isa):
 
 @pytest.mark.parametrize("format", list(Format))
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 37])
-def test_dots_of_chosen_rows_equal_gemm_to_the_last_bit(isa, format, n):
-    w, x = random(61, 288)
+@pytest.mark.parametrize("n_cols", [36, 288])
+def test_dots_of_chosen_rows_equal_gemm_to_the_last_bit(isa, format, n, n_cols):
+    w, x = random(61, n_cols)
     rows = pack_row_major(format, w)
     quantized = quantize_tokens(format, x[None])
     everything = _native.gemm(rows, quantized, 0, 61)[0]
@@ -102,7 +103,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="bytes of all tiles"):
         _native.Preview(n_rows=40, n_cols=64, tiles=_native.allocate_bytes(preview.n_bytes))
     with pytest.raises(ValueError, match="preview sizes"):
-        _native.Preview(n_rows=20, n_cols=60, tiles=_native.allocate_bytes(64))
+        _native.Preview(n_rows=20, n_cols=0, tiles=_native.allocate_bytes(64))
     rows = pack_row_major(Format.q8, w)
     with pytest.raises(ValueError, match="row range"):
         _native.gather_dots(rows, [20], quantize_tokens(Format.q8, x[None])[0])

@@ -81,14 +81,14 @@ ACTIVATIONS = [Activation.relu, Activation.fatrelu, Activation.silu]
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
 @given(
-    n_blocks=st.integers(1, 11),
+    hidden=st.integers(2, 352),
     n_neurons=st.integers(2, 37),
     n_tokens=st.integers(1, 9),
     seed=st.integers(0, 2**16),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
-def test_matches_the_oracle(isa, format, activation, n_blocks, n_neurons, n_tokens, seed):
-    ffn = Ffn(format, 32 * n_blocks, n_neurons, n_tokens, seed)
+def test_matches_the_oracle(isa, format, activation, hidden, n_neurons, n_tokens, seed):
+    ffn = Ffn(format, hidden, n_neurons, n_tokens, seed)
     assume(ffn.margin > 1e-3 and ffn.smallest_gate > 1e-4)
     actual, n_active = ffn.run(activation)
     expected, active = ffn.oracle(activation)

@@ -11,7 +11,7 @@ from hybrid.weights.formats import column_order, interleave, pack_rows, partial_
 from hybrid.weights.packed_rows import pack_matrix
 
 
-@pytest.mark.parametrize("n", [32, 96, 256, 320, 1536])
+@pytest.mark.parametrize("n", [8, 32, 36, 96, 100, 256, 320, 1536])
 def test_quantize_matches_the_oracle_bit_by_bit(isa, format, n):
     x = np.random.default_rng(n).standard_normal(n).astype(np.float32) * 5
     x[:32] = 0.0
@@ -35,7 +35,7 @@ def test_a_block_of_tiny_values_stays_finite(isa):
     assert np.isfinite(out[256:288].view(np.float32)).all()
 
 
-@pytest.mark.parametrize("n_cols", [32, 96, 256, 544])
+@pytest.mark.parametrize("n_cols", [8, 32, 36, 96, 100, 256, 544])
 def test_dequantize_gives_the_rounded_weights(isa, format, n_cols):
     w = np.random.default_rng(0).standard_normal((5, n_cols)).astype(np.float32)
     rows, rounded = pack_matrix(format, w), round_weights(format, w)
@@ -44,7 +44,7 @@ def test_dequantize_gives_the_rounded_weights(isa, format, n_cols):
         np.testing.assert_array_equal(_native.dequantize(rows, row, 2.0), rounded[row] * 2)
 
 
-@pytest.mark.parametrize("n", [32, 96, 256, 288, 1536])
+@pytest.mark.parametrize("n", [8, 32, 36, 96, 256, 288, 301, 1536])
 @pytest.mark.parametrize("n_pieces", [1, 2, 16])
 def test_add_partials_adds_the_second_half_to_the_first(isa, format, n, n_pieces):
     rng = np.random.default_rng(n)
@@ -60,7 +60,7 @@ def test_add_partials_adds_the_second_half_to_the_first(isa, format, n, n_pieces
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("n", [32, 96, 1536])
+@pytest.mark.parametrize("n", [8, 32, 36, 96, 100, 1536])
 def test_rms_norm_matches_the_oracle(isa, n):
     rng = np.random.default_rng(n)
     x, weight = rng.standard_normal((2, n)).astype(np.float32)
@@ -80,15 +80,16 @@ def test_to_fp16_rounds_as_numpy_does(isa):
     assert np.isnan(_native.to_fp16(np.array([np.nan], np.float32)).view(np.float16)).all()
 
 
-def test_packed_padding_is_zero(format):
+@pytest.mark.parametrize("n_cols", [8, 36, 96])
+def test_packed_padding_is_zero(format, n_cols):
     """A padded column must add nothing in any kernel."""
-    w = np.random.default_rng(0).standard_normal((3, 96)).astype(np.float32)
+    w = np.random.default_rng(0).standard_normal((3, n_cols)).astype(np.float32)
     values, scales = pack_rows(format, w)
-    pad = np.setdiff1d(np.arange(_native.padded_cols(format, 96)), column_order(format, 96))
+    pad = np.setdiff1d(np.arange(_native.padded_cols(format, n_cols)), column_order(format, n_cols))
     if format is Format.bf16:
         assert not values.view(np.uint16)[:, pad].any()
         return
-    assert not scales.view(np.float16)[:, 3:].any()
+    assert not scales.view(np.float16)[:, -(-n_cols // 32) :].any()
     if format is Format.q8:
         assert (values[:, pad] == 128).all()
     else:
@@ -96,12 +97,12 @@ def test_packed_padding_is_zero(format):
         assert (positions[:, pad] == 8).all()
 
 
-@pytest.mark.parametrize("n_cols", [32, 96, 288, 1536])
+@pytest.mark.parametrize("n_cols", [8, 32, 36, 96, 100, 288, 1536])
 def test_packed_bytes_equal_the_oracles(isa, format, n_cols):
     rng = np.random.default_rng(n_cols)
     w = rng.standard_normal((40, n_cols), np.float32) * rng.uniform(1e-8, 2, (40, 1))
     w = w.astype(np.float32)
-    w[0], w[1], w[2, :32], w[3] = 0, -1, np.arange(-16, 16), 1e-12
+    w[0], w[1], w[2, :32], w[3] = 0, -1, np.arange(-16, 16)[:n_cols], 1e-12
     values, scales = pack_rows(format, w)
     actual_values = np.full_like(values, 7)
     actual_scales = np.full_like(scales, 7) if scales.size else None
@@ -111,7 +112,7 @@ def test_packed_bytes_equal_the_oracles(isa, format, n_cols):
         np.testing.assert_array_equal(actual_scales, scales)
 
 
-@pytest.mark.parametrize("n_cols", [32, 288, 1536])
+@pytest.mark.parametrize("n_cols", [8, 32, 100, 288, 1536])
 def test_interleaved_bytes_equal_the_oracles(isa, format, n_cols):
     w = np.random.default_rng(n_cols).standard_normal((7, n_cols), np.float32)
     padded = np.concatenate([w, np.zeros((1, n_cols), np.float32)])

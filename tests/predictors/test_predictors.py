@@ -297,8 +297,10 @@ def test_bad_input_gives_one_line_of_error(trace, tmp_path, capsys):
         (tmp_path / "nowhere", "No such file"),
         (tmp_path / "broken", "broken"),
         (few.folder, "too few"),
+        (trace.folder, "no rank fits a hidden size of 64"),
     ):
-        assert training.main([str(folder), "-o", str(tmp_path / "p")]) == 1
+        rank = ["--rank", "40"] if folder == trace.folder else []
+        assert training.main([str(folder), "-o", str(tmp_path / "p"), *rank]) == 1
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import write_model
+from predictor_files import decode_counted
+from slow import slow_except
+from tiny_models import ODD_SHAPES, write_model
 
 import hybrid
 from hybrid import HybridError, InvalidOption, load
@@ -20,6 +22,7 @@ from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
 from hybrid.placement.profile import FILE_NAME, POSITION_BUCKETS, load_profile
 from predictors.trace import TraceSizes, TraceWriter, load_trace
+from predictors.train import Options, train
 from profiler import recorder
 from profiler.corpus import TextFile, TokenLists
 from profiler.record import main
@@ -139,6 +142,25 @@ def test_a_trace_holds_inputs_masks_and_gates(engine, tokens, tmp_path):
             assert part.active().shape == (300, 203)
     assert trace.costs["exact_ns"] > 0
     assert trace.activation == "fatrelu"
+
+
+@pytest.mark.parametrize("name", slow_except(["hidden 8", "hidden 100"], "hidden 8"))
+def test_a_model_of_any_hidden_size_gets_a_profile_and_a_predictor(tokens, tmp_path, name):
+    pytest.importorskip("torch", reason="training needs torch")
+    folder = write_model(tmp_path / "model", vocab_size=4096, **ODD_SHAPES[name])
+    options = replace(OPTIONS, trace_bytes=64 << 20)
+    profile, predictor = tmp_path / "profile" / FILE_NAME, tmp_path / "predictor"
+    with load(folder) as engine:
+        record(engine, tokens, profile.parent, OPTIONS, ignore)
+    with load(folder, profile=profile) as engine:
+        record(engine, tokens, tmp_path / "out", options, ignore)
+    trace = load_trace(tmp_path / "out" / "trace")
+    assert trace.layer(0).inputs.shape == (300, ODD_SHAPES[name]["hidden_size"])
+    dear = trace.costs | {"exact_ns": 1e12}  # so that a predictor pays
+    train(replace(trace, about=trace.about | {"costs": dear}), Options(epochs=1)).save(predictor)
+    with load(folder, profile=profile, predictor=predictor) as engine:
+        assert engine.prediction.n_predicted_layers == 2
+        decode_counted(engine, np.arange(40))
 
 
 def test_a_trace_is_an_even_sample_within_its_budget(tmp_path):

@@ -27,6 +27,23 @@ def test_q8_errs_by_half_a_step_at_most():
     assert (error <= scales.astype(np.float32)[..., None] * 0.5001).all()
 
 
+@pytest.mark.parametrize("n_cols", [1, 8, 36, 100, 288])
+def test_zeros_fill_up_the_last_block(format, n_cols):
+    """A row of any length rounds as the same row with zeros behind it."""
+    w = np.random.default_rng(6).standard_normal((5, n_cols)).astype(np.float32)
+    padded = np.pad(w, ((0, 0), (0, 320 - n_cols)))
+    rounded = round_weights(format, padded)
+    np.testing.assert_array_equal(round_weights(format, w), rounded[:, :n_cols])
+    assert not rounded[:, n_cols:].any()
+    width = row_bytes(format, n_cols)
+    for own, wide, n_bytes in zip(
+        pack_rows(format, w), pack_rows(format, padded), width, strict=True
+    ):
+        assert own.shape == (5, n_bytes)
+        if format is Format.bf16:
+            np.testing.assert_array_equal(own, wide[:, :n_bytes])
+
+
 def test_q8_rounding_is_idempotent():
     """Weights that came from q8 do not change if packed again, so importing them is lossless."""
     w = round_weights(

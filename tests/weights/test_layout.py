@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from tiny_models import write_model
+from tiny_models import ODD_SHAPES, write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
@@ -66,3 +66,19 @@ def test_sizes_by_hand(configs):
     assert arrays["1.gate"].n_bytes == 200 * row
     assert arrays["0.bundles"].n_bytes == 200 * 576  # two rows, padded to 64 bytes
     assert arrays["preview"].n_bytes == 320 // 16 * 64 * (96 // 16 + 1)
+
+
+def test_rows_are_padded_and_norms_are_not(tmp_path):
+    with open_checkpoint(write_model(tmp_path, **ODD_SHAPES["hidden 36"])) as checkpoint:
+        config = checkpoint.config
+    assert (config.hidden_size, config.attention_size, config.qkv_size) == (36, 18, 54)
+    for format, row_36, row_18 in (
+        (Format.bf16, 2 * 64, 2 * 32),
+        (Format.q8, 256 + 16, 256 + 16),
+        (Format.q4, 128 + 16, 128 + 16),
+    ):
+        arrays = packed_layout(config, format, has_preview=True).arrays
+        assert arrays["0.attention_norm"].n_bytes == 4 * 36
+        assert arrays["0.qkv"].n_bytes == 56 * row_36  # 54 rows in tiles of four
+        assert arrays["0.o"].n_bytes == 36 * row_18
+        assert arrays["preview"].n_bytes == 320 // 16 * 64 * (3 + 1)  # 36 columns make 3 lines

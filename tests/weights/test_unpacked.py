@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_models import write_model
+from tiny_models import ODD_SHAPES, write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
@@ -26,13 +26,21 @@ def values_of(format: Format, rows: PlainRows) -> np.ndarray:
     return (integers * rows.scales.astype(np.float32)[..., None]).reshape(len(rows.values), -1)
 
 
-@pytest.mark.parametrize("n_cols", [32, 96, 256, 288])
+def check_values(format: Format, rows: PlainRows, w: np.ndarray) -> None:
+    """Assert that rows hold the rounded weights, and zeros up to whole blocks."""
+    values, n_cols = values_of(format, rows), w.shape[1]
+    assert values.shape[1] == -(-n_cols // 32) * 32
+    np.testing.assert_array_equal(values[:, :n_cols], round_weights(format, w))
+    assert not values[:, n_cols:].any()
+
+
+@pytest.mark.parametrize("n_cols", [8, 32, 36, 96, 100, 256, 288])
 def test_unpack_rows_undoes_pack_rows(format, n_cols):
     w = np.random.default_rng(0).standard_normal((5, n_cols), np.float32)
     rows = unpack_rows(format, *pack_rows(format, w), n_cols)
-    np.testing.assert_array_equal(values_of(format, rows), round_weights(format, w))
+    check_values(format, rows, w)
     if format is Format.q8:
-        np.testing.assert_array_equal(rows.values, quantize_q8(w)[0])
+        np.testing.assert_array_equal(rows.values[:, :n_cols], quantize_q8(w)[0])
     if format is Format.q4:
         np.testing.assert_array_equal(rows.scales, quantize_q4(w)[1])
 
@@ -46,6 +54,12 @@ def test_reader_finds_every_matrix(format, tmp_path, predicted_layers, has_previ
         check_reader(checkpoint, layout)
 
 
+@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES)
+def test_reader_finds_matrices_of_any_width(format, tmp_path, shape):
+    with open_checkpoint(write_model(tmp_path, **shape)) as checkpoint:
+        check_reader(checkpoint, packed_layout(checkpoint.config, format, {1}))
+
+
 def check_reader(checkpoint, layout):
     config, format = layout.config, layout.format
     order = np.random.default_rng(1).permutation(config.n_neurons)
@@ -54,7 +68,7 @@ def check_reader(checkpoint, layout):
     reader = PackedReader(model.embedding.memory, layout)
 
     def expect(rows: PlainRows, w: np.ndarray) -> None:
-        np.testing.assert_array_equal(values_of(format, rows), round_weights(format, w))
+        check_values(format, rows, w)
 
     read = checkpoint.read
     for layer in range(config.n_layers):

@@ -35,6 +35,7 @@ from hybrid.model.weights import LayerWeights, ModelWeights
 from hybrid.placement.hardware import available_memory_bytes
 from hybrid.placement.machine import GpuSpeeds
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
+from hybrid.weights.formats import whole_blocks
 from hybrid.weights.layout import PackedLayout
 from hybrid.weights.packed_rows import pack_bundles, pack_matrix
 
@@ -287,7 +288,8 @@ def measure_memory(device: Device, *, measures_context: bool = True) -> DeviceMe
 
 
 def random_matrix(format: Format, n_rows: int, n_cols: int, device: torch.device) -> DeviceMatrix:
-    """Return weights whose values do not matter."""
+    """Return weights whose values do not matter, in rows of whole blocks."""
+    n_cols = whole_blocks(n_cols)
     if format is Format.bf16:
         values = torch.rand(n_rows, n_cols, device=device).to(torch.bfloat16)
         return DeviceMatrix(format, values, None)

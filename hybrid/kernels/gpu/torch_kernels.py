@@ -6,7 +6,8 @@ can therefore be captured into one CUDA graph.
 
 Activations are fp32 (T, n) for T tokens. `Vectors` hold them quantised, with the values that the
 CPU's kernels give (see `csrc/kernels/kernels.h`). The gates of both devices are therefore computed
-from the same quantised x. Importing this module loads torch.
+from the same quantised x. Rows of weights and quantised vectors consist of whole blocks; zeros fill
+up the last block. All other tensors have the model's own sizes. Importing this module loads torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CHUNK_VALUES = 1 << 22  # weights that are dequantised at a time: 16 MiB for any
 
 @dataclass(frozen=True, slots=True)
 class DeviceMatrix:
-    """Rows of weights on a device, in natural order and without padding."""
+    """Rows of weights on a device, in natural order; `n_cols` is a multiple of 32."""
 
     format: Format
     # q8: int8 (n_rows, n_cols). bf16: bfloat16 (n_rows, n_cols). q4: uint8 (n_rows, n_cols / 2).
@@ -73,7 +74,7 @@ class DeviceMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """Quantised activations of T tokens."""
+    """Quantised activations of T tokens; n is a multiple of 32."""
 
     values: Tensor  # q8, q4: int8 (T, n). bf16: bfloat16 (T, n)
     scales: Tensor | None  # q8, q4: fp32 (T, n / 32)
@@ -120,7 +121,8 @@ class LayerCache(NamedTuple):
 
 
 def empty_vectors(format: Format, n_tokens: int, n: int, device: torch.device) -> Vectors:
-    """Zeroed vectors of n elements for `n_tokens` tokens, to be written into."""
+    """Zeroed vectors for n elements of `n_tokens` tokens, to be written into."""
+    n = -(-n // BLOCK) * BLOCK
     if format is Format.bf16:
         return Vectors(torch.zeros(n_tokens, n, dtype=torch.bfloat16, device=device), None)
     return Vectors(
@@ -149,6 +151,9 @@ class TorchKernels:
 
     def quantize(self, x: Tensor, out: Vectors) -> None:
         """Quantise x (T, n): blocks of 32 with int8 = round(x * 127 / max|x|), or bf16 values."""
+        padding = out.values.shape[-1] - x.shape[-1]
+        if padding:
+            x = torch.nn.functional.pad(x, (0, padding))
         if out.scales is None:
             out.values.copy_(x)
             return
@@ -217,8 +222,10 @@ class TorchKernels:
     ) -> None:
         """partials (n_splits, T, hidden): sums of value * row, each over a part of the neurons."""
         partials.zero_()
+        hidden = partials.shape[-1]
         for first, last in matrix.chunks():
-            partials[0] += values[:, first:last] @ matrix.rows(first, last).dequantize()
+            rows = matrix.rows(first, last).dequantize()[:, :hidden]
+            partials[0] += values[:, first:last] @ rows
 
     def merge(
         self, partials: Tensor | None, cold: Tensor | None, scale: float, residual: Tensor

@@ -75,12 +75,11 @@ class TritonKernels(TorchKernels):
         )
 
     def quantize(self, x: Tensor, out: Vectors) -> None:
-        n = out.values.numel()
         values, scales = _arguments(out.values, out.scales)
-        grid = (triton.cdiv(n // BLOCK, 8),)
+        grid = (triton.cdiv(triton.cdiv(x.numel(), BLOCK), 8),)
         is_bf16 = out.scales is None
         triton_rows.quantize[grid](
-            x, values, scales, N=n, N_BLOCKS=8, IS_BF16=is_bf16, **ROUNDS_EACH
+            x, values, scales, N=x.numel(), N_BLOCKS=8, IS_BF16=is_bf16, **ROUNDS_EACH
         )
 
     def linear(self, matrix: DeviceMatrix, x: Vectors, out: Tensor) -> None:
@@ -118,14 +117,16 @@ class TritonKernels(TorchKernels):
     ) -> None:
         packed, scales = _arguments(matrix.values, matrix.scales)
         per_split = triton.cdiv(triton.cdiv(matrix.n_rows, self.n_splits), DOWN_ROWS) * DOWN_ROWS
-        triton_rows.down[(triton.cdiv(matrix.n_cols, DOWN_COLS), self.n_splits)](
+        hidden = int(partials.shape[-1])
+        triton_rows.down[(triton.cdiv(hidden, DOWN_COLS), self.n_splits)](
             packed,
             scales,
             values,
             partials,
             matrix.n_rows,
             per_split,
-            N=matrix.n_cols,
+            N=hidden,
+            N_STORED=matrix.n_cols,
             N_ROWS=DOWN_ROWS,
             N_COLS=DOWN_COLS,
             FORMAT=_FORMATS[matrix.format],

@@ -1,8 +1,9 @@
 """Kernels over rows of weights in Triton, for one token.
 
 They are: norm and quantisation, dot products with rows, up and down rows of the neurons that fire,
-and the sum of partials. Activations are quantised to the same bits as by the CPU's kernels.
-Importing this module loads triton.
+and the sum of partials. Activations are quantised to the same bits as by the CPU's kernels. Rows
+of weights and quantised vectors consist of whole blocks; zeros fill up the last block. Importing
+this module loads triton.
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ def norm(
     """A single program: computes the root mean square over all columns, then each block."""
     column = tl.arange(0, 32)[None, :]
     squares = tl.zeros((N_BLOCKS, 32), tl.float32)
-    for first in range(0, N // 32, N_BLOCKS):
-        block = first + tl.arange(0, N_BLOCKS)
-        v = tl.load(x + block[:, None] * 32 + column, mask=(block < N // 32)[:, None], other=0.0)
+    for first in range(0, (N + 31) // 32, N_BLOCKS):
+        at = (first + tl.arange(0, N_BLOCKS))[:, None] * 32 + column
+        v = tl.load(x + at, mask=at < N, other=0.0)
         squares += v * v
     inverse = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / N + eps) * scale
-    for first in range(0, N // 32, N_BLOCKS):
+    for first in range(0, (N + 31) // 32, N_BLOCKS):
         block = first + tl.arange(0, N_BLOCKS)
-        is_block = block < N // 32
+        is_block = block < (N + 31) // 32
         at = block[:, None] * 32 + column
-        mask = is_block[:, None] & (column < 32)
+        mask = at < N
         v = tl.load(x + at, mask=mask, other=0.0)
         normed = tl.load(weight + at, mask=mask, other=0.0) * (v * inverse)
         tl.store(out + at, normed, mask=mask)
@@ -73,9 +74,8 @@ def norm(
 def quantize(x, values, scales, N: tl.constexpr, N_BLOCKS: tl.constexpr, IS_BF16: tl.constexpr):
     block = tl.program_id(0) * N_BLOCKS + tl.arange(0, N_BLOCKS)
     at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    is_block = block < N // 32
-    mask = is_block[:, None] & (at < N)
-    v = tl.load(x + at, mask=mask, other=0.0)
+    is_block = block < (N + 31) // 32
+    v = tl.load(x + at, mask=at < N, other=0.0)
     store_quantized(v, block, is_block, values, scales, IS_BF16)
 
 
@@ -229,12 +229,16 @@ def down(
     n_rows,
     rows_per_split,
     N: tl.constexpr,
+    N_STORED: tl.constexpr,
     N_ROWS: tl.constexpr,
     N_COLS: tl.constexpr,
     FORMAT: tl.constexpr,
     SKIPS: tl.constexpr,
 ):
-    """partials[split, columns] = the sum of weight * row over the rows of the split."""
+    """partials[split, columns] = the sum of weight * row over the rows of the split.
+
+    A row has N_STORED columns, of which the partials have the first N.
+    """
     column = tl.program_id(0) * N_COLS + tl.arange(0, N_COLS)
     split = tl.program_id(1)
     is_column = column < N
@@ -251,19 +255,21 @@ def down(
             mask = reads[:, None] & is_column[None, :]
             start = row.to(tl.int64)[:, None]
             if FORMAT == 0:
-                w = as_float(tl.load(values + start * N + column[None, :], mask=mask, other=0))
+                where = values + start * N_STORED + column[None, :]
+                w = as_float(tl.load(where, mask=mask, other=0))
             else:
                 if FORMAT == 1:
-                    q = tl.load(values + start * N + column[None, :], mask=mask, other=0)
+                    q = tl.load(values + start * N_STORED + column[None, :], mask=mask, other=0)
                     integers = q.to(tl.float32)
                 else:
                     byte = column // 32 * 16 + column % 16
-                    q = tl.load(values + start * (N // 2) + byte[None, :], mask=mask, other=0)
+                    q = tl.load(
+                        values + start * (N_STORED // 2) + byte[None, :], mask=mask, other=0
+                    )
                     shift = (column % 32 // 16 * 4)[None, :]
                     integers = (((q.to(tl.int32) >> shift) & 15) - 8).to(tl.float32)
-                scale = tl.load(
-                    scales + start * (N // 32) + (column // 32)[None, :], mask=mask, other=0.0
-                )
+                where = scales + start * (N_STORED // 32) + (column // 32)[None, :]
+                scale = tl.load(where, mask=mask, other=0.0)
                 w = integers * scale.to(tl.float32)
             total += tl.sum(weight[:, None] * w, 0)
     tl.store(partials + split * N + column, total, mask=is_column)

@@ -17,7 +17,6 @@ from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.model.config import Activation
 
 ACTIVATIONS: tuple[Activation, ...] = ("relu", "fatrelu", "silu")
-BLOCK = 32  # weights of a row that share a scale; the kernels support whole blocks only
 _MAX_SIZE = 2**31 - 1  # the kernels use 32-bit integers
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -91,11 +90,6 @@ def read_heads(fields: Fields, hidden_size: int) -> tuple[int, int, int]:
         )
     if n_heads * head_dim > _MAX_SIZE:
         raise fields.invalid("num_attention_heads", f"at most {_MAX_SIZE} dimensions in all")
-    if n_heads * head_dim % BLOCK:
-        raise UnsupportedModel(
-            f"{fields.path}: {n_heads} heads of {head_dim} dimensions make {n_heads * head_dim}; "
-            f"expected a multiple of {BLOCK}"
-        )
     return n_heads, n_kv_heads, head_dim
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hybrid.errors import UnsupportedModel
 from hybrid.model.config import ModelConfig
 from hybrid.model.families.fields import (
-    BLOCK,
     Fields,
     parse_token_ids,
     read_activation,
@@ -51,10 +50,6 @@ def parse(fields: Fields, *, family: str = NAME, is_tied_by_default: bool = Fals
     vocab_size = fields.size("vocab_size")
     hidden_size = fields.size("hidden_size")
     n_layers = fields.size("num_hidden_layers")
-    if hidden_size % BLOCK:
-        raise UnsupportedModel(
-            f"{fields.path}: hidden_size is {hidden_size}; expected a multiple of {BLOCK}"
-        )
     n_heads, n_kv_heads, head_dim = read_heads(fields, hidden_size)
     activation = read_activation(fields)
     return ModelConfig(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from slow import slow_except
-from tiny_models import STORIES
+from tiny_models import ODD_SHAPES, STORIES, write_model
 
 torch = pytest.importorskip("torch")
 
@@ -57,6 +57,26 @@ def test_every_plan_gives_the_cpu_engines_logits(packed, name):
         assert session.position == own.position
         counts, own_counts = np.array(session.active_counts), np.array(own.active_counts)
         assert np.abs(counts - own_counts).max() <= 0.01 * own_counts.max()
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES)
+def test_models_of_any_hidden_size_run_on_both_devices(tmp_path, format, shape):
+    """Two sessions that differ in nothing but the device. Sizes are those that a plan counts."""
+    packed = PackedFolder(write_model(tmp_path, **shape), format)
+    ids = some_ids(packed.config, 24)
+    own = packed.cpu().open_session()
+    expected = own.prefill(ids, True)
+    for name in ("all", "everything", "hot"):
+        plan = packed.plans()[name]
+        with packed.hybrid(plan, HostDevice()) as executor:
+            session = executor.open_session()
+            check_logits(session.prefill(ids, True), expected)
+            session = executor.open_session()
+            for position, token in enumerate(ids[:4]):
+                session.decode(int(token))
+                check_logits(session.logits, expected[position])
+            sizes = ModelSizes(packed.layout, N_CONTEXT, n_splits=1, rows_per_count=0)
+            assert executor.weight_bytes + executor.lane_bytes == sizes.plan(plan)
 
 
 def decode_all(executor, ids: np.ndarray, device: FakeDevice | None = None) -> np.ndarray:
@@ -272,7 +292,8 @@ def test_hand_offs_are_measured_with_the_real_link(fake, mechanism):
 
 
 def test_the_speeds_of_a_device_are_measured(format):
-    layout = packed_layout(PackedFolder(STORIES, Format.q8).config, format)
+    config = replace(PackedFolder(STORIES, Format.q8).config, hidden_size=100)
+    layout = packed_layout(config, format)
     speeds = measure_gpu(
         HostDevice(), TorchKernels(), layout, ThreadPool(1), DeviceMemory(1), n_rows=256
     )

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 from predictor_files import decode_counted, write_predictor
-from tiny_models import write_model
+from tiny_models import ODD_SHAPES, write_model
 
 import hybrid
 from hybrid import InvalidArtifact, InvalidOption
@@ -21,6 +21,7 @@ SIZES = {
     "odd sizes": {"intermediate_size": 203, "hidden_size": 160, "num_attention_heads": 5},
 }
 SIZES["odd sizes"] |= {"num_key_value_heads": 5}
+SIZES |= {name: ODD_SHAPES[name] for name in ("hidden 36", "hidden 100")}
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from folded_llama import FatRelu, fold_scales
-from safetensors.numpy import load_file
-from tiny_models import write_model
+from safetensors.numpy import load_file, save_file
+from tiny_models import ODD_SHAPES, write_model
 
+import hybrid
 from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.oracle.executor import ReferenceSession, read_weights
+from hybrid.evaluation.fp32 import Fp32Engine
 
 torch = pytest.importorskip("torch", reason="the oracle of the oracle needs torch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -67,6 +69,48 @@ def test_another_head_dim_and_theta_match_transformers(tmp_path):
     folder = write_model(tmp_path, **LLAMA, hidden_act="relu", head_dim=48, rope_theta=500.0)
     expected = llama_logits(folder, load_file(folder / "model.safetensors"), "relu")
     assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES)
+def test_any_hidden_size_matches_transformers(tmp_path, shape):
+    """The oracle in fp32, the oracle as an engine, and the native engine in every format."""
+    changes = {**LLAMA, **shape, "tie_word_embeddings": False, "vocab_size": 4096}
+    folder = write_model(tmp_path, **changes, hidden_act="relu")
+    expected = llama_logits(folder, load_file(folder / "model.safetensors"), "relu")
+    assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
+    with Fp32Engine(folder).open_session() as session:
+        assert np.abs(session.prefill(IDS) - expected).max() <= LOGIT_BOUND
+    for quant, bound in (("bf16", 0.02), ("q8", 0.05), ("q4", 0.5)):  # of the logits' deviation
+        with hybrid.load(folder, quant=quant) as engine:
+            actual = engine.open_session().prefill(IDS, all_logits=True)
+        rms = np.sqrt(np.mean(np.square(actual - expected)))
+        assert rms <= bound * expected.std(), quant
+
+
+def test_a_checkpoint_of_hidden_size_8_by_others_matches_transformers(tmp_path, shared_data):
+    """Its weights are random, but neither they nor its file were made here."""
+    gguf = pytest.importorskip("gguf", reason="reading the checkpoint needs gguf")
+    path = shared_data / "models" / "llama-2-tiny-random" / "llama-2-tiny-random.gguf"
+    if not path.is_file():
+        pytest.skip(f"no file {path}")
+    stored = {t.name: np.asarray(t.data, np.float32) for t in gguf.GGUFReader(path).tensors}
+    shape = {"hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    config = {**LLAMA, **shape, "vocab_size": 32_000, "num_hidden_layers": 1, "hidden_act": "silu"}
+    write_model(tmp_path, **config, num_key_value_heads=2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    tensors = {}
+    for name, made in load_file(tmp_path / "model.safetensors").items():
+        stem = names.get_name(name.removesuffix(".weight"))
+        w = stored[f"{stem}.weight"].reshape(made.shape)
+        if stem.endswith(("attn_q", "attn_k")):  # GGUF stores rotary pairs as neighbours
+            w = w.reshape(2, 2, 2, 8).swapaxes(1, 2).reshape(8, 8)
+        tensors[name] = np.ascontiguousarray(w)
+    save_file(tensors, tmp_path / "model.safetensors")
+    expected = llama_logits(tmp_path, tensors, "silu")
+    assert np.abs(reference_logits(tmp_path) - expected).max() <= 1e-5 * expected.std()
+    with hybrid.load(tmp_path, quant="bf16") as engine:
+        actual = engine.open_session().prefill(IDS, all_logits=True)
+    assert np.sqrt(np.mean(np.square(actual - expected))) <= 0.01 * expected.std()
 
 
 def test_sparse_llama_with_fatrelu_matches_transformers(tmp_path, monkeypatch):

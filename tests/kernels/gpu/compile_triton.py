@@ -56,7 +56,8 @@ def kernels() -> list[tuple[Any, list[str], dict[str, Any]]]:
         for has_gates in (False, True):
             types = [values, scales, values, scales, x, x_scales, F, F, B, P, N]
             found.append((r.up, types, {**sizes, "HAS_GATES": has_gates, "SKIPS": True}))
-        constants = {"N": HIDDEN, "N_ROWS": t.DOWN_ROWS, "N_COLS": t.DOWN_COLS}
+        constants = {"N": HIDDEN, "N_STORED": HIDDEN}
+        constants |= {"N_ROWS": t.DOWN_ROWS, "N_COLS": t.DOWN_COLS}
         constants |= {"FORMAT": format, "SKIPS": True}
         found.append((r.down, [values, scales, F, F, N, N], constants))
     return found
