@@ -50,8 +50,8 @@ def test_defaults_are_valid_and_frozen() -> None:
     [
         *[("temperature", value) for value in (-0.1, NAN, INF, -INF, True, "1", None, 10**400)],
         *[("top_k", value) for value in (-1, 1.0, False, "40", None)],
-        *[("top_p", value) for value in (0, 0.0, -0.5, 1.0001, NAN, INF, True, "0.9", None)],
-        *[("seed", value) for value in (-1, 1.5, True, "1")],
+        *[("top_p", value) for value in (-0.5, 1.0001, NAN, INF, True, "0.9", None)],
+        *[("seed", value) for value in (-2, 1.5, True, "1")],
     ],
 )
 def test_bad_options_are_refused_by_name_and_value(option: str, value: object) -> None:
