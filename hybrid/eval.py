@@ -115,7 +115,10 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
     LoadOptions(threads=args.threads)  # report a wrong value before a model is downloaded
     with progress_bar() as progress:
         folder = resolve(args.model, offline=args.offline, progress=progress)
-        yield Fp32Engine(folder, add_bos=args.bos), progress
+        oracle = Fp32Engine(folder, add_bos=args.bos)
+        for notice in oracle.tokenizer.notices:
+            print(f"note: {notice}", file=sys.stderr)
+        yield oracle, progress
 
 
 def what(args: argparse.Namespace, engine: Engine | Fp32Engine) -> dict[str, Any]:

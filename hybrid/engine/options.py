@@ -114,7 +114,9 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         self.sampling(SamplingParams())
-        if self.max_tokens is not None and self.max_tokens != "auto":
+        if isinstance(self.max_tokens, str):
+            _check_choice("max_tokens", self.max_tokens, ("auto",))
+        elif self.max_tokens is not None:
             object.__setattr__(self, "max_tokens", checked_count("max_tokens", self.max_tokens))
         if self.stop is not None:
             object.__setattr__(self, "stop", checked_stop(self.stop))

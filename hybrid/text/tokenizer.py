@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import tokenizers
 
@@ -86,8 +86,7 @@ class Tokenizer:
     def __init__(
         self, folder: Path, vocab_size: int, bos_id: int | None, add_bos: bool | None
     ) -> None:
-        bpe, layout, notices = _load_bpe(folder / "tokenizer.json", vocab_size)
-        vocab = bpe.get_vocab()
+        bpe, layout, vocab, notices = _load_bpe(folder / "tokenizer.json", vocab_size)
         self.vocab_size = vocab_size
         settings = _read_settings(folder / "tokenizer_config.json")
         bos = choose_bos(folder, bpe, vocab_size, BosWishes(bos_id, settings, add_bos))
@@ -232,10 +231,16 @@ class StreamingDetokenizer:
         return text
 
 
-def _load_bpe(
-    path: Path, vocab_size: int
-) -> tuple[tokenizers.Tokenizer, dict[str, Any], list[str]]:
-    """Return the library's tokenizer, the JSON that it was made from, and notices."""
+class _Library(NamedTuple):
+    """The library's tokenizer of a file."""
+
+    bpe: tokenizers.Tokenizer
+    layout: dict[str, Any]  # the file's content
+    vocab: dict[str, int]
+    notices: tuple[str, ...]
+
+
+def _load_bpe(path: Path, vocab_size: int) -> _Library:
     text = _read_text(path)
     layout = _parse_json(path, text)
     model = layout.get("model")
@@ -270,11 +275,12 @@ def _load_bpe(
                 f"{path}: piece {piece!r} has id {token}, but the model's ids end at "
                 f"{vocab_size - 1}: the tokenizer and the weights are of different models"
             )
-    notices = []
-    if beyond:  # such as <pad>: no text becomes a special token, and no model writes these
-        names = ", ".join(f"{piece} (id {token})" for piece, token in beyond.items())
-        notices.append(f"{path.parent.name}: the model has no embedding of {names}")
-    return bpe, layout, notices
+    if not beyond:
+        return _Library(bpe, layout, vocab, ())
+    # Such as <pad>: no text becomes a special token, and the model cannot write these.
+    names = ", ".join(f"{piece} (id {token})" for piece, token in beyond.items())
+    notice = f"{path.parent.name}: the model has no embedding of {names:.200}"
+    return _Library(bpe, layout, vocab, (notice,))
 
 
 def _piece_bytes(bpe: tokenizers.Tokenizer, vocab: dict[str, int], vocab_size: int) -> list[bytes]:
