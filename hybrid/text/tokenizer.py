@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, get_args
 import tokenizers
 
 from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
+from hybrid.text.added_tokens import add_tokens
 from hybrid.text.bos import BosWishes, choose_bos
 
 # The layout of a converted SentencePiece vocabulary, which all supported models have.
@@ -72,7 +73,7 @@ class Tokenizer:
     def from_folder(
         cls, folder: Path, *, vocab_size: int, bos_id: int | None, add_bos: bool | None = None
     ) -> Tokenizer:
-        """Read `tokenizer.json`, and from `tokenizer_config.json` BOS and the chat template.
+        """Read `tokenizer.json`, and the other files of a tokenizer that the folder has.
 
         `bos_id` is what config.json names. `add_bos` says whether a text begins with BOS. If it is
         None, the post-processor in tokenizer.json decides, as in transformers 5.
@@ -86,9 +87,9 @@ class Tokenizer:
     def __init__(
         self, folder: Path, vocab_size: int, bos_id: int | None, add_bos: bool | None
     ) -> None:
-        bpe, layout, vocab, notices = _load_bpe(folder / "tokenizer.json", vocab_size)
+        settings = _read_settings(folder)
+        bpe, layout, vocab, notices = _load_bpe(folder, settings, vocab_size)
         self.vocab_size = vocab_size
-        settings = _read_settings(folder / "tokenizer_config.json")
         bos = choose_bos(folder, bpe, vocab_size, BosWishes(bos_id, settings, add_bos))
         self.bos, self.empty_text = bos.ids, bos.empty_text
         template = _read_chat_template(folder, settings)
@@ -240,7 +241,8 @@ class _Library(NamedTuple):
     notices: tuple[str, ...]
 
 
-def _load_bpe(path: Path, vocab_size: int) -> _Library:
+def _load_bpe(folder: Path, settings: dict[str, Any], vocab_size: int) -> _Library:
+    path = folder / "tokenizer.json"
     text = _read_text(path)
     layout = _parse_json(path, text)
     model = layout.get("model")
@@ -260,6 +262,9 @@ def _load_bpe(path: Path, vocab_size: int) -> _Library:
         bpe = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
         raise InvalidCheckpoint(f"{path}: not a tokenizer: {error}; download it again") from error
+    notices = add_tokens(
+        folder, bpe, settings, _read_optional(folder / "added_tokens.json"), vocab_size
+    )
     bpe.encode_special_tokens = True  # "</s>" in a text is four characters, not an id
     bpe.no_truncation()
     bpe.no_padding()
@@ -275,12 +280,10 @@ def _load_bpe(path: Path, vocab_size: int) -> _Library:
                 f"{path}: piece {piece!r} has id {token}, but the model's ids end at "
                 f"{vocab_size - 1}: the tokenizer and the weights are of different models"
             )
-    if not beyond:
-        return _Library(bpe, layout, vocab, ())
-    # Such as <pad>: no text becomes a special token, and the model cannot write these.
-    names = ", ".join(f"{piece} (id {token})" for piece, token in beyond.items())
-    notice = f"{path.parent.name}: the model has no embedding of {names:.200}"
-    return _Library(bpe, layout, vocab, (notice,))
+    if beyond:  # such as <pad>: no text becomes a special token, and the model cannot write these
+        names = ", ".join(f"{piece} (id {token})" for piece, token in beyond.items())
+        notices += (f"{folder.name}: the model has no embedding of {names:.200}",)
+    return _Library(bpe, layout, vocab, notices)
 
 
 def _piece_bytes(bpe: tokenizers.Tokenizer, vocab: dict[str, int], vocab_size: int) -> list[bytes]:
@@ -333,8 +336,18 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json, or {} if the model has none."""
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return the content of tokenizer_config.json, or {} if the model has none.
+
+    As in transformers, special_tokens_map.json goes before it if it does not describe its tokens.
+    """
+    settings = _read_optional(folder / "tokenizer_config.json")
+    if settings.get("added_tokens_decoder") is None:
+        settings |= _read_optional(folder / "special_tokens_map.json")
+    return settings
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
     return _parse_json(path, _read_text(path)) if path.exists() else {}
 
 
