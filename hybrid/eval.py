@@ -26,6 +26,7 @@ from typing import Any
 from hybrid import Engine, LoadOptions, Progress
 from hybrid.cli.command_line import (
     ArgumentParser,
+    add_bos_option,
     add_device_options,
     add_model_options,
     add_predictor_options,
@@ -63,6 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         add_model_options(command, quants=("q8", "q4", "bf16", "fp32"))
         add_predictor_options(command)
         add_device_options(command)
+        add_bos_option(command)
         command.add_argument(
             "--json", action="store_true", help="print one JSON object and nothing else"
         )
@@ -113,7 +115,10 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
     LoadOptions(threads=args.threads)  # report a wrong value before a model is downloaded
     with progress_bar() as progress:
         folder = resolve(args.model, offline=args.offline, progress=progress)
-        yield Fp32Engine(folder), progress
+        oracle = Fp32Engine(folder, add_bos=args.bos)
+        for notice in oracle.tokenizer.notices:
+            print(f"note: {notice}", file=sys.stderr)
+        yield oracle, progress
 
 
 def what(args: argparse.Namespace, engine: Engine | Fp32Engine) -> dict[str, Any]:

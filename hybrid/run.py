@@ -29,6 +29,7 @@ from hybrid import (
 from hybrid.cli.closing_line import ClosingLine
 from hybrid.cli.command_line import (
     ArgumentParser,
+    add_bos_option,
     add_device_options,
     add_generation_options,
     add_predictor_options,
@@ -93,6 +94,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (default: q8)")
     add_predictor_options(parser)
     add_device_options(parser)
+    add_bos_option(parser)
     add("--raw", action="store_true", help="do not apply the model's chat template")
     add("--no-stream", action="store_true", help="print the text only when it is complete")
     add("--json", action="store_true", help="print one JSON object instead of the text")
@@ -168,6 +170,7 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
         stats = engine.stats
         where = "mapped from disk" if stats.is_mapped else "in memory"
         where = "being copied into memory" if stats.is_copying else where
+        owner = "the model's" if engine.defaults.gives_sampling else "hybrid's own"
         lines += [
             f"{engine.folder}: {config.family}, {config.n_layers} layers of {config.n_neurons} "
             f"neurons, hidden size {config.hidden_size}, {config.activation} "
@@ -175,7 +178,7 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
             f"{stats.weight_bytes / 1e6:.0f} MB of {engine.quant} weights {where}, loaded in "
             f"{stats.load_s:.2f} s; context {engine.n_context} of {config.max_context} tokens",
             f"{active_isa()}, {engine.n_threads} threads",
-            f"the model's sampling defaults: {engine.default_sampling}",
+            f"{owner} sampling defaults: {engine.default_sampling}",
         ]
     return lines
 

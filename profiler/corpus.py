@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hybrid import Engine, InvalidOption, Progress
+from hybrid import Engine, GenerationOptions, InvalidOption, Progress
 from hybrid.files import write_atomically
 
 CHUNK_BYTES = 1 << 18
@@ -68,7 +68,7 @@ class TextFile:
         return {"name": self.name, "sha256": self.sha256, "bytes": self._size}
 
     def windows(self, engine: Engine, window: int, place: int) -> Iterator[tuple[list[int], int]]:
-        bos = [] if engine.config.bos_id is None else [engine.config.bos_id]
+        bos = list(engine.tokenizer.bos)
         for text, end in self._documents(place):
             ids = engine.tokenizer.encode_continuation(text)
             step = window - len(bos)
@@ -190,9 +190,16 @@ def _write(engine: Engine, prompt: str, seed: int) -> list[int]:
     """
     room = min(WRITTEN_TOKENS, engine.n_context // 2)
     with engine.open_session() as session:
-        generation = engine.generate(
-            prompt, session=session, max_tokens=room, temperature=1.0, top_p=0.95, seed=seed
+        options = GenerationOptions(
+            max_tokens=room,
+            temperature=1.0,
+            top_k=0,
+            top_p=0.95,
+            repeat_penalty=1.0,
+            stop=(),
+            seed=seed,
         )
+        generation = engine.generate(prompt, session=session, options=options)
         for _ in generation:
             pass
         return list(session.tokens)

@@ -74,6 +74,18 @@ def test_the_command_prints_json(tmp_path, capsys):
     assert f"perplexity {summary['perplexity']:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("quant", ["q8", "fp32"])
+def test_bos_may_be_left_out(tmp_path, capsys, quant):
+    path = tmp_path / "text.txt"
+    path.write_text("Once upon a time", encoding="utf-8")
+    counts = []
+    for options in ([], ["--no-bos"]):
+        arguments = ["perplexity", "--text", str(path), "--json", "--quant", quant, *options]
+        assert eval.main(arguments) == 0
+        counts.append(json.loads(capsys.readouterr().out)["n_tokens"])
+    assert counts == [4, 3]
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(b"", "no text"), (b" \n", "no text"), (b"\xff\xfe", "not UTF-8")]
 )

@@ -92,6 +92,26 @@ def test_stop_texts_end_the_story():
     assert "stopped: --max-tokens" not in result.err
 
 
+def test_stop_texts_may_have_escapes():
+    options = ("-p", "Once upon a time", "-n", "200", "--seed", "1")
+    whole = hybrid_run(*options).out
+    first_line = whole.split("\n")[0]
+    assert first_line + "\n" != whole
+    assert hybrid_run(*options, "--stop", r"\n").out == first_line + "\n"
+    assert hybrid_run(*options, "--stop", r"\x0a").out == first_line + "\n"
+
+
+@pytest.mark.parametrize("n", ["-1", "99999"])
+def test_an_answer_without_a_limit_ends_with_the_context(n):
+    result = hybrid_run("-p", "Once", "-c", "40", "-n", n, "--temp", "0")
+    assert "stopped: the context is full" in result.err
+
+
+def test_a_random_seed_may_be_written_as_minus_one():
+    answers = [json.loads(hybrid_run("-n", "1", "--seed", "-1", "--json").out) for _ in range(3)]
+    assert len({answer["seed"] for answer in answers}) > 1
+
+
 def test_a_full_context_is_reported():
     result = hybrid_run("-p", "Once upon a time", "-c", "10", "-n", "50", "--seed", "1")
     assert result.code == 0
@@ -138,7 +158,7 @@ def test_multi_byte_characters_are_never_split(tmp_path):
         (["--temp", "nan"], "temperature"),
         (["--temp", "-1"], "temperature"),
         (["--temp", "hot"], "--temp"),
-        (["--top-p", "0"], "top_p"),
+        (["--top-p", "-0.1"], "top_p"),
         (["--top-k", "-3"], "top_k"),
         (["-n", "0"], "max_tokens"),
         (["-n", "-5"], "max_tokens"),
@@ -146,10 +166,13 @@ def test_multi_byte_characters_are_never_split(tmp_path):
         (["-t", "99999"], "threads"),
         (["-c", "0"], "context_size"),
         (["-c", "99999"], "context_size: expected an integer from 1 to 512, found 99999"),
-        (["--seed", "-1"], "seed"),
+        (["--seed", "-2"], "seed"),
         (["--min-p", "2"], "min_p"),
         (["--repeat-penalty", "0"], "repeat_penalty"),
         (["--stop", ""], "stop"),
+        (["--stop", r"a\d"], r"\d in a\d is no escape; expected \n, \t,"),
+        (["--stop", "a\\"], "is no escape"),
+        (["--stop", r"\ud83d"], "lone surrogate"),
         (["--quant", "q3"], "--quant"),
         (["--colour", "red"], "--colour"),
         (["-p", "a", "-f", "b"], "not allowed with"),
@@ -403,6 +426,35 @@ def test_verbose_says_what_is_loaded():
     error = hybrid_run("-p", "Once", "-n", "2", "-v").err
     for part in ("6 layers of 1024 neurons", "q8 weights in memory", "threads", "temperature=0.8"):
         assert part in error
+
+
+def test_verbose_names_the_owner_of_the_sampling_defaults(tmp_path):
+    folder = write_model(tmp_path, vocab_size=4096)
+    options = ("-m", folder, "-p", "Once", "-n", "2", "-v")
+    own = "note: hybrid's own sampling defaults: SamplingParams(temperature=0.8, "
+    assert own in hybrid_run(*options).err
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert own in hybrid_run(*options).err
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.3}')
+    expected = "note: the model's sampling defaults: SamplingParams(temperature=0.3, "
+    assert expected in hybrid_run(*options).err
+
+
+def test_what_is_not_followed_is_one_note(tmp_path):
+    folder = write_model(tmp_path, vocab_size=4096)
+    (folder / "generation_config.json").write_text('{"num_beams": 4, "top_k": -1}')
+    lines = hybrid_run("-m", folder, "-n", "2").err.splitlines()
+    (line,) = [line for line in lines if "generation_config" in line]
+    assert line.endswith("top_k -1 is taken as 0, all tokens; num_beams 4 is not followed")
+
+
+def test_bos_may_be_chosen():
+    counts = {
+        option: json.loads(hybrid_run("-p", "Once", "-n", "1", "--json", *option).out)["stats"]
+        for option in ((), ("--bos",), ("--no-bos",))
+    }
+    n_tokens = {option: stats["prompt_tokens"] for option, stats in counts.items()}
+    assert n_tokens[()] == n_tokens["--bos",] == n_tokens["--no-bos",] + 1
 
 
 def test_mapped_weights_write_the_same_text(tmp_path):

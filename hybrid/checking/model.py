@@ -114,8 +114,8 @@ def text_ids(engine: Engine) -> list[int]:
     n = min(N_POSITIONS, engine.n_context)
     ids = engine.tokenizer.encode(ENGLISH)
     if engine.tokenizer.has_chat_template and n == N_POSITIONS:  # MiniCPM's vocabulary
-        skip_bos = 0 if engine.config.bos_id is None else 1
-        ids = ids[: n - N_CHINESE] + engine.tokenizer.encode(CHINESE)[skip_bos:][:N_CHINESE]
+        chinese = engine.tokenizer.encode(CHINESE)[len(engine.tokenizer.bos) :]
+        ids = ids[: n - N_CHINESE] + chinese[:N_CHINESE]
     return ids[:n]
 
 

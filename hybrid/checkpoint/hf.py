@@ -22,7 +22,7 @@ from hybrid.checkpoint.tensor import Tensor, WeightFile
 from hybrid.checkpoint.torch_bin import TorchBin
 from hybrid.errors import EngineClosed, InvalidCheckpoint, InvalidOption, ModelNotFound
 from hybrid.model.config import ModelConfig
-from hybrid.model.families import expected_tensors, parse_config, parse_token_ids
+from hybrid.model.families import expected_tensors, parse_config
 
 # The preferred format first: a safetensors file cannot hold a program, and all of it is validated.
 _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
@@ -166,11 +166,18 @@ def read_config(folder: Path) -> ModelConfig:
     config = parse_config(read_json(path), path)
     generation_path = folder / "generation_config.json"
     if generation_path.name in _file_names(folder):
+        # This file is about generation, so it overrides config.json. An id that the model lacks
+        # cannot end an answer; hybrid/text/generation_config.py reports it.
         eos = read_json(generation_path).get("eos_token_id")
-        if eos is not None:  # this file is about generation, so it overrides config.json
-            eos_ids = parse_token_ids(eos, "eos_token_id", config.vocab_size, generation_path)
+        if eos_ids := known_token_ids(eos, config.vocab_size):
             config = replace(config, eos_ids=eos_ids)
     return config
+
+
+def known_token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
+    """Return the ids of the vocabulary among a field's value: one, a list, or anything else."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(token for token in values if type(token) is int and 0 <= token < vocab_size)
 
 
 def _open_weights(folder: Path, *, use_mmap: bool) -> WeightFile:

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 from hybrid import (
     Engine,
@@ -68,6 +68,15 @@ def add_model_options(
     )
     add("--quant", choices=quants, default="q8", help="weight format (default: q8)")
     add("--offline", action="store_true", help="never use the network")
+
+
+def add_bos_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that encode a text of the user; `load_options` reads it."""
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin a text with the BOS token, or not (default: as the model's tokenizer does)",
+    )
 
 
 def add_predictor_options(parser: argparse.ArgumentParser) -> None:
@@ -146,8 +155,8 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "-n",
         "--max-tokens",
         type=int,
-        default=256,
-        help="maximum number of tokens to generate (default: 256)",
+        help="maximum number of tokens to generate; -1: until the answer or the context ends "
+        "(default: the model's, or else 256)",
     )
     add(
         "--temp",
@@ -172,19 +181,20 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--repeat-penalty",
         type=float,
-        default=1.0,
-        help="make recent tokens less likely; 1 means off (default: 1)",
+        help="make the tokens of prompt and answer less likely; 1 means off (default: the model's)",
     )
     add(
         "--stop",
         action="append",
-        default=[],
-        help="end before this text; may be repeated (default: none)",
+        type=unescape,
+        metavar="TEXT",
+        help=r"end before this text; \n, \t, \\, \xNN and \uNNNN stand for characters; may be "
+        "repeated (default: the model's)",
     )
     add(
         "--seed",
         type=int,
-        help="random seed; the closing line names the one in use (default: random)",
+        help="random seed; -1: random; the closing line names the one in use (default: random)",
     )
     add(
         "--logprobs",
@@ -192,6 +202,26 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="print the log-probability of each token and the K likeliest tokens (default: off)",
     )
+
+
+_CHARACTERS = {"n": "\n", "t": "\t", "\\": "\\"}
+_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.?)", re.DOTALL)
+
+
+def unescape(text: str) -> str:
+    r"""Return `text` with \n, \t, \\, \xNN and \uNNNN as characters; for argparse's `type`."""
+
+    def character(match: re.Match[str]) -> str:
+        escape = match[1]
+        if len(escape) > 1:
+            return chr(int(escape[1:], 16))
+        if escape not in _CHARACTERS:
+            raise argparse.ArgumentTypeError(
+                f"{match[0]} in {text} is no escape; expected \\n, \\t, \\\\, \\xNN or \\uNNNN"
+            )
+        return _CHARACTERS[escape]
+
+    return _ESCAPE.sub(character, text)
 
 
 def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
@@ -204,6 +234,8 @@ def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     names += ["device", "vram_budget", "plan"] if "device" in args else []
     given: dict[str, Any] = {"device": "cpu"}
     given |= {name: getattr(args, name) for name in names if name in args}
+    if "bos" in args:
+        given["add_bos"] = args.bos
     if "ctx_size" in args:
         given["context_size"] = args.ctx_size
     for name in ("predictor", "profile"):
@@ -215,8 +247,13 @@ def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
 
 def generation_options(args: argparse.Namespace) -> GenerationOptions:
     """Return what the options of `add_generation_options` mean. Raises InvalidOption."""
+    max_tokens: int | Literal["auto"] | None = args.max_tokens
+    if max_tokens is None:
+        max_tokens = "auto"
+    elif max_tokens == -1:
+        max_tokens = None
     return GenerationOptions(
-        max_tokens=args.max_tokens,
+        max_tokens=max_tokens,
         temperature=args.temp,
         top_k=args.top_k,
         top_p=args.top_p,

@@ -132,7 +132,7 @@ class Conversation:
         elif generation.context_is_full:
             print("(stopped: the context is full; /reset starts again)", file=sys.stderr)
         elif generation.finish_reason == "length":
-            print(f"(stopped after --max-tokens {self.options.max_tokens})", file=sys.stderr)
+            print(f"(stopped after --max-tokens {len(generation.tokens)})", file=sys.stderr)
         if self.display.is_verbose:
             print(self.display.describe(self.engine, generation), file=sys.stderr)
 

@@ -23,7 +23,7 @@ from hybrid.engine.session import Session
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption, OutOfMemory
 from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import last_level_cache_bytes, measure_stream_gbs
-from hybrid.text.sampling import Sampler
+from hybrid.text.sampling import Sampler, SamplingParams
 from hybrid.text.tokenizer import ChatMessage, check_message
 from hybrid.weights.layout import decode_bytes
 from hybrid.weights.packing import NeuronOrders
@@ -60,7 +60,7 @@ class Engine:
     def __init__(self, parts: Parts) -> None:
         """`hybrid.load` makes the parts (hybrid/engine/loading/pipeline.py)."""
         self.folder, self.spec, self.plan = parts.folder, parts.spec, parts.plan
-        self.tokenizer, self.default_sampling = parts.tokenizer, parts.default_sampling
+        self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
         # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
         self.neuron_orders: NeuronOrders | None = parts.orders
         self.is_synthetic = parts.is_synthetic
@@ -98,6 +98,11 @@ class Engine:
     def n_context(self) -> int:
         """Positions of a session's KV cache."""
         return self.spec.n_context
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """How tokens are sampled where a caller says nothing: by the model, or by hybrid."""
+        return self.defaults.sampling
 
     @property
     def model_hash(self) -> str:
@@ -196,11 +201,14 @@ class Engine:
         """Continue a prompt; iterate over the result for its text.
 
         A text prompt is put into the model's chat template, if the model has one and `raw` is
-        false. Token ids are used unchanged. Sampling options that are None take the model's own
-        defaults; temperature 0 is greedy. The text ends before the first of the `stop` strings.
-        `logprobs` requests each token's log-probability, and those of that many likeliest tokens.
-        With a `session` of this engine, the part of the prompt that its KV cache holds is not
-        computed again. Keywords change what `options` says. Work begins with the first iteration.
+        false. Token ids are used unchanged. Options that are not given take the values of the
+        model's generation_config.json (`Engine.defaults`), then hybrid's own. Temperature 0 is
+        greedy. `max_tokens=None` sets no limit but the context's. The text ends before the first of
+        the `stop` strings; `stop=()` drops those of the model. `repeat_penalty` makes every token
+        of the prompt and the answer less likely. `logprobs` requests each token's log-probability,
+        and those of that many likeliest tokens. With a `session` of this engine, the part of the
+        prompt that its KV cache holds is not computed again. Keywords change what `options` says.
+        Work begins with the first iteration.
 
         Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory.
         """
@@ -290,11 +298,12 @@ class Engine:
         executor = self._open()
         if session is not None and session._engine is not executor:
             raise InvalidOption("session: belongs to another engine")
+        limits = options.limits(self.defaults, len(ids))
         return Generation(
             self.open_session() if session is None else session,
             self.tokenizer,
             Sampler(options.sampling(self.default_sampling)),
-            GenerationRequest(ids, options, session is None, tuple(messages)),
+            GenerationRequest(ids, limits, options.logprobs, session is None, tuple(messages)),
             self._count,
         )
 
@@ -329,7 +338,7 @@ class Engine:
         if not isinstance(prompt, str):
             ids = checked_ids(prompt, self.config.vocab_size)
         elif raw or not self.tokenizer.has_chat_template:
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode(prompt) or list(self.tokenizer.empty_text)
         else:
             ids = self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
         return self._checked_length(ids)

@@ -10,15 +10,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.engine.options import GenerationOptions
+from hybrid.engine.options import AnswerLimits
 from hybrid.engine.session import Session
 from hybrid.kernels import PREFILL_CHUNK
 from hybrid.text.sampling import Sampler, log_softmax
+from hybrid.text.token_rules import TokenRules
 from hybrid.text.tokenizer import ChatMessage, Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
-RECENT = 64  # tokens that the repeat penalty looks at
 PROMPT_PART = 4 * PREFILL_CHUNK  # prompt tokens that run between two checks for cancellation
 
 
@@ -70,7 +70,8 @@ class GenerationRequest:
     """What is to be answered, and how."""
 
     prompt: list[int]  # token ids
-    options: GenerationOptions
+    limits: AnswerLimits
+    logprobs: int | None  # how many likeliest tokens to report with each token; None: nothing
     owns_session: bool  # close the session when the answer has ended
     messages: tuple[ChatMessage, ...] = ()  # the conversation that this answers
 
@@ -80,7 +81,7 @@ class Generation:
 
     `text`, `tokens`, `logprobs` and `stats` grow during the iteration. `finish_reason` is None
     until the answer ends. Then it is "stop" (the model ended the answer, or a stop string came),
-    "length" (`max_tokens` was reached, or the context is full) or "cancelled". One thread may
+    "length" (the answer's limit was reached, or the context is full) or "cancelled". One thread may
     iterate; any thread may cancel.
     """
 
@@ -102,18 +103,20 @@ class Generation:
         on_end: Callable[[GenerationStats], None],
     ) -> None:
         """`on_end` receives the counts once the answer has ended."""
-        prompt, options = request.prompt, request.options
+        prompt, limits = request.prompt, request.limits
         self.prompt = prompt
         self.tokens, self.text = [], ""
-        self.logprobs = None if options.logprobs is None else []
+        self.logprobs = None if request.logprobs is None else []
         self.finish_reason, self.context_is_full = None, False
         self.stats = GenerationStats(len(prompt))
         self.seed = sampler.seed
         self._session = session
         self._sampler = sampler
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.stream(prompt)
-        self._max_tokens, self._eos_ids = options.max_tokens, session._config.eos_ids
-        self._stop, self._n_top = options.stop_strings, options.logprobs
+        self._max_tokens, self._eos_ids = limits.max_tokens, session._config.eos_ids
+        self._stop, self._n_top = limits.stop, request.logprobs
+        self._rules = None if limits.rules == TokenRules() else limits.rules
+        self._seen = set(prompt)  # tokens that the repeat penalty applies to
         self._held = ""  # text that may be the beginning of a stop string
         self._n_neurons = session._config.n_layers * session._config.n_neurons
         self._owns_session, self._on_end = request.owns_session, on_end
@@ -209,12 +212,15 @@ class Generation:
             self.finish_reason = "cancelled"
             return ""
         session, logits = self._session, self._session.logits
-        recent = [*self.prompt[-RECENT:], *self.tokens[-RECENT:]][-RECENT:]
-        token = self._sampler.sample(logits, recent)
+        banned: list[int] = []
+        if self._rules is not None:
+            banned = self._rules.banned(self.prompt, self.tokens, self._eos_ids)
+        token = self._sampler.sample(logits, self._seen, banned)
         if token in self._eos_ids:
             self.finish_reason = "stop"
             return ""
         self.tokens.append(token)
+        self._seen.add(token)
         self.stats.generated_tokens += 1
         if self.logprobs is not None:
             self.logprobs.append(self._logprobs_of(token, logits))

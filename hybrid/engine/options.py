@@ -7,24 +7,26 @@ depend on the model when it is made, so that a mistake is reported before a mode
 from __future__ import annotations
 
 import inspect
-import json
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, TypedDict, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict, TypeVar, get_args
 
 import numpy as np
 
-from hybrid.errors import InvalidCheckpoint, InvalidOption
+from hybrid.errors import InvalidOption
 from hybrid.model.config import ModelConfig
+from hybrid.text.generation_config import GenerationDefaults
 from hybrid.text.sampling import SamplingParams
+from hybrid.text.token_rules import TokenRules
 
 Quant = Literal["bf16", "q8", "q4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 DEFAULT_CONTEXT = 4096  # positions, or the model's maximum if that is smaller
 DEFAULT_RECALL = 0.99
+DEFAULT_MAX_TOKENS = 256  # of an answer, if neither the caller nor the model limits it
 MAX_LOGPROBS = 100
 MAX_THREADS = 1024
 
@@ -67,6 +69,7 @@ class LoadOptions:
     device: DeviceName = "auto"
     vram_budget: int | None = None  # bytes
     plan: Path | None = None
+    add_bos: bool | None = None  # begin texts with BOS; None: as the model's tokenizer does
     offline: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ class LoadOptions:
         _check_choice("quant", self.quant, get_args(Quant))
         if not 0.0 < self.recall < 1.0:
             raise InvalidOption(f"recall: expected a value between 0 and 1, found {self.recall}")
+        if self.add_bos not in (None, True, False):
+            raise InvalidOption(f"add_bos: expected None, True or False, found {self.add_bos!r}")
         _ = self.device_request
 
     @property
@@ -82,43 +87,61 @@ class LoadOptions:
         return DeviceRequest(self.device, self.vram_budget, self.plan)
 
 
+class AnswerLimits(NamedTuple):
+    """What bounds an answer."""
+
+    max_tokens: int | None  # None: only the context
+    stop: tuple[str, ...]  # the text ends before the first of these
+    rules: TokenRules
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
     """How an answer is generated. Raises InvalidOption.
 
-    Sampling options that are None take the model's own defaults.
+    Where an option is not given, the model's generation_config.json decides, then hybrid.
     """
 
-    max_tokens: int = 256
+    max_tokens: int | Literal["auto"] | None = "auto"  # None: until the answer or the context ends
     temperature: float | None = None  # 0: always the likeliest token
     top_k: int | None = None  # 0: all
     top_p: float | None = None  # 1: all
     min_p: float | None = None  # 0: all
-    repeat_penalty: float = 1.0  # 1: off
-    stop: str | Sequence[str] = ()  # the text ends before the first of these
+    repeat_penalty: float | None = None  # for tokens of prompt and answer; 1: off
+    stop: str | Sequence[str] | None = None  # the text ends before the first of these; (): none
     logprobs: int | None = None  # log-probability of each token, and of so many likeliest ones
-    seed: int | None = None  # None: random
+    seed: int | None = None  # None or -1: random
 
     def __post_init__(self) -> None:
         self.sampling(SamplingParams())
-        object.__setattr__(self, "max_tokens", checked_count("max_tokens", self.max_tokens))
-        checked_stop(self.stop)
+        if isinstance(self.max_tokens, str):
+            _check_choice("max_tokens", self.max_tokens, ("auto",))
+        elif self.max_tokens is not None:
+            object.__setattr__(self, "max_tokens", checked_count("max_tokens", self.max_tokens))
+        if self.stop is not None:
+            object.__setattr__(self, "stop", checked_stop(self.stop))
         if self.logprobs is not None:
             logprobs = checked_count("logprobs", self.logprobs, MAX_LOGPROBS, least=0)
             object.__setattr__(self, "logprobs", logprobs)
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return checked_stop(self.stop)
-
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
-        """Return the model's defaults with the options that were given."""
-        given = {
-            name: getattr(self, name)
-            for name in ("temperature", "top_k", "top_p", "min_p")
-            if getattr(self, name) is not None
-        }
-        return replace(defaults, **given, repeat_penalty=self.repeat_penalty, seed=self.seed)
+        """Return the defaults with the options that were given."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(defaults, **given, seed=self.seed)
+
+    def limits(self, defaults: GenerationDefaults, n_prompt: int) -> AnswerLimits:
+        """Return what bounds the answer to a prompt of so many tokens. Raises InvalidOption."""
+        max_tokens = self.max_tokens
+        if max_tokens == "auto":
+            max_tokens = defaults.max_answer(n_prompt, DEFAULT_MAX_TOKENS)
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidOption(
+                f"the prompt has {n_prompt} tokens, and the model's generation_config.json allows "
+                f"{defaults.max_length} for prompt and answer; choose max_tokens"
+            )
+        stop = defaults.stop if self.stop is None else checked_stop(self.stop)
+        return AnswerLimits(max_tokens, stop, defaults.rules)
 
 
 # The same fields as keywords of `hybrid.load`, `Engine.generate` and `Engine.chat`, for type
@@ -138,17 +161,18 @@ class LoadKeywords(TypedDict, total=False):
     device: DeviceName
     vram_budget: int | None
     plan: Path | None
+    add_bos: bool | None
     offline: bool
 
 
 class GenerationKeywords(TypedDict, total=False):
-    max_tokens: int
+    max_tokens: int | Literal["auto"] | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
-    repeat_penalty: float
-    stop: str | Sequence[str]
+    repeat_penalty: float | None
+    stop: str | Sequence[str] | None
     logprobs: int | None
     seed: int | None
 
@@ -192,30 +216,6 @@ def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
             raise InvalidOption(f"prompt: expected {expected}, found {token}")
         ids.append(int(token))
     return ids
-
-
-def read_default_sampling(folder: Path) -> SamplingParams:
-    """Return the model's sampling defaults, from generation_config.json if it exists.
-
-    Raises InvalidCheckpoint if that file is broken.
-    """
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return SamplingParams()
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("do_sample") not in (True, False, None):
-            raise ValueError(f"do_sample: expected true or false, found {values['do_sample']!r}")
-        if values.get("do_sample") is False:
-            return SamplingParams(temperature=0.0)
-        options = {
-            name: values[name]
-            for name in ("temperature", "top_k", "top_p", "min_p")
-            if values.get(name) is not None
-        }
-        return SamplingParams(**options)
-    except (ValueError, AttributeError, TypeError, OSError) as error:
-        raise InvalidCheckpoint(f"{path}: {error}") from error
 
 
 def checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -62,6 +62,9 @@ def load(
     stays on the CPU. `plan` is a file of `hybrid.plan`; `Engine.plan` says what is where. PyTorch
     is loaded only if a GPU is used.
 
+    `add_bos` says whether a text begins with the BOS token. None does as the model's tokenizer, and
+    `Engine.notices` says so where the model's files disagree. Token ids are never changed.
+
     Keywords change what `options` says. `progress` is called during downloading and packing.
 
     Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, InvalidArtifact, UnsupportedModel,

@@ -1,8 +1,8 @@
 """SamplingParams and Sampler choose the next token from the logits.
 
-The steps are, in this order: repeat penalty, temperature, top-k, top-p over what top-k kept, min-p
-over what is left. If logits are equal at a cut, the lowest ids are kept. The whole vocabulary is
-sorted only if the distribution is flat.
+The steps are, in this order: banned tokens, repeat penalty, temperature, top-k, top-p over what
+top-k kept, min-p over what is left. If logits are equal at a cut, the lowest ids are kept. The
+whole vocabulary is sorted only if the distribution is flat.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
@@ -32,10 +32,10 @@ class SamplingParams:
 
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 0  # keep the k likeliest tokens; 0: all
-    top_p: float = 0.95  # keep the fewest tokens that have this probability together; 1: all
+    top_p: float = 0.95  # keep the fewest tokens that have this probability; 0: one, 1: all
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
-    repeat_penalty: float = 1.0  # above 1: recent tokens become less likely; 1: off
-    seed: int | None = None  # None: a random seed of the operating system
+    repeat_penalty: float = 1.0  # above 1: what the text already has becomes less likely; 1: off
+    seed: int | None = None  # None or -1: a random seed of the operating system
 
     def __post_init__(self) -> None:
         if not (
@@ -44,14 +44,14 @@ class SamplingParams:
             raise _out_of_range("temperature", self.temperature, "a finite number, 0 or more")
         if not (_is_int(self.top_k) and self.top_k >= 0):
             raise _out_of_range("top_k", self.top_k, "an integer, 0 (off) or more")
-        if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
-            raise _out_of_range("top_p", self.top_p, "a number above 0, at most 1 (off)")
+        if not (_is_real(self.top_p) and 0 <= self.top_p <= 1):
+            raise _out_of_range("top_p", self.top_p, "a number from 0 to 1 (off)")
         if not (_is_real(self.min_p) and 0 <= self.min_p <= 1):
             raise _out_of_range("min_p", self.min_p, "a number from 0 (off) to 1")
         if not (_is_real(self.repeat_penalty) and 0.1 <= self.repeat_penalty <= 10):
             raise _out_of_range("repeat_penalty", self.repeat_penalty, "a number from 0.1 to 10")
-        if self.seed is not None and not (_is_int(self.seed) and self.seed >= 0):
-            raise _out_of_range("seed", self.seed, "None or an integer, 0 or more")
+        if self.seed is not None and not (_is_int(self.seed) and self.seed >= -1):
+            raise _out_of_range("seed", self.seed, "None or -1 (random), or an integer, 0 or more")
 
 
 class Sampler:
@@ -60,20 +60,25 @@ class Sampler:
     seed: int  # the seed in use, even if the parameters give none
 
     def __init__(self, params: SamplingParams) -> None:
-        self.seed = secrets.randbits(32) if params.seed is None else int(params.seed)
+        seed = params.seed
+        self.seed = secrets.randbits(32) if seed is None or seed == -1 else int(seed)
         self._params = params
         self._random = random.Random(self.seed)
         # Kept between calls, because allocating this much costs more than the work in it.
         self._weights = np.empty(0, np.float32)
 
-    def sample(self, logits: Floats, recent: Sequence[int] = ()) -> int:
+    def sample(self, logits: Floats, seen: Collection[int] = (), banned: Sequence[int] = ()) -> int:
         """Return the next token for `logits` (vocab,), which are not changed; -inf bans a token.
 
-        The repeat penalty applies to the tokens of `recent`. It divides their positive logits and
-        multiplies their negative ones (CTRL, https://arxiv.org/abs/1909.05858).
+        The repeat penalty applies to the tokens of `seen`. It divides their positive logits and
+        multiplies their negative ones (CTRL, https://arxiv.org/abs/1909.05858). The tokens of
+        `banned` are never returned.
 
         Raises HybridError if a logit is NaN or +inf, or if every token is banned.
         """
+        if banned:
+            logits = logits.copy()
+            logits[np.asarray(banned, np.intp)] = -np.inf
         top = logits.max()  # NaN if any logit is
         if not np.isfinite(top):
             problem = "every token is banned (-inf)" if top < 0 else f"found {top}"
@@ -82,9 +87,9 @@ class Sampler:
                 "bans tokens must be broken"
             )
         params = self._params
-        if params.repeat_penalty != 1 and recent:
+        if params.repeat_penalty != 1 and seen:
             logits = logits.copy()
-            penalised = np.unique(np.asarray(recent, np.intp))
+            penalised = np.fromiter(set(seen), np.intp)
             penalty = np.float32(params.repeat_penalty)
             logits[penalised] = np.where(
                 logits[penalised] > 0, logits[penalised] / penalty, logits[penalised] * penalty

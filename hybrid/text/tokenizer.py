@@ -1,9 +1,9 @@
 """Tokenizer: converts text to token ids and back, streams text, applies MiniCPM's chat template.
 
-The `tokenizers` library does the BPE. Decoding is done here, on bytes. If the last character of a
-run of byte tokens is incomplete, the library decodes the whole run as U+FFFD. Text that was already
-streamed would then change. Here only the incomplete character becomes one U+FFFD. Valid UTF-8
-decodes as in the library.
+The `tokenizers` library encodes: its normalizer, added tokens, pre-tokenizer and BPE apply to every
+text. Decoding is done here, on bytes. If the last character of a run of byte tokens is incomplete,
+the library decodes the whole run as U+FFFD. Text that was already streamed would then change. Here
+only the incomplete character becomes one U+FFFD. Valid UTF-8 decodes as in the library.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import tokenizers
 
 from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
+from hybrid.text.added_tokens import add_tokens
+from hybrid.text.bos import BosWishes, choose_bos
 
 # The layout of a converted SentencePiece vocabulary, which all supported models have.
 _NORMALIZER = {
@@ -39,6 +41,9 @@ _DECODER = {
 }
 _MAX_FILE_BYTES = 64 << 20  # a tokenizer of 250,000 pieces has 20 MB
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+# Characters of Unicode's private use area. Vocabularies have no pieces with them, so the library
+# encodes one of them as bytes, which join nothing that follows.
+_PRIVATE_CHARACTERS = tuple(map(chr, range(0xE000, 0xE010)))
 
 _USER, _ASSISTANT = "<用户>", "<AI>"
 _MARKER_START = re.compile("<(?=用户>|AI>)")
@@ -59,46 +64,86 @@ class Tokenizer:
     """A model's vocabulary and chat template. Immutable, so threads may share it."""
 
     vocab_size: int
+    bos: tuple[int, ...]  # what `encode` puts before a text
+    empty_text: tuple[int, ...]  # what stands for an empty text; () if the model names no BOS
     notices: tuple[str, ...]  # one line each; front-ends show them
     has_chat_template: bool
 
     @classmethod
-    def from_folder(cls, folder: Path, *, vocab_size: int, bos_id: int | None) -> Tokenizer:
-        """Read `tokenizer.json`, and the kind of the chat template if there is one.
+    def from_folder(
+        cls, folder: Path, *, vocab_size: int, bos_id: int | None, add_bos: bool | None = None
+    ) -> Tokenizer:
+        """Read `tokenizer.json`, and the other files of a tokenizer that the folder has.
 
-        Raises InvalidCheckpoint if a file is missing, broken or has ids that the model lacks.
-        Raises UnsupportedModel if it is not BPE with SentencePiece's spaces and byte fallback.
+        `bos_id` is what config.json names. `add_bos` says whether a text begins with BOS. If it is
+        None, the post-processor in tokenizer.json decides, as in transformers 5.
+
+        Raises InvalidCheckpoint if a file is missing, broken or has ids that the model lacks, and
+        InvalidOption if `add_bos` is true and the model has no BOS. Raises UnsupportedModel if the
+        tokenizer is not BPE with SentencePiece's spaces and byte fallback.
         """
-        return cls(folder, vocab_size, bos_id)
+        return cls(folder, vocab_size, bos_id, add_bos)
 
-    def __init__(self, folder: Path, vocab_size: int, bos_id: int | None) -> None:
-        bpe, layout = _load_bpe(folder / "tokenizer.json", vocab_size)
-        vocab = bpe.get_vocab()
+    def __init__(
+        self, folder: Path, vocab_size: int, bos_id: int | None, add_bos: bool | None
+    ) -> None:
+        settings = _read_settings(folder)
+        bpe, layout, vocab, notices = _load_bpe(folder, settings, vocab_size)
         self.vocab_size = vocab_size
-        self.has_chat_template, self.notices = _find_chat_template(folder, layout, vocab)
-        self._bos = [] if bos_id is None else [bos_id]
+        bos = choose_bos(folder, bpe, vocab_size, BosWishes(bos_id, settings, add_bos))
+        self.bos, self.empty_text = bos.ids, bos.empty_text
+        template = _read_chat_template(folder, settings)
+        self.has_chat_template, more = _find_chat_template(folder, template, layout, vocab)
+        self.notices = (*notices, *bos.notices, *more)
         self._pieces = _piece_bytes(bpe, vocab, vocab_size)
         self._escaped_id = vocab["<0x3C>"]
         self._bpe = bpe
-        self._bpe.encode_special_tokens = True  # "</s>" in a text is four characters, not an id
-        self._bpe.no_truncation()
-        self._bpe.no_padding()
-        # Encodes text that follows other text: the same BPE, but it puts no "▁" before the text.
-        self._continuation = tokenizers.Tokenizer(bpe.model)
-        self._continuation.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-        self._continuation.pre_tokenizer = bpe.pre_tokenizer
+        self._before = self._find_text_before(folder, vocab)
+        self._n_before = len(self._encode(self._before))
 
     def encode(self, text: str) -> list[int]:
-        """Return BOS, if the model has one, and the text's tokens.
+        """Return BOS, if the model's texts begin with it, and the text's tokens.
 
         The text becomes ordinary tokens only, even if it contains the name of a special token.
         """
-        checked = _checked_text(text, "text")
-        return self._bos + self._bpe.encode(checked, add_special_tokens=False).ids
+        return [*self.bos, *self._encode(_checked_text(text, "text"))]
 
     def encode_continuation(self, text: str) -> list[int]:
         """Return the tokens of text that follows other text, without BOS or a leading space."""
-        return self._continuation.encode(_checked_text(text, "text")).ids
+        return self._encode_after(_checked_text(text, "text"))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode_after(self, text: str) -> list[int]:
+        """Return the tokens that `text` has after other text."""
+        return self._encode(self._before + text)[self._n_before :]
+
+    def _find_text_before(self, folder: Path, vocab: dict[str, int]) -> str:
+        """Return a text after which the library encodes any text as in the middle of one.
+
+        Normalizers and pre-tokenizers of many kinds put a space before a text. So a text that
+        follows other text is encoded behind a character that joins nothing, and that character's
+        tokens are removed. "" if the library puts nothing before a text.
+        """
+        if self._join(self._encode("a")) == b"a":
+            return ""
+        joined = "".join([piece for piece in vocab if not _BYTE_PIECE.fullmatch(piece)])
+        for character in _PRIVATE_CHARACTERS:
+            last_byte = f"<0x{character.encode()[-1]:02X}>"
+            alone, followed = self._encode(character), self._encode(character + "a")
+            if (
+                character not in joined
+                and last_byte not in joined
+                and followed[: len(alone)] == alone
+                and self._join(followed[len(alone) :]) == b"a"
+            ):
+                return character
+        raise UnsupportedModel(
+            f"{folder / 'tokenizer.json'}: not supported: it puts something before every text, and "
+            "hybrid finds no way to encode a text that follows another without that"
+        )
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return the ids of `<用户>question<AI>answer<用户>question<AI>`.
@@ -115,8 +160,7 @@ class Tokenizer:
                 "the model has no chat template that hybrid knows; use generate() to complete text"
             )
         first, *rest = _render_chat(messages).split(_ESCAPED)
-        ids = self._bos + self._bpe.encode(first, add_special_tokens=False).ids
-        return ids + self._encode_escaped(rest)
+        return [*self.bos, *self._encode(first), *self._encode_escaped(rest)]
 
     def encode_next_message(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return the ids that follow an answer of the model: `<用户>question<AI>`, without BOS.
@@ -124,14 +168,14 @@ class Tokenizer:
         The answer's own tokens stay as the model generated them, so the KV cache keeps all of them.
         """
         first, *rest = _render_chat(messages).split(_ESCAPED)
-        return self._continuation.encode(first).ids + self._encode_escaped(rest)
+        return self._encode_after(first) + self._encode_escaped(rest)
 
     def _encode_escaped(self, parts: Sequence[str]) -> list[int]:
         """Encode texts, each with a "<" before it that does not begin a marker."""
         ids: list[int] = []
         for part in parts:
             ids.append(self._escaped_id)
-            ids += self._continuation.encode(part).ids
+            ids += self._encode_after(part)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -188,8 +232,17 @@ class StreamingDetokenizer:
         return text
 
 
-def _load_bpe(path: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Return the library's tokenizer and the JSON that it was made from."""
+class _Library(NamedTuple):
+    """The library's tokenizer of a file."""
+
+    bpe: tokenizers.Tokenizer
+    layout: dict[str, Any]  # the file's content
+    vocab: dict[str, int]
+    notices: tuple[str, ...]
+
+
+def _load_bpe(folder: Path, settings: dict[str, Any], vocab_size: int) -> _Library:
+    path = folder / "tokenizer.json"
     text = _read_text(path)
     layout = _parse_json(path, text)
     model = layout.get("model")
@@ -209,27 +262,40 @@ def _load_bpe(path: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, dict[s
         bpe = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
         raise InvalidCheckpoint(f"{path}: not a tokenizer: {error}; download it again") from error
+    notices = add_tokens(
+        folder, bpe, settings, _read_optional(folder / "added_tokens.json"), vocab_size
+    )
+    bpe.encode_special_tokens = True  # "</s>" in a text is four characters, not an id
+    bpe.no_truncation()
+    bpe.no_padding()
     vocab = bpe.get_vocab()
     missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocab]
     if missing:
         raise InvalidCheckpoint(f"{path}: byte fallback lacks the piece <0x{missing[0]:02X}>")
-    largest = max(vocab, key=vocab.__getitem__)
-    if vocab[largest] >= vocab_size:
-        raise InvalidCheckpoint(
-            f"{path}: piece {largest!r} has id {vocab[largest]}, but the model's ids end at "
-            f"{vocab_size - 1}: the tokenizer and the weights are of different models"
-        )
-    return bpe, layout
+    special = {token.content for token in bpe.get_added_tokens_decoder().values() if token.special}
+    beyond = {piece: token for piece, token in vocab.items() if token >= vocab_size}
+    for piece, token in beyond.items():
+        if piece not in special:
+            raise InvalidCheckpoint(
+                f"{path}: piece {piece!r} has id {token}, but the model's ids end at "
+                f"{vocab_size - 1}: the tokenizer and the weights are of different models"
+            )
+    if beyond:  # such as <pad>: no text becomes a special token, and the model cannot write these
+        names = ", ".join(f"{piece} (id {token})" for piece, token in beyond.items())
+        notices += (f"{folder.name}: the model has no embedding of {names:.200}",)
+    return _Library(bpe, layout, vocab, notices)
 
 
 def _piece_bytes(bpe: tokenizers.Tokenizer, vocab: dict[str, int], vocab_size: int) -> list[bytes]:
     """Return the bytes that each id adds to a text; b"" for special tokens and unused ids."""
     pieces = [b""] * vocab_size
     for piece, token in vocab.items():
+        if token >= vocab_size:
+            continue
         byte = _BYTE_PIECE.fullmatch(piece)
         pieces[token] = bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
     for token, added in bpe.get_added_tokens_decoder().items():
-        if added.special:
+        if added.special and token < vocab_size:
             pieces[token] = b""
     return pieces
 
@@ -251,7 +317,7 @@ def _read_text(path: Path) -> str:
 
 def _parse_json(path: Path, text: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{path}: not JSON: {error}; download it again") from error
     if not isinstance(content, dict):
@@ -259,11 +325,36 @@ def _parse_json(path: Path, text: str) -> dict[str, Any]:
     return content
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r:.80} occurs twice in an object")
+            seen.add(key)
+    return values
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return the content of tokenizer_config.json, or {} if the model has none.
+
+    As in transformers, special_tokens_map.json goes before it if it does not describe its tokens.
+    """
+    settings = _read_optional(folder / "tokenizer_config.json")
+    if settings.get("added_tokens_decoder") is None:
+        settings |= _read_optional(folder / "special_tokens_map.json")
+    return settings
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return _parse_json(path, _read_text(path)) if path.exists() else {}
+
+
 def _find_chat_template(
-    folder: Path, layout: dict[str, Any], vocab: dict[str, int]
+    folder: Path, template: str | None, layout: dict[str, Any], vocab: dict[str, int]
 ) -> tuple[bool, tuple[str, ...]]:
     """Return whether MiniCPM's template applies, and a notice if the model's own is not used."""
-    template = _read_chat_template(folder)
     if template is None:
         is_minicpm = "用户" in vocab
     else:
@@ -280,20 +371,17 @@ def _find_chat_template(
     return False, (f"{folder.name}: {problem}; text is completed raw, without a template",)
 
 
-def _read_chat_template(folder: Path) -> str | None:
+def _read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """Return the template's text, or None if the model has none. It is searched, but never run."""
     alone = folder / "chat_template.jinja"  # newer exports put it there
     if alone.exists():
         return _read_text(alone)
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return None
-    template = _parse_json(path, _read_text(path)).get("chat_template")
+    template = settings.get("chat_template")
     if isinstance(template, list):  # several templates, each with a name: search them as one text
         return json.dumps(template, ensure_ascii=False)
     if template is None or isinstance(template, str):
         return template
-    kind = type(template).__name__
+    path, kind = folder / "tokenizer_config.json", type(template).__name__
     raise InvalidCheckpoint(f"{path}: chat_template: expected a string, found {kind}")
 
 

@@ -340,6 +340,7 @@ def test_the_1b_has_the_published_shape(tmp_path, monkeypatch):
     assert sum(path.stat().st_size for path in folder.iterdir()) < 4 << 20  # no weights
     tokenizer = Tokenizer.from_folder(folder, vocab_size=config.vocab_size, bos_id=config.bos_id)
     assert not tokenizer.has_chat_template
+    assert (tokenizer.bos, tokenizer.notices) == ((1,), ())
     assert tokenizer.decode(tokenizer.encode("naïve text, 你好")) == "naïve text, 你好"
     assert tokenizer.decode([73439]) == "w73439"
 

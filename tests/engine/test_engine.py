@@ -134,10 +134,11 @@ def test_an_empty_prompt_begins_a_text(engine):
         ({"max_tokens": True}, "max_tokens"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -1}, "top_k"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
+        ({"max_tokens": "all"}, "max_tokens"),
     ],
 )
 def test_options_out_of_range_are_refused(engine, options, message):
@@ -151,7 +152,7 @@ def test_token_ids_out_of_range_are_refused(engine, ids):
         engine.generate(ids)
 
 
-@pytest.mark.parametrize("stop", [None, 3, [3], [""]])
+@pytest.mark.parametrize("stop", [3, [3], [""]])
 def test_stop_strings_of_another_type_are_refused(engine, stop):
     with pytest.raises(hybrid.InvalidOption, match="stop"):
         engine.generate("x", stop=stop)

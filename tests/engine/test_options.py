@@ -10,7 +10,9 @@ import pytest
 import hybrid
 from hybrid import GenerationOptions, InvalidOption, LoadOptions
 from hybrid.engine.options import GenerationKeywords, LoadKeywords
-from hybrid.text.sampling import SamplingParams
+from hybrid.text.generation_config import GenerationDefaults
+from hybrid.text.sampling import Sampler, SamplingParams
+from hybrid.text.token_rules import TokenRules
 
 
 @pytest.mark.parametrize(
@@ -59,11 +61,12 @@ def test_keywords_change_what_options_say():
         (lambda: LoadOptions(device="tpu"), "device: expected one of auto, cpu, cuda"),
         (lambda: LoadOptions(vram_budget=-1), "vram_budget: expected an integer, 0 or more"),
         (lambda: LoadOptions(device="cpu", vram_budget=1), "device cpu takes no plan"),
+        (lambda: LoadOptions(add_bos="no"), "add_bos: expected None, True or False, found 'no'"),
         (lambda: GenerationOptions(max_tokens=0), "max_tokens: expected an integer, 1 or more"),
         (lambda: GenerationOptions(temperature=-1), "temperature"),
         (lambda: GenerationOptions(stop=[""]), "stop: expected non-empty strings"),
         (lambda: GenerationOptions(logprobs=101), "logprobs: expected an integer from 0 to 100"),
-        (lambda: GenerationOptions(seed=-1), "seed"),
+        (lambda: GenerationOptions(seed=-2), "seed"),
     ],
 )
 def test_a_value_that_no_model_allows_is_refused_at_once(call, message):
@@ -72,12 +75,29 @@ def test_a_value_that_no_model_allows_is_refused_at_once(call, message):
 
 
 def test_what_is_not_given_is_the_models():
-    defaults = SamplingParams(temperature=0.3, top_k=7, top_p=0.5, min_p=0.1)
+    defaults = SamplingParams(temperature=0.3, top_k=7, top_p=0.5, min_p=0.1, repeat_penalty=1.3)
     assert GenerationOptions().sampling(defaults) == defaults
     changed = GenerationOptions(temperature=0.0, seed=1, repeat_penalty=1.2).sampling(defaults)
     assert changed == SamplingParams(
         temperature=0.0, top_k=7, top_p=0.5, min_p=0.1, repeat_penalty=1.2, seed=1
     )
+
+
+def test_limits_are_the_callers_then_the_models_then_hybrids():
+    rules = TokenRules(no_repeat_ngram_size=3)
+    model = GenerationDefaults(max_new_tokens=9, stop=("END",), rules=rules)
+    assert GenerationOptions().limits(model, 5) == (9, ("END",), rules)
+    assert GenerationOptions(max_tokens=3, stop="x").limits(model, 5) == (3, ("x",), rules)
+    assert GenerationOptions(max_tokens=None, stop=()).limits(model, 5) == (None, (), rules)
+    assert GenerationOptions().limits(GenerationDefaults(), 5) == (256, (), TokenRules())
+
+
+@pytest.mark.parametrize("seed", [None, -1])
+def test_a_random_seed_differs_each_time(seed):
+    params = GenerationOptions(seed=seed).sampling(SamplingParams())
+    seeds = {Sampler(params).seed for _ in range(5)}
+    assert len(seeds) > 1
+    assert min(seeds) >= 0
 
 
 @pytest.mark.parametrize("name", ["treads", "max_token"])

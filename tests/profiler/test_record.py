@@ -293,7 +293,7 @@ def test_texts_are_read_in_parts(engine, tmp_path, monkeypatch):
     path.write_text(story, encoding="utf-8")
     monkeypatch.setattr(corpus, "CHUNK_BYTES", 64)
     windows = text_windows(engine, path)
-    bos = engine.config.bos_id
+    (bos,) = engine.tokenizer.bos
     assert all(ids[0] == bos and len(ids) <= 16 for ids, _ in windows)
     ids = [token for ids, _ in windows for token in ids[1:]]
     assert engine.tokenizer.decode(ids).replace(" ", "") == story.replace(" ", "")

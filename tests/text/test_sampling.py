@@ -50,8 +50,8 @@ def test_defaults_are_valid_and_frozen() -> None:
     [
         *[("temperature", value) for value in (-0.1, NAN, INF, -INF, True, "1", None, 10**400)],
         *[("top_k", value) for value in (-1, 1.0, False, "40", None)],
-        *[("top_p", value) for value in (0, 0.0, -0.5, 1.0001, NAN, INF, True, "0.9", None)],
-        *[("seed", value) for value in (-1, 1.5, True, "1")],
+        *[("top_p", value) for value in (-0.5, 1.0001, NAN, INF, True, "0.9", None)],
+        *[("seed", value) for value in (-2, 1.5, True, "1")],
     ],
 )
 def test_bad_options_are_refused_by_name_and_value(option: str, value: object) -> None:
@@ -283,6 +283,37 @@ def test_repeat_penalty_divides_positive_logits_and_multiplies_negative_ones() -
     assert sampler.sample(logits, [0, 1, 1]) == 0
     assert sampler.sample(np.array([-3.0, -2.0], np.float32), [1]) == 0
     np.testing.assert_array_equal(logits, before)
+
+
+def test_a_repeat_penalty_is_that_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    import torch
+
+    rng = np.random.default_rng(0)
+    for penalty in (0.5, 1.3, 4.0):
+        processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+        sampler = Sampler(SamplingParams(temperature=0, repeat_penalty=penalty))
+        for _ in range(50):
+            logits = rng.standard_normal(20).astype(np.float32)
+            seen = rng.integers(0, 20, 12)
+            expected = processor(torch.from_numpy(seen)[None], torch.from_numpy(logits)[None])
+            assert sampler.sample(logits, set(seen.tolist())) == int(expected.argmax())
+
+
+def test_what_the_caller_bans_is_never_drawn() -> None:
+    logits = np.array([5.0, 4.0, 0.0], np.float32)
+    before = logits.copy()
+    for params in (SamplingParams(temperature=0), SamplingParams(temperature=1e9, top_p=1)):
+        sampler = Sampler(params)
+        assert {sampler.sample(logits, (), [0, 1, 0]) for _ in range(20)} == {2}
+    with pytest.raises(HybridError, match="every token is banned"):
+        sampler.sample(logits, (), [0, 1, 2])
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_a_top_p_of_zero_keeps_the_likeliest() -> None:
+    logits = np.array([1.0, 1.1, 1.0], np.float32)
+    assert set(draws(logits, 50, temperature=1.0, top_p=0.0)) == {1}
 
 
 def test_min_p_drops_what_is_far_below_the_likeliest() -> None:

@@ -141,12 +141,6 @@ def test_spelled_control_tokens_stay_text(text: str) -> None:
     assert not {0, 1, 2} & set(load(STORIES).encode(text)[1:])
 
 
-def test_no_bos_is_added_for_a_model_without_one() -> None:
-    tokenizer = Tokenizer.from_folder(STORIES, vocab_size=4096, bos_id=None)
-    assert tokenizer.encode("") == []
-    assert tokenizer.encode("Once") == load(STORIES).encode("Once")[1:]
-
-
 def test_empty_text_is_just_bos() -> None:
     assert load(STORIES).encode("") == [BOS]
     assert load(STORIES).decode([BOS]) == ""
@@ -471,6 +465,19 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: bytes) -> None:
         Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=BOS)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path, name: str, inner: bool) -> None:
+    text = (STORIES / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    twice = '{"a": 1, "b": 2, "a": 3}'
+    content = '{"x": [' + twice + "]," if inner else twice[:-1] + ","
+    rest = text[text.index("{") + 1 :] if name == "tokenizer.json" else '"y": 0}'
+    (tmp_path / name).write_text(content + rest, encoding="utf-8")
+    with pytest.raises(InvalidCheckpoint, match=rf"{name}: not JSON: the key 'a' occurs twice"):
+        Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=1)
+
+
 FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 
 
@@ -513,12 +520,25 @@ def test_ids_beyond_the_models_vocabulary_are_refused() -> None:
         Tokenizer.from_folder(STORIES, vocab_size=4095, bos_id=BOS)
 
 
-def test_an_added_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_special", [False, True])
+def test_only_special_tokens_may_lie_beyond_the_vocabulary(
+    tmp_path: Path, is_special: bool
+) -> None:
     def add(layout: dict[str, Any]) -> None:
-        layout["added_tokens"].append({**layout["added_tokens"][2], "id": 5000, "content": "<x>"})
+        pad = {**layout["added_tokens"][2], "id": 4096, "content": "<pad>", "special": is_special}
+        layout["added_tokens"].append(pad)
 
-    with pytest.raises(InvalidCheckpoint, match="'<x>' has id"):
-        Tokenizer.from_folder(copy_with(tmp_path, add), vocab_size=4096, bos_id=BOS)
+    folder = copy_with(tmp_path, add)
+    if not is_special:  # a text may contain it
+        with pytest.raises(InvalidCheckpoint, match="'<pad>' has id 4096, but"):
+            Tokenizer.from_folder(folder, vocab_size=4096, bos_id=BOS)
+        return
+    tokenizer = Tokenizer.from_folder(folder, vocab_size=4096, bos_id=BOS)
+    (notice,) = tokenizer.notices
+    assert notice == f"{tmp_path.name}: the model has no embedding of <pad> (id 4096)"
+    assert tokenizer.encode("a <pad> b") == load(STORIES).encode("a <pad> b")
+    with pytest.raises(InvalidOption, match="token id 4096: expected 0 to 4095"):
+        tokenizer.decode([4096])
 
 
 def test_a_missing_byte_piece_is_refused(tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ def _tokenizer(vocab_size: int) -> dict[str, Any]:
     pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [f"▁w{token}" for token in range(len(pieces), vocab_size)]
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     no_flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
@@ -244,7 +245,12 @@ def _tokenizer(vocab_size: int) -> dict[str, Any]:
             "normalizers": [{"type": "Prepend", "prepend": "▁"}, space],
         },
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [bos, *({"Sequence": {"id": text, "type_id": 0}} for text in "AB")],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
         "decoder": {
             "type": "Sequence",
             "decoders": [

@@ -15,12 +15,12 @@ from hybrid.engine.loading.executors import Executor, Weights, open_executor
 from hybrid.engine.loading.model_spec import ModelSpec, describe
 from hybrid.engine.loading.planning import decide
 from hybrid.engine.loading.prediction import choose_predictors
-from hybrid.engine.options import LoadOptions, read_default_sampling
+from hybrid.engine.options import LoadOptions
 from hybrid.kernels import Format, check_isa_cap
 from hybrid.notices import Notices
 from hybrid.placement.plan import PlacementPlan
 from hybrid.progress import Progress, ignore_progress
-from hybrid.text.sampling import SamplingParams
+from hybrid.text.generation_config import GenerationDefaults, read_generation_defaults
 from hybrid.text.tokenizer import Tokenizer
 from hybrid.weights.packed_file import LoadedModel, load_packed
 from hybrid.weights.packing import NeuronOrders
@@ -43,7 +43,7 @@ class Parts:
 
     folder: Path
     tokenizer: Tokenizer
-    default_sampling: SamplingParams
+    defaults: GenerationDefaults  # for answers
     spec: ModelSpec
     # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
     orders: NeuronOrders | None
@@ -65,9 +65,13 @@ def load_parts(request: Request) -> Parts:
     with open_checkpoint(request.folder, format, request.progress, use_mmap=use_mmap) as checkpoint:
         config = checkpoint.config
         tokenizer = Tokenizer.from_folder(
-            request.folder, vocab_size=config.vocab_size, bos_id=config.bos_id
+            request.folder,
+            vocab_size=config.vocab_size,
+            bos_id=config.bos_id,
+            add_bos=options.add_bos,
         )
-        notices.add(*checkpoint.notices, *tokenizer.notices)
+        defaults = read_generation_defaults(request.folder, config.vocab_size)
+        notices.add(*checkpoint.notices, *tokenizer.notices, *defaults.notices)
         spec, orders = describe(checkpoint, options, request.home, notices)
         predictors, prediction = choose_predictors(spec, options, request.home, notices)
         has_preview = choose_preview(options.preview_head, config.vocab_size, notices)
@@ -84,7 +88,7 @@ def load_parts(request: Request) -> Parts:
     return Parts(
         folder=request.folder,
         tokenizer=tokenizer,
-        default_sampling=read_default_sampling(request.folder),
+        defaults=defaults,
         spec=spec,
         orders=orders,
         is_synthetic=checkpoint.is_synthetic,

@@ -242,6 +242,7 @@ def export(model: Stories, tokenizer: Tokenizer, folder: Path) -> None:
         "do_sample": True,
         "temperature": 0.8,
         "top_p": 1.0,
+        "top_k": 0,
         "min_p": 0.1,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

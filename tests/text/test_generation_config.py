@@ -1,0 +1,276 @@
+"""generation_config.json decides what the caller leaves open, as its authors meant it."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import write_model
+
+import hybrid
+from hybrid.errors import InvalidCheckpoint, InvalidOption
+from hybrid.text.generation_config import GenerationDefaults, read_generation_defaults
+from hybrid.text.sampling import SamplingParams
+from hybrid.text.token_rules import TokenRules
+
+VOCAB = 4096
+
+
+def read(folder: Path, values: object) -> GenerationDefaults:
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    return read_generation_defaults(folder, VOCAB)
+
+
+def test_without_a_file_the_defaults_are_hybrids(tmp_path: Path) -> None:
+    defaults = read_generation_defaults(tmp_path, VOCAB)
+    assert defaults == GenerationDefaults()
+    assert defaults.sampling == SamplingParams()
+    assert not defaults.gives_sampling
+    assert defaults.max_answer(7, 256) == 256
+
+
+@pytest.mark.parametrize("values", [{}, {"eos_token_id": 2}, {"temperature": None, "top_k": None}])
+def test_a_file_that_says_nothing_about_sampling_changes_nothing(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    assert read(tmp_path, values) == GenerationDefaults()
+
+
+def test_every_usual_field_is_read(tmp_path: Path) -> None:
+    values = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.05,
+        "max_new_tokens": 2048,
+        "max_length": 4096,
+        "stop_strings": ["\n\n", "User:"],
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[7], [8, 9]],
+        "suppress_tokens": [4, 99999],
+        "begin_suppress_tokens": [5],
+        "min_length": 10,
+        "min_new_tokens": 2,
+        "eos_token_id": [2, 7],
+        "pad_token_id": 4096,
+        "transformers_version": "5.0.0",
+        "chat_format": "of another program",
+    }
+    assert read(tmp_path, values) == GenerationDefaults(
+        sampling=SamplingParams(
+            temperature=0.6, top_k=20, top_p=0.9, min_p=0.05, repeat_penalty=1.05
+        ),
+        gives_sampling=True,
+        max_new_tokens=2048,
+        max_length=4096,
+        stop=("\n\n", "User:"),
+        rules=TokenRules(
+            no_repeat_ngram_size=3,
+            bad_words_ids=((7,), (8, 9)),
+            suppress_tokens=(4,),
+            begin_suppress_tokens=(5,),
+            min_length=10,
+            min_new_tokens=2,
+        ),
+    )
+    assert read(tmp_path, {"stop_strings": "END"}).stop == ("END",)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"do_sample": True},
+        {"do_sample": True, "top_p": 0.8, "temperature": 0.8},
+        {"do_sample": True, "top_k": 0, "min_p": 0.1},
+        {"do_sample": True, "repetition_penalty": 1.2},
+    ],
+)
+def test_what_a_sampling_file_leaves_out_is_as_in_transformers(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    sampling = read(tmp_path, values).sampling
+    transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5")
+    config = transformers.GenerationConfig.from_pretrained(tmp_path)
+    config.update(**config._get_default_generation_params(), defaults_only=True)
+    assert sampling == SamplingParams(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p or 0.0,
+        repeat_penalty=config.repetition_penalty,
+    )
+
+
+def test_a_file_without_sampling_is_greedy_but_keeps_its_penalty(tmp_path: Path) -> None:
+    defaults = read(tmp_path, {"do_sample": False, "repetition_penalty": 1.1})
+    assert defaults.sampling.temperature == 0
+    assert defaults.sampling.repeat_penalty == 1.1
+    assert defaults.gives_sampling
+
+
+def test_sampling_values_alone_mean_sampling(tmp_path: Path) -> None:
+    assert read(tmp_path, {"top_p": 0.9}).sampling == SamplingParams(
+        temperature=1.0, top_k=50, top_p=0.9
+    )
+    # A penalty applies to greedy answers too, so it does not say how tokens are drawn.
+    penalty = read(tmp_path, {"repetition_penalty": 1.1})
+    assert penalty.sampling == SamplingParams(repeat_penalty=1.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "notice"),
+    [
+        ({"top_k": -1}, {"top_k": 0}, "top_k -1 is taken as 0, all tokens"),
+        ({"top_p": 0.0}, {"top_p": 0.0}, None),
+        ({"top_p": 1.5}, {"top_p": 1}, "top_p 1.5 is taken as 1, all tokens"),
+        ({"top_p": -0.1}, {}, "top_p -0.1 is ignored: expected a number from 0 to 1"),
+        ({"min_p": 2}, {}, "min_p 2 is ignored: expected a number from 0 to 1"),
+        ({"temperature": 0.0}, {"temperature": 0.0}, None),
+        ({"temperature": "hot"}, {}, "temperature 'hot' is ignored"),
+        ({"temperature": 10**400}, {}, "temperature 1000"),
+        ({"temperature": True}, {}, "temperature True is ignored"),
+        ({"top_k": 2.5}, {}, "top_k 2.5 is ignored: expected an integer"),
+        ({"repetition_penalty": 0}, {}, "repetition_penalty 0 is ignored"),
+        ({"repetition_penalty": -1.5}, {}, "repetition_penalty -1.5 is ignored"),
+        ({"max_new_tokens": 0}, {}, "max_new_tokens 0 is ignored: expected an integer, 1 or more"),
+        ({"max_length": "long"}, {}, "max_length 'long' is ignored"),
+        ({"stop_strings": [""]}, {}, "stop_strings [''] is ignored"),
+        ({"stop_strings": {"a": 1}}, {}, "stop_strings {'a': 1} is ignored"),
+        ({"no_repeat_ngram_size": -1}, {}, "no_repeat_ngram_size -1 is ignored"),
+        ({"suppress_tokens": 3}, {}, "suppress_tokens 3 is ignored: expected a list of ids"),
+        ({"bad_words_ids": [[4096]]}, {}, "[4096] of bad_words_ids is ignored"),
+        ({"bad_words_ids": [[]]}, {}, "[] of bad_words_ids is ignored"),
+        ({"bad_words_ids": [5]}, {}, "5 of bad_words_ids is ignored"),
+        ({"eos_token_id": 4096}, {}, "eos_token_id 4096 is ignored: the ids end at 4095"),
+        ({"eos_token_id": [2, -1]}, {}, "eos_token_id -1 is ignored"),
+        ({"eos_token_id": "</s>"}, {}, "eos_token_id '</s>' is ignored"),
+        ({"num_beams": 4}, {}, "num_beams 4 is not followed"),
+        ({"typical_p": 0.9}, {}, "typical_p 0.9 is not followed"),
+        ({"forced_eos_token_id": 2}, {}, "forced_eos_token_id 2 is not followed"),
+        ({"num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0}, {}, None),
+    ],
+)
+def test_odd_values_do_not_stop_the_load(
+    tmp_path: Path, values: dict[str, Any], expected: dict[str, Any], notice: str | None
+) -> None:
+    defaults = read(tmp_path, {"do_sample": True} | values)
+    whole = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | expected
+    assert defaults.sampling == SamplingParams(**whole)
+    assert len(defaults.notices) == (notice is not None)
+    if notice is not None:
+        assert notice in defaults.notices[0]
+        assert "generation_config.json" in defaults.notices[0]
+
+
+def test_do_sample_of_another_type_is_ignored(tmp_path: Path) -> None:
+    (notice,) = read(tmp_path, {"do_sample": "yes"}).notices
+    assert "do_sample 'yes' is ignored: expected true or false" in notice
+
+
+def test_all_remarks_are_one_line(tmp_path: Path) -> None:
+    (notice,) = read(tmp_path, {"top_k": -1, "num_beams": 4, "top_h": 0.4}).notices
+    assert notice.count(";") == 2
+    assert "\n" not in notice
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"temperature": NaN}'])
+def test_a_broken_file_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(InvalidCheckpoint, match=r"generation_config\.json: "):
+        read_generation_defaults(tmp_path, VOCAB)
+
+
+# In use
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_model(tmp_path_factory.mktemp("model"), vocab_size=VOCAB, eos_token_id=None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": []}))
+    return folder
+
+
+def answer(folder: Path, values: dict[str, Any], **options: Any) -> hybrid.Generation:
+    """Answer with a model whose generation_config.json has these values."""
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False} | values))
+    with hybrid.load(folder, threads=1) as engine:
+        generation = engine.generate([1, 400, 401, 402], **options)
+        "".join(generation)
+    return generation
+
+
+def test_the_models_limit_holds_unless_the_caller_gives_one(folder: Path) -> None:
+    assert len(answer(folder, {"max_new_tokens": 5}).tokens) == 5
+    assert len(answer(folder, {"max_new_tokens": 5}, max_tokens=3).tokens) == 3
+    assert len(answer(folder, {"max_new_tokens": 5, "max_length": 7}).tokens) == 5
+    assert len(answer(folder, {"max_length": 7}).tokens) == 3  # the prompt has 4
+    with pytest.raises(InvalidOption, match=r"prompt has 4 tokens, .* allows 4 for prompt and"):
+        answer(folder, {"max_length": 4})
+    assert len(answer(folder, {"max_length": 4}, max_tokens=2).tokens) == 2
+
+
+def test_without_a_limit_an_answer_fills_the_context(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{}")
+    with hybrid.load(folder, threads=1, context_size=300) as engine:
+        ended = engine.generate([1, 400], temperature=0, max_tokens=None)
+        "".join(ended)
+        assert ended.context_is_full
+        assert len(ended.tokens) == 300 - 2 + 1
+        limited = engine.generate([1, 400], temperature=0)
+        "".join(limited)
+        assert len(limited.tokens) == 256
+
+
+def test_the_models_penalty_covers_prompt_and_answer(folder: Path) -> None:
+    plain = answer(folder, {}, max_tokens=100).tokens
+    assert len(set(plain)) < 100  # greedy answers of random weights loop
+    penalised = answer(folder, {"repetition_penalty": 10.0}, max_tokens=100).tokens
+    # A penalty of 10 leaves no repetition at any distance: no window of recent tokens forgets.
+    assert len(set(penalised) | {1, 400, 401, 402}) == 104
+    off = answer(folder, {"repetition_penalty": 10.0}, max_tokens=100, repeat_penalty=1.0).tokens
+    assert off == plain
+
+
+def test_the_models_stop_strings_end_an_answer(folder: Path) -> None:
+    whole = answer(folder, {}, max_tokens=40)
+    word = whole.text[10:14]
+    stopped = answer(folder, {"stop_strings": [word]}, max_tokens=40)
+    assert stopped.text == whole.text[: whole.text.index(word)]
+    assert stopped.finish_reason == "stop"
+    assert answer(folder, {"stop_strings": [word]}, max_tokens=40, stop=()).text == whole.text
+
+
+def test_the_models_rules_ban_tokens(folder: Path) -> None:
+    base = {"repetition_penalty": 10.0}  # no token occurs twice
+    plain = answer(folder, base, max_tokens=20).tokens
+    first, second = plain[:2]
+    suppressed = answer(folder, base | {"suppress_tokens": [second]}, max_tokens=20).tokens
+    assert suppressed[0] == first
+    assert second not in suppressed
+    begun = answer(folder, base | {"begin_suppress_tokens": [first, second]}, max_tokens=20).tokens
+    assert begun[0] not in (first, second)
+    without = answer(folder, base | {"bad_words_ids": [[first, second]]}, max_tokens=20).tokens
+    assert without[0] == first
+    assert without[1] != second
+    loop = answer(folder, {}, max_tokens=60).tokens
+    assert len(set(pairwise(loop))) < 59
+    unique = answer(folder, {"no_repeat_ngram_size": 2}, max_tokens=60).tokens
+    assert len(set(pairwise(unique))) == 59
+
+
+def test_every_end_token_of_the_model_ends_an_answer(folder: Path) -> None:
+    base = {"repetition_penalty": 10.0}  # no token occurs twice
+    plain = answer(folder, base, max_tokens=10).tokens
+    for end in (3, 5):
+        ends = base | {"eos_token_id": [99999, plain[end], plain[5]]}
+        ended = answer(folder, ends, max_tokens=10)
+        assert ended.tokens == plain[:end]
+        assert ended.finish_reason == "stop"
+        later = answer(folder, ends | {"min_new_tokens": 7}, max_tokens=10).tokens
+        assert len(later) >= 7
