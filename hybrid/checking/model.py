@@ -59,6 +59,7 @@ def check_model(
         with _open(folder, quant) as checkpoint:
             config = checkpoint.config
         yield setting.check_architecture(config)
+        yield setting.check_tensors(checkpoint.unused_tensors)
         stage = "instruction set"
         yield setting.check_isa()
         yield setting.check_memory(config, quant)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -26,6 +27,7 @@ _ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
 }
 _MAX_DIMENSIONS = 4
+_COMPARED_BYTES = 4 << 20  # of each tensor at a time
 
 _HTML_STARTS = (b"<!doctype", b"<html", b"<?xml")
 
@@ -44,12 +46,37 @@ class Tensor:
 
     def fp32(self) -> np.ndarray:
         """Return the values as contiguous float32; a view of the file if it already holds that."""
-        data = self.data if self.unmapped is None else self._read(*self.unmapped)
+        data = self._stored()
         if self.dtype == "BF16":
             bits = data.astype(np.uint32, order="C")
             bits <<= 16  # a bfloat16 is the upper half of a float32
             return bits.view(np.float32)
         return np.require(data, np.float32, ["C", "A"])
+
+    def rows(self, first: int, end: int) -> Tensor:
+        """Return the tensor of some rows, which `fp32` reads without the others."""
+        unmapped = self.unmapped
+        if unmapped is not None:
+            path, begin, inode = unmapped
+            unmapped = path, begin + first * self.data.strides[0], inode
+        return replace(self, data=self.data[first:end], unmapped=unmapped)
+
+    def has_values_of(self, other: Tensor) -> bool:
+        """Return whether all values are equal. Reads a few rows at a time."""
+        if self.shape != other.shape:
+            return False
+        if self.data.__array_interface__ == other.data.__array_interface__:
+            return True  # the same bytes: torch.save stores tied weights once
+        step = max(1, _COMPARED_BYTES // max(1, self.data[:1].nbytes))
+        for first in range(0, len(self.data), step):
+            mine, others = (tensor.rows(first, first + step) for tensor in (self, other))
+            is_same = self.dtype == other.dtype and np.array_equal(mine._stored(), others._stored())
+            if not is_same and not np.array_equal(mine.fp32(), others.fp32()):
+                return False
+        return True
+
+    def _stored(self) -> np.ndarray:
+        return self.data if self.unmapped is None else self._read(*self.unmapped)
 
     def _read(self, path: Path, begin: int, inode: int) -> np.ndarray:
         """Read the values from the file.
@@ -78,6 +105,10 @@ class WeightFile(Protocol):
     """A file, or several that belong together, from which tensors are read by name."""
 
     paths: tuple[Path, ...]
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all tensors."""
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor. Raises `InvalidCheckpoint` or `UnsupportedModel` if it is unusable."""

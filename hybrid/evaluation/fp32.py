@@ -65,6 +65,7 @@ class Fp32Engine:
         self.tokenizer = Tokenizer.from_folder(
             folder, vocab_size=self.config.vocab_size, bos_id=self.config.bos_id
         )
+        self.notices = (*checkpoint.notices, *self.tokenizer.notices)
 
     @contextmanager
     def open_session(self) -> Iterator[_Fp32Session]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from folded_llama import FatRelu, fold_scales
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import write_model
 
 from hybrid.checkpoint import open_checkpoint
@@ -66,6 +66,34 @@ def test_llama_matches_transformers(tmp_path, activation, is_tied, n_kv_heads):
 def test_another_head_dim_and_theta_match_transformers(tmp_path):
     folder = write_model(tmp_path, **LLAMA, hidden_act="relu", head_dim=48, rope_theta=500.0)
     expected = llama_logits(folder, load_file(folder / "model.safetensors"), "relu")
+    assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
+
+
+@pytest.mark.parametrize("has_own_head", [True, False])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_folders_are_read_as_transformers_reads_them(tmp_path, has_own_head, prefix):
+    """Theta within rope_scaling, a stored head of a tied model, names of a base model."""
+    folder = write_model(
+        tmp_path,
+        **LLAMA,
+        model_type="llama",
+        hidden_act="relu",
+        tie_word_embeddings=True,
+        rms_norm_eps=None,
+        rope_theta=10.0,
+        rope_scaling={"rope_type": "default", "rope_theta": 500.0},
+    )
+    path = folder / "model.safetensors"
+    tensors = {
+        prefix + name.removeprefix("model."): tensor for name, tensor in load_file(path).items()
+    }
+    if has_own_head:
+        tensors["lm_head.weight"] = -tensors[f"{prefix}embed_tokens.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert model.config.rms_norm_eps == 1e-6
+    with torch.no_grad():
+        expected = model.float()(torch.from_numpy(IDS)[None]).logits[0].numpy()
     assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
 
 
