@@ -51,6 +51,18 @@ def available_memory_bytes() -> int:
     return max(available, 0)
 
 
+def total_memory_bytes() -> int:
+    """Return the memory of this machine with its swap space, within a container's limit."""
+    total = psutil.virtual_memory().total + psutil.swap_memory().total
+    try:  # https://docs.kernel.org/admin-guide/cgroup-v2.html
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            total = min(total, int(limit) + psutil.swap_memory().total)
+    except (OSError, ValueError):
+        pass
+    return total
+
+
 def measure_stream_gbs(pool: ThreadPool) -> float:
     """Measure the memory bandwidth in GB/s (1e9 bytes) with the threads of `pool`.
 
