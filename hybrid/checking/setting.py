@@ -68,7 +68,7 @@ def check_tensors(unused: Sequence[str]) -> Check:
     """Name the tensors of the files that are not used: the files may be of another model."""
     figures = {"unused": len(unused)}
     if unused:
-        message = f"{len(unused):,} tensors of the files are not used: {short_list(unused, 12)}."
+        message = f"In the files, but not used: {short_list(unused, 12)}."
         advice = (
             "config.json may be of another model, or the model has parts that hybrid does not run: "
             "compare its text with that of transformers."

@@ -39,13 +39,12 @@ def find_tensors(
     if names.renamed:
         (stored, name), *_ = names.renamed
         notices.add(
-            f"{len(names.renamed):,} tensors have other names than the family's: {stored!r:.100} "
-            f"is read as {name!r}"
+            f"tensors have other names than the family's, such as {stored!r:.100} for {name!r}; "
+            "they are read all the same"
         )
     if names.unused:
         notices.add(
-            f"{len(names.unused):,} tensors of the files are not used, because config.json has no "
-            f"place for them: {short_list(names.unused)}"
+            "tensors for which config.json has no place are not used: " + short_list(names.unused)
         )
     is_tied = config.has_tied_head
     has_head = any(tensor.role == "head" and tensor.name in names.stored for tensor in expected)

@@ -246,10 +246,7 @@ def test_tensors_that_are_not_used_are_named(
     with open_checkpoint(model) as checkpoint:
         assert set(checkpoint.unused_tensors) == {bias, *third}
         [notice] = checkpoint.notices
-    assert (
-        f"10 tensors of the files are not used, because config.json has no place for them: {bias!r}"
-        in notice
-    )
+    assert f"tensors for which config.json has no place are not used: {bias!r}" in notice
     assert notice.endswith("and 6 more")
 
 

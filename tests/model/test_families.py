@@ -63,7 +63,9 @@ def test_every_number_of_a_minicpm_config_is_parsed(config: dict[str, Any]) -> N
     not MINICPM_S_1B.is_file(), reason="the real MiniCPM-S-1B config.json is not on this machine"
 )
 def test_the_real_minicpm_s_1b_config_is_parsed() -> None:
-    config = parse_config(json.loads(MINICPM_S_1B.read_text()), MINICPM_S_1B)
+    notices = Notices()
+    config = parse_config(json.loads(MINICPM_S_1B.read_text()), MINICPM_S_1B, notices)
+    assert not list(notices)
     assert config == ModelConfig(
         family="minicpm",
         vocab_size=73440,
@@ -129,8 +131,11 @@ def test_llama_has_no_scales_and_no_tied_head(config: dict[str, Any]) -> None:
         ({"sparsity_config": {"format": "dense"}, "logits_scaling": 1.0}, {}),
         ({**LLAMA, "model_type": "llama"}, {"family": "llama"}),
         ({**SPARSE_LLAMA, "model_type": "sparsellama"}, {"family": "llama"}),
-        # Folded into the weights, and still listed.
-        ({**LLAMA, "scale_emb": 12, "scale_depth": 1.4}, {"embedding_scale": 1.0}),
+        # Folded into the weights, and still listed. The classes are transformers' own.
+        (
+            {**LLAMA, "auto_map": {"AutoModel": "LlamaModel"}, "scale_emb": 12, "scale_depth": 1.4},
+            {"embedding_scale": 1.0},
+        ),
     ],
 )
 def test_supported_variants_are_parsed(
@@ -400,6 +405,7 @@ def test_the_defaults_are_those_of_transformers() -> None:
         ({"pad_token_id": -1, "image_token_id": 99}, {}, "'pad_token_id -1', 'image_token_id 99'"),
         ({"architectures": None, "model_type": "llama"}, {"family": "llama"}, "'llama' is that of"),
         ({"architectures": ["LlamaModel"]}, {"family": "llama"}, "saved without its head"),
+        ({**LLAMA, "auto_map": {"AutoModel": "flash.Llama"}}, {}, "code in the model's folder"),
     ],
 )
 def test_oddities_are_accepted_with_a_notice(

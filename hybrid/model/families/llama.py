@@ -16,7 +16,11 @@ from hybrid.model.families.fields import (
     read_special_ids,
     read_threshold,
 )
-from hybrid.model.families.refusals import check_model_type, refuse_other_mathematics
+from hybrid.model.families.refusals import (
+    check_model_type,
+    has_own_code,
+    refuse_other_mathematics,
+)
 
 NAME = "llama"
 # Architectures and their model_type. The second one is ProSparse's. Others have given the same name
@@ -47,6 +51,11 @@ def parse(fields: Fields) -> ModelConfig:
     """Parse config.json; every scale is 1. Raises InvalidCheckpoint, UnsupportedModel."""
     architecture = fields.values["architectures"][0]
     check_model_type(fields, MODEL_TYPES[architecture])
+    if architecture == "LlamaForCausalLM" and has_own_code(fields.values):
+        fields.notices.add(
+            f"{fields.path.name}: auto_map names code in the model's folder, which is not run: the "
+            "model is computed as a Llama, as in transformers without trust_remote_code"
+        )
     defaults: Mapping[str, Any] = CLASS_DEFAULTS
     if architecture == "SparseLlamaForCausalLM":  # never guess that a sparse model is dense
         defaults = {key: value for key, value in defaults.items() if key != "hidden_act"}

@@ -8,7 +8,7 @@ costs a user one line; a wrong guess costs the right text.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,23 @@ def check_model_type(fields: Fields, known: str) -> None:
         )
 
 
-def refuse_unused(values: dict[str, Any], names: Sequence[str], path: Path) -> None:
+def has_own_code(values: Mapping[str, Any]) -> bool:
+    """Return whether a config names a class in a Python file of its own folder."""
+    auto_map = values.get("auto_map")
+    classes = auto_map.values() if isinstance(auto_map, dict) else ()
+    return any("." in str(name) for name in classes)
+
+
+def refuse_unused(values: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
     """Raise UnsupportedModel if tensors that the family lacks are surely used by the model.
 
-    They are if the model needs code of its own: that of a config's `auto_map`, or an architecture
-    that several authors gave to different models. NOSA's attention is such a case.
+    They are if it is a Llama with code of its own, or a SparseLlama: several authors gave that name
+    to different models. NOSA's attention is such a case.
     """
-    architecture = (values.get("architectures") or [None])[0]
-    has_own_code = bool(values.get("auto_map")) and architecture == "LlamaForCausalLM"
-    if names and (has_own_code or architecture == "SparseLlamaForCausalLM"):
+    architecture = (values.get("architectures") or [values.get("model_type")])[0]
+    is_llama_with_code = architecture == "LlamaForCausalLM" and has_own_code(values)
+    is_sparse_llama = architecture in ("SparseLlamaForCausalLM", "sparsellama")
+    if names and (is_llama_with_code or is_sparse_llama):
         raise UnsupportedModel(
             f"{path}: has tensors that a Llama lacks: {short_list(names)}; the {architecture} of "
             "its own code computes with them, and this engine does not run that code"
