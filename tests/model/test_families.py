@@ -300,8 +300,13 @@ def test_a_message_stays_short(config: dict[str, Any]) -> None:
         deep = [deep]
     for value in ("x" * 10**6, deep):
         with pytest.raises(InvalidCheckpoint) as raised:
-            parse(config, hidden_size=value)
+            parse(config, hidden_size=value, auto_map={"AutoModel": value})
         assert len(str(raised.value)) < 300
+    for key in ("layer_types", "rope_scaling", "quantization_config"):
+        value = [deep] * 100 if key == "layer_types" else {"type": deep, "quant_method": deep}
+        with pytest.raises(UnsupportedModel) as refused:
+            parse(config, **LLAMA, **{key: value})
+        assert len(str(refused.value)) < 300
 
 
 def test_a_long_architecture_name_is_shown_whole(config: dict[str, Any]) -> None:

@@ -79,11 +79,11 @@ def refuse_other_mathematics(fields: Fields) -> None:
     if layer_types is not None:
         if not isinstance(layer_types, list):
             raise fields.invalid("layer_types", "a list of the layers' types")
-        others = [str(kind) for kind in layer_types if kind != "full_attention"]
+        others = {reprlib.repr(kind) for kind in layer_types if kind != "full_attention"}
         if others:
             raise UnsupportedModel(
-                f"{fields.path}: layer_types has {short_list(sorted(set(others)))}; this engine "
-                "runs full_attention only"
+                f"{fields.path}: layer_types has {', '.join(sorted(others)[:4])}; this engine runs "
+                "full_attention only"
             )
     if values.get("is_causal") is False:
         raise UnsupportedModel(
@@ -105,7 +105,7 @@ def has_own_code(values: Mapping[str, Any]) -> bool:
     """Return whether a config names a class in a Python file of its own folder."""
     auto_map = values.get("auto_map")
     classes = auto_map.values() if isinstance(auto_map, dict) else ()
-    return any("." in str(name) for name in classes)
+    return any(isinstance(name, str) and "." in name for name in classes)
 
 
 def refuse_unused(values: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
