@@ -108,17 +108,20 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
     """Open the native engine, or the oracle for --quant fp32."""
     if args.quant != "fp32":
         with open_engine(args) as (engine, progress):
-            for notice in engine.notices:
-                print(f"note: {notice}", file=sys.stderr)
+            show_notices(engine)
             yield engine, progress
         return
     LoadOptions(threads=args.threads)  # report a wrong value before a model is downloaded
     with progress_bar() as progress:
         folder = resolve(args.model, offline=args.offline, progress=progress)
-        oracle = Fp32Engine(folder, add_bos=args.bos)
-        for notice in oracle.tokenizer.notices:
-            print(f"note: {notice}", file=sys.stderr)
-        yield oracle, progress
+        reference = Fp32Engine(folder, add_bos=args.bos)
+        show_notices(reference)
+        yield reference, progress
+
+
+def show_notices(engine: Engine | Fp32Engine) -> None:
+    for notice in engine.notices:
+        print(f"note: {notice}", file=sys.stderr)
 
 
 def what(args: argparse.Namespace, engine: Engine | Fp32Engine) -> dict[str, Any]:

@@ -80,21 +80,34 @@ def memory_left(available: int) -> int:
     """
     for group in groups("memory"):
         if group.version == 2:
-            limits = [group.number(name) for name in ("memory.max", "memory.high")]
             used = group.number("memory.current")
             cached = group.statistic("memory.stat", "inactive_file")
         else:
-            # The statistic also covers ancestors that a container cannot see.
-            limits = [
-                group.number("memory.limit_in_bytes"),
-                group.statistic("memory.stat", "hierarchical_memory_limit"),
-            ]
             used = group.number("memory.usage_in_bytes")
             cached = group.statistic("memory.stat", "total_inactive_file")
-        known = [limit for limit in limits if limit is not None]
-        if known and used is not None:
-            available = min(available, min(known) - max(0, used - (cached or 0)))
+        limit = _memory_limit(group)
+        if limit is not None and used is not None:
+            available = min(available, limit - max(0, used - (cached or 0)))
     return max(available, 0)
+
+
+def memory_limit(total: int) -> int:
+    """Return the memory that this process may have, of `total` bytes that the machine has."""
+    limits = [_memory_limit(group) for group in groups("memory")]
+    return min([total, *(limit for limit in limits if limit is not None)])
+
+
+def _memory_limit(group: Group) -> int | None:
+    """Return a group's limit in bytes. None: it has none."""
+    if group.version == 2:
+        limits = [group.number(name) for name in ("memory.max", "memory.high")]
+    else:
+        # The statistic also covers ancestors that a container cannot see.
+        limits = [
+            group.number("memory.limit_in_bytes"),
+            group.statistic("memory.stat", "hierarchical_memory_limit"),
+        ]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def cpu_quota() -> float:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
 
 
 class Notices:
@@ -19,3 +23,9 @@ class Notices:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+
+def short_list(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names, quoted, and the number of the others. Its length is bounded."""
+    shown = ", ".join(map(_SHORT.repr, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"

@@ -85,6 +85,18 @@ def test_random_models_agree_with_the_oracle(tmp_path, format, changes):
         assert "none is skipped" in checks["active neurons"].message
 
 
+def test_tensors_that_are_not_used_are_named(tmp_path):
+    assert checks_of("stories")["tensors"].verdict == "ok"
+    folder = write_model(tmp_path, vocab_size=4096)
+    tensors = load_file(folder / "model.safetensors")
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    save_file(tensors | {bias: np.ones(4, np.float32)}, folder / "model.safetensors")
+    check = checks_of(folder)["tensors"]
+    assert (check.verdict, check.figures) == ("warning", {"unused": 1})
+    assert bias in check.message
+    assert "config.json may be of another model" in check.advice
+
+
 def test_streamed_weights_give_the_same_logits(tmp_path, format):
     folder = write_model(tmp_path, num_hidden_layers=3, tie_word_embeddings=False)
     ids = np.random.default_rng(0).integers(0, 320, 20).tolist()

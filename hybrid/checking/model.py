@@ -59,6 +59,7 @@ def check_model(
         with _open(folder, quant) as checkpoint:
             config = checkpoint.config
         yield setting.check_architecture(config)
+        yield setting.check_tensors(checkpoint.unused_tensors)
         stage = "instruction set"
         yield setting.check_isa()
         yield setting.check_memory(config, quant)
@@ -121,7 +122,7 @@ def text_ids(engine: Engine) -> list[int]:
 
 def _loaded(engine: Engine, seconds: float) -> Check:
     memory = psutil.Process().memory_info().rss
-    notices = " ".join(engine.notices)
+    notices = "; ".join(engine.notices)
     message = f"Loaded in {seconds:.1f} s, memory {memory / 1e6:.0f} MB. {notices}"
     figures = {"seconds": seconds, "memory_bytes": memory}
     return Check("weights", "ok", message.rstrip(), figures=figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid.checking.check import Check, Figures
@@ -12,6 +13,7 @@ from hybrid.hub import checksum
 from hybrid.kernels import Format, active_isa, available_isas, check_isa_cap
 from hybrid.limits import allowed_threads
 from hybrid.model.config import ModelConfig
+from hybrid.notices import short_list
 from hybrid.placement.hardware import available_memory_bytes
 from hybrid.weights.layout import packed_layout
 
@@ -59,6 +61,19 @@ def check_architecture(config: ModelConfig) -> Check:
         message += " The config has no scales."
         return Check("architecture", "warning", message, advice, figures)
     return Check("architecture", "ok", message, figures=figures)
+
+
+def check_tensors(unused: Sequence[str]) -> Check:
+    """Name the tensors of the files that are not used: the files may be of another model."""
+    figures = {"unused": len(unused)}
+    if unused:
+        message = f"In the files, but not used: {short_list(unused, 12)}."
+        advice = (
+            "config.json may be of another model, or the model has parts that hybrid does not run: "
+            "compare its text with that of transformers."
+        )
+        return Check("tensors", "warning", message, advice, figures)
+    return Check("tensors", "ok", "All tensors of the files are used.", figures=figures)
 
 
 def check_isa() -> Check:

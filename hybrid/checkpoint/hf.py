@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,12 +17,21 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
-from hybrid.checkpoint.safetensors import SafetensorsFile
+from hybrid.checkpoint import foreign
+from hybrid.checkpoint.roles import find_tensors
+from hybrid.checkpoint.safetensors import SafetensorsFile, unique_names
 from hybrid.checkpoint.tensor import Tensor, WeightFile
 from hybrid.checkpoint.torch_bin import TorchBin
-from hybrid.errors import EngineClosed, InvalidCheckpoint, InvalidOption, ModelNotFound
+from hybrid.errors import (
+    EngineClosed,
+    InvalidCheckpoint,
+    InvalidOption,
+    ModelNotFound,
+    UnsupportedModel,
+)
 from hybrid.model.config import ModelConfig
-from hybrid.model.families import expected_tensors, parse_config
+from hybrid.model.families import parse_config, refuse_unused
+from hybrid.notices import Notices
 
 # The preferred format first: a safetensors file cannot hold a program, and all of it is validated.
 _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
@@ -64,12 +73,14 @@ class Checkpoint:
         sources: tuple[SourceFile, ...],
         is_synthetic: bool = False,
         notices: tuple[str, ...] = (),
+        unused_tensors: tuple[str, ...] = (),
     ) -> None:
         self.folder = folder
         self.config = config
         self.sources = sources  # the files that the weights come from
         self.is_synthetic = is_synthetic  # random weights, to measure speed
         self.notices = notices  # one line each, for the user
+        self.unused_tensors = unused_tensors  # names in the files that the family lacks
         self._tensors: Mapping[tuple[str, int | None], Tensor | Generated] | None = tensors
 
     def read(self, role: str, layer: int | None = None) -> np.ndarray:
@@ -142,30 +153,45 @@ def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
     Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
     """
     if not folder.is_dir():
-        raise ModelNotFound(f"{folder}: is not a folder; expected one with config.json and weights")
+        kind = foreign.file_kind(folder)
+        raise ModelNotFound(
+            f"{folder}: is not a folder; expected one with config.json and weights"
+            + (f": {kind}" if kind else "")
+        )
     # Recorded before the files are opened, so that old weights never get a newer file's state.
     present = {path: SourceFile.of(path) for path in folder.iterdir() if path.is_file()}
-    config = read_config(folder)
+    notices = Notices()
+    config = read_config(folder, notices)
     weights = _open_weights(folder, use_mmap=use_mmap)
-    tensors = {}
-    for role, layer, name, shape in expected_tensors(config):
-        tensor = weights.tensor(name)
-        if tensor.shape != shape:
-            raise InvalidCheckpoint(
-                f"{folder}: tensor {name!r} has shape {tensor.shape}, expected {shape} from "
-                "config.json; the files are of different models, or broken"
-            )
-        tensors[role, layer] = tensor
+    config, tensors, unused = find_tensors(folder, config, weights, notices)
+    if unused:
+        refuse_unused(read_json(folder / "config.json"), unused, folder)
+    if folder / "adapter_config.json" in present:
+        notices.add("the folder also holds a LoRA adapter, which is not applied")
     return Checkpoint(
-        folder, config, tensors, sources=tuple(present[path] for path in weights.paths)
+        folder,
+        config,
+        tensors,
+        sources=tuple(present[path] for path in weights.paths),
+        notices=tuple(notices),
+        unused_tensors=unused,
     )
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, notices: Notices | None = None) -> ModelConfig:
+    """Read config.json and generation_config.json.
+
+    `notices` receives a line for each thing that is read otherwise than it is written. Raises
+    InvalidCheckpoint, UnsupportedModel.
+    """
+    notices = Notices() if notices is None else notices
     path = folder / "config.json"
-    config = parse_config(read_json(path), path)
+    names = _file_names(folder)
+    if path.name not in names and (kind := foreign.folder_kind(folder, names)):
+        raise UnsupportedModel(f"{folder}: has no config.json: {kind}")
+    config = parse_config(read_json(path), path, notices)
     generation_path = folder / "generation_config.json"
-    if generation_path.name in _file_names(folder):
+    if generation_path.name in names:
         # This file is about generation, so it overrides config.json. An id that the model lacks
         # cannot end an answer; hybrid/text/generation_config.py reports it.
         eos = read_json(generation_path).get("eos_token_id")
@@ -188,6 +214,8 @@ def _open_weights(folder: Path, *, use_mmap: bool) -> WeightFile:
             return reader(folder / name)
         if f"{name}.index.json" in files:
             return _Shards(folder / f"{name}.index.json", reader)
+    if kind := foreign.folder_kind(folder, files):
+        raise UnsupportedModel(f"{folder}: has no weights that hybrid reads: {kind}")
     expected = [expected for name, _ in _FORMATS for expected in (name, f"{name}.index.json")]
     raise InvalidCheckpoint(
         f"{folder}: has no weights; expected one of {', '.join(expected)}; "
@@ -219,6 +247,12 @@ class _Shards:
         self._files = {shard: reader(index.parent / shard) for shard in shards}
         self.paths = (index, *(index.parent / shard for shard in sorted(shards)))
 
+    @property
+    def names(self) -> Collection[str]:
+        return self._shard_of.keys() | {
+            name for file in self._files.values() for name in file.names
+        }
+
     def tensor(self, name: str) -> Tensor:
         if name not in self._shard_of:
             raise InvalidCheckpoint(f"{self._index}: lists no tensor {name!r}")
@@ -242,7 +276,11 @@ def read_json(path: Path) -> dict[str, Any]:
             raise InvalidCheckpoint(
                 f"{path}: has {path.stat().st_size:,} bytes, expected at most {_MAX_JSON_BYTES:,}"
             )
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=unique_names,
+        )
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{path}: is not readable as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ Its NumPy reader does not know bfloat16 and copies, so the mapping is done here.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,14 @@ class SafetensorsFile:
         self._data_begin = 8 + n_header
         try:
             self._entries: dict[str, Any] = json.loads(
-                self._buffer[8 : self._data_begin], object_pairs_hook=_unique_names
+                self._buffer[8 : self._data_begin], object_pairs_hook=unique_names
             )
         except ValueError as error:
             raise InvalidCheckpoint(f"{path}: in its header, {error}") from error
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._entries.keys() - {"__metadata__"}
 
     def tensor(self, name: str) -> Tensor:
         match self._entries.get(name):
@@ -70,10 +75,13 @@ class SafetensorsFile:
         return map_tensor(self._path, self._buffer, tensor, use_mmap=self._use_mmap)
 
 
-def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in names:
-            raise ValueError(f"{name!r} occurs twice")
-        names[name] = value
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object. Raises ValueError for a name that occurs twice; json uses the last."""
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        seen = set[str]()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name[:100]!r} occurs twice")
+            seen.add(name)
     return names

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -29,6 +30,7 @@ _ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
 }
 _MAX_DIMENSIONS = 4
+_COMPARED_BYTES = 4 << 20  # of each tensor at a time
 
 _HTML_STARTS = (b"<!doctype", b"<html", b"<?xml")
 
@@ -51,15 +53,7 @@ class Tensor:
         They are a view of the file if it already holds that. Without mmap, a part other than a
         range of rows reads the whole tensor first; `in_memory` does that once for many parts.
         """
-        data = self.data
-        if self.unmapped is not None:
-            match part:
-                case (slice() as rows,):
-                    data, part = self._read(*self.unmapped, rows), ()
-                case _:
-                    data = self._read(*self.unmapped)
-        if part:
-            data = data[part]
+        data = self._stored(part)
         if self.dtype == "BF16":
             bits = data.astype(np.uint32, order="C")
             bits <<= 16  # a bfloat16 is the upper half of a float32
@@ -71,6 +65,33 @@ class Tensor:
         if self.unmapped is None:
             return self
         return Tensor(self.name, self.dtype, self._read(*self.unmapped))
+
+    def has_values_of(self, other: Tensor) -> bool:
+        """Return whether all values are equal. Reads a few rows at a time."""
+        if self.shape != other.shape:
+            return False
+        if self.data.__array_interface__ == other.data.__array_interface__:
+            return True  # the same bytes: torch.save stores tied weights once
+        step = max(1, _COMPARED_BYTES // max(1, self.data[:1].nbytes))
+        for first in range(0, len(self.data), step):
+            part = (slice(first, first + step),)
+            is_same = self.dtype == other.dtype and np.array_equal(
+                self._stored(part), other._stored(part)
+            )
+            if not is_same and not np.array_equal(self.fp32(part), other.fp32(part)):
+                return False
+        return True
+
+    def _stored(self, part: Part) -> np.ndarray:
+        """Return the values of a part as the file stores them."""
+        if self.unmapped is None:
+            return self.data[part] if part else self.data
+        match part:
+            case (slice() as rows,):
+                return self._read(*self.unmapped, rows)
+            case _:
+                data = self._read(*self.unmapped)
+                return data[part] if part else data
 
     def _read(self, path: Path, begin: int, inode: int, rows: slice | None = None) -> np.ndarray:
         """Read the values from the file, or those of some rows.
@@ -101,6 +122,10 @@ class WeightFile(Protocol):
     """A file, or several that belong together, from which tensors are read by name."""
 
     paths: tuple[Path, ...]
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all tensors."""
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor. Raises `InvalidCheckpoint` or `UnsupportedModel` if it is unusable."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import pickletools
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,10 @@ class TorchBin:
                 f"than {_MAX_PICKLE_BYTES:,}"
             )
         self._entries = _read_pickle(self._buffer[begin : begin + n_bytes], path)
+
+    @property
+    def names(self) -> Collection[str]:
+        return [name for name, entry in self._entries.items() if isinstance(entry, _Entry)]
 
     def tensor(self, name: str) -> Tensor:
         entry = self._entries.get(name)

@@ -71,6 +71,7 @@ class Fp32Engine:
             bos_id=self.config.bos_id,
             add_bos=add_bos,
         )
+        self.notices = (*checkpoint.notices, *self.tokenizer.notices)
 
     @contextmanager
     def open_session(self) -> Iterator[_Fp32Session]:

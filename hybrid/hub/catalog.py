@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybrid.checkpoint import foreign
 from hybrid.checkpoint.synthetic import folder as synthetic
 from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION
 from hybrid.errors import InvalidOption, ModelNotFound
@@ -115,7 +116,11 @@ def resolve(
         if path.is_dir():
             return path
         if path.exists():
-            raise ModelNotFound(f"{text!r} is a file; expected the folder that holds the model")
+            kind = foreign.file_kind(path)
+            raise ModelNotFound(
+                f"{text!r} is a file; expected the folder that holds the model"
+                + (f": {kind}" if kind else "")
+            )
         if path.is_symlink():
             raise ModelNotFound(f"{text!r} is a link to a folder that is not there")
     except OSError as error:  # no permission to look, or longer than a file name may be

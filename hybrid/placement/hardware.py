@@ -40,6 +40,11 @@ def available_memory_bytes() -> int:
     return limits.memory_left(psutil.virtual_memory().available)
 
 
+def total_memory_bytes() -> int:
+    """Return the memory that this process may have, with the machine's swap space."""
+    return limits.memory_limit(psutil.virtual_memory().total) + psutil.swap_memory().total
+
+
 def measure_stream_gbs(pool: ThreadPool) -> float:
     """Measure the memory bandwidth in GB/s (1e9 bytes) with the threads of `pool`.
 

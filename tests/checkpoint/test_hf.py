@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,17 +137,66 @@ def test_links_into_a_cache_are_followed(model: Path, arrays: Arrays) -> None:
         open_checkpoint(model)
 
 
-def test_a_tied_head_is_the_embedding(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
-    stray = {**arrays, "lm_head.weight": np.zeros((10, 32), np.float32)}
-    save_safetensors(model / "model.safetensors", stray)
-    with open_checkpoint(model) as checkpoint:  # tied, whatever the file holds
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_a_stored_head_that_equals_the_embedding_stays_tied(
+    model: Path, arrays: Arrays, save_safetensors: Save, use_mmap: bool
+) -> None:
+    stored = {**arrays, "lm_head.weight": arrays["model.embed_tokens.weight"]}
+    save_safetensors(model / "model.safetensors", stored)
+    with open_checkpoint(model, use_mmap=use_mmap) as checkpoint:
+        assert checkpoint.config.has_tied_head
+        assert checkpoint.notices == checkpoint.unused_tensors == ()
         np.testing.assert_array_equal(checkpoint.read("head"), arrays["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_stored_head_that_differs_is_used_although_the_config_ties_it(
+    model: Path, arrays: Arrays, save_safetensors: Save, use_mmap: bool, place: int
+) -> None:
+    head = arrays["model.embed_tokens.weight"].copy()
+    head.flat[place] += 1
+    save_safetensors(model / "model.safetensors", {**arrays, "lm_head.weight": head})
+    with open_checkpoint(model, use_mmap=use_mmap) as checkpoint:
+        assert not checkpoint.config.has_tied_head
+        np.testing.assert_array_equal(checkpoint.read("head"), head)
+        [notice] = checkpoint.notices
+        assert "'lm_head.weight' differs from the embedding; the stored head is used" in notice
+        other_hash = checkpoint.weights_hash
+    save_safetensors(model / "model.safetensors", arrays)
+    with open_checkpoint(model) as checkpoint:
+        assert checkpoint.weights_hash != other_hash  # packed weights of the tied model do not fit
+
+
+def test_a_head_without_an_embedding_serves_as_both(
+    model: Path, arrays: Arrays, save_safetensors: Save
+) -> None:
+    arrays["lm_head.weight"] = arrays.pop("model.embed_tokens.weight")
+    save_safetensors(model / "model.safetensors", arrays)
+    with open_checkpoint(model) as checkpoint:
+        assert checkpoint.config.has_tied_head
+        for role in ("embedding", "head"):
+            np.testing.assert_array_equal(checkpoint.read(role), arrays["lm_head.weight"])
+        assert "it serves as both" in checkpoint.notices[0]
+
+
+def test_a_tied_model_that_torch_saved_stores_one_array_twice(model: Path, arrays: Arrays) -> None:
+    torch = pytest.importorskip("torch", reason="torch writes the .bin file that is read")
+    (model / "model.safetensors").unlink()
+    state = {name: torch.tensor(array) for name, array in arrays.items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, model / "pytorch_model.bin")
+    with open_checkpoint(model) as checkpoint:
+        assert checkpoint.config.has_tied_head
+        assert checkpoint.notices == ()
 
 
 def test_an_untied_head_is_its_own(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
     change_config(model, tie_word_embeddings=False)
-    with pytest.raises(InvalidCheckpoint, match=r"has no tensor 'lm_head\.weight'"):
+    with pytest.raises(InvalidCheckpoint) as raised:
         open_checkpoint(model)
+    assert "has no tensor 'lm_head.weight', and tie_word_embeddings is false" in str(raised.value)
+    assert "write tie_word_embeddings true" in str(raised.value)
     arrays["lm_head.weight"] = -arrays["model.embed_tokens.weight"]
     save_safetensors(model / "model.safetensors", arrays)
     assert_reads(model, arrays)
@@ -173,10 +223,137 @@ def test_a_llama_with_wide_heads_is_read(
     assert_reads(model, arrays)
 
 
-def test_extra_tensors_are_ignored(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+def test_buffers_that_the_config_determines_are_ignored(
+    model: Path, arrays: Arrays, save_safetensors: Save
+) -> None:
+    buffers = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "position_ids")
+    extra = {f"model.layers.0.self_attn.{name}": np.ones(4, np.float32) for name in buffers}
     save_safetensors(model / "model.safetensors", {**arrays, **extra})
     assert_reads(model, arrays)
+    with open_checkpoint(model) as checkpoint:
+        assert checkpoint.notices == checkpoint.unused_tensors == ()
+
+
+def test_tensors_that_are_not_used_are_named(
+    model: Path, arrays: Arrays, save_safetensors: Save
+) -> None:
+    """Biases without attention_bias, and a third layer of a model that has two."""
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    third = [name.replace(".1.", ".2.") for name in arrays if ".1." in name]
+    extra = dict.fromkeys([bias, *third], np.ones(4, np.float32))
+    save_safetensors(model / "model.safetensors", {**arrays, **extra})
+    assert_reads(model, arrays)
+    with open_checkpoint(model) as checkpoint:
+        assert set(checkpoint.unused_tensors) == {bias, *third}
+        [notice] = checkpoint.notices
+    assert f"tensors for which config.json has no place are not used: {bias!r}" in notice
+    assert notice.endswith("and 6 more")
+
+
+def test_the_notice_about_unused_tensors_stays_short(
+    model: Path, arrays: Arrays, save_safetensors: Save
+) -> None:
+    extra = {f"{'x' * 500}.{i}": np.ones(1, np.float32) for i in range(1000)}
+    save_safetensors(model / "model.safetensors", {**arrays, **extra})
+    with open_checkpoint(model) as checkpoint:
+        [notice] = checkpoint.notices
+        assert len(checkpoint.unused_tensors) == 1000
+    assert len(notice) < 600
+
+
+def test_unused_tensors_of_shards_are_named_even_if_the_index_lacks_them(
+    sharded: tuple[Path, dict[str, str]], arrays: Arrays, save_safetensors: Save
+) -> None:
+    folder, weight_map = sharded
+    shard = weight_map["model.norm.weight"]
+    kept = {name: arrays[name] for name, file in weight_map.items() if file == shard}
+    save_safetensors(folder / shard, {**kept, "extra": np.ones(1, np.float32)})
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.unused_tensors == ("extra",)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("rename", "stored"),
+    [
+        (lambda name: name.removeprefix("model."), "embed_tokens.weight"),
+        (lambda name: f"_orig_mod.{name}", "_orig_mod.model.embed_tokens.weight"),
+        (lambda name: f"module.{name}", "module.model.embed_tokens.weight"),
+        (
+            lambda name: f"module._orig_mod.{name.removeprefix('model.')}",
+            "module._orig_mod.embed_tokens.weight",
+        ),
+        (
+            lambda name: re.sub(r"(layers\.\d+)", r"\1._orig_mod", name),
+            "model.layers.0._orig_mod.input_layernorm.weight",
+        ),
+    ],
+    ids=["base model", "compiled", "parallel", "both", "compiled layers"],
+)
+def test_names_with_other_prefixes_are_read(
+    model: Path,
+    arrays: Arrays,
+    save_safetensors: Save,
+    kind: str,
+    rename: Callable[[str], str],
+    stored: str,
+) -> None:
+    renamed = {rename(name): array for name, array in arrays.items()}
+    if kind == "bin":
+        (model / "model.safetensors").unlink()
+        save_bin(model / "pytorch_model.bin", renamed)
+    else:
+        save_safetensors(model / "model.safetensors", renamed)
+    assert_reads(model, arrays)
+    with open_checkpoint(model) as checkpoint:
+        assert checkpoint.unused_tensors == ()
+        [notice] = checkpoint.notices
+    assert "tensors have other names than the family's" in notice
+    assert repr(stored) in notice
+
+
+def test_two_names_for_one_tensor_are_refused(
+    model: Path, arrays: Arrays, save_safetensors: Save
+) -> None:
+    norm = arrays.pop("model.norm.weight")
+    arrays |= {"norm.weight": norm, "module.norm.weight": -norm}
+    save_safetensors(model / "model.safetensors", arrays)
+    with pytest.raises(InvalidCheckpoint, match=r"both stand for 'model\.norm\.weight'"):
+        open_checkpoint(model)
+    arrays["model.norm.weight"] = norm  # the right name wins
+    save_safetensors(model / "model.safetensors", arrays)
+    with open_checkpoint(model) as checkpoint:
+        np.testing.assert_array_equal(checkpoint.read("norm"), norm)
+        assert checkpoint.unused_tensors == ("module.norm.weight", "norm.weight")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["SparseLlamaForCausalLM"]},
+        {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "auto_map": {"a": "b.C"}},
+    ],
+    ids=["SparseLlama", "code of its own"],
+)
+def test_a_llama_with_tensors_for_its_own_code_is_refused(
+    model: Path, arrays: Arrays, save_safetensors: Save, changes: dict[str, object]
+) -> None:
+    """As NOSA, whose attention has two parameters more and whose name is SparseLlama's."""
+    change_config(model, **changes, tie_word_embeddings=True)
+    assert_reads(model, arrays)
+    for layer in range(2):
+        arrays[f"model.layers.{layer}.self_attn.A"] = np.ones(2, np.float32)
+        arrays[f"model.layers.{layer}.self_attn.delta.weight"] = np.ones((2, 16), np.float32)
+    save_safetensors(model / "model.safetensors", arrays)
+    with pytest.raises(UnsupportedModel) as raised:
+        open_checkpoint(model)
+    assert "has tensors that a Llama lacks: 'model.layers.0.self_attn.A'" in str(raised.value)
+
+
+def test_an_adapter_beside_the_model_is_said_not_to_be_applied(model: Path) -> None:
+    (model / "adapter_config.json").write_text("{}")
+    with open_checkpoint(model) as checkpoint:
+        assert "LoRA adapter, which is not applied" in checkpoint.notices[0]
 
 
 def test_a_checkpoint_reads_known_roles_until_it_is_closed(model: Path) -> None:
@@ -214,6 +391,8 @@ def test_a_path_that_is_not_a_folder_is_refused(model: Path, name: str) -> None:
         (b'{"vocab_size": 1' + b"0" * 10_000 + b"}", "is not readable as JSON"),
         (b"[]", "expected a JSON object, found list"),
         (b"null", "expected a JSON object, found NoneType"),
+        (b'{"vocab_size": 10, "vocab_size": 12}', "'vocab_size' occurs twice"),
+        (b'{"rope_scaling": {"a": 1, "b": 2, "a": 1}}', "'a' occurs twice"),
     ],
     ids=lambda value: str(value[:20]),
 )
@@ -251,11 +430,98 @@ def test_a_huge_json_file_is_not_read(model: Path, name: str) -> None:
 
 
 def test_a_folder_without_weights_is_refused(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "model.gguf")
+    (model / "model.safetensors").rename(model / "model.savetensors")
     with pytest.raises(InvalidCheckpoint) as raised:
         open_checkpoint(model)
-    for name in ("model.safetensors", "pytorch_model.bin.index.json", "found config.json, model.g"):
+    for name in ("model.safetensors", "pytorch_model.bin.index.json", "found config.json, model.s"):
         assert name in str(raised.value)
+
+
+def test_an_index_with_a_name_twice_is_refused(sharded: tuple[Path, dict[str, str]]) -> None:
+    path = sharded[0] / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {"a": "b", "a": "c"}}')
+    with pytest.raises(InvalidCheckpoint, match="'a' occurs twice"):
+        open_checkpoint(sharded[0])
+
+
+LORA = '{"base_model_name_or_path": "openbmb/MiniCPM-S-1B-sft"}'
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"model.Q4_0.gguf": "GGUF"}, "it is a GGUF model, which llama.cpp runs; get the original"),
+        ({"model.onnx": "", "model.onnx_data": ""}, "it is an ONNX model; get the original"),
+        ({"onnx/model.onnx": ""}, "it is an ONNX model"),
+        (
+            {"adapter_config.json": LORA, "adapter_model.safetensors": ""},
+            "it is a LoRA adapter; merge it into 'openbmb/MiniCPM-S-1B-sft' with peft",
+        ),
+        ({"adapter_config.json": "[", "adapter_model.bin": ""}, "merge it into its base model"),
+        (
+            {"gptq_model-4bit-128g.safetensors": "", "quantize_config.json": "{}"},
+            "quantised by GPTQ; get the original model, a folder with config.json and",
+        ),
+        ({"quant_config.json": "{}", "weights.pt": ""}, "quantised by AWQ"),
+        ({"consolidated.00.pth": "", "params.json": "{}"}, "in its authors' own format; convert"),
+        ({"openvino_model.xml": ""}, "an OpenVINO model"),
+        ({"flax_model.msgpack": ""}, "a Flax model"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_folder_of_another_program_is_named(
+    model: Path, has_config: bool, files: dict[str, str], message: str
+) -> None:
+    (model / "model.safetensors").unlink()
+    if not has_config:
+        (model / "config.json").unlink()
+    for name, content in files.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(content)
+    with pytest.raises(UnsupportedModel) as raised:
+        open_checkpoint(model)
+    assert message in str(raised.value)
+    assert str(raised.value).startswith(str(model))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tiny.gguf", b"GGUF\3\0\0\0", "it is a GGUF model"),
+        ("no suffix", b"GGUF\3\0\0\0", "it is a GGUF model"),
+        ("powerinfer", b"PWRI\3\0\0\0", "it is a GGUF model"),
+        ("tiny.onnx", b"", "it is an ONNX model"),
+        ("model.safetensors", b"", "name the folder that it is in"),
+        ("other", b"", "expected one with config.json and weights"),
+    ],
+)
+def test_a_file_of_another_program_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelNotFound, match="is not a folder") as raised:
+        open_checkpoint(tmp_path / name)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("end", "tool"),
+    [
+        ("qweight", "GPTQ or AWQ"),
+        ("weight_packed", "compressed-tensors"),
+        ("weight.absmax", "bitsandbytes"),
+    ],
+)
+def test_quantised_tensors_are_named_even_if_the_config_does_not_say_so(
+    model: Path, arrays: Arrays, save_safetensors: Save, end: str, tool: str
+) -> None:
+    name = "model.layers.0.self_attn.q_proj."
+    arrays[name + end] = arrays.pop(name + "weight")
+    save_safetensors(model / "model.safetensors", arrays)
+    with pytest.raises(UnsupportedModel, match=f"the weights are quantised by {tool}"):
+        open_checkpoint(model)
 
 
 def test_end_tokens_come_from_generation_config(model: Path) -> None:

@@ -61,3 +61,41 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for name in ("gone", "dangling", "."):
         with pytest.raises(InvalidCheckpoint, match="is missing"):
             map_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_tensors_are_compared_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_mmap: bool
+) -> None:
+    rows, cols = 50, 8
+    values = np.random.default_rng(0).integers(0, 9, (rows, cols)).astype("<f4")
+    path = tmp_path / "file"
+    half = (values.view("<u4") >> 16).astype("<u2")
+    path.write_bytes(values.tobytes() * 2 + half.tobytes() + values.T.tobytes())
+    begins = {"F32": 0, "F32 too": values.nbytes, "BF16": 2 * values.nbytes}
+    buffer = map_file(path)
+
+    def tensor(name: str, begin: int, strides: tuple[int, int] | None = None) -> Tensor:
+        entry = TensorEntry(name, name.split()[0], (rows, cols), begin, strides)
+        return map_tensor(path, buffer, entry, use_mmap=use_mmap)
+
+    tensors = [tensor(*item) for item in begins.items()]
+    tensors.append(tensor("F32 transposed", 2 * values.nbytes + half.nbytes, (1, rows)))
+    monkeypatch.setattr("hybrid.checkpoint.tensor._COMPARED_BYTES", 7 * 4 * cols)
+    read = []
+    stored = Tensor._stored
+    monkeypatch.setattr(Tensor, "_stored", lambda self: read.append(len(self.data)) or stored(self))
+    for one in tensors:
+        for other in tensors:
+            assert one.has_values_of(other)
+    assert max(read) <= 14  # of 50 rows
+    assert not tensors[0].has_values_of(
+        map_tensor(path, buffer, TensorEntry("a", "F32", (rows,), 0))
+    )
+    changed = bytearray(path.read_bytes())
+    changed[values.nbytes - 2] ^= 0x40  # in the last value of the first
+    path.write_bytes(changed)
+    fresh = map_file(path)
+    first = map_tensor(path, fresh, TensorEntry("a", "F32", (rows, cols), 0), use_mmap=use_mmap)
+    second = TensorEntry("b", "F32", (rows, cols), values.nbytes)
+    assert not first.has_values_of(map_tensor(path, fresh, second, use_mmap=use_mmap))

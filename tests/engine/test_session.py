@@ -99,6 +99,20 @@ def test_prefill_equals_decode_bit_by_bit(tmp_path, isa, format, n):
     assert session.position == n
 
 
+def test_prefill_equals_decode_where_few_neurons_of_many_fire(tmp_path, isa, format):
+    """A piece has several blocks of gates here, and a token fires a neuron or none in each."""
+    folder = write_model(tmp_path, intermediate_size=3 * 256 * 16, hidden_act_param=2.9)
+    executor = open_executor(folder, format)
+    session = executor.open_session()
+    for first in range(0, 60, 3):
+        session.truncate(0)
+        ids = IDS[first : first + 3]
+        prefilled = session.prefill(ids, all_logits=True)
+        np.testing.assert_array_equal(prefilled, decode_all(executor, ids))
+    fraction = sum(session.active_counts) / (60 * 2 * 3 * 256 * 16)
+    assert 0.0005 < fraction < 0.01
+
+
 def test_threads_do_not_change_a_bit(tmp_path, isa, format):
     folder = write_model(tmp_path)
     results = []

@@ -842,8 +842,11 @@ def test_a_path_is_never_a_repository() -> None:
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(ModelNotFound, match=r"model\.gguf' is a file; expected the folder"):
+    with pytest.raises(
+        ModelNotFound, match=r"model\.gguf' is a file; expected the folder"
+    ) as raised:
         resolve(str(tmp_path / "model.gguf"))
+    assert "it is a GGUF model, which llama.cpp runs; get the original model" in str(raised.value)
 
 
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:

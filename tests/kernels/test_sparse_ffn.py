@@ -133,6 +133,34 @@ def test_whole_numbers_give_equal_bits_in_any_order(isa):
         np.testing.assert_array_equal(permuted, straight)
 
 
+@pytest.mark.parametrize(
+    "active",
+    [
+        [(5, 0), (9, 1), (300, 0), (301, 0)],
+        [(5, 0), (300, 0), (9, 1), (599, 0), (599, 2)],
+        [(5, 0), (9, 1), (10, 2), (300, 0), (10, 1), (301, 1), (302, 1)],
+        [(neuron, neuron % 3) for neuron in range(0, 600, 97)],
+    ],
+    ids=len,
+)
+def test_few_active_neurons_of_several_tokens_keep_to_their_tokens(isa, format, active):
+    """Gates are computed in blocks of 256 rows, so a token's pairs come in several runs."""
+    rng = np.random.default_rng(11)
+    ffn = Ffn(format, 96, 600, 3, seed=11)
+    gate = np.zeros((600, 96), np.float32)
+    for neuron, token in active:
+        gate[neuron, token] = 1.0
+    x = np.zeros((3, 96), np.float32)
+    x[:, 32:] = rng.integers(-2, 3, (3, 64))
+    x[[0, 1, 2], [0, 1, 2]] = 2.0
+    ffn.matrices[0], ffn.gate_hat = gate, round_weights(format, gate)
+    ffn.x_quantized, ffn.x_hat = quantize_tokens(format, x), reference.round_activation(format, x)
+    actual, n_active = ffn.run(Activation.relu)
+    expected, is_active = ffn.oracle(Activation.relu)
+    assert n_active == is_active.sum() == len(active)
+    assert_close(actual, expected, scale=ffn.scale())
+
+
 @pytest.mark.parametrize("activation", [Activation.relu, Activation.fatrelu], ids=lambda a: a.name)
 @pytest.mark.parametrize("n_tokens", [1, 3])
 def test_rows_of_inactive_neurons_are_not_read(isa, format, activation, n_tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -11,19 +12,27 @@ import pytest
 
 from hybrid.errors import HybridError, InvalidCheckpoint, UnsupportedModel
 from hybrid.model.config import ModelConfig
-from hybrid.model.families import expected_tensors, parse_config
+from hybrid.model.families import expected_tensors, llama, parse_config
+from hybrid.notices import Notices
 
 PATH = Path("some model/config.json")
 MINICPM_S_1B = Path(__file__).parents[2] / "../shared/data/tokenizers/MiniCPM-S-1B-sft/config.json"
 ABSENT = object()
 
 
-def parse(config: dict[str, Any], **changes: Any) -> ModelConfig:
+def parse(config: dict[str, Any], notices: Notices | None = None, **changes: Any) -> ModelConfig:
     merged = {**config, **changes}
-    return parse_config({key: v for key, v in merged.items() if v is not ABSENT}, PATH)
+    return parse_config({key: v for key, v in merged.items() if v is not ABSENT}, PATH, notices)
+
+
+def notices_of(config: dict[str, Any], **changes: Any) -> list[str]:
+    notices = Notices()
+    parse(config, notices, **changes)
+    return list(notices)
 
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "relu"}
+SPARSE_LLAMA = {"architectures": ["SparseLlamaForCausalLM"]}
 
 
 def test_every_number_of_a_minicpm_config_is_parsed(config: dict[str, Any]) -> None:
@@ -54,7 +63,9 @@ def test_every_number_of_a_minicpm_config_is_parsed(config: dict[str, Any]) -> N
     not MINICPM_S_1B.is_file(), reason="the real MiniCPM-S-1B config.json is not on this machine"
 )
 def test_the_real_minicpm_s_1b_config_is_parsed() -> None:
-    config = parse_config(json.loads(MINICPM_S_1B.read_text()), MINICPM_S_1B)
+    notices = Notices()
+    config = parse_config(json.loads(MINICPM_S_1B.read_text()), MINICPM_S_1B, notices)
+    assert not list(notices)
     assert config == ModelConfig(
         family="minicpm",
         vocab_size=73440,
@@ -118,6 +129,16 @@ def test_llama_has_no_scales_and_no_tied_head(config: dict[str, Any]) -> None:
         ({"eos_token_id": ABSENT}, {"eos_ids": (2,)}),
         ({"bos_token_id": None}, {"bos_id": None}),
         ({"num_experts": 0, "attention_bias": False, "sliding_window": None}, {}),
+        ({"sliding_window": 32768, "use_sliding_window": False}, {}),  # as Qwen writes it
+        ({"layer_types": ["full_attention"] * 2, "rope_interleaved": False}, {}),
+        ({"sparsity_config": {"format": "dense"}, "logits_scaling": 1.0}, {}),
+        ({**LLAMA, "model_type": "llama"}, {"family": "llama"}),
+        ({**SPARSE_LLAMA, "model_type": "sparsellama"}, {"family": "llama"}),
+        # Folded into the weights, and still listed. The classes are transformers' own.
+        (
+            {**LLAMA, "auto_map": {"AutoModel": "LlamaModel"}, "scale_emb": 12, "scale_depth": 1.4},
+            {"embedding_scale": 1.0},
+        ),
     ],
 )
 def test_supported_variants_are_parsed(
@@ -154,9 +175,7 @@ def test_bad_numbers_are_refused(config: dict[str, Any], key: str, value: object
         parse(config, **{key: value})
 
 
-@pytest.mark.parametrize(
-    "key", [*(key for key in SIZES if key != "num_key_value_heads"), "rms_norm_eps"]
-)
+@pytest.mark.parametrize("key", [*SIZES[:4], "intermediate_size"])
 def test_missing_keys_without_a_default_are_refused(config: dict[str, Any], key: str) -> None:
     with pytest.raises(InvalidCheckpoint, match=f"has no {key}"):
         parse(config, **{key: ABSENT})
@@ -180,7 +199,7 @@ def test_fatrelu_without_a_threshold_is_refused(config: dict[str, Any], threshol
         ({"architectures": ["GPT2LMHeadModel"]}, UnsupportedModel, "'GPT2LMHeadModel' is unknown"),
         ({"architectures": ["MiniCPM3ForCausalLM"]}, UnsupportedModel, "'MiniCPM3ForCausalLM'"),
         ({"hidden_act": "gelu"}, UnsupportedModel, "hidden_act 'gelu' is unknown"),
-        ({"hidden_act": ABSENT}, UnsupportedModel, "hidden_act None"),
+        ({**SPARSE_LLAMA, "hidden_act": ABSENT}, UnsupportedModel, "hidden_act None"),
         ({"hidden_act": ["relu"]}, UnsupportedModel, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config is set"),
         ({"attention_bias": True}, UnsupportedModel, "attention_bias is set"),
@@ -196,11 +215,9 @@ def test_fatrelu_without_a_threshold_is_refused(config: dict[str, Any], threshol
         ({"head_dim": 7}, UnsupportedModel, "7 dimensions; expected an even number"),
         ({"head_dim": 0}, InvalidCheckpoint, "head_dim is 0"),
         ({"head_dim": 2**30}, InvalidCheckpoint, "num_attention_heads is 4"),
-        ({"eos_token_id": 10}, InvalidCheckpoint, "eos_token_id is 10; expected ids from 0 to 9"),
-        ({"eos_token_id": [2, -1]}, InvalidCheckpoint, "eos_token_id"),
+        ({"eos_token_id": [2, 2.0]}, InvalidCheckpoint, "expected ids from 0 to 9"),
         ({"eos_token_id": "2"}, InvalidCheckpoint, "eos_token_id"),
         ({"eos_token_id": True}, InvalidCheckpoint, "eos_token_id"),
-        ({"bos_token_id": 10}, InvalidCheckpoint, "bos_token_id is 10"),
         ({"tie_word_embeddings": "yes"}, InvalidCheckpoint, "tie_word_embeddings is 'yes'"),
         ({"dim_model_base": 0}, InvalidCheckpoint, "dim_model_base is 0"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, UnsupportedModel, "linear"),
@@ -224,7 +241,46 @@ def test_fatrelu_without_a_threshold_is_refused(config: dict[str, Any], threshol
             UnsupportedModel,
             "partial_rotary_factor",
         ),
-        ({"rope_parameters": {"full_attention": {}}}, InvalidCheckpoint, "has no rope_theta"),
+        ({"rope_parameters": {"full_attention": {}}}, UnsupportedModel, "the same in all layers"),
+        ({"rope_scaling": {"rope_type": None, "type": "linear"}}, UnsupportedModel, "linear"),
+        ({"rope_scaling": {"rope_theta": -1.0}}, InvalidCheckpoint, "rope_theta is -1"),
+        # Models that look like a family and compute something else.
+        (
+            {**LLAMA, "layer_types": ["full_attention", "sliding_attention"]},
+            UnsupportedModel,
+            "layer_types has 'sliding_attention'",
+        ),
+        ({**LLAMA, "layer_types": "full_attention"}, InvalidCheckpoint, "layer_types is 'full"),
+        ({**LLAMA, "sliding_windows": [64, 64]}, UnsupportedModel, "sliding_windows is set"),
+        ({**LLAMA, "attention_chunk_size": 8192}, UnsupportedModel, "attention in chunks"),
+        ({**LLAMA, "no_rope_layers": [1, 0]}, UnsupportedModel, "layers without positions"),
+        ({**LLAMA, "rope_interleaved": True}, UnsupportedModel, "neighbouring dimensions"),
+        ({**LLAMA, "use_qk_norm": True}, UnsupportedModel, "norms of queries and keys"),
+        ({**LLAMA, "final_logit_softcapping": 30.0}, UnsupportedModel, "limits on logits"),
+        ({**LLAMA, "logits_scaling": 8.0}, UnsupportedModel, r"logits_scaling is set \(8\.0\)"),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, UnsupportedModel, "a part of each head"),
+        ({**LLAMA, "kv_lora_rank": 256}, UnsupportedModel, "latent attention"),
+        ({**LLAMA, "is_causal": False}, UnsupportedModel, "is_causal is false"),
+        ({**LLAMA, "model_type": "qwen2"}, UnsupportedModel, "model_type is 'qwen2', not 'llama'"),
+        (  # SparseLM's: SiLU is written, ReLU is computed
+            {**SPARSE_LLAMA, "model_type": "llama_sparse_relu", "hidden_act": "silu"},
+            UnsupportedModel,
+            "model_type is 'llama_sparse_relu', not 'sparsellama'",
+        ),
+        ({**SPARSE_LLAMA, "model_type": "llama"}, UnsupportedModel, "model_type is 'llama'"),
+        ({"sparse_config": {"topk": 64}}, UnsupportedModel, "sparse attention"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            UnsupportedModel,
+            "quantised by 'gptq'",
+        ),
+        (
+            {"quantization_config": {"bnb_4bit_quant_type": "nf4"}},
+            UnsupportedModel,
+            "quantised by 'bitsandbytes'",
+        ),
+        ({"quantization": {"group_size": 64, "bits": 4}}, UnsupportedModel, "quantised by MLX"),
+        ({"sparsity_config": {"format": "sparse-bitmask"}}, UnsupportedModel, "compressed"),
     ],
 )
 def test_unsupported_and_broken_configs_are_refused(
@@ -241,5 +297,125 @@ def test_a_message_stays_short(config: dict[str, Any]) -> None:
         deep = [deep]
     for value in ("x" * 10**6, deep):
         with pytest.raises(InvalidCheckpoint) as raised:
-            parse(config, hidden_size=value)
+            parse(config, hidden_size=value, auto_map={"AutoModel": value})
         assert len(str(raised.value)) < 300
+    for key in ("layer_types", "rope_scaling", "quantization_config"):
+        value = [deep] * 100 if key == "layer_types" else {"type": deep, "quant_method": deep}
+        with pytest.raises(UnsupportedModel) as refused:
+            parse(config, **LLAMA, **{key: value})
+        assert len(str(refused.value)) < 300
+
+
+def test_a_long_architecture_name_is_shown_whole(config: dict[str, Any]) -> None:
+    name = "Qwen2_5_VLOmniMoeTextToSpeechForConditionalGeneration"
+    with pytest.raises(UnsupportedModel, match=f"architecture '{name}' is unknown"):
+        parse(config, architectures=[name])
+    with pytest.raises(UnsupportedModel) as raised:
+        parse(config, architectures=["X" * 10**6])
+    assert len(str(raised.value)) < 300
+
+
+# What transformers accepts is accepted, and said
+
+
+ROPE = [
+    {},
+    {"rope_theta": 5e5},
+    {"rope_theta": None},
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_scaling": {"type": "default", "rope_theta": 7e5}},
+    {"rope_theta": 3e4, "rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_theta": 3e4, "rope_scaling": {"rope_type": "default"}},
+    {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
+    {"rope_theta": 3e4, "rope_parameters": {"rope_type": "default"}},
+    {"rope_theta": 3e4, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
+    {"rope_parameters": {"rope_type": "default"}},
+    {"rope_parameters": {}},
+    {"rope_theta": 3e4, "rope_parameters": None},
+    {
+        "rope_theta": 3e4,
+        "rope_scaling": {},
+        "rope_parameters": {"rope_theta": 2e4, "rope_type": "default"},
+    },
+    {
+        "rope_scaling": {"rope_type": "default"},
+        "rope_parameters": {"rope_theta": 2e4, "rope_type": "default"},
+    },
+    {
+        "rope_theta": 3e4,
+        "rope_scaling": {"rope_type": "default", "rope_theta": 4e4},
+        "rope_parameters": {"rope_theta": 2e4, "rope_type": "default"},
+    },
+    {
+        "rope_scaling": {"rope_type": "default", "rope_theta": 4e4},
+        "rope_parameters": {"rope_theta": 2e4, "rope_type": "yarn", "factor": 4.0},
+    },
+    {"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 8.0}},
+]
+
+
+@pytest.mark.parametrize("rope", ROPE, ids=str)
+def test_theta_has_the_precedence_of_transformers(
+    config: dict[str, Any], rope: dict[str, Any]
+) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    theirs = {key: value for key, value in copy.deepcopy(rope).items() if value is not None}
+    for own, ours in (("LlamaConfig", LLAMA), ("MiniCPM3Config", {})):
+        if hasattr(transformers, own):
+            expected = getattr(transformers, own)(**copy.deepcopy(theirs))
+            parsed = parse(config, **{"rope_scaling": ABSENT, **ours, **rope})
+            assert parsed.rope_theta == expected.rope_parameters["rope_theta"]
+            assert expected.rope_parameters["rope_type"] == "default"
+
+
+def test_what_rope_leaves_out_is_said(config: dict[str, Any]) -> None:
+    scaling = {"rope_type": "default", "rope_theta": 5e5, "factor": 8.0}
+    notices = notices_of(config, rope_theta=3e4, rope_scaling=scaling)
+    assert "config.json: rope_theta 30000 is ignored: rope_scaling has 500000" in notices[1]
+    assert "ignores 'factor'" in notices[0]
+    assert not notices_of(config, rope_theta=5e5, rope_scaling={**scaling, "factor": None})
+
+
+def test_missing_keys_get_the_defaults_of_their_class(config: dict[str, Any]) -> None:
+    absent = dict.fromkeys(llama.CLASS_DEFAULTS, ABSENT)
+    for architecture in ("LlamaForCausalLM", "MiniCPMForCausalLM"):
+        [notice] = notices_of(config, architectures=[architecture], **absent)
+        assert notice.startswith("config.json: lacks max_position_embeddings, rms_norm_eps, hidden")
+        assert notice.endswith(
+            "are used: max_position_embeddings 2048, rms_norm_eps 1e-06, hidden_act 'silu'"
+        )
+    parsed = parse(config, **absent)
+    assert (parsed.max_context, parsed.rms_norm_eps, parsed.activation) == (2048, 1e-6, "silu")
+    assert notices_of(config, rms_norm_eps=None)[0].endswith("are used: rms_norm_eps 1e-06")
+    assert notices_of(config) == []
+
+
+def test_the_defaults_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    default = transformers.LlamaConfig()
+    assert {key: getattr(default, key) for key in llama.CLASS_DEFAULTS} == llama.CLASS_DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "notice"),
+    [
+        ({"eos_token_id": 10}, {"eos_ids": ()}, "eos_token_id 10 is not in the vocabulary"),
+        ({"eos_token_id": [2, 10, -1]}, {"eos_ids": (2,)}, "whose ids end at 9; it is ignored"),
+        ({"bos_token_id": 10}, {"bos_id": None}, "bos_token_id 10 is not in the vocabulary"),
+        ({"bos_token_id": -1}, {"bos_id": None}, "bos_token_id -1 is not"),
+        ({"pad_token_id": 10}, {}, "'pad_token_id 10': not in the vocabulary"),
+        ({"pad_token_id": -1, "image_token_id": 99}, {}, "'pad_token_id -1', 'image_token_id 99'"),
+        ({"architectures": None, "model_type": "llama"}, {"family": "llama"}, "'llama' is that of"),
+        ({"architectures": ["LlamaModel"]}, {"family": "llama"}, "saved without its head"),
+        ({**LLAMA, "auto_map": {"AutoModel": "flash.Llama"}}, {}, "code in the model's folder"),
+    ],
+)
+def test_oddities_are_accepted_with_a_notice(
+    config: dict[str, Any], changes: dict[str, Any], expected: dict[str, Any], notice: str
+) -> None:
+    parsed = parse(config, **changes)
+    assert {key: getattr(parsed, key) for key in expected} == expected
+    [line] = notices_of(config, **changes)
+    assert line.startswith("config.json: ")
+    assert notice in line
+    assert len(line) < 300

@@ -12,8 +12,9 @@ from hybrid.checkpoint import Checkpoint
 from hybrid.engine.options import LoadOptions
 from hybrid.errors import OutOfMemory
 from hybrid.kernels import active_isa, available_isas
+from hybrid.model.config import ModelConfig
 from hybrid.notices import Notices
-from hybrid.placement.hardware import available_memory_bytes
+from hybrid.placement.hardware import available_memory_bytes, total_memory_bytes
 from hybrid.placement.profile import check_profile, find_profile, load_profile
 from hybrid.weights import preview
 from hybrid.weights.packed_file import Residence
@@ -49,6 +50,22 @@ def choose_orders(
         return None, None
     orders = found.neuron_orders()
     return orders, np.take_along_axis(found.frequency, np.stack(orders), 1)
+
+
+def check_context_memory(config: ModelConfig, n_context: int, n_layers: int) -> None:
+    """Raise OutOfMemory if a context can never fit into this machine's memory.
+
+    It counts the rope tables, which are made in full, and the keys and values of `n_layers` layers,
+    for which the system provides memory as they are used.
+    """
+    tables = 4 * config.head_dim
+    cache = 2 * 2 * config.n_kv_heads * config.head_dim * n_layers
+    needed, total = n_context * (tables + cache), total_memory_bytes()
+    if needed > total:
+        raise OutOfMemory(
+            f"a context of {n_context:,} tokens needs {needed / 1e9:,.1f} GB, and this machine has "
+            f"{total / 1e9:.1f} GB of memory; choose a smaller context_size"
+        )
 
 
 def choose_residence(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hybrid.engine.cpu.executor import CpuExecutor
+from hybrid.engine.loading.choices import check_context_memory
 from hybrid.engine.loading.model_spec import ModelSpec
 from hybrid.engine.loading.planning import PlanDecision, measured_gpu, solve_for
 from hybrid.engine.session import NativeSession
@@ -53,6 +54,8 @@ def open_executor(
     """
     for attempt in range(_ATTEMPTS):
         plan = decision.plan
+        n_cpu_layers = sum(not layer.is_on_gpu for layer in plan.layers)
+        check_context_memory(spec.config, spec.n_context, n_cpu_layers)
         cpu = CpuExecutor(
             weights.model,
             spec.layout,

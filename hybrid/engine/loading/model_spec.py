@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.checkpoint import Checkpoint, open_checkpoint
-from hybrid.engine.loading.choices import choose_orders
+from hybrid.engine.loading.choices import check_context_memory, choose_orders
 from hybrid.engine.loading.prediction import Prediction
 from hybrid.engine.options import LoadOptions, checked_context
 from hybrid.kernels import Format
@@ -89,12 +89,16 @@ def describe(
 ) -> tuple[ModelSpec, NeuronOrders | None]:
     """Return the spec of a model that runs exactly, and the order of its neurons.
 
-    Raises InvalidOption, and InvalidArtifact for a given profile.
+    Raises InvalidOption, OutOfMemory, and InvalidArtifact for a given profile.
     """
+    n_context = checked_context(options.context_size, checkpoint.config)
+    # At once, before minutes of packing. Layers on a GPU keep their keys and values there.
+    n_cpu_layers = checkpoint.config.n_layers if options.device == "cpu" else 0
+    check_context_memory(checkpoint.config, n_context, n_cpu_layers)
     orders, frequencies = choose_orders(checkpoint, options.profile, home, notices)
     spec = ModelSpec(
         layout=packed_layout(checkpoint.config, Format[options.quant]),
-        n_context=checked_context(options.context_size, checkpoint.config),
+        n_context=n_context,
         n_threads=options.threads or default_threads(),
         model_hash=checkpoint.weights_hash,
         order_hash=order_hash(orders),

@@ -10,13 +10,14 @@ from hybrid.model.families import llama
 from hybrid.model.families.fields import Fields
 
 NAME = "minicpm"
-ARCHITECTURES = ("MiniCPMForCausalLM",)
+MODEL_TYPES = {"MiniCPMForCausalLM": "minicpm"}
 MODEL_TENSORS, LAYER_TENSORS = llama.MODEL_TENSORS, llama.LAYER_TENSORS
 
 
 def parse(fields: Fields) -> ModelConfig:
     """Parse config.json. Raises InvalidCheckpoint, UnsupportedModel."""
-    config = llama.parse(fields, family=NAME, is_tied_by_default=True)
+    fields = fields.with_defaults(llama.CLASS_DEFAULTS)
+    config = llama.parse_transformer(fields, NAME, is_tied_by_default=True)
     # An absent key means 1, as in the model's own configuration class.
     return replace(
         config,

@@ -111,6 +111,32 @@ def test_a_checkpoint_of_hidden_size_8_by_others_matches_transformers(tmp_path, 
     with hybrid.load(tmp_path, quant="bf16") as engine:
         actual = engine.open_session().prefill(IDS, all_logits=True)
     assert np.sqrt(np.mean(np.square(actual - expected))) <= 0.01 * expected.std()
+@pytest.mark.parametrize("has_own_head", [True, False])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_folders_are_read_as_transformers_reads_them(tmp_path, has_own_head, prefix):
+    """Theta within rope_scaling, a stored head of a tied model, names of a base model."""
+    folder = write_model(
+        tmp_path,
+        **LLAMA,
+        model_type="llama",
+        hidden_act="relu",
+        tie_word_embeddings=True,
+        rms_norm_eps=None,
+        rope_theta=10.0,
+        rope_scaling={"rope_type": "default", "rope_theta": 500.0},
+    )
+    path = folder / "model.safetensors"
+    tensors = {
+        prefix + name.removeprefix("model."): tensor for name, tensor in load_file(path).items()
+    }
+    if has_own_head:
+        tensors["lm_head.weight"] = -tensors[f"{prefix}embed_tokens.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert model.config.rms_norm_eps == 1e-6
+    with torch.no_grad():
+        expected = model.float()(torch.from_numpy(IDS)[None]).logits[0].numpy()
+    assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
 
 
 def test_sparse_llama_with_fatrelu_matches_transformers(tmp_path, monkeypatch):
