@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid.errors import UnsupportedModel
 from hybrid.model.config import ModelConfig
 from hybrid.model.families.fields import (
     Fields,

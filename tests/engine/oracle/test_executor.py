@@ -111,6 +111,8 @@ def test_a_checkpoint_of_hidden_size_8_by_others_matches_transformers(tmp_path, 
     with hybrid.load(tmp_path, quant="bf16") as engine:
         actual = engine.open_session().prefill(IDS, all_logits=True)
     assert np.sqrt(np.mean(np.square(actual - expected))) <= 0.01 * expected.std()
+
+
 @pytest.mark.parametrize("has_own_head", [True, False])
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_folders_are_read_as_transformers_reads_them(tmp_path, has_own_head, prefix):
