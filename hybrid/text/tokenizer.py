@@ -75,7 +75,7 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read `tokenizer.json`, and the other files of a tokenizer that the folder has.
 
-        `bos_id` is what config.json names. `add_bos` says whether a text begins with BOS. If it is
+        `bos_id` is that of the config. `add_bos` says whether a text begins with BOS. If it is
         None, the post-processor in tokenizer.json decides, as in transformers 5.
 
         Raises InvalidCheckpoint if a file is missing, broken or has ids that the model lacks, and
