@@ -31,6 +31,7 @@ from hybrid.cli.command_line import (
     add_model_options,
     add_predictor_options,
     open_engine,
+    printable,
     read_text,
     run_command,
 )
@@ -109,7 +110,7 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
     if args.quant != "fp32":
         with open_engine(args) as (engine, progress):
             for notice in engine.notices:
-                print(f"note: {notice}", file=sys.stderr)
+                print(f"note: {printable(notice)}", file=sys.stderr)
             yield engine, progress
         return
     LoadOptions(threads=args.threads)  # report a wrong value before a model is downloaded
@@ -117,7 +118,7 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
         folder = resolve(args.model, offline=args.offline, progress=progress)
         oracle = Fp32Engine(folder, add_bos=args.bos)
         for notice in oracle.tokenizer.notices:
-            print(f"note: {notice}", file=sys.stderr)
+            print(f"note: {printable(notice)}", file=sys.stderr)
         yield oracle, progress
 
 

@@ -109,4 +109,4 @@ def _disagreements(
 
 
 def _names(library: tokenizers.Tokenizer, ids: Sequence[int]) -> str:
-    return " ".join(f"{library.id_to_token(token)} (id {token})" for token in ids)
+    return " ".join(f"{library.id_to_token(token)!r} (id {token})" for token in ids)

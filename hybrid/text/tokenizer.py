@@ -281,7 +281,7 @@ def _load_bpe(folder: Path, settings: dict[str, Any], vocab_size: int) -> _Libra
                 f"{vocab_size - 1}: the tokenizer and the weights are of different models"
             )
     if beyond:  # such as <pad>: no text becomes a special token, and the model cannot write these
-        names = ", ".join(f"{piece} (id {token})" for piece, token in beyond.items())
+        names = ", ".join(f"{piece!r} (id {token})" for piece, token in beyond.items())
         notices += (f"{folder.name}: the model has no embedding of {names:.200}",)
     return _Library(bpe, layout, vocab, notices)
 
