@@ -31,6 +31,7 @@ from hybrid.cli.command_line import (
     add_model_options,
     add_predictor_options,
     open_engine,
+    printable,
     read_text,
     run_command,
 )
@@ -121,7 +122,7 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
 
 def show_notices(engine: Engine | Fp32Engine) -> None:
     for notice in engine.notices:
-        print(f"note: {notice}", file=sys.stderr)
+        print(f"note: {printable(notice)}", file=sys.stderr)
 
 
 def what(args: argparse.Namespace, engine: Engine | Fp32Engine) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def add_tokens(
         if place is None:  # the library gives a new token the next id
             place = max(library.get_vocab_size(with_added_tokens=False), max(known, default=-1) + 1)
         if place != token_id or place >= vocab_size:
-            strange.append(f"{token.content} (id {token_id})")
+            strange.append(f"{token.content!r} (id {token_id})")
             continue
         library.add_tokens([token])
         known[place] = token

@@ -22,7 +22,7 @@ class Bos(NamedTuple):
 class BosWishes(NamedTuple):
     """What others than tokenizer.json say about BOS."""
 
-    config_id: int | None  # the id that config.json names
+    config_id: int | None  # of config.json, or what the class of the model takes without it
     settings: dict[str, Any]  # the content of tokenizer_config.json
     add_bos: bool | None  # the user's choice; None: as the tokenizer does
 
@@ -93,9 +93,9 @@ def _disagreements(
     """Return a notice if another file says something else than tokenizer.json."""
     others = []
     if wishes.config_id is None and before:
-        others.append("config.json names no BOS")
+        others.append("the model's config has no BOS")
     elif wishes.config_id is not None and before != (wishes.config_id,):
-        others.append(f"config.json names {_names(library, [wishes.config_id])} as BOS")
+        others.append(f"the model's config has {_names(library, [wishes.config_id])} as BOS")
     adds_bos = wishes.settings.get("add_bos_token")
     if isinstance(adds_bos, bool) and adds_bos != bool(before):
         others.append(f"tokenizer_config.json has add_bos_token {str(adds_bos).lower()}")
@@ -109,4 +109,4 @@ def _disagreements(
 
 
 def _names(library: tokenizers.Tokenizer, ids: Sequence[int]) -> str:
-    return " ".join(f"{library.id_to_token(token)} (id {token})" for token in ids)
+    return " ".join(f"{library.id_to_token(token)!r} (id {token})" for token in ids)

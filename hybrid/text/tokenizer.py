@@ -75,7 +75,7 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read `tokenizer.json`, and the other files of a tokenizer that the folder has.
 
-        `bos_id` is what config.json names. `add_bos` says whether a text begins with BOS. If it is
+        `bos_id` is that of the config. `add_bos` says whether a text begins with BOS. If it is
         None, the post-processor in tokenizer.json decides, as in transformers 5.
 
         Raises InvalidCheckpoint if a file is missing, broken or has ids that the model lacks, and
@@ -281,7 +281,7 @@ def _load_bpe(folder: Path, settings: dict[str, Any], vocab_size: int) -> _Libra
                 f"{vocab_size - 1}: the tokenizer and the weights are of different models"
             )
     if beyond:  # such as <pad>: no text becomes a special token, and the model cannot write these
-        names = ", ".join(f"{piece} (id {token})" for piece, token in beyond.items())
+        names = ", ".join(f"{piece!r} (id {token})" for piece, token in beyond.items())
         notices += (f"{folder.name}: the model has no embedding of {names:.200}",)
     return _Library(bpe, layout, vocab, notices)
 

@@ -77,8 +77,8 @@ def test_a_special_token_is_hidden_and_never_read_from_a_text(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("legacy", "names"),
     [
-        ({"[PAD]": 4096}, "[PAD] (id 4096)"),
-        ({"<a>": 4097, "<b>": 9999}, "<a> (id 4097), <b> (id 9999)"),
+        ({"[PAD]": 4096}, "'[PAD]' (id 4096)"),
+        ({"<a>": 4097, "<b>": 9999}, "'<a>' (id 4097), '<b>' (id 9999)"),
     ],
 )
 def test_tokens_that_the_model_lacks_are_left_out_with_a_notice(

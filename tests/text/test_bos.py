@@ -90,7 +90,7 @@ def test_a_token_that_would_end_a_prompt_is_left_out_with_a_notice(
     tokenizer = load(write_tokenizer(tmp_path, post_processor), bos[0] if bos else None)
     assert 2 not in tokenizer.encode(TEXT)
     (notice,) = tokenizer.notices
-    assert "puts </s> (id 2) after a text" in notice
+    assert "puts '</s>' (id 2) after a text" in notice
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_a_token_that_would_end_a_prompt_is_left_out_with_a_notice(
         ("none", None, {"add_bos_token": False}, None),
         ("bos", 1, {"add_bos_token": None}, None),
         ("bos", 1, None, None),
-        ("bos", None, None, ["begins with <s> (id 1)", "config.json names no BOS"]),
-        ("bos", 0, None, ["begins with <s> (id 1)", "config.json names <unk> (id 0) as BOS"]),
-        ("none", 1, None, ["no BOS begins a text", "config.json names <s> (id 1) as BOS"]),
-        ("bos", 1, {"add_bos_token": False}, ["begins with <s>", "has add_bos_token false"]),
+        ("bos", None, None, ["begins with '<s>' (id 1)", "config has no BOS"]),
+        ("bos", 0, None, ["begins with '<s>' (id 1)", "config has '<unk>' (id 0) as BOS"]),
+        ("none", 1, None, ["no BOS begins a text", "config has '<s>' (id 1) as BOS"]),
+        ("bos", 1, {"add_bos_token": False}, ["begins with '<s>'", "has add_bos_token false"]),
         ("missing", 1, {"add_bos_token": True}, ["no BOS begins", "has add_bos_token true"]),
     ],
 )

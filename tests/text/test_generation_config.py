@@ -7,13 +7,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import write_model
 
 import hybrid
 from hybrid.errors import InvalidCheckpoint, InvalidOption
 from hybrid.text.generation_config import GenerationDefaults, read_generation_defaults
-from hybrid.text.sampling import SamplingParams
+from hybrid.text.sampling import Sampler, SamplingParams
 from hybrid.text.token_rules import TokenRules
 
 VOCAB = 4096
@@ -183,6 +186,38 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(InvalidCheckpoint, match=r"generation_config\.json: "):
         read_generation_defaults(tmp_path, VOCAB)
+
+
+FIELDS = ["do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
+FIELDS += ["max_new_tokens", "max_length", "stop_strings", "eos_token_id", "bad_words_ids"]
+FIELDS += ["no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "min_length"]
+FIELDS += ["min_new_tokens", "num_beams", "typical_p", "sequence_bias", "constraints"]
+SCALARS = st.none() | st.booleans() | st.integers(-2, 9) | st.integers() | st.text(max_size=3)
+SCALARS |= st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from(
+    [0.0, 0.5, 1.0, 1e300]
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=4,
+)
+
+
+@given(values=st.dictionaries(st.sampled_from(FIELDS), VALUES))
+@settings(max_examples=100)
+def test_any_values_give_defaults_that_work(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any values"
+    folder.mkdir(exist_ok=True)
+    defaults = read(folder, values)
+    banned = defaults.rules.banned([1, 2, 1], [2], (2, 7))
+    assert all(0 <= token < VOCAB for token in banned)
+    token = Sampler(defaults.sampling).sample(np.zeros(VOCAB, np.float32), {1, 2}, banned)
+    assert token not in banned
+    assert all(defaults.stop)
+    assert isinstance(defaults.max_answer(3, 256), int)
+    assert len(defaults.notices) <= 1
 
 
 # In use

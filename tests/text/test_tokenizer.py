@@ -535,7 +535,7 @@ def test_only_special_tokens_may_lie_beyond_the_vocabulary(
         return
     tokenizer = Tokenizer.from_folder(folder, vocab_size=4096, bos_id=BOS)
     (notice,) = tokenizer.notices
-    assert notice == f"{tmp_path.name}: the model has no embedding of <pad> (id 4096)"
+    assert notice == f"{tmp_path.name}: the model has no embedding of '<pad>' (id 4096)"
     assert tokenizer.encode("a <pad> b") == load(STORIES).encode("a <pad> b")
     with pytest.raises(InvalidOption, match="token id 4096: expected 0 to 4095"):
         tokenizer.decode([4096])
