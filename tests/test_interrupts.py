@@ -71,7 +71,9 @@ def script() -> list[str | Path]:
 def endless(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     """Return the options of a run that writes random text for minutes."""
     folder = tmp_path_factory.mktemp("endless")
-    write_model(folder, vocab_size=4096, max_position_embeddings=200_000, eos_token_id=None)
+    write_model(folder, vocab_size=4096, max_position_embeddings=200_000)
+    config = folder / "config.json"  # no token may end the text
+    config.write_text(config.read_text().replace('"eos_token_id": 2', '"eos_token_id": null'))
     options = ["-p", "a", "--temp", "3", "-n", "190000", "-c", "200000"]
     return ["-m", folder, *options]
 
