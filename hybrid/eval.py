@@ -7,8 +7,13 @@ perplexity reads the text in windows. Each window begins --stride tokens after t
 Tokens that a window repeats are only context and are not counted again, so every token of the text
 except the first is predicted once.
 
-choices reads multiple-choice questions in the forms in which HellaSwag, PIQA and ARC are published.
-It scores them as lm-evaluation-harness does.
+The text is read byte for byte. Its line ends stay as they are; only a byte-order mark is left out.
+
+choices reads multiple-choice questions in the forms in which HellaSwag, PIQA and ARC are published
+or as {"context": …, "choices": […], "answer": INDEX}. It makes the same texts of them as
+lm-evaluation-harness 0.4.13, and scores them as it does: a choice follows its context after one
+space, and acc_norm divides by the choice's length in characters. python -m hybrid.lm_eval runs that
+harness itself.
 
 --quant fp32 uses the NumPy oracle, to compare with other implementations. It is slow.
 """

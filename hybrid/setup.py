@@ -126,7 +126,10 @@ def can_predict(args: argparse.Namespace, paths: Paths) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     load_options(args)  # report a wrong value before a model is downloaded
-    corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
+    texts = [TextFile(path, args.separator) for path in args.text]
+    for notice in (line for text in texts for line in text.notices):
+        print(f"note: {printable(notice)}")
+    corpora: list[Corpus] = [*texts]
     started = time.monotonic()
     with open_engine(args) as (engine, _):
         for notice in engine.notices:

@@ -17,6 +17,7 @@ import numpy as np
 
 from hybrid import Engine, GenerationOptions, InvalidOption, Progress
 from hybrid.files import write_atomically
+from hybrid.text.text_file import BOM, text_notices
 
 CHUNK_BYTES = 1 << 18
 WRITTEN_TOKENS = 256  # maximum length of each text that the model writes
@@ -39,26 +40,35 @@ class Corpus(Protocol):
 
 
 class TextFile:
-    """UTF-8 text, read a chunk at a time. Places are byte offsets.
+    """UTF-8 text, read a chunk at a time, byte for byte (hybrid/text/text_file.py).
 
-    With a separator, each document begins a new window.
+    Places are byte offsets. With a separator, each document begins a new window.
     """
+
+    notices: tuple[str, ...]  # what a user should know about the text, one line each
 
     def __init__(self, path: Path, separator: str | None = None) -> None:
         """Hash the file. Raises InvalidOption if it cannot be read or is empty."""
         self.path, self.name = path, path.name
         self.separator = separator.encode() if separator else None
         digest = hashlib.sha256()
+        has_crlf, last = False, b""
         try:
             with path.open("rb") as file:
+                self._start = len(BOM) if file.read(len(BOM)) == BOM else 0
+                file.seek(0)
                 while block := file.read(1 << 22):
                     digest.update(block)
+                    has_crlf = has_crlf or b"\r\n" in last + block
+                    last = block[-1:]
                 self._size = file.tell()
         except OSError as error:
             raise InvalidOption(f"--text {path}: {error.strerror}") from error
-        if not self._size:
+        if self._size == self._start:
             raise InvalidOption(f"--text {path}: there is no text in it")
         self.sha256 = digest.hexdigest()
+        has_bom = self._start > 0
+        self.notices = text_notices(f"--text {path}", has_bom=has_bom, has_crlf=has_crlf)
 
     @property
     def size(self) -> int:
@@ -81,6 +91,7 @@ class TextFile:
     def _documents(self, place: int) -> Iterator[tuple[str, int]]:
         """Yield texts and the place after each. Where a text ends depends only on its start."""
         least = 16 * CHUNK_BYTES if self.separator else CHUNK_BYTES
+        place = max(place, self._start)
         with self.path.open("rb") as file:
             file.seek(place)
             rest = file.read(least)
@@ -116,7 +127,7 @@ class TextFile:
             at = place - len(part) + error.start
             raise InvalidOption(f"--text {self.path}: not UTF-8 text (byte {at})") from error
         if self.separator:
-            text = text.removesuffix(self.separator.decode()).strip("\n")
+            text = text.removesuffix(self.separator.decode()).strip("\r\n")
         return text
 
 

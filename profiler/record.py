@@ -24,6 +24,7 @@ from hybrid.cli.command_line import (
     byte_size,
     load_options,
     open_engine,
+    printable,
     run_command,
 )
 from profiler.corpus import Corpus, TextFile
@@ -71,7 +72,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     load_options(args)  # report a wrong value before a model is downloaded
-    corpora: list[Corpus] = [TextFile(path, args.separator) for path in args.text]
+    texts = [TextFile(path, args.separator) for path in args.text]
+    for notice in (line for text in texts for line in text.notices):
+        print(f"note: {printable(notice)}", file=sys.stderr)
+    corpora: list[Corpus] = [*texts]
     if args.out.exists() and not args.out.is_dir():
         raise InvalidOption(f"-o {args.out}: is a file; expected a folder")
     options = RecordingOptions(

@@ -5,11 +5,16 @@ The scales are folded into the weights, and FATReLU is a torch module. Needs tor
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+
+import hybrid
 
 torch = pytest.importorskip("torch")
 
@@ -40,3 +45,25 @@ def fold_scales(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[
         config["scale_emb"]
     )
     return folded
+
+
+def folded_stories() -> Any:
+    """Return transformers' LlamaForCausalLM with the bundled model's weights in fp32."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    folder = Path(hybrid.__file__).parent / "models" / "stories"
+    config = json.loads((folder / "config.json").read_text())
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118
+    functions = transformers.activations.ACT2FN
+    functions["fatrelu_stories"] = (FatRelu, {"threshold": config["hidden_act_param"]})
+    try:
+        changes = {"hidden_act": "fatrelu_stories", "tie_word_embeddings": False}
+        kept = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**(kept | changes), attn_implementation="eager")
+        ).eval()
+    finally:
+        del functions["fatrelu_stories"]
+    folded = fold_scales(config, tensors)
+    model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in folded.items()})
+    return model

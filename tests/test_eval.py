@@ -10,7 +10,7 @@ import pytest
 
 import hybrid
 from hybrid import InvalidOption, eval
-from hybrid.evaluation import measure_perplexity, perplexity
+from hybrid.evaluation import likelihood, measure_perplexity
 
 TEXT = "Once upon a time there was a little cat. The cat was happy and played all day. " * 6
 
@@ -28,7 +28,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("window", "stride"), [(512, None), (40, 20), (40, 39), (7, 1), (2, 1)])
 def test_each_token_is_predicted_once_from_its_window(engine, window, stride, monkeypatch):
-    monkeypatch.setattr(perplexity, "CHUNK", 16)
+    monkeypatch.setattr(likelihood, "CHUNK", 16)
     ids = engine.tokenizer.encode(TEXT)
     result = measure_perplexity(engine, TEXT, window=window, stride=stride)
     step = stride or window // 2
@@ -96,6 +96,52 @@ def test_a_file_without_text_gives_one_line_of_error(tmp_path, capsys, content, 
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def measured(path, capsys) -> tuple[dict, str]:
+    assert eval.main(["perplexity", "--text", str(path), "--json"]) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, capsys):
+    path = tmp_path / "text"
+    path.write_bytes(TEXT.encode())
+    plain, err = measured(path, capsys)
+    assert "note" not in err
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    marked, err = measured(path, capsys)
+    assert marked == plain
+    assert f"note: --text {path}: begins with a byte-order mark, which is left out\n" in err
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert eval.main(["perplexity", "--text", str(path)]) == 2
+    assert "no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_line_ends_stay_as_they_are(engine, tmp_path, capsys, end):
+    text = TEXT.replace(". ", "." + end)
+    path = tmp_path / "text"
+    path.write_bytes(text.encode())
+    result, err = measured(path, capsys)
+    assert result["n_bytes"] == len(text)
+    expected = measure_perplexity(engine, text).perplexity
+    assert result["perplexity"] == pytest.approx(expected, rel=1e-6)
+    note = f"note: --text {path}: has lines that end in CR LF, which stay: the model reads both\n"
+    assert (note in err) == (end == "\r\n")
+
+
+def test_logits_that_are_not_numbers_end_the_command(tmp_path, capsys, monkeypatch):
+    def losses(logits, targets):
+        return np.full(len(targets), np.nan)
+
+    monkeypatch.setattr(likelihood, "token_losses", losses)
+    path = tmp_path / "text"
+    path.write_text(TEXT)
+    assert eval.main(["perplexity", "--text", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "not numbers (NaN)" in printed.err
 
 
 def test_a_missing_file_gives_one_line_of_error(capsys):

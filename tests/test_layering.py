@@ -37,6 +37,7 @@ LAYERS = [
         "hybrid.run",
         "hybrid.bench",
         "hybrid.eval",
+        "hybrid.lm_eval",
         "hybrid.selfcheck",
         "hybrid.setup",
         "hybrid.plan",
@@ -55,6 +56,7 @@ FRONT_ENDS = {
     "hybrid.cli.conversation": _USUAL,
     "hybrid.bench": _USUAL | {"hybrid.evaluation.speed"},
     "hybrid.eval": _USUAL | {"hybrid.evaluation"},
+    "hybrid.lm_eval": _USUAL | {"hybrid.evaluation.harness"},
     "hybrid.plan": _USUAL
     | {
         "hybrid.engine.loading.planning",

@@ -24,6 +24,7 @@ from hybrid import (
 )
 from hybrid.cli.progress_bar import progress_bar
 from hybrid.interrupts import INTERRUPTED, raising_interrupts
+from hybrid.text.text_file import BOM, decode_text, text_notices
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -281,15 +282,23 @@ def open_engine(
 
 
 def read_text(path: Path) -> str:
-    """Read the text that --text names. Raises InvalidOption if it is unreadable or empty."""
+    """Read the text that --text names, byte for byte (hybrid/text/text_file.py).
+
+    What a user should know about it becomes a note on standard error. Raises InvalidOption if it is
+    unreadable or empty.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text = decode_text(data)
     except OSError as error:
         raise InvalidOption(f"--text {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InvalidOption(f"--text {path}: not UTF-8 text (byte {error.start})") from error
     if not text.strip():
         raise InvalidOption(f"--text {path}: there is no text in it")
+    has_bom, has_crlf = data.startswith(BOM), b"\r\n" in data
+    for notice in text_notices(f"--text {path}", has_bom=has_bom, has_crlf=has_crlf):
+        print(f"note: {printable(notice)}", file=sys.stderr)
     return text
 
 

@@ -1,8 +1,10 @@
 """Multiple-choice questions: measures how often a model finds the right continuation likeliest.
 
-The scores are those of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness):
-plain, by the continuation's log-likelihood ("acc"), and normalised by its length in characters
-("acc_norm"). Files are JSONL in the forms in which the data sets are published.
+Files are JSONL in the forms in which the data sets are published. Each question becomes the text
+that EleutherAI's lm-evaluation-harness 0.4.13 makes of it, and is scored as there
+(https://github.com/EleutherAI/lm-evaluation-harness, lm_eval/tasks/{hellaswag,piqa,arc}): plain, by
+the continuation's log-likelihood ("acc"), and normalised by the choice's length in characters
+("acc_norm"). A choice follows its context after one space, also if it begins with a space.
 """
 
 from __future__ import annotations
@@ -18,20 +20,30 @@ from typing import Any
 import numpy as np
 
 from hybrid.engine.engine import Engine
-from hybrid.engine.oracle.comparison import token_losses
 from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
+from hybrid.evaluation.likelihood import Scorer, encode_pair
 from hybrid.progress import Progress, ignore_progress
+from hybrid.text.text_file import decode_text
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A context and its possible continuations. Each begins with the space that separates it."""
+    """A context and its possible continuations, each without the space between the two."""
 
     context: str
     choices: tuple[str, ...]
     answer: int  # index of the right choice
     line: int  # line number in the file
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answers to a question: indices of choices."""
+
+    log_likelihoods: tuple[float, ...]  # of each choice
+    plain: int  # the likeliest choice
+    normalised: int  # the one of the greatest log-likelihood per character
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +64,25 @@ class Accuracy:
 
 
 def _hellaswag(row: dict[str, Any], label: str | None) -> tuple[str, list[str], int]:
-    """{ctx or ctx_a and ctx_b, endings, label, activity_label}, cleaned as in the harness."""
+    """{activity_label, ctx_a, ctx_b, endings, label}.
+
+    `capitalize` also makes the rest of ctx_b lower case. An ending may begin with a space once its
+    brackets are gone.
+    """
 
     def clean(text: str) -> str:
         text = text.strip().replace(" [title]", ". ")
         return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
-    if "ctx_a" in row:
-        context = f"{row['ctx_a']} {row['ctx_b'][:1].upper()}{row['ctx_b'][1:]}"
-    else:
-        context = row["ctx"]
-    if row.get("activity_label"):
-        context = f"{row['activity_label']}: {context}"
-    return clean(context), [clean(ending) for ending in row["endings"]], int(row["label"])
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    answer = row["label"] if label is None else label
+    return clean(context), [clean(ending) for ending in row["endings"]], _index(answer)
 
 
 def _piqa(row: dict[str, Any], label: str | None) -> tuple[str, list[str], int]:
     """{goal, sol1, sol2, label}; the labels are published in a separate file."""
-    answer = int(row["label"] if label is None else label)
-    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], answer
+    answer = row["label"] if label is None else label
+    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], _index(answer)
 
 
 def _arc(row: dict[str, Any], label: str | None) -> tuple[str, list[str], int]:
@@ -84,12 +96,20 @@ def _arc(row: dict[str, Any], label: str | None) -> tuple[str, list[str], int]:
         labels = [choice["label"] for choice in question["choices"]]
     else:
         stem, texts, labels = question, row["choices"]["text"], row["choices"]["label"]
-    return f"Question: {stem}\nAnswer:", texts, labels.index(row["answerKey"])
+    answer = row["answerKey"] if label is None else label
+    return f"Question: {stem}\nAnswer:", texts, labels.index(answer)
 
 
 def _plain(row: dict[str, Any], label: str | None) -> tuple[str, list[str], int]:
     """{context, choices: […], answer: index}."""
-    return row["context"], row["choices"], int(row["answer"])
+    return row["context"], row["choices"], _index(row["answer"] if label is None else label)
+
+
+def _index(label: object) -> int:
+    """Return a label, which may be written as text, as an integer. Raises ValueError."""
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise ValueError(f"expected the index of the right choice, found {label!r:.40}")
+    return int(label)
 
 
 Form = Callable[[dict[str, Any], "str | None"], tuple[str, list[str], int]]
@@ -133,20 +153,23 @@ def read_questions(
             raise InvalidOption(f"{where}: has no field {error}, expected in {name}") from error
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise InvalidOption(f"{where}: is not in the form {name} ({error})") from error
-        is_text = isinstance(context, str) and all(isinstance(choice, str) for choice in choices)
-        if not is_text or len(choices) < 2 or not all(choices):
+        is_text = isinstance(context, str) and isinstance(choices, list)
+        is_text = is_text and all(isinstance(choice, str) for choice in choices)
+        if not is_text or len(choices) < 2:
             raise InvalidOption(f"{where}: expected a context and two choices or more, all texts")
         if not 0 <= answer < len(choices):
             raise InvalidOption(f"{where}: answer {answer} is not one of {len(choices)} choices")
-        spaced = tuple(choice if choice[0].isspace() else f" {choice}" for choice in choices)
-        questions.append(Question(context, spaced, answer, number))
+        questions.append(Question(context, tuple(choices), answer, number))
     return questions
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not empty, with their numbers. Raises InvalidOption."""
+    """Return the lines that are not empty, with their numbers. Raises InvalidOption.
+
+    A byte-order mark and the line ends are not part of any question, so they need no notice.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = decode_text(path.read_bytes())
     except OSError as error:
         raise InvalidOption(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -175,47 +198,36 @@ def measure_choices(
     with engine.open_session() as session:
         for index, question in enumerate(questions):
             progress("answering, questions", index, len(questions))
-            likelihoods = np.array(log_likelihoods(engine, session, question))
-            lengths = np.array([len(choice.strip()) for choice in question.choices])
-            n_plain += int(likelihoods.argmax()) == question.answer
-            n_normalised += int((likelihoods / lengths).argmax()) == question.answer
+            found = answer(engine, session, question)
+            n_plain += found.plain == question.answer
+            n_normalised += found.normalised == question.answer
     n = len(questions)
     progress("answering, questions", n, n)
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
     return Accuracy(n, n_plain / n, n_normalised / n, chance)
 
 
-def log_likelihoods(
-    engine: Engine | Fp32Engine, session: EvaluatedSession, question: Question
-) -> list[float]:
-    """Return the log-likelihood of each choice after the context.
+def answer(engine: Engine | Fp32Engine, session: EvaluatedSession, question: Question) -> Answer:
+    """Answer one question. The first of equal choices wins; an empty choice never wins normalised.
 
-    As in the harness, context and choice are tokenised together. The tokens that follow as many as
-    the context alone has count as the choice.
+    Raises InvalidOption if the question is longer than the context, or a choice has no token.
     """
-    context = engine.tokenizer.encode(question.context)
-    sequences = [engine.tokenizer.encode(question.context + choice) for choice in question.choices]
-    longest = max(map(len, sequences))
-    if longest > engine.n_context:
-        raise InvalidOption(
-            f"line {question.line}: has {longest} tokens, but the context has {engine.n_context}"
-        )
-    session.reset()
-    n_read, read = 0, context[:0]
-    likelihoods = []
-    for ids in sequences:
-        # All tokens of the context but the last are common to the choices, unless tokenising them
-        # together with a choice changed them.
-        n_context = max(1, min(len(context), len(ids) - 1))
-        n_common = 0
-        while n_common < min(n_read, n_context - 1) and read[n_common] == ids[n_common]:
-            n_common += 1
-        session.truncate(n_common)
-        if n_context - 1 > n_common:
-            session.prefill(ids[n_common : n_context - 1])
-        n_read, read = n_context - 1, ids
-        logits = session.prefill(ids[n_context - 1 : -1], all_logits=True)
-        assert logits is not None
-        likelihoods.append(-float(token_losses(logits, np.array(ids[n_context:])).sum()))
-        session.truncate(n_read)
-    return likelihoods
+    scorer = Scorer(session)
+    found = []
+    for choice in question.choices:
+        context, continuation = encode_pair(engine, question.context, f" {choice}")
+        n_tokens = len(context) + len(continuation)
+        if n_tokens - 1 > engine.n_context:  # the last token is predicted, but never read
+            raise InvalidOption(
+                f"line {question.line}: has {n_tokens} tokens, but the context has "
+                f"{engine.n_context}"
+            )
+        if not continuation:
+            raise InvalidOption(
+                f"line {question.line}: the choice {choice!r:.40} has no token of its own"
+            )
+        found.append(scorer.score(context, continuation).logprob)
+    likelihoods = np.array(found)
+    with np.errstate(divide="ignore"):  # an empty choice: minus infinity
+        per_character = likelihoods / np.array([len(choice) for choice in question.choices])
+    return Answer(tuple(found), int(likelihoods.argmax()), int(per_character.argmax()))

@@ -37,6 +37,8 @@ class _Fp32Session:
         self._session = ReferenceSession(self._engine.weights, self._engine.config)
 
     def truncate(self, position: int) -> None:
+        if position == len(self._tokens):
+            return
         kept = self._tokens[:position]
         self.reset()
         if kept:

@@ -6,16 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hybrid.engine.engine import Engine
-from hybrid.engine.oracle.comparison import token_losses
 from hybrid.errors import InvalidOption
-from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
+from hybrid.evaluation.fp32 import Fp32Engine
+from hybrid.evaluation.likelihood import Scorer
 from hybrid.progress import Progress, ignore_progress
-
-CHUNK = 256  # tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +60,16 @@ def measure_perplexity(
         raise InvalidOption(
             f"stride: expected 1 to {window - 1}, less than the window, found {stride}"
         )
-    ids = np.asarray(engine.tokenizer.encode(text), np.int64)
-    if ids.size < 2:
+    ids = engine.tokenizer.encode(text)
+    if len(ids) < 2:
         raise InvalidOption("the text has fewer than two tokens, so there is nothing to predict")
     nats = 0.0
     with engine.open_session() as session:
-        for first, scored, last in windows(ids.size, window, stride):
-            progress("evaluating, tokens", scored, ids.size)
-            nats += _losses(session, ids[first:last], scored - first)
-    progress("evaluating, tokens", ids.size, ids.size)
-    return Perplexity(nats, ids.size - 1, len(text.encode()), window, stride)
-
-
-def _losses(session: EvaluatedSession, ids: NDArray[np.int64], scored: int) -> float:
-    """Return the loss in nats of a window's tokens from `scored` on."""
-    session.reset()
-    if scored > 1:
-        session.prefill(ids[: scored - 1])
-    nats = 0.0
-    for start in range(scored - 1, ids.size - 1, CHUNK):
-        end = min(start + CHUNK, ids.size - 1)
-        logits = session.prefill(ids[start:end], all_logits=True)
-        assert logits is not None
-        nats += float(token_losses(logits, ids[start + 1 : end + 1]).sum())
-    return nats
+        for first, scored, last in windows(len(ids), window, stride):
+            progress("evaluating, tokens", scored, len(ids))
+            nats -= Scorer(session).score(ids[first:scored], ids[scored:last]).logprob
+    progress("evaluating, tokens", len(ids), len(ids))
+    return Perplexity(nats, len(ids) - 1, len(text.encode()), window, stride)
 
 
 def windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -11,16 +11,17 @@ import pytest
 import hybrid
 from hybrid import InvalidOption, eval
 from hybrid.evaluation import Question, measure_choices, read_questions
-from hybrid.evaluation.choices import log_likelihoods
+from hybrid.evaluation.choices import answer
 from hybrid.evaluation.fp32 import Fp32Engine
+from hybrid.evaluation.likelihood import Likelihood
 
 STORIES = Path(hybrid.__file__).parent / "models" / "stories"
 HELLASWAG = {
     "activity_label": "Baking",
     "ctx_a": "A woman opens [header] an oven.",
-    "ctx_b": "she",
+    "ctx_b": "she and Tom",
     "ctx": "unused",
-    "endings": ["takes out a cake.", "rides  a horse [title] away."],
+    "endings": ["takes out a cake. ", "[step] rides  a horse [title] away."],
     "label": "0",
 }
 PIQA = {"goal": "How to open a jar?", "sol1": "Twist the lid.", "sol2": "Eat the lid."}
@@ -56,14 +57,14 @@ def test_forms_are_recognised_by_their_fields(tmp_path):
     rows = (HELLASWAG, ARC_AI2, ARC_HF, PLAIN)
     questions = read_questions(write(tmp_path / "q", *rows))
     assert questions[0] == Question(
-        "Baking: A woman opens an oven. She",
-        (" takes out a cake.", " rides a horse. away."),
+        "Baking: A woman opens an oven. She and tom",
+        ("takes out a cake.", " rides a horse. away."),
         0,
         1,
     )
-    assert questions[1] == Question("Question: What is hot?\nAnswer:", (" ice", " fire"), 1, 2)
-    assert questions[2].choices == (" ice", " fire", " sun")
-    assert questions[3] == Question("The cat", (" sat.", " ran away."), 1, 4)
+    assert questions[1] == Question("Question: What is hot?\nAnswer:", ("ice", "fire"), 1, 2)
+    assert questions[2].choices == ("ice", "fire", "sun")
+    assert questions[3] == Question("The cat", ("sat.", " ran away."), 1, 4)
     piqa = write(tmp_path / "p", PIQA, PIQA)
     labels.write_text("0\n1\n")
     assert [q.answer for q in read_questions(piqa, labels=labels)] == [0, 1]
@@ -71,23 +72,41 @@ def test_forms_are_recognised_by_their_fields(tmp_path):
     assert [q.answer for q in read_questions(write(tmp_path / "p", PIQA | {"label": 1}))] == [1]
 
 
+def test_separate_labels_are_used_in_every_form(tmp_path):
+    labels = tmp_path / "labels.lst"
+    labels.write_bytes(b"\xef\xbb\xbf1\r\n1\r\nA\r\n3\r\n0\r\n")
+    rows = (HELLASWAG, PIQA, ARC_AI2, ARC_HF, PLAIN)
+    questions = read_questions(write(tmp_path / "q", *rows), labels=labels)
+    assert [question.answer for question in questions] == [1, 1, 0, 2, 0]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_byte_order_mark_and_line_ends_are_not_part_of_a_question(tmp_path, end):
+    path = write(tmp_path / "q", PLAIN, ARC_HF)
+    expected = read_questions(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", end))
+    assert read_questions(path) == expected
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("context", ["Once upon a time there was a little", "T", "One day, Li"])
+@pytest.mark.parametrize(
+    "context", ["Once upon a time there was a little", "T", "One day, Li", "They sat. \n", "", " "]
+)
 def test_likelihoods_are_those_of_the_whole_text(engine, context):
     question = Question(
-        context, (" girl who had a red ball.", " dog", "ly went home", " x y"), 0, 1
+        context, ("girl who had a red ball.", " dog", "ly went home", "", "x y"), 0, 1
     )
     with engine.open_session() as session:
-        actual = log_likelihoods(engine, session, question)
+        actual = answer(engine, session, question).log_likelihoods
         # What an earlier question left in the session does not matter.
-        assert log_likelihoods(engine, session, question) == actual
+        assert answer(engine, session, question).log_likelihoods == actual
     for choice, likelihood in zip(question.choices, actual, strict=True):
-        ids = engine.tokenizer.encode(context + choice)
-        n_context = min(len(engine.tokenizer.encode(context)), len(ids) - 1)
+        ids = engine.tokenizer.encode(f"{context} {choice}")  # one space, also before a space
+        n_context = len(engine.tokenizer.encode(context.rstrip()))
         logits = engine.open_session().prefill(ids[:-1], all_logits=True)
         logprobs = log_softmax(logits)[np.arange(len(ids) - 1), ids[1:]]
         assert likelihood == pytest.approx(logprobs[n_context - 1 :].sum(), rel=1e-5)
@@ -110,20 +129,28 @@ def test_the_model_knows_its_stories(engine, tmp_path):
 def test_length_is_normalised_by_characters(monkeypatch, engine):
     from hybrid.evaluation import choices
 
-    monkeypatch.setattr(choices, "log_likelihoods", lambda *_: [-4.0, -6.0])
-    result = measure_choices(engine, [Question("a", (" bc", " defghi"), 1, 1)])
-    assert (result.plain, result.normalised) == (0.0, 1.0)  # -4 / 2 against -6 / 6
+    class FakeScorer:
+        def __init__(self, session):
+            self.logprobs = iter((-4.0, -6.0, -3.0))
+
+        def score(self, context, continuation):
+            return Likelihood(next(self.logprobs), False)
+
+    monkeypatch.setattr(choices, "Scorer", FakeScorer)
+    with engine.open_session() as session:
+        # -4 / 2 against -6 / 7, spaces of the choice included; an empty choice never wins.
+        found = answer(engine, session, Question("a", ("bc", " defghi", ""), 1, 1))
+    assert (found.plain, found.normalised) == (2, 1)
 
 
 def test_fp32_is_near_the_native_engine(engine):
-    question = Question(
-        "Once upon a time there was a little", (" girl who", " dog", " dream"), 0, 1
-    )
+    question = Question("Once upon a time there was a little", ("girl who", "dog", "dream"), 0, 1)
     with engine.open_session() as session:
-        native = log_likelihoods(engine, session, question)
+        native = answer(engine, session, question).log_likelihoods
     fp32 = Fp32Engine(STORIES)
     with fp32.open_session() as session:
-        np.testing.assert_allclose(log_likelihoods(fp32, session, question), native, atol=0.15)
+        actual = answer(fp32, session, question).log_likelihoods
+    np.testing.assert_allclose(actual, native, atol=0.15)
 
 
 BAD = {
@@ -136,6 +163,9 @@ BAD = {
     "one choice": ('{"context": "a", "choices": ["b"], "answer": 0}', "two choices"),
     "no label": (json.dumps(PIQA), "no field 'label'"),
     "no such key": (json.dumps(ARC_AI2 | {"answerKey": "Z"}), "form arc"),
+    "fraction": ('{"context": "a", "choices": ["b", "c"], "answer": 0.5}', "found 0.5"),
+    "no capitals": (json.dumps({**HELLASWAG, "ctx_b": None}), "not in the form hellaswag"),
+    "text as list": ('{"context": "a", "choices": "bc", "answer": 0}', "two choices"),
     "wrong type": ('{"context": 3, "choices": ["b", "c"], "answer": 0}', "all texts"),
 }
 
@@ -159,7 +189,7 @@ def test_labels_must_be_as_many_as_questions(tmp_path):
 
 def test_a_question_beyond_the_context_names_its_line(engine):
     with pytest.raises(InvalidOption, match=r"line 7: has \d+ tokens, but the context has 512"):
-        measure_choices(engine, [Question("word " * 600, (" a", " b"), 0, 7)])
+        measure_choices(engine, [Question("word " * 600, ("a", "b"), 0, 7)])
 
 
 def test_the_command_prints_json_or_a_table(tmp_path, capsys):

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folded_llama import FatRelu, fold_scales
-from safetensors import safe_open
+from folded_llama import folded_stories
 
 import hybrid
 from hybrid import eval
@@ -18,30 +17,12 @@ from hybrid.evaluation.perplexity import windows
 torch = pytest.importorskip("torch", reason="the other implementation needs torch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
-STORIES = Path(hybrid.__file__).parent / "models" / "stories"
 TEXT = Path(__file__).parents[1] / "data" / "held_out_story.txt"
 
 
 @pytest.fixture(scope="module")
 def llama():
-    """transformers' LlamaForCausalLM with the bundled model's weights, its scales folded in."""
-    config = json.loads((STORIES / "config.json").read_text())
-    with safe_open(STORIES / "model.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118
-    threshold = config["hidden_act_param"]
-    functions = transformers.activations.ACT2FN
-    functions["fatrelu_stories"] = (FatRelu, {"threshold": threshold})
-    try:
-        changes = {"hidden_act": "fatrelu_stories", "tie_word_embeddings": False}
-        kept = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**(kept | changes), attn_implementation="eager")
-        ).eval()
-    finally:
-        del functions["fatrelu_stories"]
-    folded = fold_scales(config, tensors)
-    model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in folded.items()})
-    return model
+    return folded_stories()
 
 
 def perplexity_of(llama, window: int, stride: int) -> float:

@@ -316,6 +316,33 @@ def test_each_document_begins_a_new_window(engine, tmp_path):
     assert texts == ["Once upon a time.", "The cat sat.", "The end."]
 
 
+@pytest.mark.parametrize("separator", [None, "<end>"])
+def test_a_byte_order_mark_is_left_out_and_line_ends_stay(engine, tmp_path, separator):
+    path, marked = tmp_path / "text.txt", tmp_path / "marked.txt"
+    path.write_bytes(b"Once upon a time.\r\n<end>The cat\r\nsat.")
+    marked.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    windows = text_windows(engine, path, separator)
+    decoded = "".join(engine.tokenizer.decode(ids[1:]) for ids, _ in windows)
+    # The line ends around a separator belong to no document.
+    assert decoded.count("\r") == decoded.count("\r\n") == (1 if separator else 2)
+    others = text_windows(engine, marked, separator)
+    assert [ids for ids, _ in others] == [ids for ids, _ in windows]
+    assert others[-1][1] == windows[-1][1] + 3
+    (kept,) = TextFile(path).notices
+    assert "CR LF" in kept
+    assert len(TextFile(marked).notices) == 2
+    marked.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(InvalidOption, match="no text"):
+        TextFile(marked)
+
+
+def test_notes_about_a_text_are_printed(tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfOnce upon a time.")
+    assert main(["-o", str(tmp_path / "out"), "--text", str(path)]) == 0
+    assert f"note: --text {path}: begins with a byte-order mark" in capsys.readouterr().err
+
+
 def test_characters_are_not_cut(engine, tmp_path, monkeypatch):
     from profiler import corpus
 
