@@ -168,6 +168,7 @@ class HybridLM(TemplateLM):
             for request in tqdm(requests, desc="texts", disable=disable_tqdm):
                 context, gen_kwargs = request.args
                 options = generation_options(gen_kwargs)
+                assert isinstance(options.max_tokens, int)  # the harness always says how many
                 room = self.max_length - options.max_tokens
                 ids = self._end_of(self.tok_encode(context) or [self.prefix_token_id], room)
                 texts.append("".join(self.engine.generate(ids, session=session, options=options)))
