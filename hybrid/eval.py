@@ -41,6 +41,7 @@ from hybrid.evaluation import (
     read_questions,
 )
 from hybrid.hub.catalog import resolve
+from hybrid.notices import Notices
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -111,8 +112,11 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
             yield engine, progress
         return
     LoadOptions(threads=args.threads)  # report a wrong value before a model is downloaded
+    notices = Notices()
     with progress_bar() as progress:
-        folder = resolve(args.model, offline=args.offline, progress=progress)
+        folder = resolve(args.model, offline=args.offline, progress=progress, notices=notices)
+        for notice in notices:
+            print(f"note: {notice}", file=sys.stderr)
         yield Fp32Engine(folder), progress
 
 

@@ -11,6 +11,7 @@ from hybrid.engine.loading.pipeline import Request, load_parts
 from hybrid.engine.options import LoadKeywords, LoadOptions, spelling_out
 from hybrid.errors import InvalidOption
 from hybrid.hub.catalog import hybrid_home, resolve
+from hybrid.notices import Notices
 from hybrid.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def load(
     InvalidOption, OutOfMemory, DeviceUnavailable, DeviceFailed.
     """
     options = replace(options or LoadOptions(), **keywords)
-    folder = resolve(model, offline=options.offline, progress=progress)
-    return Engine(load_parts(Request(folder, options, _home(), progress)))
+    notices = Notices()
+    folder = resolve(model, offline=options.offline, progress=progress, notices=notices)
+    return Engine(load_parts(Request(folder, options, _home(), progress, notices)))
 
 
 def _home() -> Path | None:
