@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import importlib
 import json
 import re
 import time
@@ -222,15 +223,31 @@ def _opened(url: str, headers: Mapping[str, str]) -> Iterator[tuple[Head, Iterat
 
     session: Any = get_session()
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    if hasattr(session, "stream"):  # httpx, since huggingface_hub 1.0
+    if callable(session.stream):  # httpx, since huggingface_hub 1.0
         with session.stream(
             "GET", url, headers=headers, timeout=timeout, follow_redirects=False
         ) as response:
             yield Head(response.status_code, response.headers), response.iter_raw()
-    else:  # requests
-        with session.get(
-            url, headers=headers, timeout=timeout, allow_redirects=False, stream=True
-        ) as response:
-            # Small reads: each returns only when it is full.
-            body = response.raw.stream(8192, decode_content=False)
-            yield Head(response.status_code, response.headers), body
+    else:
+        with contextlib.closing(_get_with_requests(session, url, headers, timeout)) as response:
+            yield Head(response.status_code, response.headers), _read_small(response.raw)
+
+
+def _get_with_requests(session: Any, url: str, headers: Mapping[str, str], timeout: float) -> Any:
+    """Do what `session.get` does, but without reading the body of a redirection.
+
+    `Session.send` reads it even if it does not follow the redirection.
+    """
+    requests: Any = importlib.import_module("requests")  # there if its session is
+    request = session.prepare_request(requests.Request("GET", url, headers=dict(headers)))
+    settings = session.merge_environment_settings(request.url, {}, True, None, None)
+    return session.get_adapter(request.url).send(request, timeout=timeout, **settings)
+
+
+def _read_small(raw: Any) -> Iterator[bytes]:
+    """Yield what arrives, as soon as the version of urllib3 allows."""
+    if not hasattr(raw, "read1"):  # before urllib3 2.1: a read returns when it is full
+        yield from raw.stream(8192, decode_content=False)
+        return
+    while data := raw.read1(PIECE_BYTES, decode_content=False):
+        yield data
