@@ -14,12 +14,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybrid.checkpoint.hf import read_config
 from hybrid.checkpoint.synthetic import folder as synthetic
 from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION
 from hybrid.errors import InvalidOption, ModelNotFound
 from hybrid.hub.download import fetch
 from hybrid.notices import Notices
 from hybrid.progress import Progress, ignore_progress
+from hybrid.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +165,20 @@ def resolve(
 
 
 def _fetch(repo_id: str, offline: bool, progress: Progress, notices: Notices | None) -> Path:
-    stamps = hybrid_home() / "verified"
-    return fetch(repo_id, offline=offline, stamps=stamps, progress=progress, notices=notices)
+    return fetch(
+        repo_id,
+        offline=offline,
+        stamps=hybrid_home() / "verified",
+        progress=progress,
+        notices=notices,
+        accept=_check_all_but_weights,
+    )
+
+
+def _check_all_but_weights(folder: Path) -> None:
+    """Raise what loading the model would raise for its config and its tokenizer."""
+    config = read_config(folder)
+    Tokenizer.from_folder(folder, vocab_size=config.vocab_size, bos_id=config.bos_id)
 
 
 def expected_active_fraction(model: str | Path) -> float | None:

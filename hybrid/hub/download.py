@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -105,6 +105,7 @@ def fetch(
     stamps: Path,
     progress: Progress = ignore_progress,
     notices: Notices | None = None,
+    accept: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Return the folder of a repository's model files. Downloads what the cache lacks.
 
@@ -113,7 +114,8 @@ def fetch(
     program made the copy, it may lack files that decide text, and only the Hub knows whether the
     repository has them: they are fetched once, or `notices` says that they may be missing.
     `progress` receives the bytes of all files together, including those that were here before. Its
-    exceptions pass through.
+    exceptions pass through. `accept` is called when all but the weights are in the folder, and
+    raises if the model cannot be used: then gigabytes are not fetched for nothing.
 
     Raises ModelNotFound, DownloadFailed or InvalidCheckpoint.
     """
@@ -138,7 +140,7 @@ def fetch(
                 f"{_some(missing)}), and offline=True or HF_HUB_OFFLINE forbids a download. "
                 + advice(repo_id)
             )
-        return _download(place, progress)
+        return _download(place, progress, accept)
     except CallerRaised as raised:
         raise raised.error from None
     except OSError as error:
@@ -256,7 +258,7 @@ def _list_files(repo_id: str, revision: str | None, total_s: float) -> tuple[str
     )
 
 
-def _download(place: _Place, progress: Progress) -> Path:
+def _download(place: _Place, progress: Progress, accept: Callable[[Path], None]) -> Path:
     commit, listed = _list_files(place.repo_id, None, transfer.ANSWER_S)
     snapshot = place.storage / "snapshots" / commit
     files: list[_RemoteFile] = []
@@ -274,7 +276,7 @@ def _download(place: _Place, progress: Progress) -> Path:
             f"{_some(sorted(listed))}"
         )
     files += [_locate(place, shard, snapshot) for shard in shards]
-    _fetch_files(files, place, progress)
+    _fetch_files(files, place, progress, accept)
     absent = place.storage / ".no_exist" / commit
     _record_absent({*OPTIONAL, TOKENIZERS[0]} - listed, absent, place.cache)
 
@@ -289,7 +291,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(f"{name:.100}" for name in names[:20]) + (", …" if len(names) > 20 else "")
 
 
-def _fetch_files(files: list[_RemoteFile], place: _Place, progress: Progress) -> None:
+def _fetch_files(
+    files: list[_RemoteFile],
+    place: _Place,
+    progress: Progress,
+    accept: Callable[[Path], None] = lambda folder: None,
+) -> None:
     blobs, snapshot = files[0].blob.parent, files[0].link.parent
     for folder in (snapshot, blobs, place.locks):
         make_folder(folder, place.cache)
@@ -302,7 +309,11 @@ def _fetch_files(files: list[_RemoteFile], place: _Place, progress: Progress) ->
         )
     sizes = {file.name: (file.present_bytes(), file.size) for file in files}
     tally = Tally(f"downloading {place.repo_id.rpartition('/')[2]}", sizes, progress)
+    is_accepted = False
     for file in files:
+        if _limit(file.name) is None and not is_accepted:  # the first file of weights
+            accept(snapshot)
+            is_accepted = True
         _fetch_file(file, place, tally)
 
 

@@ -43,6 +43,7 @@ from hybrid.errors import (
     InvalidCheckpoint,
     InvalidOption,
     ModelNotFound,
+    UnsupportedModel,
 )
 from hybrid.hub.cache import PartialFile
 from hybrid.hub.catalog import catalog, hybrid_home, resolve
@@ -266,6 +267,42 @@ def test_a_repository_that_holds_no_whole_model_is_refused(hub: LocalHub, lackin
     assert not hub.seen("GET", "/resolve/")
 
 
+CHECK = hybrid.hub.catalog._check_all_but_weights
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "error", "message"),
+    [
+        ("config.json", b'{"architectures": ["GPT2LMHeadModel"]}', UnsupportedModel, "GPT2"),
+        ("config.json", b"{", InvalidCheckpoint, r"config\.json"),
+        ("tokenizer.json", b'{"model": {"type": "Unigram"}}', UnsupportedModel, "Unigram"),
+        ("tokenizer.json", None, InvalidCheckpoint, r"tokenizer\.json"),
+    ],
+)
+def test_a_model_that_hybrid_cannot_use_is_refused_before_its_weights_are_fetched(
+    hub: LocalHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    body: bytes | None,
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setattr("hybrid.hub.catalog._check_all_but_weights", CHECK)
+    good = contents(write_model(tmp_path / "local", vocab_size=4096))
+    hub.repos[REPO] = {**good, "tokenizer.model": b"pieces"}
+    if body is None:
+        del hub.repos[REPO][name]
+    else:
+        hub.repos[REPO][name] = body
+    with pytest.raises(error, match=message):
+        resolve(REPO)
+    assert not hub.seen("GET", "model.safetensors")
+
+    hub.repos["someone/good"] = good
+    assert contents(resolve("someone/good")) == good
+
+
 # Interruptions, corruption, concurrency
 
 
@@ -432,9 +469,10 @@ def environment_of(hub: LocalHub, tmp_path: Path) -> dict[str, str]:
 
 STOP_HALF_WAY = """
 import os, signal
-from hybrid.hub import transfer
+from hybrid.hub import catalog, transfer
 from hybrid.hub.catalog import resolve
 transfer.PIECE_BYTES = 4096
+catalog._check_all_but_weights = lambda folder: None
 {before}
 resolve("someone/tiny", progress=lambda task, done, total: done > 4 * 4096 and {then})
 """
@@ -491,7 +529,10 @@ def test_processes_share_one_download_and_the_environment_is_honoured(
     hub: LocalHub, tmp_path: Path
 ) -> None:
     environment = environment_of(hub, tmp_path) | {"HF_HOME": str(tmp_path / "elsewhere")}
-    script = "from hybrid.hub.catalog import resolve; print(resolve('someone/tiny'))"
+    script = (
+        "from hybrid.hub import catalog; catalog._check_all_but_weights = lambda folder: None; "
+        "print(catalog.resolve('someone/tiny'))"
+    )
 
     def start(**variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
