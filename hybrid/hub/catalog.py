@@ -17,7 +17,7 @@ from pathlib import Path
 from hybrid.checkpoint.hf import read_config
 from hybrid.checkpoint.synthetic import folder as synthetic
 from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION
-from hybrid.errors import InvalidOption, ModelNotFound
+from hybrid.errors import DownloadFailed, InvalidOption, ModelNotFound
 from hybrid.hub.download import fetch
 from hybrid.notices import Notices
 from hybrid.progress import Progress, ignore_progress
@@ -158,10 +158,11 @@ def resolve(
         raise ModelNotFound(_not_found(text, path))
     try:
         return _fetch(text, offline, progress, notices)
-    except ModelNotFound as error:
-        raise ModelNotFound(
-            f"there is no folder {text!r} here{_similar_folder(path)}; and {error}"
-        ) from error
+    except (ModelNotFound, DownloadFailed) as error:
+        hint = _similar_folder(path)
+        if isinstance(error, DownloadFailed) and not hint:
+            raise  # most likely a repository is meant
+        raise type(error)(f"there is no folder {text!r} here{hint}; and {error}") from error
 
 
 def _fetch(repo_id: str, offline: bool, progress: Progress, notices: Notices | None) -> Path:

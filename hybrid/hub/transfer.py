@@ -99,6 +99,8 @@ def append(url: str, sink: Sink, size: int) -> None:
                 raise
             error = refused
         except SourceFailed as failed:
+            if isinstance(failed.error, BadAnswer):
+                raise  # again would be no better
             error = failed
         n_bytes = sink.tell() - before
         if n_bytes >= size - before:

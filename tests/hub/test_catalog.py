@@ -938,6 +938,19 @@ def test_what_is_neither_folder_nor_repository_is_named_as_both(
     assert "(HTTP 404)" in str(caught.value)
 
 
+@pytest.mark.usefixtures("shelf")
+def test_a_mistyped_folder_is_named_without_a_network_too(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        DownloadFailed, match=r"^there is no folder 'modles/minicpm' here \(did you"
+    ):
+        resolve("modles/minicpm")
+    with pytest.raises(DownloadFailed, match=r"^cannot fetch its list of files of a/b "):
+        resolve("a/b")
+
+
 @pytest.mark.usefixtures("nobody_calls", "shelf")
 def test_an_unknown_name_suggests_a_folder_here() -> None:
     with pytest.raises(ModelNotFound, match=r"existing folder \(did you mean 'minicpm-copy'\?\)"):

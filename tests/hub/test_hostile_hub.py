@@ -146,7 +146,8 @@ def test_endless_redirections_end(hub: LocalHub, method: str, path: str) -> None
     hub.answers[method, path] = lambda handler: handler.answer(302, Location=handler.path)
     with pytest.raises(DownloadFailed, match="more than 10 redirections"):
         resolve(REPO)
-    assert len(hub.seen("GET", path)) <= 11 * 6
+    assert 10 <= len(hub.seen(method, path)) <= 11  # the first may have another path
+    assert hub.pauses == []
 
 
 def test_the_body_of_a_redirection_is_not_read(hub: LocalHub) -> None:
