@@ -1,8 +1,8 @@
 """Downloads a repository of the Hugging Face Hub into huggingface_hub's cache and verifies it.
 
-This file knows which files a model needs, when a cached copy is complete, and how a file gets into
-the cache. `transfer` reads from the server. The cache has huggingface_hub's layout, so that other
-programs find the model there:
+This file knows when a cached copy is complete, and how a file gets into the cache. `model_files`
+knows which files a model needs, and `transfer` reads from the server. The cache has
+huggingface_hub's layout, so that other programs find the model there:
 
     models--owner--name/
     ├── blobs/<etag>                 the bytes; <etag>.incomplete during the download
@@ -14,7 +14,6 @@ programs find the model there:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -31,30 +30,18 @@ from hybrid.hub.cache import PartialFile, length_of_partial, make_folder
 from hybrid.hub.checksum import check, check_link, is_checksum, stamp, verify
 from hybrid.hub.download_progress import CallerRaised, Tally
 from hybrid.hub.errors import advice, hub_errors
+from hybrid.hub.model_files import (
+    CONFIG,
+    INDEX,
+    OPTIONAL,
+    TOKENIZERS,
+    select,
+    shards_of,
+    size_limit,
+)
 from hybrid.notices import Notices
 from hybrid.progress import Progress, ignore_progress
 
-CONFIG = "config.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first that exists is used
-# All of them decide how text becomes tokens or which tokens follow. A model may lack any of them.
-OPTIONAL = (
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-WEIGHTS = (  # the first that exists is used; an index names its shards
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_INDEX = ".index.json"
-# What a reader of these files accepts. A vocabulary of 250,000 pieces has 20 MB, the index of
-# 100,000 tensors 10 MB.
-MAX_CONFIG_BYTES, MAX_VOCABULARY_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20, 64 << 20
-_MAX_SHARDS = 10_000
 _HOLDER_PATIENCE_S = 60.0  # until the holder of a lock must have received something
 _LOCK_S = 1.0  # between two looks at how far the holder of a lock is
 _LISTING_S = 10.0  # for a list of files that is good to have, but not needed
@@ -153,11 +140,11 @@ def fetch(
 def _missing(snapshot: Path, place: _Place) -> list[str]:
     """Return the files that a cached copy lacks, after checking those that it has."""
     present = _present(snapshot)
-    files, missing = _select(present)
+    files, missing = select(present)
     if not missing:
         for name in files:
             check_link(snapshot / name, place.stamps, place.cache)
-        shards = _shards(snapshot / files[-1])
+        shards = shards_of(snapshot / files[-1])
         missing = [shard for shard in shards if shard not in present]
         for shard in set(shards).difference(missing):
             check_link(snapshot / shard, place.stamps, place.cache)
@@ -166,18 +153,6 @@ def _missing(snapshot: Path, place: _Place) -> list[str]:
 
 def _present(snapshot: Path) -> set[str]:
     return {path.name for path in snapshot.iterdir() if path.is_file()}
-
-
-def _select(available: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return the files to use, with the weights or their index last, and the missing ones."""
-    files = [CONFIG] if CONFIG in available else []
-    missing = [] if files else [CONFIG]
-    for what, choices in (("a tokenizer", TOKENIZERS), ("weights", WEIGHTS)):
-        files += [name for name in choices if name in available][:1]
-        if not set(files).intersection(choices):
-            missing.append(f"{what} ({' or '.join(choices)})")
-    files[1:1] = [name for name in OPTIONAL if name in available]
-    return files, missing
 
 
 def _complete(snapshot: Path, place: _Place, *, is_offline: bool, notices: Notices) -> None:
@@ -218,27 +193,6 @@ def _record_absent(names: Collection[str], absent: Path, cache: Path) -> None:
                 (absent / name).open("xb").close()
 
 
-def _shards(weights: Path) -> list[str]:
-    """Return the files that an index of weights names; none if `weights` is not an index."""
-    if not weights.name.endswith(_INDEX):
-        return []
-    try:
-        if weights.stat().st_size <= MAX_INDEX_BYTES:
-            shards = sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
-            if 0 < len(shards) <= _MAX_SHARDS and all(map(_is_shard, shards)):
-                return shards
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass  # not JSON, or not of this shape: reported below
-    raise InvalidCheckpoint(
-        f"{weights} is broken: expected a JSON object whose weight_map gives each tensor the name "
-        "of a .safetensors or .bin file beside it"
-    )
-
-
-def _is_shard(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) is not None
-
-
 def _list_files(repo_id: str, revision: str | None, total_s: float) -> tuple[str, set[str]]:
     """Return a repository's commit and the names of its files, from the Hub."""
     from huggingface_hub import constants
@@ -263,12 +217,12 @@ def _download(place: _Place, progress: Progress, accept: Callable[[Path], None])
     snapshot = place.storage / "snapshots" / commit
     files: list[_RemoteFile] = []
     shards: list[str] = []
-    names, missing = _select(listed)
+    names, missing = select(listed)
     if not missing:
         files = [_locate(place, name, snapshot) for name in names]
-        if names[-1].endswith(_INDEX):  # first, because it names the files that follow
+        if names[-1].endswith(INDEX):  # first, because it names the files that follow
             _fetch_files(files[-1:], place, ignore_progress)
-            shards = _shards(snapshot / names[-1])
+            shards = shards_of(snapshot / names[-1])
             missing = [shard for shard in shards if shard not in listed]
     if missing:
         raise InvalidCheckpoint(
@@ -311,7 +265,7 @@ def _fetch_files(
     tally = Tally(f"downloading {place.repo_id.rpartition('/')[2]}", sizes, progress)
     is_accepted = False
     for file in files:
-        if _limit(file.name) is None and not is_accepted:  # the first file of weights
+        if size_limit(file.name) is None and not is_accepted:  # the first file of weights
             accept(snapshot)
             is_accepted = True
         _fetch_file(file, place, tally)
@@ -333,21 +287,12 @@ def _locate(place: _Place, name: str, snapshot: Path) -> _RemoteFile:
         raise DownloadFailed(
             f"{url} has no known size: expected Content-Length or X-Linked-Size. Check HF_ENDPOINT."
         )
-    if (limit := _limit(name)) is not None and size > limit:
+    if (limit := size_limit(name)) is not None and size > limit:
         raise InvalidCheckpoint(
             f"{name} of {place.repo_id} has {size:,} bytes, expected at most {limit:,}"
         )
     blob = place.storage / "blobs" / etag
     return _RemoteFile(place.repo_id, name, url, etag, size, blob, snapshot / name)
-
-
-def _limit(name: str) -> int | None:
-    """Return how long a file may be; None: as long as the disk has room."""
-    if name in TOKENIZERS:
-        return MAX_VOCABULARY_BYTES
-    if name.endswith(_INDEX):
-        return MAX_INDEX_BYTES
-    return MAX_CONFIG_BYTES if name == CONFIG or name in OPTIONAL else None
 
 
 def _fetch_file(file: _RemoteFile, place: _Place, tally: Tally) -> None:

@@ -22,7 +22,7 @@ import pytest
 from local_hub import COMMIT, REPO, SMALL, WEIGHTS, Handler, LocalHub, contents
 
 from hybrid.errors import DownloadFailed, InvalidCheckpoint
-from hybrid.hub import download, transfer, watch
+from hybrid.hub import download, model_files, transfer, watch
 from hybrid.hub.catalog import resolve
 from hybrid.hub.transfer import requested_wait
 from hybrid.hub.watch import SourceFailed, Stalled, watched
@@ -412,7 +412,7 @@ def test_a_message_is_short_whatever_the_list_holds(hub: LocalHub) -> None:
 def test_an_index_of_countless_shards_is_refused(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "_MAX_SHARDS", 2)
+    monkeypatch.setattr(model_files, "_MAX_SHARDS", 2)
     names = ", ".join(f'"{i}": "model-{i}.safetensors"' for i in range(3))
     index = b'{"weight_map": {%s}}' % names.encode()
     hub.repos[REPO] = {**SMALL, "model.safetensors.index.json": index}
