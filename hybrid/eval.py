@@ -24,7 +24,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from hybrid.evaluation import (
     read_questions,
 )
 from hybrid.hub.catalog import resolve
+from hybrid.notices import Notices
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -114,19 +115,20 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
     """Open the native engine, or the oracle for --quant fp32."""
     if args.quant != "fp32":
         with open_engine(args) as (engine, progress):
-            show_notices(engine)
+            show_notices(engine.notices)
             yield engine, progress
         return
     LoadOptions(threads=args.threads)  # report a wrong value before a model is downloaded
+    notices = Notices()
     with progress_bar() as progress:
-        folder = resolve(args.model, offline=args.offline, progress=progress)
+        folder = resolve(args.model, offline=args.offline, progress=progress, notices=notices)
         reference = Fp32Engine(folder, add_bos=args.bos)
-        show_notices(reference)
+        show_notices((*notices, *reference.notices))
         yield reference, progress
 
 
-def show_notices(engine: Engine | Fp32Engine) -> None:
-    for notice in engine.notices:
+def show_notices(notices: Iterable[str]) -> None:
+    for notice in notices:
         print(f"note: {printable(notice)}", file=sys.stderr)
 
 

@@ -97,7 +97,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     options, notices = load_options(args), Notices()
     with progress_bar() as progress:
-        folder = resolve(args.model, offline=args.offline, progress=progress)
+        folder = resolve(args.model, offline=args.offline, progress=progress, notices=notices)
         spec = read_model_spec(
             folder, options, home=hybrid_home(), notices=notices, progress=progress
         )

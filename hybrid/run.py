@@ -172,8 +172,8 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
         where = "being copied into memory" if stats.is_copying else where
         owner = "the model's" if engine.defaults.gives_sampling else "hybrid's own"
         lines += [
-            f"{engine.folder}: {config.family}, {config.n_layers} layers of {config.n_neurons} "
-            f"neurons, hidden size {config.hidden_size}, {config.activation} "
+            f"{engine.name} in {engine.folder}: {config.family}, {config.n_layers} layers of "
+            f"{config.n_neurons} neurons, hidden size {config.hidden_size}, {config.activation} "
             f"{config.threshold:g}, vocabulary {config.vocab_size}",
             f"{stats.weight_bytes / 1e6:.0f} MB of {engine.quant} weights {where}, loaded in "
             f"{stats.load_s:.2f} s; context {engine.n_context} of {config.max_context} tokens",

@@ -55,7 +55,7 @@ FRONT_ENDS = {
     "hybrid.run": _USUAL | {"hybrid.cli.closing_line", "hybrid.cli.conversation"},
     "hybrid.cli.conversation": _USUAL,
     "hybrid.bench": _USUAL | {"hybrid.evaluation.speed"},
-    "hybrid.eval": _USUAL | {"hybrid.evaluation"},
+    "hybrid.eval": _USUAL | {"hybrid.evaluation", "hybrid.notices"},
     "hybrid.lm_eval": _USUAL | {"hybrid.evaluation.harness"},
     "hybrid.plan": _USUAL
     | {

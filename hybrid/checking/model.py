@@ -17,6 +17,7 @@ import psutil
 from hybrid.checking import arithmetic, setting
 from hybrid.checking.check import Check
 from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.checkpoint.name import model_name
 from hybrid.engine.engine import Engine
 from hybrid.engine.options import Quant
 from hybrid.engine.oracle import comparison
@@ -101,11 +102,11 @@ def find_entry(model: str | Path, folder: Path) -> CatalogEntry | None:
     text = str(model).casefold()
     for entry in catalog():
         names = [entry.name.casefold()]
-        copies = []
+        copies = []  # names of folders that hold the repository
         if entry.repo_id is not None:
             names.append(entry.repo_id.casefold())
-            copies = [entry.name.casefold(), entry.repo_id.casefold().rpartition("/")[2]]
-        if text in names or folder.name.casefold() in copies:
+            copies = [*names, entry.repo_id.casefold().rpartition("/")[2]]
+        if text in names or model_name(folder).casefold() in copies:
             return entry
     return None
 

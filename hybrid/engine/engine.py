@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from hybrid.checkpoint.name import model_name
 from hybrid.engine.generation import Generation, GenerationRequest, GenerationStats
 from hybrid.engine.loading.executors import Executor
 from hybrid.engine.loading.pipeline import Parts
@@ -60,6 +61,7 @@ class Engine:
     def __init__(self, parts: Parts) -> None:
         """`hybrid.load` makes the parts (hybrid/engine/loading/pipeline.py)."""
         self.folder, self.spec, self.plan = parts.folder, parts.spec, parts.plan
+        self.name: str = model_name(parts.folder)  # of its Hub repository, or of its folder
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
         # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
         self.neuron_orders: NeuronOrders | None = parts.orders

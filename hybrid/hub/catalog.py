@@ -6,18 +6,23 @@ files. `download` gets a repository onto the machine, and `checkpoint` reads it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import itertools
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from hybrid.checkpoint import foreign
+from hybrid.checkpoint.hf import read_config
 from hybrid.checkpoint.synthetic import folder as synthetic
 from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION
-from hybrid.errors import InvalidOption, ModelNotFound
+from hybrid.errors import DownloadFailed, InvalidOption, ModelNotFound
 from hybrid.hub.download import fetch
+from hybrid.notices import Notices
 from hybrid.progress import Progress, ignore_progress
+from hybrid.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,8 @@ _CATALOG = (
 )
 _BY_NAME = {entry.name.casefold(): entry for entry in _CATALOG}
 _REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+_HUB_SCHEME = "hf://"  # as in huggingface_hub: certainly a repository, whatever folders there are
+_MAX_LISTED = 10_000  # folders that are searched for a similar name
 
 
 def catalog() -> tuple[CatalogEntry, ...]:
@@ -78,7 +85,11 @@ def hybrid_home() -> Path:
 
 
 def resolve(
-    model: str | Path, *, offline: bool = False, progress: Progress = ignore_progress
+    model: str | Path,
+    *,
+    offline: bool = False,
+    progress: Progress = ignore_progress,
+    notices: Notices | None = None,
 ) -> Path:
     """Return the folder of a model's files. Downloads them first if this machine lacks them.
 
@@ -89,8 +100,15 @@ def resolve(
     - a repository `owner/name` on the Hugging Face Hub
 
     So a name of the catalog wins over a folder of that name in the working directory: write
-    `./stories` for the folder. A `Path` is always a folder. If the model is complete on this
-    machine, the network is not used. `progress` is called only during a download.
+    `./stories` for the folder. A `Path` is always a folder.
+
+    A string that looks like a path is never downloaded, so that a typing error cannot bring
+    somebody's repository: one that begins with `.`, `~`, `/` or a drive, that has a backslash or
+    more than one slash, or whose first part is a folder here. `hf://owner/name` is the repository
+    even then, and so is `owner/name` if it was downloaded before.
+
+    If the model is complete on this machine, the network is not used. `progress` is called only
+    during a download. `notices` receives what may differ from the model's own text.
 
     Raises ModelNotFound or DownloadFailed, and InvalidOption for what cannot be a name at all.
     """
@@ -107,9 +125,16 @@ def resolve(
     if isinstance(model, str) and (entry := _BY_NAME.get(text.casefold())):
         if entry.repo_id is None:
             return _bundled(entry)
-        return fetch(
-            entry.repo_id, offline=offline, stamps=hybrid_home() / "verified", progress=progress
-        )
+        return _fetch(entry.repo_id, offline, progress, notices)
+
+    if isinstance(model, str) and text.startswith(_HUB_SCHEME):
+        repo_id = text.removeprefix(_HUB_SCHEME)
+        if not _is_repo_id(repo_id):
+            raise ModelNotFound(f"{text!r}: expected {_HUB_SCHEME}owner/name")
+        return _fetch(repo_id, offline, progress, notices)
+
+    if isinstance(model, str) and "://" in text:
+        raise ModelNotFound(f"{text!r} is a URL; expected a Hugging Face repository as owner/name")
 
     path = _expand_user(text)
     try:
@@ -123,13 +148,43 @@ def resolve(
             )
         if path.is_symlink():
             raise ModelNotFound(f"{text!r} is a link to a folder that is not there")
+        is_path = isinstance(model, Path) or _looks_like_path(text)
     except OSError as error:  # no permission to look, or longer than a file name may be
         raise ModelNotFound(f"cannot look at {text!r}: {error.strerror}") from error
+    except ValueError as error:  # a lone surrogate
+        raise ModelNotFound(f"{text!a} cannot be the name of a folder: {error}") from error
 
-    is_repo_id = _REPO_ID.fullmatch(text) and "--" not in text and ".." not in text
-    if isinstance(model, Path) or not is_repo_id:
-        raise ModelNotFound(_not_found(text))
-    return fetch(text, offline=offline, stamps=hybrid_home() / "verified", progress=progress)
+    if is_path:
+        if isinstance(model, str) and _is_repo_id(text):
+            with contextlib.suppress(ModelNotFound):
+                return _fetch(text, True, progress, notices)
+        raise ModelNotFound(_no_such_folder(text, path))
+    if not _is_repo_id(text):
+        raise ModelNotFound(_not_found(text, path))
+    try:
+        return _fetch(text, offline, progress, notices)
+    except (ModelNotFound, DownloadFailed) as error:
+        hint = _similar_folder(path)
+        if isinstance(error, DownloadFailed) and not hint:
+            raise  # most likely a repository is meant
+        raise type(error)(f"there is no folder {text!r} here{hint}; and {error}") from error
+
+
+def _fetch(repo_id: str, offline: bool, progress: Progress, notices: Notices | None) -> Path:
+    return fetch(
+        repo_id,
+        offline=offline,
+        stamps=hybrid_home() / "verified",
+        progress=progress,
+        notices=notices,
+        accept=_check_all_but_weights,
+    )
+
+
+def _check_all_but_weights(folder: Path) -> None:
+    """Raise what loading the model would raise for its config and its tokenizer."""
+    config = read_config(folder)
+    Tokenizer.from_folder(folder, vocab_size=config.vocab_size, bos_id=config.bos_id)
 
 
 def expected_active_fraction(model: str | Path) -> float | None:
@@ -172,11 +227,48 @@ def _expand_user(path: str) -> Path:
         ) from error
 
 
-def _not_found(text: str) -> str:
+def _is_repo_id(text: str) -> bool:
+    return _REPO_ID.fullmatch(text) is not None and "--" not in text and ".." not in text
+
+
+def _looks_like_path(text: str) -> bool:
+    """Return whether a string can only be meant as a folder. Raises OSError."""
+    if text.startswith((".", "~", "/")) or re.match("[A-Za-z]:", text) or "\\" in text:
+        return True
+    first, slash, rest = text.partition("/")
+    return bool(slash) and (not rest or "/" in rest or Path(first).is_dir())
+
+
+def _no_such_folder(text: str, path: Path) -> str:
+    message = f"no such folder: {text!r}{_similar_folder(path)}"
+    if _is_repo_id(text):
+        message += f". For the Hugging Face repository of that name, write {_HUB_SCHEME}{text}"
+    return message
+
+
+def _similar_folder(path: Path) -> str:
+    """Return a hint at folders with a name like the first missing part of a path, or ""."""
+    try:
+        while not path.parent.is_dir() and path.parent != path:
+            path = path.parent
+        with os.scandir(path.parent) as entries:
+            names = [
+                entry.name for entry in itertools.islice(entries, _MAX_LISTED) if entry.is_dir()
+            ]
+    except (OSError, ValueError):
+        return ""
+    folded = {name.casefold(): name for name in names}
+    close = difflib.get_close_matches(path.name.casefold(), folded, n=3)
+    if not close:
+        return ""
+    return f" (did you mean {' or '.join(repr(str(path.with_name(folded[c]))) for c in close)}?)"
+
+
+def _not_found(text: str, path: Path) -> str:
     close = difflib.get_close_matches(text.casefold(), _BY_NAME, n=1)
     hint = f" Did you mean {_BY_NAME[close[0]].name!r}?" if close else ""
     return (
-        f"no model {text!r}: it is neither a name of the catalog, nor an existing folder, nor a "
-        f"Hugging Face repository owner/name.{hint} The catalog: "
+        f"no model {text!r}: it is neither a name of the catalog, nor an existing folder"
+        f"{_similar_folder(path)}, nor a Hugging Face repository owner/name.{hint} The catalog: "
         + ", ".join([entry.name for entry in _CATALOG] + synthetic.synthetic_names())
     )

@@ -1,8 +1,9 @@
 """Verifies files in huggingface_hub's cache against their checksums.
 
 In that cache each file is named by its etag, which is a checksum: the SHA-256 of a large file, or
-git's SHA-1 of a small one. Hashing gigabytes takes seconds. So an empty file named after the etag,
-the stamp, records that the bytes matched.
+git's SHA-1 of a small one. Hashing gigabytes takes seconds. So a small file named after the etag,
+the stamp, records which state of the file matched. A file's time of modification alone would not
+do: `cp -p` and package stores set it to what it was.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from pathlib import Path
 
 from hybrid.errors import DownloadFailed
+from hybrid.hub.cache import discard
 
 
 def is_checksum(etag: str) -> bool:
@@ -20,36 +22,62 @@ def is_checksum(etag: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) is not None
 
 
-def check_link(link: Path, stamps: Path) -> None:
+def check_link(link: Path, stamps: Path, cache: Path) -> None:
     """Check a cached file that another program may have fetched."""
     if not link.is_symlink():
         return  # its checksum is not known here; our own downloads were checked on arrival
     blob = link.parent / link.readlink()
     if is_checksum(blob.name):
-        check(blob, blob.name, link.name, stamps)
+        check(blob, link.name, stamps, cache)
 
 
-def check(path: Path, etag: str, name: str, stamps: Path) -> None:
-    """Compare the bytes with their checksum, unless a stamp younger than the file exists.
+def check(blob: Path, name: str, stamps: Path, cache: Path) -> None:
+    """Compare a blob's bytes with its checksum, unless a stamp says that they matched.
 
-    Removes the file and raises DownloadFailed if they differ.
+    Removes the blob from the cache and raises DownloadFailed if they differ.
     """
-    stamp = stamps / etag
+    state = _state(blob)
     with contextlib.suppress(OSError):
-        if stamp.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+        if (stamps / blob.name).read_bytes() == state:
             return
+    verify(blob, blob.name, name, cache)
+    _write_stamp(blob.name, state, stamps)
+
+
+def stamp(blob: Path, stamps: Path) -> None:
+    """Record that a blob's bytes matched its checksum just now."""
+    _write_stamp(blob.name, _state(blob), stamps)
+
+
+def verify(path: Path, etag: str, name: str, cache: Path) -> None:
+    """Compare a file's bytes with a checksum.
+
+    Removes the file from the cache and raises DownloadFailed if they differ.
+    """
     actual = digest(path, etag)
     if actual != etag:
         with contextlib.suppress(OSError):  # a read-only cache
-            path.resolve().unlink()  # a blob may be a link into a store of shared blobs
+            discard(path, cache)
         todo = f"Remove {path} and run" if path.exists() else f"{path} was removed: run"
         raise DownloadFailed(
             f"{name} is corrupt: expected the checksum {etag}, found {actual}. {todo} the same "
             "command again to download it again."
         )
+
+
+def _state(path: Path) -> bytes:
+    """Return numbers of which at least one changes whenever the file does."""
+    status = path.stat()
+    numbers = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return " ".join(map(str, numbers)).encode()
+
+
+def _write_stamp(etag: str, state: bytes, stamps: Path) -> None:
     with contextlib.suppress(OSError):  # with a read-only HYBRID_HOME it is hashed again next time
         stamps.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
+        (stamps / etag).unlink(missing_ok=True)  # it may be a link
+        with (stamps / etag).open("xb") as file:
+            file.write(state)
 
 
 def known_etag(path: Path) -> str | None:

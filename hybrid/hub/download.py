@@ -1,46 +1,50 @@
 """Downloads a repository of the Hugging Face Hub into huggingface_hub's cache and verifies it.
 
-This file knows which files a model needs, when a cached copy is complete, and how a file gets into
-the cache. huggingface_hub speaks to the server (endpoint, token, proxies, retries), but it writes
-into a file object of ours. Its own download would start at zero after an interruption, and would
-draw its own bar instead of reporting to the caller. The cache has huggingface_hub's layout, so that
-other programs find the model there:
+This file knows when a cached copy is complete, and how a file gets into the cache. `model_files`
+knows which files a model needs, and `transfer` reads from the server. The cache has
+huggingface_hub's layout, so that other programs find the model there:
 
     models--owner--name/
     ├── blobs/<etag>                 the bytes; <etag>.incomplete during the download
     ├── snapshots/<commit>/<file>    a link to the blob
+    ├── .no_exist/<commit>/<file>    empty: the repository has no such file
     └── refs/main                    the commit
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from hybrid.errors import DownloadFailed, InvalidCheckpoint, ModelNotFound
 from hybrid.files import write_atomically
-from hybrid.hub.checksum import check, check_link, is_checksum
-from hybrid.hub.download_progress import CallerRaised, SilentBar, Tally, ToldFile
+from hybrid.hub import transfer, watch
+from hybrid.hub.cache import PartialFile, length_of_partial, make_folder
+from hybrid.hub.checksum import check, check_link, is_checksum, stamp, verify
+from hybrid.hub.download_progress import CallerRaised, Tally
 from hybrid.hub.errors import advice, hub_errors
+from hybrid.hub.model_files import (
+    CONFIG,
+    INDEX,
+    OPTIONAL,
+    TOKENIZERS,
+    select,
+    shards_of,
+    size_limit,
+)
+from hybrid.notices import Notices
 from hybrid.progress import Progress, ignore_progress
 
-REQUIRED = ("config.json", "tokenizer.json")
-OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-WEIGHTS = (  # the first that exists is used; an index names its shards
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_INDEX = ".index.json"
+_HOLDER_PATIENCE_S = 60.0  # until the holder of a lock must have received something
+_LOCK_S = 1.0  # between two looks at how far the holder of a lock is
+_LISTING_S = 10.0  # for a list of files that is good to have, but not needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class _RemoteFile:
     name: str
     url: str
     etag: str
-    size: int | None  # None: the server does not say
+    size: int
     blob: Path
     link: Path
 
@@ -58,211 +62,298 @@ class _RemoteFile:
         return self.blob.with_name(f"{self.etag}.incomplete")
 
     def present_bytes(self) -> int:
-        """Return how many of its bytes are on this machine; 0 if its size is not known."""
-        size = self.size or 0
+        """Return how many of its bytes are on this machine."""
         if self.blob.exists() or self.link.is_file():
-            return size
-        with contextlib.suppress(FileNotFoundError):
-            n_bytes = self.partial.stat().st_size
-            return n_bytes if n_bytes <= size else 0  # a partial file that is too long is discarded
-        return 0
+            return self.size
+        n_bytes = length_of_partial(self.partial)
+        return n_bytes if n_bytes <= self.size else 0  # one that is too long is discarded
+
+
+class _Place(NamedTuple):
+    """Where a repository's files go."""
+
+    repo_id: str
+    cache: Path
+    stamps: Path  # the folder that records which files were checked
+
+    @property
+    def storage(self) -> Path:
+        return self.cache / f"models--{self.repo_id.replace('/', '--')}"
+
+    @property
+    def locks(self) -> Path:
+        return self.cache / ".locks" / self.storage.name
 
 
 def fetch(
-    repo_id: str, *, offline: bool, stamps: Path, progress: Progress = ignore_progress
+    repo_id: str,
+    *,
+    offline: bool,
+    stamps: Path,
+    progress: Progress = ignore_progress,
+    notices: Notices | None = None,
+    accept: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Return the folder of a repository's model files. Downloads what the cache lacks.
 
     Each file is checked against its checksum once; the folder `stamps` records which files were. A
-    complete copy is used as it is, without looking for a newer one on the network. `progress`
-    receives the bytes of all files together, including those that were here before. Its exceptions
-    pass through.
+    complete copy is used as it is, without looking for a newer one on the network. If another
+    program made the copy, it may lack files that decide text, and only the Hub knows whether the
+    repository has them: they are fetched once, or `notices` says that they may be missing.
+    `progress` receives the bytes of all files together, including those that were here before. Its
+    exceptions pass through. `accept` is called when all but the weights are in the folder, and
+    raises if the model cannot be used: then gigabytes are not fetched for nothing.
 
     Raises ModelNotFound, DownloadFailed or InvalidCheckpoint.
     """
     with hub_errors(repo_id, "the settings of huggingface_hub"):
         from huggingface_hub import constants, try_to_load_from_cache
-    cache = Path(constants.HF_HUB_CACHE)
+    place = _Place(repo_id, Path(constants.HF_HUB_CACHE), stamps)
+    is_offline = offline or bool(constants.HF_HUB_OFFLINE)
     try:
         with hub_errors(repo_id, "the cached copy"):
-            config = try_to_load_from_cache(repo_id, REQUIRED[0])
-        missing = [f"{REQUIRED[0]} and all other files"]
+            config = try_to_load_from_cache(repo_id, CONFIG)
+        missing = [f"{CONFIG} and all other files"]
         if isinstance(config, str):
-            folder = Path(config).parent
-            missing = _missing(folder, stamps)
+            snapshot = Path(config).parent
+            missing = _missing(snapshot, place)
             if not missing:
-                return folder
-        if offline or constants.HF_HUB_OFFLINE:
+                notices = Notices() if notices is None else notices
+                _complete(snapshot, place, is_offline=is_offline, notices=notices)
+                return snapshot
+        if is_offline:
             raise ModelNotFound(
-                f"{repo_id} is not complete on this machine (missing in {cache}: "
-                f"{', '.join(missing)}), and offline=True or HF_HUB_OFFLINE forbids a download. "
+                f"{repo_id} is not complete on this machine (missing in {place.cache}: "
+                f"{_some(missing)}), and offline=True or HF_HUB_OFFLINE forbids a download. "
                 + advice(repo_id)
             )
-        return _download(repo_id, cache, stamps, progress)
+        return _download(place, progress, accept)
     except CallerRaised as raised:
         raise raised.error from None
     except OSError as error:
         raise DownloadFailed(
-            f"cannot store {repo_id} in {cache}: {error}. Make room or grant access there, or set "
-            "HF_HOME to another folder."
+            f"cannot store {repo_id} in {place.cache}: {error}. Make room or grant access there, "
+            "or set HF_HOME to another folder."
         ) from error
 
 
-def _missing(folder: Path, stamps: Path) -> list[str]:
+def _missing(snapshot: Path, place: _Place) -> list[str]:
     """Return the files that a cached copy lacks, after checking those that it has."""
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    files, missing = _select(present)
+    present = _present(snapshot)
+    files, missing = select(present)
     if not missing:
         for name in files:
-            check_link(folder / name, stamps)
-        shards = _shards(folder / files[-1])
+            check_link(snapshot / name, place.stamps, place.cache)
+        shards = shards_of(snapshot / files[-1])
         missing = [shard for shard in shards if shard not in present]
         for shard in set(shards).difference(missing):
-            check_link(folder / shard, stamps)
+            check_link(snapshot / shard, place.stamps, place.cache)
     return missing
 
 
-def _select(available: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return the files to use, with the weights or their index last, and the missing ones."""
-    weights = [name for name in WEIGHTS if name in available][:1]
-    missing = [name for name in REQUIRED if name not in available]
-    if not weights:
-        missing.append(f"weights ({' or '.join(WEIGHTS)})")
-    return [name for name in REQUIRED + OPTIONAL if name in available] + weights, missing
+def _present(snapshot: Path) -> set[str]:
+    return {path.name for path in snapshot.iterdir() if path.is_file()}
 
 
-def _shards(weights: Path) -> list[str]:
-    """Return the files that an index of weights names; none if `weights` is not an index."""
-    if not weights.name.endswith(_INDEX):
-        return []
-    try:
-        shards = sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
-        if shards and all(re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) for name in shards):
-            return shards
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass  # not JSON, or not of this shape: reported below
-    raise InvalidCheckpoint(
-        f"{weights} is broken: expected a JSON object whose weight_map gives each tensor the name "
-        "of a .safetensors or .bin file beside it"
+def _complete(snapshot: Path, place: _Place, *, is_offline: bool, notices: Notices) -> None:
+    """Fetch what decides text and what a copy of another program lacks."""
+    present = _present(snapshot)
+    if ".gitattributes" in present:
+        return  # no program picks this file: it is a copy of the whole repository
+    unknown = set(OPTIONAL).union([TOKENIZERS[0]]).difference(present)
+    absent = place.storage / ".no_exist" / snapshot.name
+    unknown = {name for name in unknown if not (absent / name).is_file()}
+    if not unknown:
+        return
+    reason = "offline"
+    if not is_offline:
+        try:
+            _, listed = _list_files(place.repo_id, snapshot.name, _LISTING_S)
+            files = [_locate(place, name, snapshot) for name in sorted(unknown & listed)]
+            if files:
+                _fetch_files(files, place, ignore_progress)
+            _record_absent(unknown - listed, absent, place.cache)
+            return
+        except (DownloadFailed, ModelNotFound, OSError) as error:
+            reason = str(error)[:120] + "…"
+    notices.add(
+        f"{place.repo_id}: another program made the copy in {place.cache}; whether the repository "
+        f"also has {', '.join(sorted(unknown))} is not known ({reason}). If it has, the text may "
+        "differ from the model's own"
     )
 
 
-def _download(repo_id: str, cache: Path, stamps: Path, progress: Progress) -> Path:
-    from huggingface_hub import HfApi, constants
+def _record_absent(names: Collection[str], absent: Path, cache: Path) -> None:
+    """Record which files the repository does not have, as huggingface_hub does."""
+    # In a read-only cache, or through a link out of it: the Hub is contacted again next time.
+    with contextlib.suppress(OSError, DownloadFailed):
+        make_folder(absent, cache)
+        for name in names:
+            with contextlib.suppress(FileExistsError):
+                (absent / name).open("xb").close()
 
+
+def _list_files(repo_id: str, revision: str | None, total_s: float) -> tuple[str, set[str]]:
+    """Return a repository's commit and the names of its files, from the Hub."""
+    from huggingface_hub import constants
+
+    url = f"{constants.ENDPOINT}/api/models/{repo_id}"
     with hub_errors(repo_id, "its list of files"):
-        info = HfApi().model_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        commit = str(info.sha)
-        listed = {sibling.rfilename for sibling in info.siblings or ()}
-    if not re.fullmatch(r"[0-9a-f]{40}", commit):
-        raise DownloadFailed(
-            f"{constants.ENDPOINT} does not answer like a Hugging Face Hub: {repo_id} has the "
-            f"commit {commit!r}; expected 40 hex digits. Check HF_ENDPOINT."
-        )
-    storage = cache / f"models--{repo_id.replace('/', '--')}"
-    snapshot = storage / "snapshots" / commit
+        info = transfer.read_json(url + (f"/revision/{revision}" if revision else ""), total_s)
+    try:
+        commit, listed = info["sha"], {str(file["rfilename"]) for file in info["siblings"]}
+        if re.fullmatch(r"[0-9a-f]{40}", commit):
+            return commit, listed
+    except (LookupError, TypeError):
+        pass  # not of this shape: reported below
+    raise DownloadFailed(
+        f"{constants.ENDPOINT} does not answer like a Hugging Face Hub: expected a list of the "
+        f"files of {repo_id} and a commit of 40 hex digits. Check HF_ENDPOINT."
+    )
 
+
+def _download(place: _Place, progress: Progress, accept: Callable[[Path], None]) -> Path:
+    commit, listed = _list_files(place.repo_id, None, transfer.ANSWER_S)
+    snapshot = place.storage / "snapshots" / commit
     files: list[_RemoteFile] = []
     shards: list[str] = []
-    names, missing = _select(listed)
+    names, missing = select(listed)
     if not missing:
-        files = [_locate(repo_id, name, snapshot) for name in names]
-        if names[-1].endswith(_INDEX):  # first, because it names the files that follow
-            _fetch_files(files[-1:], stamps, ignore_progress)
-            shards = _shards(snapshot / names[-1])
+        files = [_locate(place, name, snapshot) for name in names]
+        if names[-1].endswith(INDEX):  # first, because it names the files that follow
+            _fetch_files(files[-1:], place, ignore_progress)
+            shards = shards_of(snapshot / names[-1])
             missing = [shard for shard in shards if shard not in listed]
     if missing:
         raise InvalidCheckpoint(
-            f"{repo_id} lacks {', '.join(missing)}; it holds {len(listed)} files: "
-            f"{', '.join(sorted(listed)[:20])}"
+            f"{place.repo_id} lacks {_some(missing)}; it holds {len(listed)} files: "
+            f"{_some(sorted(listed))}"
         )
-    files += [_locate(repo_id, shard, snapshot) for shard in shards]
-    _fetch_files(files, stamps, progress)
+    files += [_locate(place, shard, snapshot) for shard in shards]
+    _fetch_files(files, place, progress, accept)
+    absent = place.storage / ".no_exist" / commit
+    _record_absent({*OPTIONAL, TOKENIZERS[0]} - listed, absent, place.cache)
 
     # Last, because a ref to an unfinished snapshot would hide an older complete one.
-    ref = storage / "refs" / "main"
-    ref.parent.mkdir(exist_ok=True)
+    ref = place.storage / "refs" / "main"
+    make_folder(ref.parent, place.cache)
     write_atomically(ref, commit.encode())
     return snapshot
 
 
-def _fetch_files(files: list[_RemoteFile], stamps: Path, progress: Progress) -> None:
+def _some(names: list[str]) -> str:
+    return ", ".join(f"{name:.100}" for name in names[:20]) + (", …" if len(names) > 20 else "")
+
+
+def _fetch_files(
+    files: list[_RemoteFile],
+    place: _Place,
+    progress: Progress,
+    accept: Callable[[Path], None] = lambda folder: None,
+) -> None:
     blobs, snapshot = files[0].blob.parent, files[0].link.parent
-    for folder in (snapshot, blobs):
-        folder.mkdir(parents=True, exist_ok=True)
-    needed = sum((file.size or 0) - file.present_bytes() for file in files)
+    for folder in (snapshot, blobs, place.locks):
+        make_folder(folder, place.cache)
+    needed = sum(file.size - file.present_bytes() for file in files)
     free = shutil.disk_usage(blobs).free
     if needed > free:
         raise DownloadFailed(
-            f"{files[0].repo_id} needs {needed / 1e9:.2f} GB more on the disk of {blobs}, which "
+            f"{place.repo_id} needs {needed / 1e9:.2f} GB more on the disk of {blobs}, which "
             f"has {free / 1e9:.2f} GB free. Make room, or set HF_HOME to a folder on another disk."
         )
-    sizes = {file.name: (file.present_bytes(), file.size or 0) for file in files}
-    tally = Tally(f"downloading {files[0].repo_id.rpartition('/')[2]}", sizes, progress)
+    sizes = {file.name: (file.present_bytes(), file.size) for file in files}
+    tally = Tally(f"downloading {place.repo_id.rpartition('/')[2]}", sizes, progress)
+    is_accepted = False
     for file in files:
-        _fetch_file(file, stamps, tally)
+        if size_limit(file.name) is None and not is_accepted:  # the first file of weights
+            accept(snapshot)
+            is_accepted = True
+        _fetch_file(file, place, tally)
 
 
-def _locate(repo_id: str, name: str, snapshot: Path) -> _RemoteFile:
+def _locate(place: _Place, name: str, snapshot: Path) -> _RemoteFile:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    with hub_errors(repo_id, name):
-        url = hf_hub_url(repo_id, name, revision=snapshot.name)
-        metadata = get_hf_file_metadata(url)
-        etag = str(metadata.etag)
+    with hub_errors(place.repo_id, name):
+        url = hf_hub_url(place.repo_id, name, revision=snapshot.name)
+        metadata = watch.call(lambda: get_hf_file_metadata(url))
+    etag, size = str(metadata.etag), metadata.size
     if not is_checksum(etag):
         raise DownloadFailed(
             f"{url} cannot be verified: expected a SHA-1 or SHA-256 as its etag, found {etag!r}. "
             "Check HF_ENDPOINT."
         )
-    blob = snapshot.parent.parent / "blobs" / etag
-    return _RemoteFile(repo_id, name, url, etag, metadata.size, blob, snapshot / name)
+    if size is None or size < 0:
+        raise DownloadFailed(
+            f"{url} has no known size: expected Content-Length or X-Linked-Size. Check HF_ENDPOINT."
+        )
+    if (limit := size_limit(name)) is not None and size > limit:
+        raise InvalidCheckpoint(
+            f"{name} of {place.repo_id} has {size:,} bytes, expected at most {limit:,}"
+        )
+    blob = place.storage / "blobs" / etag
+    return _RemoteFile(place.repo_id, name, url, etag, size, blob, snapshot / name)
 
 
-def _fetch_file(file: _RemoteFile, stamps: Path, tally: Tally) -> None:
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    storage = file.blob.parent.parent
-    lock = storage.parent / ".locks" / storage.name / f"{file.etag}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):  # another process or thread may want the same file
+def _fetch_file(file: _RemoteFile, place: _Place, tally: Tally) -> None:
+    with _lock(file, place, tally):  # another process or thread may want the same file
         if file.blob.exists():
-            check(file.blob, file.etag, file.name, stamps)
+            check(file.blob, file.name, place.stamps, place.cache)
         elif not file.link.is_file():  # a file without a blob: see `_link`
             _stream(file, tally)
-            check(file.partial, file.etag, file.name, stamps)
+            verify(file.partial, file.etag, file.name, place.cache)
             file.partial.replace(file.blob)
+            stamp(file.blob, place.stamps)
         _link(file)
     tally.file_is_whole(file.name)
 
 
+@contextlib.contextmanager
+def _lock(file: _RemoteFile, place: _Place, tally: Tally) -> Iterator[None]:
+    """Hold a file's lock. Waits as long as its holder downloads."""
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    path = place.locks / f"{file.etag}.lock"
+    if path.is_symlink():
+        path.unlink()  # the lock would empty what it leads to
+    with contextlib.ExitStack() as held:
+        state, since = _partial_state(file), time.monotonic()
+        while True:
+            try:
+                held.enter_context(WeakFileLock(path, timeout=_LOCK_S))
+                break
+            except TimeoutError as error:  # filelock's Timeout is one
+                if state != (state := _partial_state(file)):
+                    since = time.monotonic()
+                    tally.file_has(file.name, file.present_bytes())
+                elif time.monotonic() - since > _HOLDER_PATIENCE_S:
+                    raise DownloadFailed(
+                        f"another program holds {path}, and {file.name} does not grow. End that "
+                        "program, or remove the lock if there is none, and run the same command "
+                        "again."
+                    ) from error
+        yield
+
+
+def _partial_state(file: _RemoteFile) -> list[tuple[str, int, int]]:
+    """Return what changes while a program downloads a file. huggingface_hub's names vary."""
+    found = []
+    for path in sorted(file.blob.parent.glob(f"{file.etag}*.incomplete")):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            found.append((path.name, status.st_size, status.st_mtime_ns))
+    return found
+
+
 def _stream(file: _RemoteFile, tally: Tally) -> None:
     """Append the missing bytes to the partial file."""
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    options: dict[str, Any] = {}
-    # Versions 0.30 to 2.4 have this parameter; later ones may drop it.
-    if "_tqdm_bar" in inspect.signature(http_get).parameters:
-        options["_tqdm_bar"] = SilentBar()
-    # A compressed transfer would have neither a known length nor ranges.
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    with ToldFile(
-        file.partial, file.size, lambda n_bytes: tally.file_has(file.name, n_bytes)
-    ) as stream:
-        if file.size is None or stream.tell() > file.size:
-            stream.seek(0)  # ToldFile reports its position as the length
-            stream.truncate()
-        with hub_errors(file.repo_id, file.name):
-            http_get(
-                file.url,
-                stream,
-                resume_size=os.fstat(stream.fileno()).st_size,
-                headers=headers,
-                expected_size=file.size,
-                displayed_filename=file.name,
-                **options,
-            )
+    with (
+        PartialFile(
+            file.partial, file.size, lambda n_bytes: tally.file_has(file.name, n_bytes)
+        ) as stream,
+        hub_errors(file.repo_id, file.name),
+    ):
+        transfer.append(file.url, stream, file.size)
 
 
 def _link(file: _RemoteFile) -> None:

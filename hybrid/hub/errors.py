@@ -1,32 +1,33 @@
-"""Error messages for failures of huggingface_hub: what is wrong, and what to do."""
+"""Error messages for failures of the Hub and of huggingface_hub: what is wrong, and what to do."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Iterator
 
 from hybrid.errors import DownloadFailed, HybridError, ModelNotFound
+from hybrid.hub.transfer import requested_wait
+from hybrid.hub.watch import SourceFailed
 
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
-)
+_MAX_REASON = 300  # characters: a server may write a long one
 
 
 @contextlib.contextmanager
 def hub_errors(repo_id: str, what: str) -> Iterator[None]:
-    """Convert any error of huggingface_hub into a HybridError with our own message.
+    """Convert any error of the network or of huggingface_hub into a HybridError.
 
     Depending on its version it raises errors of requests, httpx or httpx2, and its own. If a proxy
-    answers with a login page instead of JSON, it raises yet others. So this catches `Exception`,
-    and may enclose nothing but calls of huggingface_hub.
+    answers with a login page instead of JSON, there are yet others. So this catches `Exception`,
+    and may enclose nothing but calls of huggingface_hub, `transfer` and `watch`. An OSError that no
+    server caused is one of our disk, and passes.
     """
     try:
         yield
+    except SourceFailed as failed:
+        raise _explain(failed.error, repo_id, what) from failed.error
+    except OSError:
+        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise  # our disk, not the network
         raise _explain(error, repo_id, what) from error
 
 
@@ -39,7 +40,14 @@ def _explain(error: Exception, repo_id: str, what: str) -> HybridError:
             "repository, or it is private or gated. Check the name. For a private or gated one, "
             f"request access at https://huggingface.co/{repo_id} and set HF_TOKEN."
         )
-    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    wait_s = None if response is None else requested_wait(response.headers)
+    if wait_s is not None and wait_s > 0:
+        return DownloadFailed(
+            f"cannot fetch {what} of {repo_id}: the hub is busy (HTTP {status}) and wants a pause "
+            f"of {wait_s:,.0f} s. Run the same command again after that: downloaded parts are "
+            f"kept. A token in HF_TOKEN allows more requests. {advice(repo_id)}"
+        )
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:_MAX_REASON]
     return DownloadFailed(
         f"cannot fetch {what} of {repo_id} ({reason}). Try again: downloaded parts are kept. "
         + advice(repo_id)

@@ -11,6 +11,7 @@ from hybrid.engine.loading.pipeline import Request, load_parts
 from hybrid.engine.options import LoadKeywords, LoadOptions, spelling_out
 from hybrid.errors import InvalidOption
 from hybrid.hub.catalog import hybrid_home, resolve
+from hybrid.notices import Notices
 from hybrid.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def load(
     """Load a model and return its Engine.
 
     `model` is a name from the catalog ("stories" is bundled), a Hugging Face repo id, or a folder.
-    A model that is not on this machine is downloaded, unless `offline`. `threads` defaults to the
-    physical cores that this process may use. `context_size` (in tokens) defaults to 4096, or to the
-    length that the model was trained for if that is less. `quant` is "q8", "q4" or "bf16".
+    What looks like a path is always a folder, and "hf://owner/name" always a repo id. A model that
+    is not on this machine is downloaded, unless `offline`. `threads` defaults to the physical cores
+    that this process may use. `context_size` (in tokens) defaults to 4096, or to the length that
+    the model was trained for if that is less. `quant` is "q8", "q4" or "bf16".
 
     A large model is packed once and kept under HYBRID_HOME (default: the user's cache folder). Its
     packed file is first mapped, which takes no time, and then copied into memory while the model is
@@ -71,8 +73,9 @@ def load(
     InvalidOption, OutOfMemory, DeviceUnavailable, DeviceFailed.
     """
     options = replace(options or LoadOptions(), **keywords)
-    folder = resolve(model, offline=options.offline, progress=progress)
-    return Engine(load_parts(Request(folder, options, _home(), progress)))
+    notices = Notices()
+    folder = resolve(model, offline=options.offline, progress=progress, notices=notices)
+    return Engine(load_parts(Request(folder, options, _home(), progress, notices)))
 
 
 def _home() -> Path | None:

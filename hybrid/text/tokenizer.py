@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import tokenizers
 
+from hybrid.checkpoint.name import model_name
 from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
 from hybrid.text.added_tokens import add_tokens
 from hybrid.text.bos import BosWishes, choose_bos
@@ -368,7 +369,7 @@ def _find_chat_template(
     problem = "hybrid does not know the chat template (it knows MiniCPM's)"
     if is_minicpm:
         problem = "the vocabulary cannot tell the chat template's markers from a user's text"
-    return False, (f"{folder.name}: {problem}; text is completed raw, without a template",)
+    return False, (f"{model_name(folder)}: {problem}; text is completed raw, without a template",)
 
 
 def _read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -1,189 +1,55 @@
 """A model's name leads to a checked folder, which is downloaded if it is not on this machine.
 
-A server on this machine imitates the Hugging Face Hub. It serves small files with git's SHA-1 as
-their etag. It redirects large files to another host, with their SHA-256 in `X-Linked-Etag`.
+`local_hub` imitates the Hugging Face Hub.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import inspect
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.utils
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
+from local_hub import (
+    CHUNK,
+    COMMIT,
+    REPO,
+    SMALL,
+    UNWANTED,
+    WEIGHTS,
+    Handler,
+    LocalHub,
+    blobs,
+    contents,
+    spoil,
+)
+from tiny_models import STORIES, write_chat_model, write_model
 
+import hybrid
+from hybrid.checkpoint.name import model_name
 from hybrid.errors import (
     DownloadFailed,
     InvalidCheckpoint,
     InvalidOption,
     ModelNotFound,
+    UnsupportedModel,
 )
+from hybrid.hub.cache import PartialFile
 from hybrid.hub.catalog import catalog, hybrid_home, resolve
+from hybrid.notices import Notices
 
-COMMIT = "c0ffee" * 6 + "c0ff"
-CHUNK = 4096  # bytes that huggingface_hub writes at a time in these tests
-REPO = "someone/tiny"
 MINICPM = "openbmb/MiniCPM-S-1B-sft"
-
-SMALL = {
-    "config.json": b'{"model_type": "minicpm"}',
-    "generation_config.json": b'{"temperature": 0.8}',
-    "tokenizer.json": b'{"model": {}}',
-    "tokenizer_config.json": b"{}",
-    "special_tokens_map.json": b"{ }",
-}
-UNWANTED = {
-    "README.md": b"# tiny",
-    "modeling_minicpm.py": b"raise SystemExit",
-    "tiny.Q4_0.gguf": b"GGUF",
-    "consolidated.safetensors": b"the same once more",
-}
-resumes_a_cut_connection = pytest.mark.skipif(
-    "RemoteProtocolError" not in inspect.getsource(file_download.http_get),
-    reason="this version of huggingface_hub resumes a cut connection only in the next run",
-)
-WEIGHTS = bytes(i * i % 251 for i in range(10 * CHUNK))
-
-
-class LocalHub(ThreadingHTTPServer):
-    """Repositories (name -> file -> bytes), the requests that it saw, and faults on demand."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.requests: list[tuple[str, str, dict[str, str]]] = []
-        self.status: dict[str, int] = {}  # part of a path -> the status it answers
-        self.cut_after: int | None = None  # close the next large download after this many bytes
-        self.down_after_cut = False
-        self.flip = False  # send large files with their first byte changed
-
-    def seen(self, method: str, part: str) -> list[dict[str, str]]:
-        """The headers of the requests whose path contains `part`."""
-        return [headers for m, path, headers in self.requests if m == method and part in path]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: LocalHub
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        headers.setdefault("Content_Length", str(len(body)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        hub, path = self.server, self.path.partition("?")[0]
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        hub.requests.append((self.command, path, headers))
-        for part, status in hub.status.items():
-            if part in path:
-                return self.answer(status)
-        owner, name, *rest = path.removeprefix("/api/models").removeprefix("/cdn").split("/")[1:]
-        files = hub.repos.get(f"{owner}/{name}")
-        if files is None:
-            return self.answer(404, X_Error_Code="RepoNotFound")
-        if path.startswith("/api/models"):
-            return self.list_files(f"{owner}/{name}", files)
-        body = files[rest[-1]]
-        if path.startswith("/cdn"):
-            return self.send_large(body)
-        sha256 = hashlib.sha256(body).hexdigest()
-        sha1 = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-        if not rest[-1].endswith((".safetensors", ".bin")):
-            return self.answer(200, body, ETag=f'"{sha1}"', X_Repo_Commit=COMMIT)
-        return self.answer(
-            302,
-            Location=f"http://localhost:{hub.server_port}/cdn/{owner}/{name}/{rest[-1]}",
-            X_Linked_Etag=f'"{sha256}"',
-            X_Linked_Size=str(len(body)),
-            X_Repo_Commit=COMMIT,
-        )
-
-    do_HEAD = do_GET
-
-    def list_files(self, repo_id: str, files: dict[str, bytes]) -> None:
-        names = [{"rfilename": name} for name in files]
-        info = {"id": repo_id, "sha": COMMIT, "private": False, "siblings": names}
-        self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
-
-    def send_large(self, body: bytes) -> None:
-        hub = self.server
-        first = int(self.headers.get("Range", "bytes=0-")[6:].rstrip("-"))
-        rest = body[first:]
-        if hub.flip and first == 0:
-            rest = bytes([body[0] ^ 1]) + body[1:]
-        cut, hub.cut_after = hub.cut_after, None
-        if cut is not None and hub.down_after_cut:
-            hub.status["/cdn"] = 503
-        self.answer(
-            206 if first else 200,
-            rest[:cut],
-            Content_Length=str(len(rest)),
-            Content_Range=f"bytes {first}-{len(body) - 1}/{len(body)}",
-        )
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    """A running local hub that huggingface_hub talks to, with an empty cache."""
-    server = LocalHub()
-    server.repos[REPO] = {**SMALL, **UNWANTED, "model.safetensors": WEIGHTS}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    for module in (constants, file_download):  # before huggingface_hub 1.0 the latter has its own
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
-    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    yield server
-    close = getattr(huggingface_hub.utils, "close_session", None)  # since huggingface_hub 1.0
-    if close:
-        close()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def spoil(file: Path) -> None:
-    """Change a file's bytes and date it well after its stamp, whatever the clock's resolution."""
-    file.write_bytes(b"spoiled")
-    os.utime(file, (2e9, 2e9))
-
-
-def blobs(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in tmp_path.glob("hf/hub/models--*/blobs/*"))
 
 
 # Fetching
@@ -212,7 +78,121 @@ def test_a_copy_fetched_by_huggingface_hub_is_taken_and_checked(
     hub.requests.clear()
     assert resolve(REPO) == Path(file).parent
     assert hub.requests == []
-    assert len(list((tmp_path / "home" / "verified").iterdir())) == 6
+    assert len(list((tmp_path / "home" / "verified").iterdir())) == len(SMALL) + 1
+
+
+def test_everything_that_decides_text_is_fetched(hub: LocalHub, tmp_path: Path) -> None:
+    """A model of the Hub and the same folder have the same template, and so the same ids."""
+    local = write_chat_model(tmp_path / "local")
+    shutil.copy(STORIES / "generation_config.json", local)
+    (local / "chat_template.jinja").write_text("{{ '<用户>' }}<AI>", encoding="utf-8")
+    (local / "tokenizer_config.json").write_text('{"chat_template": "{{ \'[INST]\' }}"}')
+    (local / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    (local / "added_tokens.json").write_text('{"<extra>": 4150}')
+    hub.repos[REPO] = contents(local) | UNWANTED
+    assert contents(resolve(REPO)) == contents(local)
+    messages: list[hybrid.ChatMessage] = [{"role": "user", "content": "Hello"}]
+    with hybrid.load(REPO) as fetched, hybrid.load(local) as opened:
+        ids = opened.tokenizer.encode_chat(messages)
+        assert fetched.tokenizer.encode_chat(messages) == ids
+        assert fetched.default_sampling == opened.default_sampling
+
+
+def test_tokenizer_model_is_fetched_only_where_there_is_no_tokenizer_json(hub: LocalHub) -> None:
+    hub.repos["someone/both"] = {**hub.repos[REPO], "tokenizer.model": b"pieces"}
+    assert "tokenizer.model" not in contents(resolve("someone/both"))
+    del hub.repos["someone/both"]["tokenizer.json"]
+    hub.repos["someone/old"] = hub.repos["someone/both"]
+    folder = resolve("someone/old")
+    assert contents(folder)["tokenizer.model"] == b"pieces"
+    assert "tokenizer.json" not in contents(folder)
+    hub.requests.clear()
+    assert resolve("someone/old") == folder
+    assert hub.requests == []
+
+
+def fetch_in_part(hub: LocalHub, *names: str) -> Path:
+    """Fetch the weights and some other files with huggingface_hub."""
+    for name in [*names, "model.safetensors"]:
+        file = huggingface_hub.hf_hub_download(REPO, name)
+    hub.requests.clear()
+    return Path(file).parent
+
+
+def test_what_another_programs_copy_lacks_is_fetched_once(hub: LocalHub) -> None:
+    """It is of the copy's own commit, whatever the newest one is."""
+    del hub.repos[REPO]["added_tokens.json"]
+    folder = fetch_in_part(hub, "config.json", "tokenizer.json")
+    notices = Notices()
+    assert resolve(REPO, notices=notices) == folder
+    names = set(hub.repos[REPO]) - set(UNWANTED)
+    assert contents(folder) == {name: hub.repos[REPO][name] for name in names}
+    assert len(hub.seen("GET", f"/api/models/{REPO}/revision/{COMMIT}")) == 1
+    hub.requests.clear()
+    assert resolve(REPO, notices=notices) == folder
+    assert hub.requests == []
+    assert list(notices) == []
+    template = huggingface_hub.try_to_load_from_cache(REPO, "added_tokens.json")
+    assert template is huggingface_hub.file_download._CACHED_NO_EXIST  # for other programs too
+
+
+def test_a_copy_of_the_whole_repository_costs_no_request(hub: LocalHub) -> None:
+    hub.repos[REPO] = {
+        "config.json": SMALL["config.json"],
+        "tokenizer.json": SMALL["tokenizer.json"],
+        "model.safetensors": WEIGHTS,
+        ".gitattributes": b"*.safetensors filter=lfs",
+    }
+    folder = fetch_in_part(hub, "config.json", "tokenizer.json", ".gitattributes")
+    assert resolve(REPO) == folder
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("trouble", ["offline", "no network", "another commit"])
+def test_a_notice_says_what_another_programs_copy_may_lack(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    folder = fetch_in_part(hub, *[name for name in SMALL if name != "chat_template.jinja"])
+    if trouble == "no network":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    elif trouble == "another commit":
+        hub.status["/revision/"] = 404
+    notices = Notices()
+    assert resolve(REPO, offline=trouble == "offline", notices=notices) == folder
+    (notice,) = notices
+    assert "also has chat_template.jinja is not known" in notice
+    assert "\n" not in notice
+
+
+def test_a_notice_about_the_copy_reaches_the_engine(hub: LocalHub, tmp_path: Path) -> None:
+    hub.repos[REPO] = contents(write_model(tmp_path / "local", vocab_size=4096))
+    fetch_in_part(hub, "config.json", "tokenizer.json")
+    with hybrid.load(REPO, offline=True) as engine:
+        assert any("is not known (offline)" in notice for notice in engine.notices)
+
+
+def test_a_fetched_model_has_its_repositorys_name(hub: LocalHub, tmp_path: Path) -> None:
+    hub.repos[REPO] = contents(write_model(tmp_path / "local", vocab_size=4200))
+    hub.repos[REPO]["chat_template.jinja"] = b"{{ '[INST]' }}"
+    with hybrid.load(REPO) as engine:
+        assert engine.name == REPO
+        assert engine.folder.name == COMMIT
+        (notice,) = [notice for notice in engine.notices if "chat template" in notice]
+        assert notice.startswith(f"{REPO}: ")
+        assert not any(COMMIT in notice for notice in engine.notices)
+
+
+def test_the_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model_name(Path("/a/models--gpt2/snapshots/c0ffee")) == "gpt2"
+    assert model_name(Path("/a/models--owner--a-b/snapshots/c0ffee")) == "owner/a-b"
+    assert model_name(Path("/a/snapshots/c0ffee")) == "c0ffee"
+    assert model_name(Path("/a/b/")) == "b"
+    folder = tmp_path / "models--owner--name" / "snapshots" / "c0ffee"
+    (folder / "inner").mkdir(parents=True)
+    (tmp_path / "mine").symlink_to(folder)
+    assert model_name(tmp_path / "mine") == "mine"
+    monkeypatch.chdir(folder)
+    assert model_name(Path()) == model_name(Path("inner/..")) == "owner/name"
 
 
 def test_a_copy_fetched_here_is_taken_by_huggingface_hub(hub: LocalHub) -> None:
@@ -287,10 +267,45 @@ def test_a_repository_that_holds_no_whole_model_is_refused(hub: LocalHub, lackin
     assert not hub.seen("GET", "/resolve/")
 
 
+CHECK = hybrid.hub.catalog._check_all_but_weights
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "error", "message"),
+    [
+        ("config.json", b'{"architectures": ["GPT2LMHeadModel"]}', UnsupportedModel, "GPT2"),
+        ("config.json", b"{", InvalidCheckpoint, r"config\.json"),
+        ("tokenizer.json", b'{"model": {"type": "Unigram"}}', UnsupportedModel, "Unigram"),
+        ("tokenizer.json", None, InvalidCheckpoint, r"tokenizer\.json"),
+    ],
+)
+def test_a_model_that_hybrid_cannot_use_is_refused_before_its_weights_are_fetched(
+    hub: LocalHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    body: bytes | None,
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setattr("hybrid.hub.catalog._check_all_but_weights", CHECK)
+    good = contents(write_model(tmp_path / "local", vocab_size=4096))
+    hub.repos[REPO] = {**good, "tokenizer.model": b"pieces"}
+    if body is None:
+        del hub.repos[REPO][name]
+    else:
+        hub.repos[REPO][name] = body
+    with pytest.raises(error, match=message):
+        resolve(REPO)
+    assert not hub.seen("GET", "model.safetensors")
+
+    hub.repos["someone/good"] = good
+    assert contents(resolve("someone/good")) == good
+
+
 # Interruptions, corruption, concurrency
 
 
-@resumes_a_cut_connection
 def test_a_cut_connection_is_resumed(hub: LocalHub) -> None:
     hub.cut_after = 3 * CHUNK
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
@@ -337,10 +352,10 @@ def test_a_server_that_sends_more_than_it_announced_fills_no_disk(
 
 
 def test_ctrl_c_passes_through(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: object, **options: object) -> None:
+    def interrupt(*args: object, **options: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(file_download, "http_get", interrupt)
+    monkeypatch.setattr(PartialFile, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         resolve(REPO)
 
@@ -379,6 +394,16 @@ def test_a_blob_that_was_there_before_the_download_is_checked(
     with pytest.raises(DownloadFailed, match="corrupt"):
         resolve(REPO)
     assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
+
+
+def test_a_file_that_changed_but_not_its_size_and_time_is_hashed_again(hub: LocalHub) -> None:
+    """`cp -p` and package stores keep or set the time of modification."""
+    blob = (resolve(REPO) / "model.safetensors").resolve()
+    times = (blob.stat().st_atime_ns, blob.stat().st_mtime_ns)
+    blob.write_bytes(bytes([WEIGHTS[0] ^ 1]) + WEIGHTS[1:])
+    os.utime(blob, ns=times)
+    with pytest.raises(DownloadFailed, match="corrupt"):
+        resolve(REPO)
 
 
 def test_a_stamped_file_is_not_hashed_again(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,9 +469,10 @@ def environment_of(hub: LocalHub, tmp_path: Path) -> dict[str, str]:
 
 STOP_HALF_WAY = """
 import os, signal
-from huggingface_hub import constants
+from hybrid.hub import catalog, transfer
 from hybrid.hub.catalog import resolve
-constants.DOWNLOAD_CHUNK_SIZE = 4096
+transfer.PIECE_BYTES = 4096
+catalog._check_all_but_weights = lambda folder: None
 {before}
 resolve("someone/tiny", progress=lambda task, done, total: done > 4 * 4096 and {then})
 """
@@ -503,7 +529,10 @@ def test_processes_share_one_download_and_the_environment_is_honoured(
     hub: LocalHub, tmp_path: Path
 ) -> None:
     environment = environment_of(hub, tmp_path) | {"HF_HOME": str(tmp_path / "elsewhere")}
-    script = "from hybrid.hub.catalog import resolve; print(resolve('someone/tiny'))"
+    script = (
+        "from hybrid.hub import catalog; catalog._check_all_but_weights = lambda folder: None; "
+        "print(catalog.resolve('someone/tiny'))"
+    )
 
     def start(**variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -589,7 +618,6 @@ def test_progress_of_the_next_run_begins_with_what_is_there(hub: LocalHub) -> No
     assert record.done() == sorted(record.done())
 
 
-@resumes_a_cut_connection
 def test_progress_counts_no_byte_twice_if_a_connection_is_resumed(hub: LocalHub) -> None:
     hub.cut_after = 3 * CHUNK
     record = Record()
@@ -601,16 +629,12 @@ def test_progress_counts_no_byte_twice_if_a_connection_is_resumed(hub: LocalHub)
 def test_progress_stays_within_the_total_if_a_server_cannot_resume(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some versions of huggingface_hub then start again; others append the file, which fails."""
     partial = tmp_path / "hf/hub/models--someone--tiny/blobs"
     partial.mkdir(parents=True)
     (partial / (hashlib.sha256(WEIGHTS).hexdigest() + ".incomplete")).write_bytes(WEIGHTS[:CHUNK])
     monkeypatch.setattr(Handler, "send_large", lambda handler, body: handler.answer(200, body))
     record = Record()
-    try:
-        resolve(REPO, progress=record)
-    except DownloadFailed:
-        resolve(REPO, progress=record)
+    assert contents(resolve(REPO, progress=record))["model.safetensors"] == WEIGHTS
     assert record.done()[-1] == MODEL_BYTES
 
 
@@ -725,10 +749,10 @@ def test_too_small_a_disk_is_reported_before_the_download(
 
 
 def test_a_disk_that_fills_up_is_reported(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(*args: object, **options: object) -> None:
+    def fill(*args: object, **options: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(file_download, "http_get", fill)
+    monkeypatch.setattr(PartialFile, "write", fill)
     with pytest.raises(DownloadFailed, match=r"No space left on device.*Make room"):
         resolve(REPO)
 
@@ -834,9 +858,121 @@ def test_what_is_neither_name_nor_folder_nor_repository_is_refused(name: str) ->
     str(caught.value).encode()  # so it can be printed
 
 
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory and home, with folders of models."""
+    for name in ("models/minicpm", "models/Stories-2", "models/v1/minicpm", "minicpm-copy"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "models" / "minicmp.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("nobody_calls", "shelf")
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("./models/minicmp", "'models/minicpm'"),
+        ("~/models/minicmp", "models/minicpm'"),
+        ("models/v1/minicmp", "'models/v1/minicpm'"),
+        ("modles/v1/minicmp", "'models'"),
+        ("models/stories_2/", "'models/Stories-2'"),
+        ("./minicpm-cpy", "'minicpm-copy'"),
+        ("./nothing/like/it", None),
+        ("x/", None),
+        ("../no-such-folder", None),
+        ("models\\minicpm", "'models'"),
+        ("C:\\models\\minicpm", None),
+        ("C:/minicpm", None),
+        ("/no/such/folder", None),
+    ],
+)
+def test_a_mistyped_folder_is_no_such_folder(name: str, meant: str | None) -> None:
+    for model in (name, Path(name).expanduser()):
+        with pytest.raises(ModelNotFound, match="no such folder: ") as caught:
+            resolve(model)
+        assert "HTTP" not in str(caught.value)
+        assert isinstance(model, Path) or "hf://" not in str(caught.value)
+        if meant is None:
+            assert "did you mean" not in str(caught.value)
+        else:
+            assert re.search(rf"\(did you mean .*{re.escape(meant)}", str(caught.value))
+
+
+@pytest.mark.usefixtures("shelf")
+def test_a_mistyped_folder_in_a_folder_that_exists_is_not_looked_for_on_the_hub(
+    hub: LocalHub,
+) -> None:
+    hub.repos["models/minicmp"] = hub.repos[REPO]  # somebody waits for the mistake
+    with pytest.raises(
+        ModelNotFound, match=r"no such folder: 'models/minicmp' \(did you mean"
+    ) as c:
+        resolve("models/minicmp")
+    assert "write hf://models/minicmp" in str(c.value)
+    assert hub.requests == []
+    folder = resolve("hf://models/minicmp")
+    assert contents(folder)["model.safetensors"] == WEIGHTS
+    hub.requests.clear()
+    assert resolve("models/minicmp") == folder  # it was downloaded before, by that name
+    assert hub.requests == []
+
+
+@pytest.mark.usefixtures("shelf")
+def test_a_repository_whose_owner_is_no_folder_here_is_fetched(hub: LocalHub) -> None:
+    Path("someone.txt").touch()
+    Path("tiny").mkdir()
+    assert contents(resolve(REPO))["model.safetensors"] == WEIGHTS
+
+
+@pytest.mark.usefixtures("shelf")
+@pytest.mark.parametrize(
+    ("name", "hint"), [("modles/minicpm", " (did you mean 'models'?)"), ("a/b", "")]
+)
+def test_what_is_neither_folder_nor_repository_is_named_as_both(
+    hub: LocalHub, name: str, hint: str
+) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        resolve(name)
+    assert str(caught.value).startswith(f"there is no folder {name!r} here{hint}; and the hub")
+    assert "(HTTP 404)" in str(caught.value)
+
+
+@pytest.mark.usefixtures("shelf")
+def test_a_mistyped_folder_is_named_without_a_network_too(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        DownloadFailed, match=r"^there is no folder 'modles/minicpm' here \(did you"
+    ):
+        resolve("modles/minicpm")
+    with pytest.raises(DownloadFailed, match=r"^cannot fetch its list of files of a/b "):
+        resolve("a/b")
+
+
+@pytest.mark.usefixtures("nobody_calls", "shelf")
+def test_an_unknown_name_suggests_a_folder_here() -> None:
+    with pytest.raises(ModelNotFound, match=r"existing folder \(did you mean 'minicpm-copy'\?\)"):
+        resolve("minicpm-copi")
+
+
+@pytest.mark.usefixtures("nobody_calls")
+@pytest.mark.parametrize("name", ["hf://", "hf://name", "hf://a/b/c", "hf://../x", "hf://a/b@main"])
+def test_a_scheme_without_a_repository_is_refused(name: str) -> None:
+    with pytest.raises(ModelNotFound, match="expected hf://owner/name"):
+        resolve(name)
+
+
+@pytest.mark.usefixtures("nobody_calls")
+def test_a_url_is_not_taken_for_a_folder() -> None:
+    with pytest.raises(ModelNotFound, match=r"is a URL; expected .* owner/name"):
+        resolve("https://huggingface.co/someone/tiny")
+
+
 @pytest.mark.usefixtures("nobody_calls")
 def test_a_path_is_never_a_repository() -> None:
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(ModelNotFound, match="no such folder: 'someone/tiny'"):
         resolve(Path("someone/tiny"))
 
 

@@ -1,0 +1,74 @@
+"""Which files of a repository make a model, and how long each may be."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from hybrid.errors import InvalidCheckpoint
+
+CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first that exists is used
+# All of them decide how text becomes tokens or which tokens follow. A model may lack any of them.
+OPTIONAL = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+WEIGHTS = (  # the first that exists is used; an index names its shards
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+INDEX = ".index.json"
+# What a reader of these files accepts. A vocabulary of 250,000 pieces has 20 MB, the index of
+# 100,000 tensors 10 MB.
+MAX_CONFIG_BYTES, MAX_VOCABULARY_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20, 64 << 20
+_MAX_SHARDS = 10_000
+
+
+def select(available: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the files to use, with the weights or their index last, and the missing ones."""
+    files = [CONFIG] if CONFIG in available else []
+    missing = [] if files else [CONFIG]
+    for what, choices in (("a tokenizer", TOKENIZERS), ("weights", WEIGHTS)):
+        files += [name for name in choices if name in available][:1]
+        if not set(files).intersection(choices):
+            missing.append(f"{what} ({' or '.join(choices)})")
+    files[1:1] = [name for name in OPTIONAL if name in available]
+    return files, missing
+
+
+def shards_of(weights: Path) -> list[str]:
+    """Return the files that an index of weights names; none if `weights` is not an index."""
+    if not weights.name.endswith(INDEX):
+        return []
+    try:
+        if weights.stat().st_size <= MAX_INDEX_BYTES:
+            shards = sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
+            if 0 < len(shards) <= _MAX_SHARDS and all(map(_is_shard, shards)):
+                return shards
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass  # not JSON, or not of this shape: reported below
+    raise InvalidCheckpoint(
+        f"{weights} is broken: expected a JSON object whose weight_map gives each tensor the name "
+        "of a .safetensors or .bin file beside it"
+    )
+
+
+def _is_shard(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) is not None
+
+
+def size_limit(name: str) -> int | None:
+    """Return how long a file may be; None: as long as the disk has room."""
+    if name in TOKENIZERS:
+        return MAX_VOCABULARY_BYTES
+    if name.endswith(INDEX):
+        return MAX_INDEX_BYTES
+    return MAX_CONFIG_BYTES if name == CONFIG or name in OPTIONAL else None
