@@ -109,6 +109,7 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
             for notice in engine.notices:
                 print(f"note: {notice}", file=sys.stderr)
             yield engine, progress
+            engine.wait_for_weights()  # a figure of damaged weights is not shown
         return
     LoadOptions(threads=args.threads)  # report a wrong value before a model is downloaded
     with progress_bar() as progress:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hybrid import Engine, InvalidOption, Progress
-from hybrid.files import write_atomically
+from hybrid.files import open_file, write_atomically
 
 CHUNK_BYTES = 1 << 18
 WRITTEN_TOKENS = 256  # maximum length of each text that the model writes
@@ -50,7 +50,7 @@ class TextFile:
         self.separator = separator.encode() if separator else None
         digest = hashlib.sha256()
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 while block := file.read(1 << 22):
                     digest.update(block)
                 self._size = file.tell()
@@ -81,7 +81,7 @@ class TextFile:
     def _documents(self, place: int) -> Iterator[tuple[str, int]]:
         """Yield texts and the place after each. Where a text ends depends only on its start."""
         least = 16 * CHUNK_BYTES if self.separator else CHUNK_BYTES
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             file.seek(place)
             rest = file.read(least)
             while rest:

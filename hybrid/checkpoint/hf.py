@@ -6,21 +6,22 @@ and the names of tensors. `safetensors` and `torch_bin` read the weight files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
+from hybrid.checkpoint.identity import ModelIdentity, SourceFile
 from hybrid.checkpoint.safetensors import SafetensorsFile
 from hybrid.checkpoint.tensor import Tensor, WeightFile
 from hybrid.checkpoint.torch_bin import TorchBin
 from hybrid.errors import EngineClosed, InvalidCheckpoint, InvalidOption, ModelNotFound
+from hybrid.files import read_bytes
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import expected_tensors, parse_config, parse_token_ids
 
@@ -29,7 +30,7 @@ _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
     ("model.safetensors", SafetensorsFile),
     ("pytorch_model.bin", TorchBin),
 )
-_HASH_BLOCKS, _HASH_BYTES = 32, 4096
+_MAX_SHARDS = 1000  # each stays open; the largest published models have 200
 _MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
 
 
@@ -37,19 +38,6 @@ class Readable(Protocol):
     """A tensor that is in a file, or is made when it is read."""
 
     def fp32(self) -> np.ndarray: ...
-
-
-class SourceFile(NamedTuple):
-    """What identifies the state of a file."""
-
-    name: str
-    n_bytes: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> SourceFile:
-        stat = path.stat()
-        return cls(path.name, stat.st_size, stat.st_mtime_ns)
 
 
 class Checkpoint:
@@ -61,13 +49,13 @@ class Checkpoint:
         config: ModelConfig,
         tensors: Mapping[tuple[str, int | None], Readable],
         *,
-        sources: tuple[SourceFile, ...],
+        identity: ModelIdentity,
         is_synthetic: bool = False,
         notices: tuple[str, ...] = (),
     ) -> None:
         self.folder = folder
         self.config = config
-        self.sources = sources  # the files that the weights come from
+        self.identity = identity  # also lists the files that the weights come from
         self.is_synthetic = is_synthetic  # random weights, to measure speed
         self.notices = notices  # one line each, for the user
         self._tensors: Mapping[tuple[str, int | None], Readable] | None = tensors
@@ -91,25 +79,10 @@ class Checkpoint:
             )
         return tensor.fp32()
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
-        """SHA-256 that identifies the model, independent of its folder.
-
-        It covers the config, and the size and some evenly spread blocks of each file of weights.
-        Raises InvalidCheckpoint if a file cannot be read.
-        """
-        config = replace(self.config, bos_id=None, eos_ids=())  # they do not affect the weights
-        digest = hashlib.sha256(repr(config).encode())
-        for name, n_bytes, _ in self.sources:
-            digest.update(f"\0{name}\0{n_bytes}\0".encode())
-            try:
-                with (self.folder / name).open("rb") as file:
-                    for block in range(_HASH_BLOCKS):
-                        file.seek(max(0, n_bytes - _HASH_BYTES) * block // (_HASH_BLOCKS - 1))
-                        digest.update(file.read(_HASH_BYTES))
-            except OSError as error:
-                raise InvalidCheckpoint(f"{self.folder / name}: {error.strerror}") from error
-        return digest.hexdigest()
+        """The hash of `identity`. Raises InvalidCheckpoint."""
+        return self.identity.weights_hash
 
     def close(self) -> None:
         self._tensors = None
@@ -126,11 +99,14 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, *, use_mmap: bool = True, hashes: Path | None = None
+) -> Checkpoint:
     """Open a model's folder. Finds every tensor and checks its type and shape before it returns.
 
     Without `use_mmap` weights are read from the file when they are needed, and a file that shrinks
-    is an error. If a mapped file shrinks, the process ends.
+    is an error. If a mapped file shrinks, the process ends. `hashes` is the folder in which the
+    hashes of weight files are remembered.
 
     Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
     """
@@ -149,8 +125,9 @@ def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
                 "config.json; the files are of different models, or broken"
             )
         tensors[role, layer] = tensor
+    sources = tuple(present[path] for path in weights.paths)
     return Checkpoint(
-        folder, config, tensors, sources=tuple(present[path] for path in weights.paths)
+        folder, config, tensors, identity=ModelIdentity(folder, config, sources, hashes)
     )
 
 
@@ -195,6 +172,10 @@ class _Shards:
             )
         self._shard_of: dict[str, str] = weight_map
         shards = set(weight_map.values())
+        if len(shards) > _MAX_SHARDS:
+            raise InvalidCheckpoint(
+                f"{index}: lists {len(shards):,} files, expected at most {_MAX_SHARDS:,}"
+            )
         # Only names in the folder's own listing pass, so "../" and absolute paths cannot.
         missing = sorted(shards - _file_names(index.parent))
         if missing:
@@ -224,12 +205,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: is missing, or is not a regular file; download the whole model"
         )
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InvalidCheckpoint(
-                f"{path}: has {path.stat().st_size:,} bytes, expected at most {_MAX_JSON_BYTES:,}"
-            )
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_bytes(path, _MAX_JSON_BYTES).decode("utf-8")
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{path}: is not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidCheckpoint(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+from hybrid.files import open_file
 
 DType = Literal["F32", "F16", "BF16"]
 
@@ -63,7 +64,7 @@ class Tensor:
             for size, stride in zip(self.shape, strides, strict=True)
         )
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 if os.fstat(file.fileno()).st_ino != inode:
                     raise InvalidCheckpoint(f"{path}: was replaced while it was read; try again")
                 values = np.fromfile(file, self.data.dtype, n, offset=begin)
@@ -90,7 +91,7 @@ def map_file(path: Path) -> mmap.mmap:
             f"{path}: is missing, or is a link to a missing file; download the model again"
         )
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             head = file.read(256)
             if not head:
                 raise InvalidCheckpoint(f"{path}: is empty; download it again")

@@ -23,6 +23,9 @@ from hybrid import (
     load,
 )
 from hybrid.cli.progress_bar import progress_bar
+from hybrid.files import read_bytes
+
+MAX_TEXT_BYTES = 1 << 30  # of a text to measure on
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -240,11 +243,12 @@ def open_engine(
 def read_text(path: Path) -> str:
     """Read the text that --text names. Raises InvalidOption if it is unreadable or empty."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
     except OSError as error:
         raise InvalidOption(f"--text {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InvalidOption(f"--text {path}: not UTF-8 text (byte {error.start})") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as files are read in text mode
     if not text.strip():
         raise InvalidOption(f"--text {path}: there is no text in it")
     return text

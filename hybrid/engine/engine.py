@@ -72,7 +72,7 @@ class Engine:
             self.plan.is_head_on_gpu
         )
         self._process_id = os.getpid()
-        self._copying = loaded.copying
+        self._background = loaded.background
         self._stats_lock = threading.Lock()
         self._stats = EngineStats(
             load_s=parts.load_s,
@@ -101,7 +101,11 @@ class Engine:
 
     @property
     def model_hash(self) -> str:
-        """A hash of the checkpoint's weights, which profiles, predictors and plans name."""
+        """A hash of the checkpoint's weights, which profiles, predictors and plans name.
+
+        The files are hashed when something first needs it, once for each state of them. Raises
+        InvalidCheckpoint if they are no longer those that were loaded.
+        """
         return self.spec.model_hash
 
     @property
@@ -117,26 +121,27 @@ class Engine:
     @property
     def notices(self) -> tuple[str, ...]:
         """Lines that a user should see: what is slower or was not applied, and why."""
-        copying = () if self._copying is None else self._copying.notices
-        return (*self._notices, *copying)
+        later = () if self._background is None else self._background.notices
+        return (*self._notices, *later)
 
     @property
     def stats(self) -> EngineStats:
         """Counts and times since the engine was loaded."""
         with self._stats_lock:
-            if self._copying is None:
+            if self._background is None:
                 return self._stats
-            is_copying, is_mapped = self._copying.is_copying, self._copying.is_mapped
+            is_copying, is_mapped = self._background.is_copying, self._background.is_mapped
             return replace(self._stats, is_mapped=is_mapped, is_copying=is_copying)
 
     def wait_for_weights(self) -> None:
-        """Wait until all weights have been copied from their file into memory.
+        """Wait until all weights have been copied from their file into memory, and checked.
 
-        The copy runs in the background for the first seconds, while the engine is already in use.
-        Call this before measuring speed.
+        This runs in the background for the first seconds, while the engine is already in use. Call
+        this before measuring speed. Raises InvalidArtifact if the file is damaged.
         """
-        if self._copying is not None:
-            self._copying.wait()
+        if self._background is not None:
+            self._background.wait()
+            self._background.raise_damage()
 
     @property
     def fits_in_cache(self) -> bool:
@@ -198,6 +203,9 @@ class Engine:
         With a `session` of this engine, the part of the prompt that its KV cache holds is not
         computed again. Keywords change what `options` says. Work begins with the first iteration.
 
+        The file of packed weights is checked while the first tokens are computed. If it is damaged,
+        the iteration ends with InvalidArtifact, at the latest after the last piece of text.
+
         Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory.
         """
         options = replace(options or GenerationOptions(), **keywords)
@@ -235,12 +243,12 @@ class Engine:
 
         `dense` computes all neurons and gives the same results, to show what skipping saves.
         `timed` measures where time goes (`Session.stage_seconds`) and costs one percent of time.
-        Raises OutOfMemory, EngineClosed.
+        Raises OutOfMemory, EngineClosed, InvalidArtifact.
         """
         try:
             executor = self._open()
             native = executor.open_session(is_dense=dense, is_timed=timed)
-            return Session(native, self.config, executor)
+            return Session(native, self.config, executor, self._background)
         except MemoryError:
             raise OutOfMemory(
                 f"a context of {self.n_context} tokens does not fit into memory; "
@@ -252,8 +260,8 @@ class Engine:
         if self._executor is not None:
             self._executor.close()
         self._executor = None
-        if self._copying is not None:
-            self._copying.stop()
+        if self._background is not None:
+            self._background.stop()
 
     def __enter__(self) -> Engine:
         return self

@@ -17,6 +17,7 @@ from typing import Any, Literal, SupportsIndex, TypedDict, TypeVar, get_args
 import numpy as np
 
 from hybrid.errors import InvalidCheckpoint, InvalidOption
+from hybrid.files import read_bytes
 from hybrid.model.config import ModelConfig
 from hybrid.text.sampling import SamplingParams
 
@@ -27,6 +28,7 @@ DEFAULT_CONTEXT = 4096  # positions, or the model's maximum if that is smaller
 DEFAULT_RECALL = 0.99
 MAX_LOGPROBS = 100
 MAX_THREADS = 1024
+_MAX_CONFIG_BYTES = 16 << 20
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -203,7 +205,7 @@ def read_default_sampling(folder: Path) -> SamplingParams:
     if not path.exists():
         return SamplingParams()
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = json.loads(read_bytes(path, _MAX_CONFIG_BYTES).decode("utf-8"))
         if values.get("do_sample") not in (True, False, None):
             raise ValueError(f"do_sample: expected true or false, found {values['do_sample']!r}")
         if values.get("do_sample") is False:

@@ -21,7 +21,10 @@ from hybrid.engine.engine import Engine
 from hybrid.engine.oracle.comparison import token_losses
 from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
+from hybrid.files import read_bytes
 from hybrid.progress import Progress, ignore_progress
+
+_MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ def read_questions(
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Return the lines that are not empty, with their numbers. Raises InvalidOption."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, _MAX_BYTES).decode("utf-8")
     except OSError as error:
         raise InvalidOption(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -19,7 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from hybrid.checkpoint.hf import Checkpoint, SourceFile, read_config, read_json
+from hybrid.checkpoint.hf import Checkpoint, read_config, read_json
+from hybrid.checkpoint.identity import ModelIdentity, SourceFile
 from hybrid.checkpoint.synthetic.calibration import (
     CALIBRATION_SHAPE,
     HELD_OUT_SHAPE,
@@ -170,7 +171,7 @@ def open_synthetic(
         folder,
         config,
         tensors,
-        sources=(SourceFile.of(path), SourceFile.of(bias_path)),
+        identity=ModelIdentity(folder, config, (SourceFile.of(path), SourceFile.of(bias_path))),
         is_synthetic=True,
         notices=(notice,),
     )
