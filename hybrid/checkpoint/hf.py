@@ -127,7 +127,11 @@ def open_checkpoint(
         tensors[role, layer] = tensor
     sources = tuple(present[path] for path in weights.paths)
     return Checkpoint(
-        folder, config, tensors, identity=ModelIdentity(folder, config, sources, hashes)
+        folder,
+        config,
+        tensors,
+        identity=ModelIdentity(folder, config, sources, hashes),
+        notices=weights.notices,
     )
 
 
@@ -184,6 +188,7 @@ class _Shards:
                 f"{', '.join(map(repr, missing[:20]))}; download them"
             )
         self._files = {shard: reader(index.parent / shard) for shard in shards}
+        self.notices = tuple(line for file in self._files.values() for line in file.notices)
         self.paths = (index, *(index.parent / shard for shard in sorted(shards)))
 
     def tensor(self, name: str) -> Tensor:

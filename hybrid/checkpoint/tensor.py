@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -38,6 +39,7 @@ class Tensor:
     data: np.ndarray  # mapped, read-only; uint16 bit patterns if dtype is BF16
     # Without mmap, read the values from here instead: the file, the first byte in it, its inode.
     unmapped: tuple[Path, int, int] | None = None
+    verify: Callable[[], None] | None = None  # compares checksums; raises InvalidCheckpoint
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,6 +47,8 @@ class Tensor:
 
     def fp32(self) -> np.ndarray:
         """Return the values as contiguous float32; a view of the file if it already holds that."""
+        if self.verify is not None:
+            self.verify()
         data = self.data if self.unmapped is None else self._read(*self.unmapped)
         if self.dtype == "BF16":
             bits = data.astype(np.uint32, order="C")
@@ -79,6 +83,7 @@ class WeightFile(Protocol):
     """A file, or several that belong together, from which tensors are read by name."""
 
     paths: tuple[Path, ...]
+    notices: tuple[str, ...]  # one line each, for the user
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor. Raises `InvalidCheckpoint` or `UnsupportedModel` if it is unusable."""

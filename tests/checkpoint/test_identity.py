@@ -1,4 +1,4 @@
-"""A model's hash covers every byte of its weights, and is computed once for each state of a file."""
+"""A model's hash covers all bytes of its weights, and is computed once for each state of a file."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def hash_of(model: Path, memory: Path | None = None) -> str:
     with hf.open_checkpoint(model, hashes=memory) as checkpoint:
         return checkpoint.weights_hash
+
+
+def interrupt_after(event: threading.Event) -> None:
+    event.wait()
+    raise KeyboardInterrupt
 
 
 def refuse_to_read(*args: object) -> str:
@@ -129,8 +134,7 @@ def test_hashing_in_the_background_stops_with_an_error_of_the_body(model, monkey
         with monkeypatch.context() as patch:
             patch.setattr(identity, "hash_content", wait_for_stop)
             with pytest.raises(KeyboardInterrupt), checkpoint.identity.hashing():
-                at_work.wait()
-                raise KeyboardInterrupt
+                interrupt_after(at_work)
         assert checkpoint.weights_hash == hash_of(model)
 
 
