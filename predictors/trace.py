@@ -60,7 +60,7 @@ _ABOUT = record(
         **dict.fromkeys(("n_tokens", "stride"), integer(1)),
         **dict.fromkeys(("model", "model_hash", "order_hash", "quant"), text()),
         **dict.fromkeys(("input", "activation"), text()),
-        "threshold": number(),
+        "threshold": number(-1e6, 1e6),
         "texts": list_of(anything),
         "costs": _COSTS,
     },

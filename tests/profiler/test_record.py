@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from predictor_files import trace_about
 from tiny_models import write_model
 
 import hybrid
@@ -150,7 +151,7 @@ def test_a_trace_is_an_even_sample_within_its_budget(tmp_path):
         writer.add(inputs, np.full((2, n, 2), 5, np.uint8))
         sent += n
         assert writer.n_records <= 10
-    writer.finish([np.zeros((9, 4), np.float16)] * 2, {"threshold": 0.0})
+    writer.finish([np.zeros((9, 4), np.float16)] * 2, trace_about())
     trace = load_trace(tmp_path)
     taken = trace.layer(1).inputs[:, 0]
     assert taken.tolist() == list(range(0, sent, trace.stride))
