@@ -154,7 +154,7 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
             "hot neurons together and trains a predictor for --predictor auto, so that a token "
             "reads fewer bytes"
         )
-    if engine.plan.uses_gpu:
+    if engine.device_name != "cpu":
         lines.append(f"{engine.plan.summary()}, {engine.device_name}")
     if args.verbose:
         stats = engine.stats

@@ -28,7 +28,7 @@ def closing_line(engine: Engine, generation: Generation) -> str:
     if stats.cached_tokens:
         prompt += f" ({stats.cached_tokens} cached)"
     decode = f"generated {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
-    if stats.decode_steps and not engine.plan.uses_gpu:
+    if stats.decode_steps and engine.device_name == "cpu":
         decode += f", {stats.decode_gbs:.1f} GB/s"
         # A small model's weights stay in the CPU's cache, so memory bandwidth is no limit.
         if not engine.fits_in_cache and (stream := measured_stream_gbs(engine)):

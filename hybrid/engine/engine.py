@@ -23,6 +23,7 @@ from hybrid.engine.session import Session
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption, OutOfMemory
 from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import last_level_cache_bytes, measure_stream_gbs
+from hybrid.placement.plan import PlacementPlan
 from hybrid.text.sampling import Sampler
 from hybrid.text.tokenizer import ChatMessage, check_message
 from hybrid.weights.layout import decode_bytes
@@ -59,7 +60,7 @@ class Engine:
 
     def __init__(self, parts: Parts) -> None:
         """`hybrid.load` makes the parts (hybrid/engine/loading/pipeline.py)."""
-        self.folder, self.spec, self.plan = parts.folder, parts.spec, parts.plan
+        self.folder, self.spec, self._plan = parts.folder, parts.spec, parts.plan
         self.tokenizer, self.default_sampling = parts.tokenizer, parts.default_sampling
         # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
         self.neuron_orders: NeuronOrders | None = parts.orders
@@ -69,7 +70,7 @@ class Engine:
         loaded = parts.loaded
         # Whether all logits are estimated from a preview and only the likeliest computed in full.
         self.previews_head: bool = loaded.model.preview is not None and not (
-            self.plan.is_head_on_gpu
+            parts.plan.is_head_on_gpu
         )
         self._process_id = os.getpid()
         self._background = loaded.background
@@ -80,6 +81,13 @@ class Engine:
             is_mapped=loaded.is_mapped,
             is_locked=loaded.is_locked,
         )
+
+    @property
+    def plan(self) -> PlacementPlan:
+        """What is on which device. It names the model, so this raises what `model_hash` raises."""
+        if not self._plan.model_hash:
+            self._plan = replace(self._plan, model_hash=self.model_hash)
+        return self._plan
 
     @property
     def config(self) -> ModelConfig:

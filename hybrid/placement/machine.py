@@ -109,7 +109,7 @@ def read_overrides(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidArtifact(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise InvalidArtifact(f"{path}: the machine's fields are broken ({error})") from error
+        raise InvalidArtifact(f"{path}: {error}") from error
     values.pop("version", None)
     return values
 

@@ -46,7 +46,7 @@ ON_CPU = LayerPlacement()
 class PlacementPlan:
     """Devices of the layers and the head of one model, for one format and context."""
 
-    model_hash: str  # Checkpoint.weights_hash; empty in a plan of the CPU alone for one load
+    model_hash: str  # Checkpoint.weights_hash; empty within a load that needs no plan
     order_hash: str  # weights.packing.order_hash: the neuron order that prefixes refer to
     quant: str  # "bf16", "q8" or "q4"
     n_context: int  # positions for which GPU layers have a KV cache
