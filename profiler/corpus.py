@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hybrid import Engine, InvalidOption, Progress
-from hybrid.files import open_file, write_atomically
+from hybrid.files import open_file, read_bytes, write_atomically
 
 CHUNK_BYTES = 1 << 18
 WRITTEN_TOKENS = 256  # maximum length of each text that the model writes
@@ -176,7 +176,7 @@ def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[To
             if not path.exists():
                 ids = _write(engine, prompt, seed=index)
                 write_atomically(path, json.dumps(ids).encode())
-            sequences.append(json.loads(path.read_text()))
+            sequences.append(json.loads(read_bytes(path, 16 << 20)))
             done += 1
         corpora.append(TokenLists(f"self-written: {kind}", sequences))
     progress("writing texts to record on, texts", total, total)

@@ -26,6 +26,7 @@ from hybrid.model.config import ModelConfig
 from predictors.schema import Malformed, integer, read_json, record, text
 
 CHUNK_BYTES = 4 << 20  # hashed by one thread; a file's hash is that of its chunks' hashes
+READ_BYTES = 256 << 10  # read at once, so that the bytes are hashed from the cache
 # A file that changed so recently may change again without another time of change. File systems
 # count in steps of up to two seconds.
 SETTLED_NS = 2_000_000_000
@@ -192,15 +193,15 @@ def hash_content(descriptor: int, n_bytes: int, stops: threading.Event | None = 
         if stops is not None and stops.is_set():
             raise _Stopped
         if not hasattr(local, "buffer"):
-            local.buffer = memoryview(bytearray(min(CHUNK_BYTES, n_bytes)))
-        chunk = local.buffer[: min(CHUNK_BYTES, n_bytes - first)]
-        done = 0
-        while done < len(chunk):
-            n = os.preadv(descriptor, [chunk[done:]], first + done)
+            local.buffer = memoryview(bytearray(READ_BYTES))
+        chunk, end = hashlib.sha256(), min(first + CHUNK_BYTES, n_bytes)
+        while first < end:
+            n = os.preadv(descriptor, [local.buffer[: end - first]], first)
             if n == 0:
                 raise OSError(0, "became shorter while it was read")
-            done += n
-        return hashlib.sha256(chunk).digest()
+            chunk.update(local.buffer[:n])
+            first += n
+        return chunk.digest()
 
     firsts = range(0, n_bytes, CHUNK_BYTES)
     digest = hashlib.sha256()

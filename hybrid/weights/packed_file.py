@@ -56,7 +56,7 @@ KEEP_FROM_BYTES = 64 << 20  # smaller models are packed so fast that a file does
 
 
 class Identity(Protocol):
-    """A model that is hashed when its hash is first needed, or while it is packed."""
+    """A model that is hashed when its hash is first needed, or in the background."""
 
     @property
     def weights_hash(self) -> str: ...
@@ -173,26 +173,24 @@ def load_packed(
             damage = (str(error),)
         except (FileChanged, OSError):
             pass
+    # The hash is not known yet, but every header of this layout has the same length. The model is
+    # hashed while the disk is busy, because packing keeps all cores busy.
+    n_header = len(_format_header(layout, "0" * 64, order))
+    end = n_header + n_bytes
     try:
         if use_mmap:
             cache.mkdir(parents=True, exist_ok=True)
-            # The hash is not known yet, but every header of this layout has the same length.
-            n_header = len(_format_header(layout, "0" * 64, order))
-            end = n_header + n_bytes
             with replacing(path, end + _checksum_bytes(layout)) as file:
                 mapping = mmap.mmap(file.fileno(), end)
-                buffer = np.frombuffer(mapping, np.uint8)[n_header:]
+                buffer = pack(np.frombuffer(mapping, np.uint8)[n_header:])
                 with checkpoint.identity.hashing():
-                    pack(buffer)
-                header = _header(checkpoint, layout, order)
-                file.write(header)
+                    mapping.flush()
+                file.write(_header(checkpoint, layout, order))
                 file.seek(end)
                 checksums = _write_checksums(file, path, layout, buffer, n_threads)
-                mapping.flush()
             buffer, check = map_file(path, n_header, checksums)
             return loaded(buffer, is_mapped=True, background=check)
-        with checkpoint.identity.hashing():
-            buffer = pack(allocate(n_bytes))
+        buffer = pack(allocate(n_bytes))
     except (OSError, FileChanged) as error:
         if not fits_memory:
             raise OutOfMemory(
@@ -202,11 +200,15 @@ def load_packed(
         return loaded(pack(allocate(n_bytes)), _not_kept(path, error))
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        header = _header(checkpoint, layout, order)
-        with replacing(path, len(header) + n_bytes + _checksum_bytes(layout)) as file:
-            file.write(header)
-            file.write(buffer.data)
-            _write_checksums(file, path, layout, buffer, n_threads)
+        with replacing(path, end + _checksum_bytes(layout)) as file:
+            with checkpoint.identity.hashing():
+                file.seek(n_header)
+                file.write(buffer.data)
+                _write_checksums(file, path, layout, buffer, n_threads)
+                file.flush()
+                os.fsync(file.fileno())
+            file.seek(0)
+            file.write(_header(checkpoint, layout, order))
     except OSError as error:
         return loaded(buffer, _not_kept(path, error))
     return loaded(buffer)
