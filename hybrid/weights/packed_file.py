@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,41 +154,17 @@ def load_packed(
     if cache is None or (n_bytes < KEEP_FROM_BYTES and not use_mmap):
         return loaded(pack(allocate(n_bytes)), *(["mmap: there is no file to map"] * use_mmap))
     path = cache / _file_name(checkpoint, layout)
-    order = order_hash(neuron_orders)
-    if path.exists():  # only then must the model be hashed before it is packed
-        header = _header(checkpoint, layout, order)
-        checksums = _read_checksums(path, header, layout)
-        # The file may be deleted or shortened at any moment.
-        try:
-            if checksums is not None and use_mmap:
-                buffer, check = map_file(path, len(header), checksums)
-                return loaded(buffer, is_mapped=True, was_packed=False, background=check)
-            if checksums is not None:
-                reading = read_file if use_mlock else copy_in_background
-                memory = reading(path, len(header), checksums, n_threads)
-                if isinstance(memory, BackgroundCopy):
-                    return loaded(memory.buffer, was_packed=False, background=memory)
-                return loaded(memory, was_packed=False)
-        except FileDamaged as error:
-            damage = (str(error),)
-        except (FileChanged, OSError):
-            pass
-    # The hash is not known yet, but every header of this layout has the same length. The model is
-    # hashed while the disk is busy, because packing keeps all cores busy.
-    n_header = len(_format_header(layout, "0" * 64, order))
-    end = n_header + n_bytes
+    file = _PackedFile(path, checkpoint, layout, order_hash(neuron_orders), n_threads)
+    try:
+        found = file.open(residence)
+        if found is not None:
+            buffer, check = found
+            return loaded(buffer, is_mapped=use_mmap, was_packed=False, background=check)
+    except FileDamaged as error:
+        damage = (str(error),)
     try:
         if use_mmap:
-            cache.mkdir(parents=True, exist_ok=True)
-            with replacing(path, end + _checksum_bytes(layout)) as file:
-                mapping = mmap.mmap(file.fileno(), end)
-                buffer = pack(np.frombuffer(mapping, np.uint8)[n_header:])
-                with checkpoint.identity.hashing():
-                    mapping.flush()
-                file.write(_header(checkpoint, layout, order))
-                file.seek(end)
-                checksums = _write_checksums(file, path, layout, buffer, n_threads)
-            buffer, check = map_file(path, n_header, checksums)
+            buffer, check = file.write_mapped(pack)
             return loaded(buffer, is_mapped=True, background=check)
         buffer = pack(allocate(n_bytes))
     except (OSError, FileChanged) as error:
@@ -199,19 +175,92 @@ def load_packed(
             ) from error
         return loaded(pack(allocate(n_bytes)), _not_kept(path, error))
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with replacing(path, end + _checksum_bytes(layout)) as file:
-            with checkpoint.identity.hashing():
-                file.seek(n_header)
-                file.write(buffer.data)
-                _write_checksums(file, path, layout, buffer, n_threads)
-                file.flush()
-                os.fsync(file.fileno())
-            file.seek(0)
-            file.write(_header(checkpoint, layout, order))
+        file.write(buffer)
     except OSError as error:
         return loaded(buffer, _not_kept(path, error))
     return loaded(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedFile:
+    """The file of one packed model: header, buffer, checksums."""
+
+    path: Path
+    checkpoint: FileSource
+    layout: PackedLayout
+    order: str
+    n_threads: int
+
+    def open(self, residence: Residence) -> tuple[Buffer, BackgroundCheck | None] | None:
+        """Return the weights if the file is there and current. Raises FileDamaged, OutOfMemory."""
+        if not self.path.exists():  # only if it does, the model must be hashed before it is packed
+            return None
+        header = self._header()
+        checksums = _read_checksums(self.path, header, self.layout)
+        if checksums is None:
+            return None
+        place = self.path, len(header), checksums
+        try:
+            if residence.use_mmap:
+                return map_file(*place)
+            if residence.use_mlock:
+                return read_file(*place, self.n_threads), None
+            memory = copy_in_background(*place, self.n_threads)
+        except (FileChanged, OSError):  # it may be deleted or shortened at any moment
+            return None
+        if isinstance(memory, BackgroundCopy):
+            return memory.buffer, memory
+        return memory, None
+
+    def write(self, buffer: Buffer) -> None:
+        """Write packed weights. Raises OSError, and InvalidCheckpoint if the model has changed.
+
+        The model is hashed while the disk is busy, because packing keeps all cores busy.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path, self._size) as file:
+            with self.checkpoint.identity.hashing():
+                file.seek(self._header_bytes)
+                file.write(buffer.data)
+                self._write_checksums(file, buffer)
+                file.flush()
+                os.fsync(file.fileno())
+            file.seek(0)
+            file.write(self._header())
+
+    def write_mapped(self, pack: Callable[[Buffer], Buffer]) -> tuple[Buffer, BackgroundCheck]:
+        """Pack into the file and map it. Raises FileChanged, and what `write` and `pack` raise."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        first = self._header_bytes
+        with replacing(self.path, self._size) as file:
+            mapping = mmap.mmap(file.fileno(), first + self.layout.n_bytes)
+            buffer = pack(np.frombuffer(mapping, np.uint8)[first:])
+            with self.checkpoint.identity.hashing():
+                mapping.flush()
+            file.write(self._header())
+            file.seek(first + self.layout.n_bytes)
+            checksums = self._write_checksums(file, buffer)
+        return map_file(self.path, first, checksums)
+
+    def _header(self) -> bytes:
+        """Return the first bytes of the file. Hashes the model if its hash is not known."""
+        return _format_header(self.layout, self.checkpoint.identity.weights_hash, self.order)
+
+    @property
+    def _header_bytes(self) -> int:
+        """The length of the header, which does not depend on the hash."""
+        return len(_format_header(self.layout, "0" * 64, self.order))
+
+    @property
+    def _size(self) -> int:
+        return self._header_bytes + self.layout.n_bytes + _checksum_bytes(self.layout)
+
+    def _write_checksums(self, file: BinaryIO, buffer: Buffer) -> Checksums:
+        """Write the CRC-32 of each array at the file's position. Raises OSError."""
+        places = [(array.first, array.end) for array in self.layout.arrays.values()]
+        values = checksums_of(buffer, places, self.n_threads)
+        file.write(np.array(values, "<u4").tobytes())
+        return _checksums(self.path, self.layout, values)
 
 
 def _file_name(checkpoint: FileSource, layout: PackedLayout) -> str:
@@ -225,11 +274,6 @@ def _file_name(checkpoint: FileSource, layout: PackedLayout) -> str:
     parts = [name, digest, layout.format.name]
     parts += ["predicted"] * bool(layout.predicted_layers) + ["preview"] * layout.has_preview
     return f"{'-'.join(parts)}.safetensors"
-
-
-def _header(checkpoint: FileSource, layout: PackedLayout, order: str) -> bytes:
-    """Return the first bytes of the file. Hashes the model if its hash is not known."""
-    return _format_header(layout, checkpoint.identity.weights_hash, order)
 
 
 def _format_header(layout: PackedLayout, source: str, order: str) -> bytes:
@@ -260,16 +304,6 @@ def _format_header(layout: PackedLayout, source: str, order: str) -> bytes:
 
 def _checksum_bytes(layout: PackedLayout) -> int:
     return 4 * len(layout.arrays)
-
-
-def _write_checksums(
-    file: BinaryIO, path: Path, layout: PackedLayout, buffer: Buffer, n_threads: int
-) -> Checksums:
-    """Write the CRC-32 of each array at the file's position. Raises OSError."""
-    places = [(array.first, array.end) for array in layout.arrays.values()]
-    values = checksums_of(buffer, places, n_threads)
-    file.write(np.array(values, "<u4").tobytes())
-    return _checksums(path, layout, values)
 
 
 def _read_checksums(path: Path, header: bytes, layout: PackedLayout) -> Checksums | None:

@@ -190,6 +190,17 @@ def test_an_interrupted_recording_continues(engine, tokens, tmp_path, monkeypatc
     assert not (tmp_path / "parts" / "recording.json").exists()
 
 
+@pytest.mark.parametrize("state", ["", "[]", "{}", "[" * 100_000, '{"serial": NaN}'], ids=len)
+def test_a_recording_whose_state_is_broken_begins_again(
+    engine, tokens, tmp_path, monkeypatch, state
+):
+    monkeypatch.setattr(recorder, "SAVE_EVERY_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        record(engine, tokens, tmp_path, OPTIONS, interrupting(4))
+    (tmp_path / "recording.json").write_text(state)
+    assert record(engine, tokens, tmp_path, OPTIONS, ignore).n_new_tokens == 300
+
+
 def test_a_folder_with_another_recording_is_refused(engine, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(recorder, "SAVE_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
