@@ -230,7 +230,7 @@ def _describe(config: ModelConfig) -> str:
             default is MISSING or getattr(config, field.name) != default
         ):
             described[field.name] = values[field.name]
-    return json.dumps(described, sort_keys=True)
+    return json.dumps(described, sort_keys=True, default=repr)
 
 
 def _changed(path: Path) -> InvalidCheckpoint:
