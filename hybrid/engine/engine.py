@@ -211,8 +211,9 @@ class Engine:
         With a `session` of this engine, the part of the prompt that its KV cache holds is not
         computed again. Keywords change what `options` says. Work begins with the first iteration.
 
-        The file of packed weights is checked while the first tokens are computed. If it is damaged,
-        the iteration ends with InvalidArtifact, at the latest after the last piece of text.
+        The file of packed weights is checked in the background, for a second or as long as reading
+        it from disk takes. If it is damaged, the iteration ends with InvalidArtifact. An answer
+        that is complete before that waits for the check after its last piece of text.
 
         Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory.
         """

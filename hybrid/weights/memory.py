@@ -26,6 +26,7 @@ from hybrid.kernels import _native
 from hybrid.weights.packed_rows import Buffer
 
 READ_BYTES = 32 << 20  # bytes of one read
+CHECK_BYTES = 1 << 20  # read at once to be checked only: little, and checked from the cache
 MOVE_BYTES = 16 << 20  # bytes copied at once in the background; whole huge pages
 
 
@@ -170,7 +171,7 @@ class BackgroundCheck:
         self.damage: str | None = None
         self._running = _RunningCheck(checksums)
         self._stops = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="hybrid-weights", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="hybrid-weights", daemon=True)
         self._thread.start()
 
     @property
@@ -192,14 +193,20 @@ class BackgroundCheck:
         if self.damage is not None:
             raise InvalidArtifact(self.damage)
 
+    def _work(self) -> None:
+        try:
+            with self._file:
+                self._run()
+        except Exception as error:  # weights that could not be checked do not count as sound
+            self.damage = f"{self._checksums.path}: could not be checked: {error!r}"
+
     def _run(self) -> None:
-        with self._file:
-            self._check_file()
+        self._check_file()
 
     def _check_file(self) -> None:
         """Read the bytes that were not checked yet. A file that shrinks is no danger here."""
         end = self._checksums.spans[-1].end
-        buffer = np.empty(min(MOVE_BYTES, end), np.uint8)
+        buffer = np.empty(min(CHECK_BYTES, end), np.uint8)
         while self._running.at < end and not self._stops.is_set():
             part = buffer[: min(buffer.size, end - self._running.at)]
             try:
@@ -277,24 +284,23 @@ class BackgroundCopy(BackgroundCheck):
 
     def _run(self) -> None:
         size = self._mapped.size
-        with self._file:
-            for first in range(0, size, MOVE_BYTES):
-                if self._stops.is_set():
-                    return
-                part = min(MOVE_BYTES, size - first)
-                try:
-                    _native.move_into_memory(self._mapped, first, part, self._file.fileno())
-                except OSError as error:
-                    self.notices = (
-                        f"{size - first} of {size} bytes of weights stay mapped from disk, which "
-                        f"may be slower: {error.strerror}",
-                    )
-                    self._check_file()
-                    return
-                # What was copied is checked, not what is in the file: it is what is used.
-                moved = self._mapped[max(first, self._offset) : first + part]
-                damaged = self._running.add(moved)
-                if damaged is not None:
-                    self._report(damaged)
-                    return
-            self.is_mapped = False
+        for first in range(0, size, MOVE_BYTES):
+            if self._stops.is_set():
+                return
+            part = min(MOVE_BYTES, size - first)
+            try:
+                _native.move_into_memory(self._mapped, first, part, self._file.fileno())
+            except OSError as error:
+                self.notices = (
+                    f"{size - first} of {size} bytes of weights stay mapped from disk, which "
+                    f"may be slower: {error.strerror}",
+                )
+                self._check_file()
+                return
+            # What was copied is checked, not what is in the file: it is what is used.
+            moved = self._mapped[max(first, self._offset) : first + part]
+            damaged = self._running.add(moved)
+            if damaged is not None:
+                self._report(damaged)
+                return
+        self.is_mapped = False

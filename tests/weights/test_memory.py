@@ -177,6 +177,20 @@ def test_a_mapped_file_that_is_sound_passes_and_may_shrink_meanwhile(path, data)
         cut.raise_damage()
 
 
+def test_what_cannot_be_checked_does_not_count_as_sound(path, data, monkeypatch):
+    def fail(part, crc=0):
+        raise MemoryError
+
+    monkeypatch.setattr(memory._native, "crc32", fail)
+    for background in (
+        memory.map_file(path, OFFSET, sums(path, data))[1],
+        BackgroundCopy(path, OFFSET, sums(path, data)),
+    ):
+        background.wait()
+        with pytest.raises(InvalidArtifact, match="could not be checked: MemoryError"):
+            background.raise_damage()
+
+
 @pytest.mark.parametrize("portable", [False, True])
 def test_checksums_are_those_of_zlib(portable):
     rng = np.random.default_rng(0)
