@@ -28,11 +28,13 @@ namespace {
 // The features are read from the CPU itself, since the names that __builtin_cpu_supports knows
 // differ from compiler to compiler. Source: Intel's Software Developer's Manual, CPUID and XGETBV.
 struct Cpu {
+  bool pclmul = false;
   bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni_bf16 = false;
 
   Cpu() {
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return;
+    pclmul = Bit(ecx, 1);
     const bool has_xsave = Bit(ecx, 27), has_fma = Bit(ecx, 12), has_f16c = Bit(ecx, 29);
     if (!has_xsave) return;
     unsigned low, high;
@@ -58,6 +60,7 @@ const Cpu& ThisCpu() {
 }
 }  // namespace
 
+bool HasPclmul() { return ThisCpu().pclmul; }
 bool HasAvx2() { return ThisCpu().avx2; }
 bool HasAvx2Vnni() { return ThisCpu().avx2_vnni; }
 bool HasAvx512() { return ThisCpu().avx512; }
@@ -65,6 +68,7 @@ bool HasAvx512VnniBf16() { return ThisCpu().avx512_vnni_bf16; }
 void Pause() { _mm_pause(); }
 void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 #else
+bool HasPclmul() { return false; }
 bool HasAvx2() { return false; }
 bool HasAvx2Vnni() { return false; }
 bool HasAvx512() { return false; }

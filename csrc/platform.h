@@ -7,6 +7,7 @@
 namespace hybrid {
 namespace platform {
 
+bool HasPclmul();          // carry-less products
 bool HasAvx2();            // AVX2, FMA and F16C
 bool HasAvx2Vnni();        // HasAvx2 and AVX-VNNI
 bool HasAvx512();          // HasAvx2 and AVX-512 F, BW, DQ, VL

@@ -4,7 +4,7 @@
     ├── ModelNotFound        the model's name or folder is unknown, or it may not be downloaded
     ├── DownloadFailed       a file could not be downloaded, or does not match its checksum
     ├── InvalidCheckpoint    a model's files are broken, incomplete or contradict each other
-    ├── InvalidArtifact      a profile, trace or predictor is broken, or is for another model
+    ├── InvalidArtifact      a file of our own is broken, or is for another model
     ├── UnsupportedModel     the model is sound, but this engine does not run it
     ├── UnsupportedIsa       this CPU or this build lacks the instruction set
     ├── InvalidOption        an option's value is out of range (also a ValueError)
@@ -38,7 +38,7 @@ class InvalidCheckpoint(HybridError):
 
 
 class InvalidArtifact(HybridError):
-    """A profile, trace or predictor is broken, or belongs to another model or neuron order."""
+    """A profile, trace, predictor, plan or packed model is broken, or is for another model."""
 
 
 class UnsupportedModel(HybridError):

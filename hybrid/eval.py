@@ -117,6 +117,7 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
         with open_engine(args) as (engine, progress):
             show_notices(engine.notices)
             yield engine, progress
+            engine.wait_for_weights()  # a figure of damaged weights is not shown
         return
     LoadOptions(threads=args.threads)  # report a wrong value before a model is downloaded
     notices = Notices()

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete."""
+"""Files that are opened safely, and files that appear under their name only when complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from predictors.reading import open_file, read_bytes, read_safetensors
+
+__all__ = [
+    "has_files",
+    "open_file",
+    "read_bytes",
+    "read_safetensors",
+    "replacing",
+    "write_atomically",
+]
+
 _ABANDONED_S = 3600  # older temporary files are deleted; no writing takes that long
+
+
+def has_files(folder: Path) -> bool:
+    """Return whether anything is in a folder that need not exist."""
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

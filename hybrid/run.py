@@ -39,6 +39,7 @@ from hybrid.cli.command_line import (
     run_command,
 )
 from hybrid.cli.conversation import Conversation, Display, interrupts
+from hybrid.files import read_bytes
 from hybrid.hub.catalog import catalog
 
 MAX_PROMPT_BYTES = 4 << 20
@@ -132,8 +133,7 @@ def read_prompt(args: argparse.Namespace) -> str:
         return args.prompt or ""
     try:
         if args.file != "-":
-            with Path(args.file).open("rb") as file:
-                data = file.read(MAX_PROMPT_BYTES + 1)
+            data = read_bytes(Path(args.file), MAX_PROMPT_BYTES)
         elif sys.stdin is None:
             raise InvalidOption("--file -: standard input is closed")
         else:
@@ -145,7 +145,9 @@ def read_prompt(args: argparse.Namespace) -> str:
             )
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
-        raise InvalidOption(f"--file {args.file}: {error.strerror}") from error
+        is_pipe = Path(args.file).is_fifo()
+        advice = "; --file - reads a pipe from standard input" if is_pipe else ""
+        raise InvalidOption(f"--file {args.file}: {error.strerror}{advice}") from error
     except UnicodeDecodeError as error:
         raise InvalidOption(
             f"--file {args.file}: not UTF-8 text "
@@ -164,7 +166,7 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
             "hot neurons together and trains a predictor for --predictor auto, so that a token "
             "reads fewer bytes"
         )
-    if engine.plan.uses_gpu:
+    if engine.device_name != "cpu":
         lines.append(f"{engine.plan.summary()}, {engine.device_name}")
     if args.verbose:
         stats = engine.stats

@@ -9,6 +9,7 @@ predictors.py   low-rank predictors, and their quality
 lowrank.py      their training (torch)
 selection.py    the cheapest predictor that reaches a recall, layer by layer
 file.py         a model's predictors in one file
+reading.py, schema.py   how files are opened and their JSON is checked, here and in hybrid
 writing.py      files that appear only when they are complete
 train.py, evaluate.py   the commands
 """

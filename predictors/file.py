@@ -7,6 +7,7 @@ model.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,16 +15,61 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from predictors.errors import PredictorError
-from predictors.predictors import WIDE_RANK, LowRank
+from predictors.predictors import RANK_STEP, WIDE_RANK, LowRank
+from predictors.reading import read_safetensors
+from predictors.schema import (
+    Malformed,
+    anything,
+    integer,
+    list_of,
+    mapping,
+    number,
+    parse_json,
+    record,
+    text,
+)
 from predictors.writing import replacing
 
-VERSION = 2
+VERSION = 3
 _METADATA = "hybrid_predictor"
+_MAX_BYTES = 8 << 30
 EXACT, LOWRANK = "exact", "lowrank"  # kinds of a layer
+
+
+def _recall(key: str) -> float:
+    try:
+        recall = float(key)
+    except ValueError:
+        recall = math.nan
+    if not 0 < recall <= 1:
+        raise Malformed("expected a recall between 0 and 1")
+    return recall
+
+
+_share = number(0.0, 1.000001)  # measured as a quotient of two rounded sums
+_size = integer(1, 1 << 24)
+_CHOICE = record(
+    {
+        "kind": text(),
+        "rank": integer(0, 1 << 16),
+        "margin": number(-1e8, 1e8),  # trained scores have a deviation of about 3
+        **dict.fromkeys(("recall", "weighted_recall", "precision", "predicted"), _share),
+        **dict.fromkeys(("cost_ns", "exact_ns"), number(0.0)),
+    }
+)
+_ABOUT = record(
+    {
+        "version": integer(),
+        **dict.fromkeys(("model_hash", "order_hash", "quant", "input"), text()),
+        "n_layers": integer(1, 1 << 16),
+        **dict.fromkeys(("n_neurons", "hidden_size"), _size),
+        "choices": mapping(_recall, list_of(_CHOICE), least=1),
+    },
+    others=anything,  # what it was trained on, for the reader
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,44 +135,46 @@ class PredictorFile:
 
 def load_predictor_file(path: Path) -> PredictorFile:
     """Read a file. Raises PredictorError if it is missing, broken or of another version."""
-    if not path.is_file():
-        raise PredictorError(f"{path}: there is no such file")
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = (file.metadata() or {}).get(_METADATA)
-            if metadata is None:
-                raise PredictorError(f"{path}: is not a predictor; predictors.train makes one")
-            about = json.loads(metadata)
-            if about.pop("version") != VERSION:
-                raise PredictorError(f"{path}: is of another version; train it again")
-            choices = {
-                float(recall): tuple(Choice(**choice) for choice in layers)
-                for recall, layers in about.pop("choices").items()
-            }
-            for kind in {choice.kind for layers in choices.values() for choice in layers}:
-                if kind not in (EXACT, LOWRANK):
-                    raise PredictorError(
-                        f"{path}: uses the predictor kind {kind!r}, which this version of hybrid "
-                        "does not run; train it again with python -m predictors.train"
-                    )
-            sizes = about["n_layers"], about["n_neurons"], about["hidden_size"]
-            predictors = {
-                (layer, choice.name): _read(file, layer, choice, *sizes)
-                for layers in choices.values()
-                for layer, choice in enumerate(layers)
-                if choice.kind == LOWRANK
-            }
-        if not choices or any(len(layers) != sizes[0] for layers in choices.values()):
+        metadata, arrays = read_safetensors(path, _MAX_BYTES)
+        if _METADATA not in metadata:
+            raise PredictorError(f"{path}: is not a predictor; predictors.train makes one")
+        about = parse_json(metadata[_METADATA])
+        version = about.get("version") if isinstance(about, dict) else None
+        if version != VERSION:
+            raise PredictorError(
+                f"{path}: is of version {version!r:.20}, expected {VERSION}; train it again"
+            )
+        about = _ABOUT(about)
+        del about["version"]
+        choices = {
+            recall: tuple(Choice(**choice) for choice in layers)
+            for recall, layers in about.pop("choices").items()
+        }
+        for kind in {choice.kind for layers in choices.values() for choice in layers}:
+            if kind not in (EXACT, LOWRANK):
+                raise PredictorError(
+                    f"{path}: uses the predictor kind {kind!r}, which this version of hybrid "
+                    "does not run; train it again with python -m predictors.train"
+                )
+        n_layers, n_neurons, hidden = about["n_layers"], about["n_neurons"], about["hidden_size"]
+        if any(len(layers) != n_layers for layers in choices.values()):
             raise ValueError("its layers are incomplete")
+        predictors = {
+            (layer, choice.name): _read(arrays, layer, choice, n_neurons, hidden)
+            for layers in choices.values()
+            for layer, choice in enumerate(layers)
+            if choice.kind == LOWRANK
+        }
     except OSError as error:
         raise PredictorError(f"{path}: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise PredictorError(f"{path}: is broken ({error}); train it again") from error
     return PredictorFile(choices, predictors, about)
 
 
 def _read(
-    file: Any, layer: int, choice: Choice, n_layers: int, n_neurons: int, hidden: int
+    arrays: Mapping[str, NDArray[Any]], layer: int, choice: Choice, n_neurons: int, hidden: int
 ) -> LowRank:
     """Read one predictor. Raises ValueError for arrays of a wrong type or shape."""
     parts: dict[str, tuple[type, tuple[int, ...]]] = {
@@ -135,15 +183,19 @@ def _read(
         "b_scale": (np.float32, (n_neurons, 2)),
         "bias": (np.float32, (n_neurons,)),
     }
-    arrays = {}
+    if choice.rank % RANK_STEP or choice.rank < RANK_STEP:
+        raise ValueError(f"layer {layer} has rank {choice.rank}, not a multiple of {RANK_STEP}")
+    found = {}
     for part, (dtype, shape) in parts.items():
-        array = file.get_tensor(f"{layer}.{choice.name}.{part}")
+        array = arrays.get(f"{layer}.{choice.name}.{part}")
+        if array is None:
+            raise ValueError(f"lacks {layer}.{choice.name}.{part}")
         if array.dtype != dtype or array.shape != shape:
             raise ValueError(f"{layer}.{choice.name}.{part} has another type or shape")
         if array.dtype == np.float32 and not np.isfinite(array).all():
             raise ValueError(f"{layer}.{choice.name}.{part} is not finite")
-        arrays[part] = array
-    narrow = arrays["b"][:, WIDE_RANK:]
+        found[part] = array
+    narrow = found["b"][:, WIDE_RANK:]
     if ((narrow < -8) | (narrow > 7)).any():
         raise ValueError(f"{layer}.{choice.name}.b has more than 4 bits")
-    return LowRank(**arrays)
+    return LowRank(**found)

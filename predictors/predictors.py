@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 BLOCK = 32  # weights of `a` that share a scale
 WIDE_RANK = 4  # columns of `b` that are int8
+RANK_STEP = 4  # ranks are multiples of it: the rows of `a` are packed in tiles of four
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,15 +16,56 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from predictors.errors import PredictorError
+from predictors.reading import read_bytes, read_safetensors
+from predictors.schema import (
+    Malformed,
+    anything,
+    integer,
+    list_of,
+    mapping,
+    number,
+    parse_json,
+    record,
+    text,
+)
 from predictors.writing import replacing
 
-VERSION = 2
+VERSION = 3
 _FILE = "trace.json"
 _COPY_BYTES = 1 << 24
+_MAX_JSON_BYTES, _MAX_LAYER_BYTES = 16 << 20, 16 << 30
+
+
+def _rank(key: str) -> int:
+    if not key.isascii() or not key.isdecimal() or len(key) > 6:
+        raise Malformed("expected a rank")
+    return int(key)
+
+
+_size = integer(1, 1 << 24)
+_COSTS = record(
+    {
+        **dict.fromkeys(("exact_ns", "named_row_ns"), number(0.0)),
+        "lowrank_ns": mapping(_rank, number(0.0), least=1),
+    },
+    others=anything,  # costs of kinds that no longer exist
+)
+_ABOUT = record(
+    {
+        "hybrid_trace": integer(),
+        "n_layers": integer(1, 1 << 16),
+        **dict.fromkeys(("n_neurons", "hidden_size"), _size),
+        **dict.fromkeys(("n_tokens", "stride"), integer(1)),
+        **dict.fromkeys(("model", "model_hash", "order_hash", "quant"), text()),
+        **dict.fromkeys(("input", "activation"), text()),
+        "threshold": number(-1e6, 1e6),
+        "texts": list_of(anything),
+        "costs": _COSTS,
+    },
+    others=anything,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +100,11 @@ class Trace:
         path = _layer_path(self.folder, layer)
         hidden, n_neurons, n_tokens = self.hidden_size, self.n_neurons, self.n_tokens
         try:
-            tensors = load_file(path)
+            _, tensors = read_safetensors(path, _MAX_LAYER_BYTES)
             records, gate = tensors["records"], tensors["gate"]
         except OSError as error:
             raise PredictorError(f"{path}: {error.strerror or error}") from error
-        except (SafetensorError, KeyError) as error:
+        except (ValueError, KeyError) as error:
             raise PredictorError(f"{path}: is broken ({error}); record the trace again") from error
         if (
             records.shape != (n_tokens, record_bytes(hidden, n_neurons))
@@ -82,18 +123,20 @@ def load_trace(folder: Path) -> Trace:
     """Open a trace. Raises PredictorError if it is missing, broken or of another version."""
     path = folder / _FILE
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if about.pop("hybrid_trace") != VERSION:
-            raise PredictorError(f"{path}: is of another version; record the trace again")
-        sizes = [about[key] for key in ("n_layers", "n_neurons", "hidden_size", "n_tokens")]
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise PredictorError(f"{path}: expected positive sizes, found {sizes}")
+        about = parse_json(read_bytes(path, _MAX_JSON_BYTES))
+        version = about.get("hybrid_trace") if isinstance(about, dict) else None
+        if version != VERSION:
+            raise PredictorError(
+                f"{path}: is of version {version!r:.20}, expected {VERSION}; record the trace again"
+            )
+        about = _ABOUT(about)
     except OSError as error:
         raise PredictorError(
-            f"{path}: {error.strerror}; profiler.record --trace writes a trace"
+            f"{path}: {error.strerror or error}; profiler.record --trace writes a trace"
         ) from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except ValueError as error:
         raise PredictorError(f"{path}: is broken ({error}); record the trace again") from error
+    del about["hybrid_trace"]
     return Trace(folder, about)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from predictors.errors import PredictorError
 from predictors.file import Choice, PredictorFile
-from predictors.predictors import WIDE_RANK, LowRank
+from predictors.predictors import RANK_STEP, WIDE_RANK, LowRank
 from predictors.selection import CostTable, HeldOut, candidates_for, cheapest
 from predictors.trace import LayerTrace, Trace, load_trace
 
@@ -190,8 +190,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not all(0.0 < recall < 1.0 for recall in args.recall):
         parser.error("--recall: expected values between 0 and 1")
-    if any(rank < 4 or rank % 4 for rank in args.rank):
-        parser.error("--rank: expected multiples of 4")
+    if any(rank < RANK_STEP or rank % RANK_STEP for rank in args.rank):
+        parser.error(f"--rank: expected multiples of {RANK_STEP}")
     if args.epochs < 0:
         parser.error("--epochs: expected 0 or more")
     return args

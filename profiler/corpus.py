@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hybrid import Engine, GenerationOptions, InvalidOption, Progress
-from hybrid.files import write_atomically
+from hybrid.files import open_file, read_bytes, write_atomically
 from hybrid.text.text_file import BOM, text_notices
 
 CHUNK_BYTES = 1 << 18
@@ -54,7 +54,7 @@ class TextFile:
         digest = hashlib.sha256()
         has_crlf, last = False, b""
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 self._start = len(BOM) if file.read(len(BOM)) == BOM else 0
                 file.seek(0)
                 while block := file.read(1 << 22):
@@ -92,7 +92,7 @@ class TextFile:
         """Yield texts and the place after each. Where a text ends depends only on its start."""
         least = 16 * CHUNK_BYTES if self.separator else CHUNK_BYTES
         place = max(place, self._start)
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             file.seek(place)
             rest = file.read(least)
             while rest:
@@ -187,7 +187,7 @@ def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[To
             if not path.exists():
                 ids = _write(engine, prompt, seed=index)
                 write_atomically(path, json.dumps(ids).encode())
-            sequences.append(json.loads(path.read_text()))
+            sequences.append(json.loads(read_bytes(path, 16 << 20)))
             done += 1
         corpora.append(TokenLists(f"self-written: {kind}", sequences))
     progress("writing texts to record on, texts", total, total)

@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from hybrid import Engine, HybridError, InvalidOption, Observation, Progress
 from hybrid.checkpoint import Checkpoint, open_checkpoint
-from hybrid.files import write_atomically
+from hybrid.files import read_bytes, read_safetensors, write_atomically
 from hybrid.kernels import Format
 from hybrid.placement.gate_costs import measure_gate_costs
 from hybrid.placement.profile import FILE_NAME, ActivationProfile
 from hybrid.weights.packing import order_hash
+from predictors import schema
 from predictors.trace import Sample, TraceSizes, TraceWriter, record_bytes
 from profiler.corpus import Corpus, random_corpora, written_corpora
 from profiler.statistics import ActivationSums
@@ -36,6 +37,16 @@ MIN_TRACE_TOKENS = 64
 _TASK = "recording, tokens"
 _STATE = "recording.json"
 _SUMS = "recording.safetensors"
+_RECORDING = schema.record(
+    {
+        "identity": schema.anything,
+        **dict.fromkeys(("serial", "text", "place"), schema.integer(most=2**63)),
+        "text_tokens": schema.list_of(schema.integer()),
+        "trace": schema.record(
+            {}, dict.fromkeys(("n_records", "stride", "n_seen"), schema.integer())
+        ),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +129,8 @@ class _Recorder:
     def _load_state(self) -> dict[str, int]:
         """Load the sums and the state of an earlier run, and return the state of its trace."""
         try:
-            state = json.loads((self.folder / _STATE).read_text())
-            sums = load_file(self.folder / _SUMS)
+            state = schema.read_json(read_bytes(self.folder / _STATE, 16 << 20), _RECORDING)
+            _, sums = read_safetensors(self.folder / _SUMS, 16 << 30)
         except (OSError, ValueError):
             return {}
         if state["identity"] != self.identity:
@@ -127,10 +138,14 @@ class _Recorder:
                 f"{self.folder}: holds the beginning of another recording (of another model, text "
                 "or options); choose another folder or delete it"
             )
-        if state["serial"] != int(sums.pop("serial")[0]):
+        serial = sums.get("serial", np.zeros(1))
+        if serial.shape != (1,) or state["serial"] != int(serial[0]):
             return {}  # the earlier run stopped between writing the two files: start again
-        for name, array in sums.items():
-            getattr(self.sums, name)[...] = array
+        ours = {name: getattr(self.sums, name) for name in ActivationSums.ARRAYS}
+        if any(name not in sums or sums[name].shape != ours[name].shape for name in ours):
+            return {}
+        for name, array in ours.items():
+            array[...] = sums[name]
         self.text, self.place = state["text"], state["place"]
         self.text_tokens = state["text_tokens"]
         return state["trace"]

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     text = read_text(args.text)
     with open_engine(args) as (engine, _):
         report = measure_sparsity(engine, engine.tokenizer.encode(text))
+        engine.wait_for_weights()  # a figure of damaged weights is not shown
     for layer, sparsity in enumerate(report.sparsity):
         print(f"layer {layer:3}  {sparsity:.4f}")
     print(f"mean       {report.sparsity.mean():.4f}   over {report.n_tokens} tokens", flush=True)

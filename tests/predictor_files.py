@@ -28,6 +28,14 @@ def about(engine: Engine, **changes: object) -> dict[str, object]:
     }
 
 
+def trace_about(**changes: object) -> dict[str, object]:
+    """Return what `TraceWriter.finish` needs to know of a model that does not exist."""
+    names = ("model", "model_hash", "order_hash", "quant", "input", "activation")
+    costs = {"exact_ns": 9.0, "named_row_ns": 1.0, "lowrank_ns": {"8": 2.0}}
+    about = {**dict.fromkeys(names, "x"), "threshold": 0.5, "texts": [], "costs": costs}
+    return about | changes
+
+
 def choice(kind: str, rank: int = 0, margin: float = 0.0) -> Choice:
     """Return a Choice whose measured figures are made up."""
     return Choice(kind, rank, margin, 0.99, 0.995, 0.5, 0.25, 1.0, 2.0)

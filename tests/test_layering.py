@@ -46,11 +46,14 @@ LAYERS = [
 ]
 # hybrid reads predictor files, but must not import what trains them.
 READS_PREDICTORS = {"predictors.errors", "predictors.file", "predictors.predictors"}
+# Both read files in one way, and the leaf package cannot import it from hybrid.
+READS_PREDICTORS |= {"predictors.reading", "predictors.schema"}
 # Only these import torch, and they are loaded only if a GPU is requested.
 IMPORTS_TORCH = ("hybrid.kernels.gpu.", "hybrid.engine.gpu.", "hybrid.checking.gpu")
 # Every front-end may import the public names, the catalog, the progress bar and the shared options.
 # FRONT_ENDS adds the package that the front-end is the command for, if there is one.
 _USUAL = {"hybrid", "hybrid.hub.catalog", "hybrid.cli.progress_bar", "hybrid.cli.command_line"}
+_USUAL |= {"hybrid.files"}
 FRONT_ENDS = {
     "hybrid.run": _USUAL | {"hybrid.cli.closing_line", "hybrid.cli.conversation"},
     "hybrid.cli.conversation": _USUAL,

@@ -95,4 +95,4 @@ def test_broken_hardware_files_are_named(tmp_path, capsys):
     path = tmp_path / "pc.json"
     path.write_text('{"cpu": {"stream_gbs": -3}}')
     assert main(["--hardware", str(path)]) == 1
-    assert f"{path}: stream_gbs" in capsys.readouterr().err
+    assert f"{path}: cpu.stream_gbs" in capsys.readouterr().err

@@ -488,7 +488,23 @@ def test_names_cannot_write_to_the_terminal(tmp_path):
 def test_an_endless_prompt_file_is_refused_and_not_read():
     result = hybrid_run("-f", "/dev/zero")
     assert result.code == 2
-    assert "at most 4,194,304 bytes" in result.err
+    assert "not a regular file but a device" in result.err
+
+
+def test_a_huge_prompt_file_is_refused_and_not_read(tmp_path):
+    with (tmp_path / "prompt").open("wb") as file:
+        file.truncate(1 << 40)
+    result = hybrid_run("-f", tmp_path / "prompt")
+    assert result.code == 2
+    assert "at most 4,194,304" in result.err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_as_prompt_file_is_refused_with_the_way_to_read_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = hybrid_run("-f", tmp_path / "pipe")
+    assert result.code == 2
+    assert "a pipe; --file - reads a pipe" in result.err
 
 
 def test_a_stop_string_that_is_not_unicode_is_refused():

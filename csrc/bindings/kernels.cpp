@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "checksum.h"
 #include "kernels/dispatch.h"
 #include "platform.h"
 
@@ -190,6 +191,17 @@ void BindKernels(py::module_& m) {
   m.def("map_file", &MapFile, py::arg("file"), py::arg("n_bytes"));
   m.def("move_into_memory", &MoveIntoMemory, py::arg("mapped"), py::arg("first"),
         py::arg("n_bytes"), py::arg("file"));
+  m.def(
+      "crc32",
+      [](const Bytes& data, uint32_t crc, bool portable) {
+        Check(data.ndim() == 1, "data must be (n_bytes,)");
+        const size_t size = static_cast<size_t>(data.nbytes());
+        WithoutGil([&] {
+          crc = portable ? Crc32Portable(crc, data.data(), size) : Crc32(crc, data.data(), size);
+        });
+        return crc;
+      },
+      py::arg("data").noconvert(), py::arg("crc") = 0, py::arg("portable") = false);
   m.def(
       "padded_cols",
       [](Format format, int32_t n_cols) {

@@ -24,15 +24,16 @@ def open_checkpoint(
     progress: Progress = ignore_progress,
     *,
     use_mmap: bool = True,
+    hashes: Path | None = None,
 ) -> Checkpoint:
     """Open a model's folder. Finds every tensor and checks its type and shape before it returns.
 
     `format` is the format that the weights will be packed to. A synthetic model is calibrated for
-    it, which takes a minute the first time and is reported to `progress`. `use_mmap` is that of
-    `hf.open_checkpoint`.
+    it, which takes a minute the first time and is reported to `progress`. `use_mmap` and
+    `hashes` are those of `hf.open_checkpoint`.
 
     Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
     """
     if synthetic.is_synthetic(folder):
         return synthetic.open_synthetic(folder, format, progress)
-    return hf.open_checkpoint(folder, use_mmap=use_mmap)
+    return hf.open_checkpoint(folder, use_mmap=use_mmap, hashes=hashes)

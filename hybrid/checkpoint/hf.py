@@ -6,18 +6,18 @@ and the names of tensors. `safetensors` and `torch_bin` read the weight files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
 from hybrid.checkpoint import foreign
+from hybrid.checkpoint.identity import ModelIdentity, SourceFile
 from hybrid.checkpoint.roles import find_tensors
 from hybrid.checkpoint.safetensors import SafetensorsFile, unique_names
 from hybrid.checkpoint.tensor import Tensor, WeightFile
@@ -29,6 +29,7 @@ from hybrid.errors import (
     ModelNotFound,
     UnsupportedModel,
 )
+from hybrid.files import read_bytes
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import parse_config, refuse_unused
 from hybrid.notices import Notices
@@ -38,7 +39,7 @@ _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
     ("model.safetensors", SafetensorsFile),
     ("pytorch_model.bin", TorchBin),
 )
-_HASH_BLOCKS, _HASH_BYTES = 32, 4096
+_MAX_SHARDS = 1000  # each stays open; the largest published models have 200
 _MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
 
 
@@ -46,19 +47,6 @@ class Generated(Protocol):
     """A tensor that is in no file and is made when it is used."""
 
     def make(self) -> Tensor: ...
-
-
-class SourceFile(NamedTuple):
-    """What identifies the state of a file."""
-
-    name: str
-    n_bytes: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> SourceFile:
-        stat = path.stat()
-        return cls(path.name, stat.st_size, stat.st_mtime_ns)
 
 
 class Checkpoint:
@@ -70,14 +58,14 @@ class Checkpoint:
         config: ModelConfig,
         tensors: Mapping[tuple[str, int | None], Tensor | Generated],
         *,
-        sources: tuple[SourceFile, ...],
+        identity: ModelIdentity,
         is_synthetic: bool = False,
         notices: tuple[str, ...] = (),
         unused_tensors: tuple[str, ...] = (),
     ) -> None:
         self.folder = folder
         self.config = config
-        self.sources = sources  # the files that the weights come from
+        self.identity = identity  # also lists the files that the weights come from
         self.is_synthetic = is_synthetic  # random weights, to measure speed
         self.notices = notices  # one line each, for the user
         self.unused_tensors = unused_tensors  # names in the files that the family lacks
@@ -109,25 +97,10 @@ class Checkpoint:
             )
         return tensor if isinstance(tensor, Tensor) else tensor.make()
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
-        """SHA-256 that identifies the model, independent of its folder.
-
-        It covers the config, and the size and some evenly spread blocks of each file of weights.
-        Raises InvalidCheckpoint if a file cannot be read.
-        """
-        config = replace(self.config, bos_id=None, eos_ids=())  # they do not affect the weights
-        digest = hashlib.sha256(repr(config).encode())
-        for name, n_bytes, _ in self.sources:
-            digest.update(f"\0{name}\0{n_bytes}\0".encode())
-            try:
-                with (self.folder / name).open("rb") as file:
-                    for block in range(_HASH_BLOCKS):
-                        file.seek(max(0, n_bytes - _HASH_BYTES) * block // (_HASH_BLOCKS - 1))
-                        digest.update(file.read(_HASH_BYTES))
-            except OSError as error:
-                raise InvalidCheckpoint(f"{self.folder / name}: {error.strerror}") from error
-        return digest.hexdigest()
+        """The hash of `identity`. Raises InvalidCheckpoint."""
+        return self.identity.weights_hash
 
     def close(self) -> None:
         self._tensors = None
@@ -144,11 +117,14 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, *, use_mmap: bool = True, hashes: Path | None = None
+) -> Checkpoint:
     """Open a model's folder. Finds every tensor and checks its type and shape before it returns.
 
     Without `use_mmap` weights are read from the file when they are needed, and a file that shrinks
-    is an error. If a mapped file shrinks, the process ends.
+    is an error. If a mapped file shrinks, the process ends. `hashes` is the folder in which the
+    hashes of weight files are remembered.
 
     Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
     """
@@ -168,11 +144,13 @@ def open_checkpoint(folder: Path, *, use_mmap: bool = True) -> Checkpoint:
         refuse_unused(read_json(folder / "config.json"), unused, folder)
     if folder / "adapter_config.json" in present:
         notices.add("the folder also holds a LoRA adapter, which is not applied")
+    notices.add(*weights.notices)
+    sources = tuple(present[path] for path in weights.paths)
     return Checkpoint(
         folder,
         config,
         tensors,
-        sources=tuple(present[path] for path in weights.paths),
+        identity=ModelIdentity(folder, config, sources, hashes),
         notices=tuple(notices),
         unused_tensors=unused,
     )
@@ -237,6 +215,10 @@ class _Shards:
             )
         self._shard_of: dict[str, str] = weight_map
         shards = set(weight_map.values())
+        if len(shards) > _MAX_SHARDS:
+            raise InvalidCheckpoint(
+                f"{index}: lists {len(shards):,} files, expected at most {_MAX_SHARDS:,}"
+            )
         # Only names in the folder's own listing pass, so "../" and absolute paths cannot.
         missing = sorted(shards - _file_names(index.parent))
         if missing:
@@ -245,6 +227,7 @@ class _Shards:
                 f"{', '.join(map(repr, missing[:20]))}; download them"
             )
         self._files = {shard: reader(index.parent / shard) for shard in shards}
+        self.notices = tuple(line for file in self._files.values() for line in file.notices)
         self.paths = (index, *(index.parent / shard for shard in sorted(shards)))
 
     @property
@@ -272,16 +255,12 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: is missing, or is not a regular file; download the whole model"
         )
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InvalidCheckpoint(
-                f"{path}: has {path.stat().st_size:,} bytes, expected at most {_MAX_JSON_BYTES:,}"
-            )
-        content = json.loads(
-            path.read_text(encoding="utf-8"),
-            parse_constant=_refuse_constant,
-            object_pairs_hook=unique_names,
-        )
-    except (OSError, ValueError, RecursionError) as error:
+        # Editors on Windows put a byte-order mark in front.
+        text = read_bytes(path, _MAX_JSON_BYTES).decode("utf-8-sig")
+        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=unique_names)
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{path}: is not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidCheckpoint(f"{path}: expected a JSON object, found {type(content).__name__}")

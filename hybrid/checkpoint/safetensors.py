@@ -33,6 +33,7 @@ class SafetensorsFile:
     def __init__(self, path: Path, *, use_mmap: bool = True) -> None:
         self._path, self._use_mmap = path, use_mmap
         self.paths: tuple[Path, ...] = (path,)
+        self.notices: tuple[str, ...] = ()
         self._buffer = map_file(path)
         n_header = int.from_bytes(self._buffer[:8], "little")
         if n_header > _MAX_HEADER_BYTES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+from hybrid.files import open_file
 
 DType = Literal["F32", "F16", "BF16"]
 # An index into a tensor, such as (slice(0, 256),). Empty: all of it.
@@ -42,6 +43,7 @@ class Tensor:
     data: np.ndarray  # mapped, read-only; uint16 bit patterns if dtype is BF16
     # Without mmap, read the values from here instead: the file, the first byte in it, its inode.
     unmapped: tuple[Path, int, int] | None = None
+    verify: Callable[[], None] | None = None  # compares checksums; raises InvalidCheckpoint
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +66,7 @@ class Tensor:
         """Return the tensor itself if it is mapped. If not, return one with the values read."""
         if self.unmapped is None:
             return self
-        return Tensor(self.name, self.dtype, self._read(*self.unmapped))
+        return Tensor(self.name, self.dtype, self._stored())
 
     def has_values_of(self, other: Tensor) -> bool:
         """Return whether all values are equal. Reads a few rows at a time."""
@@ -82,8 +84,10 @@ class Tensor:
                 return False
         return True
 
-    def _stored(self, part: Part) -> np.ndarray:
+    def _stored(self, part: Part = ()) -> np.ndarray:
         """Return the values of a part as the file stores them."""
+        if self.verify is not None:
+            self.verify()
         if self.unmapped is None:
             return self.data[part] if part else self.data
         match part:
@@ -107,7 +111,7 @@ class Tensor:
             (size - 1) * stride // itemsize for size, stride in zip(shape, strides, strict=True)
         )
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 if os.fstat(file.fileno()).st_ino != inode:
                     raise InvalidCheckpoint(f"{path}: was replaced while it was read; try again")
                 values = np.fromfile(file, self.data.dtype, n, offset=begin)
@@ -122,6 +126,7 @@ class WeightFile(Protocol):
     """A file, or several that belong together, from which tensors are read by name."""
 
     paths: tuple[Path, ...]
+    notices: tuple[str, ...]  # one line each, for the user
 
     @property
     def names(self) -> Collection[str]:
@@ -138,7 +143,7 @@ def map_file(path: Path) -> mmap.mmap:
             f"{path}: is missing, or is a link to a missing file; download the model again"
         )
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             head = file.read(256)
             if not head:
                 raise InvalidCheckpoint(f"{path}: is empty; download it again")

@@ -8,20 +8,30 @@ name that is looked up in a fixed list and never imported. The storages are mapp
 
 from __future__ import annotations
 
-import math
+import io
 import pickletools
 import zipfile
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
+
+import numpy as np
 
 from hybrid.checkpoint.tensor import Tensor, TensorEntry, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint
+from hybrid.files import open_file
+from hybrid.kernels import _native
 
-# These limits bound the time and memory of the interpreter below. 1,000 tensors need 0.3 MB.
+# These limits bound the time and memory of the interpreter below. A tensor needs 32 operations and
+# 130 bytes, so 12,000 tensors fit.
 _MAX_PICKLE_BYTES = 4 << 20
+_MAX_OPERATIONS = 400_000
+_MAX_DIRECTORY_BYTES = 4 << 20  # of the zip file; a member takes 80
 _MAX_DIMENSIONS = 8
+_READ_BYTES = 1 << 20
+_IS_UTF8 = 1 << 11  # flag of a zip member: its name is UTF-8 and not code page 437
 
 _STORAGES = {  # element type, bytes per element
     "torch.FloatStorage": ("F32", 4),
@@ -42,6 +52,48 @@ _ALLOWED_GLOBALS = {
     "torch._utils._rebuild_tensor_v2",
     *_STORAGES,
 }
+
+
+# What torch.save writes. Every other operation of a pickle is refused by name.
+_OPERATIONS = {
+    *("PROTO", "FRAME", "STOP", "MARK", "BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT", "BININT"),
+    *("BININT1", "BININT2", "LONG1", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "TUPLE1"),
+    *("TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM"),
+    *("SETITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL"),
+    *("STACK_GLOBAL", "BINPERSID", "REDUCE", "BUILD"),
+}
+
+
+_BY_CODE = {operation.code: operation for operation in pickletools.opcodes}
+
+
+class _Bounded:
+    """A file of which `zipfile` can read only so much at once, such as its whole directory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self._file = file
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        most = _MAX_DIRECTORY_BYTES + 1
+        content = self._file.read(most if n_bytes < 0 else min(n_bytes, most))
+        if len(content) == most:
+            raise ValueError(f"its directory has more than {_MAX_DIRECTORY_BYTES:,} bytes")
+        return content
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Return whether elements may be at the same place: a stride does not reach over smaller ones.
+
+    Transposed, sliced and contiguous tensors do not overlap, expanded ones do.
+    """
+    reach = 0
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +122,7 @@ class _Entry:
 class TorchBin:
     """An open file. Raises `InvalidCheckpoint` if the zip or its pickle is broken.
 
-    Storages are checked when a tensor is read.
+    Storages are checked when a tensor is read, their checksums included.
     """
 
     def __init__(self, path: Path, *, use_mmap: bool = True) -> None:
@@ -78,6 +130,14 @@ class TorchBin:
         self.paths: tuple[Path, ...] = (path,)
         self._buffer = map_file(path)
         self._members = self._find_members()
+        # torch can leave all of them out (torch.serialization.set_crc32_options).
+        self._has_checksums = any(member.CRC for member in self._members.values())
+        self.notices: tuple[str, ...] = ()
+        if not self._has_checksums:
+            self.notices = (
+                f"{path.name} holds no checksums: damaged weights would not be noticed",
+            )
+        self._verified: set[str] = set()
         pickles = [name for name in self._members if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise InvalidCheckpoint(
@@ -91,6 +151,7 @@ class TorchBin:
                 f"{path}: its data.pkl has {n_bytes:,} bytes; a description of tensors needs less "
                 f"than {_MAX_PICKLE_BYTES:,}"
             )
+        self._verify(pickles[0], begin)
         self._entries = _read_pickle(self._buffer[begin : begin + n_bytes], path)
 
     @property
@@ -102,20 +163,59 @@ class TorchBin:
         if not isinstance(entry, _Entry):
             raise InvalidCheckpoint(f"{self._path}: has no tensor {name!r}")
         storage = entry.storage
-        begin, n_bytes = self._locate(f"{self._prefix}data/{storage.key}")
+        member = f"{self._prefix}data/{storage.key}"
+        begin, n_bytes = self._locate(member)
+        if _overlaps(entry.shape, entry.strides):
+            raise InvalidCheckpoint(
+                f"{self._path}: tensor {name!r} has strides {entry.strides} for shape "
+                f"{entry.shape}, so that elements share their bytes; save a contiguous copy of it"
+            )
         last = entry.offset + sum(
             (size - 1) * stride for size, stride in zip(entry.shape, entry.strides, strict=True)
         )
-        # Check the product too: with a stride of 0 a few bytes would make a tensor of any size.
-        needed = max(last + 1, math.prod(entry.shape))
+        needed = last + 1
         if not needed <= storage.n_elements <= n_bytes // storage.itemsize:
             raise InvalidCheckpoint(
                 f"{self._path}: tensor {name!r} needs {needed:,} elements of {storage.dtype}, but "
                 f"its storage claims {storage.n_elements:,} and holds {n_bytes:,} bytes"
             )
-        begin += entry.offset * storage.itemsize
-        tensor = TensorEntry(name, storage.dtype, entry.shape, begin, entry.strides)
-        return map_tensor(self._path, self._buffer, tensor, use_mmap=self._use_mmap)
+        first = begin + entry.offset * storage.itemsize
+        described = TensorEntry(name, storage.dtype, entry.shape, first, entry.strides)
+        tensor = map_tensor(self._path, self._buffer, described, use_mmap=self._use_mmap)
+        return replace(tensor, verify=partial(self._verify, member, begin))
+
+    def _verify(self, member_name: str, begin: int) -> None:
+        """Compare a member's bytes with their checksum, once. Raises InvalidCheckpoint."""
+        member = self._members[member_name]
+        if member_name in self._verified or not self._has_checksums:
+            return
+        if self._use_mmap:
+            crc = _native.crc32(np.frombuffer(self._buffer, np.uint8, member.file_size, begin))
+        else:
+            crc = self._read_checksum(begin, member.file_size)
+        if crc != member.CRC:
+            raise InvalidCheckpoint(
+                f"{self._path}: member {member_name!r} is damaged: its checksum differs; download "
+                "the file again"
+            )
+        self._verified.add(member_name)
+
+    def _read_checksum(self, begin: int, n_bytes: int) -> int:
+        """Read the bytes from the file, for which shrinking is no danger, unlike a mapping."""
+        crc = 0
+        try:
+            with open_file(self._path) as file:
+                file.seek(begin)
+                while n_bytes > 0 and (part := file.read(min(n_bytes, _READ_BYTES))):
+                    crc = _native.crc32(np.frombuffer(part, np.uint8), crc)
+                    n_bytes -= len(part)
+        except OSError as error:
+            raise InvalidCheckpoint(f"{self._path}: {error.strerror or error}") from error
+        if n_bytes > 0:
+            raise InvalidCheckpoint(
+                f"{self._path}: became shorter while it was read; download it again"
+            )
+        return crc
 
     def _find_members(self) -> dict[str, zipfile.ZipInfo]:
         path = self._path
@@ -125,7 +225,10 @@ class TorchBin:
                 "save it again, or convert it to safetensors"
             )
         try:
-            with zipfile.ZipFile(path) as archive:
+            with (
+                open_file(path) as file,
+                zipfile.ZipFile(cast(IO[bytes], _Bounded(file))) as archive,
+            ):
                 members = archive.infolist()
         except Exception as error:  # a broken zip raises half a dozen types of errors
             raise InvalidCheckpoint(
@@ -150,13 +253,19 @@ class TorchBin:
         header = member.header_offset
         local = self._buffer[header : header + 30] if header >= 0 else b""
         # The data begins after the name and padding of the local header, not of the directory.
-        begin = header + 30 + int.from_bytes(local[26:28], "little")
-        begin += int.from_bytes(local[28:30], "little")
+        n_name, n_padding = (int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
+        begin = header + 30 + n_name + n_padding
         is_sound = local[:4] == b"PK\x03\x04" and member.compress_size == member.file_size
         if not is_sound or begin + member.file_size > len(self._buffer):
             raise InvalidCheckpoint(
                 f"{self._path}: member {member_name!r} is not inside the file of "
                 f"{len(self._buffer):,} bytes, which is broken or cut off: download it again"
+            )
+        name = member.orig_filename.encode("utf-8" if member.flag_bits & _IS_UTF8 else "cp437")
+        if self._buffer[header + 30 : header + 30 + n_name] != name:
+            raise InvalidCheckpoint(
+                f"{self._path}: member {member_name!r} has another name in front of its data; "
+                "download the file again"
             )
         return begin, member.file_size
 
@@ -165,6 +274,7 @@ class TorchBin:
         if name not in self._members:  # before torch 2.1
             return
         begin, n_bytes = self._locate(name)
+        self._verify(name, begin)
         if self._buffer[begin : begin + n_bytes] != b"little":
             raise InvalidCheckpoint(
                 f"{self._path}: was saved on a big-endian machine; expected byte order little"
@@ -198,8 +308,8 @@ def _interpret(pickle: bytes, path: Path) -> object:
         del stack[height:]
         return values
 
-    for opcode, argument, _ in pickletools.genops(pickle):
-        match opcode.name:
+    for operation, argument in _operations(pickle, path):
+        match operation:
             case "PROTO" | "FRAME":
                 pass
             case "STOP":
@@ -213,11 +323,11 @@ def _interpret(pickle: bytes, path: Path) -> object:
             case "NONE":
                 stack.append(None)
             case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
+                stack.append(operation == "NEWTRUE")
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(opcode.name[-1])
+                size = int(operation[-1])
                 stack[-size:] = [tuple(stack[-size:])]
             case "TUPLE":
                 stack.append(tuple(pop_to_mark()))
@@ -257,12 +367,30 @@ def _interpret(pickle: bytes, path: Path) -> object:
             case "BUILD":  # attributes of the OrderedDict: versions of the modules
                 stack.pop()
                 _expect(stack[-1], dict)
-            case other:
-                raise InvalidCheckpoint(
-                    f"{path}: its data.pkl holds the pickle operation {other}, which a file of "
-                    "tensors never needs; it was not run. Get the model from a source you trust"
-                )
     return stack.pop()
+
+
+def _operations(pickle: bytes, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each operation's name and argument. An operation that is refused is not even parsed.
+
+    Raises InvalidCheckpoint, and ValueError if the pickle is cut off.
+    """
+    file = io.BytesIO(pickle)
+    for _ in range(_MAX_OPERATIONS):
+        code = file.read(1).decode("latin-1")
+        operation = _BY_CODE.get(code)
+        if operation is None:
+            raise ValueError(f"at byte {file.tell()} there is no operation")
+        if operation.name not in _OPERATIONS:
+            raise InvalidCheckpoint(
+                f"{path}: its data.pkl holds the pickle operation {operation.name}, which a file "
+                "of tensors never needs; it was not run. Get the model from a source you trust"
+            )
+        yield operation.name, None if operation.arg is None else operation.arg.reader(file)
+    raise InvalidCheckpoint(
+        f"{path}: its data.pkl has more than {_MAX_OPERATIONS:,} operations, which would describe "
+        "12,000 tensors; split the file"
+    )
 
 
 def _expect(value: Any, kind: type) -> Any:
@@ -273,8 +401,9 @@ def _expect(value: Any, kind: type) -> Any:
 
 def _set_items(target: Any, keys_and_values: list[Any]) -> None:
     keys = keys_and_values[::2]
-    if any(type(key) not in (str, int) for key in keys):
-        raise TypeError("a key is neither a string nor an integer")
+    # Python hashes integers modulo 2^61 - 1, so large ones could be made to collide.
+    if any(type(key) is not str and (type(key) is not int or abs(key) >= 2**32) for key in keys):
+        raise TypeError("a key is neither a string nor a small integer")
     _expect(target, dict).update(zip(keys, keys_and_values[1::2], strict=True))
 
 

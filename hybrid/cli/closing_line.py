@@ -36,7 +36,7 @@ def closing_line(engine: Engine, generation: Generation, stream_gbs: float | Non
     if stats.cached_tokens:
         prompt += f" ({stats.cached_tokens} cached)"
     decode = f"generated {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
-    if stats.decode_steps and not engine.plan.uses_gpu:
+    if stats.decode_steps and engine.device_name == "cpu":
         decode += f", {stats.decode_gbs:.1f} GB/s"
         if stream_gbs is not None:
             decode += f" ({stats.decode_gbs / stream_gbs:.0%} of bandwidth)"

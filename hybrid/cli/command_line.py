@@ -23,8 +23,11 @@ from hybrid import (
     load,
 )
 from hybrid.cli.progress_bar import progress_bar
+from hybrid.files import read_bytes
 from hybrid.interrupts import INTERRUPTED, raising_interrupts
 from hybrid.text.text_file import BOM, decode_text, text_notices
+
+MAX_TEXT_BYTES = 1 << 30  # of a text to measure on
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -288,7 +291,7 @@ def read_text(path: Path) -> str:
     unreadable or empty.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_TEXT_BYTES)
         text = decode_text(data)
     except OSError as error:
         raise InvalidOption(f"--text {path}: {error.strerror}") from error

@@ -24,6 +24,7 @@ from hybrid.engine.session import Session
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption, OutOfMemory
 from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import last_level_cache_bytes, measure_stream_gbs
+from hybrid.placement.plan import PlacementPlan
 from hybrid.text.sampling import Sampler, SamplingParams
 from hybrid.text.tokenizer import ChatMessage, check_message
 from hybrid.weights.layout import decode_bytes
@@ -60,7 +61,7 @@ class Engine:
 
     def __init__(self, parts: Parts) -> None:
         """`hybrid.load` makes the parts (hybrid/engine/loading/pipeline.py)."""
-        self.folder, self.spec, self.plan = parts.folder, parts.spec, parts.plan
+        self.folder, self.spec, self._plan = parts.folder, parts.spec, parts.plan
         self.name: str = model_name(parts.folder)  # of its Hub repository, or of its folder
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
         # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
@@ -71,10 +72,10 @@ class Engine:
         loaded = parts.loaded
         # Whether all logits are estimated from a preview and only the likeliest computed in full.
         self.previews_head: bool = loaded.model.preview is not None and not (
-            self.plan.is_head_on_gpu
+            parts.plan.is_head_on_gpu
         )
         self._process_id = os.getpid()
-        self._copying = loaded.copying
+        self._background = loaded.background
         self._stats_lock = threading.Lock()
         self._stats = EngineStats(
             load_s=parts.load_s,
@@ -82,6 +83,13 @@ class Engine:
             is_mapped=loaded.is_mapped,
             is_locked=loaded.is_locked,
         )
+
+    @property
+    def plan(self) -> PlacementPlan:
+        """What is on which device. It names the model, so this raises what `model_hash` raises."""
+        if not self._plan.model_hash:
+            self._plan = replace(self._plan, model_hash=self.model_hash)
+        return self._plan
 
     @property
     def config(self) -> ModelConfig:
@@ -108,7 +116,11 @@ class Engine:
 
     @property
     def model_hash(self) -> str:
-        """A hash of the checkpoint's weights, which profiles, predictors and plans name."""
+        """A hash of the checkpoint's weights, which profiles, predictors and plans name.
+
+        The files are hashed when something first needs it, once for each state of them. Raises
+        InvalidCheckpoint if they are no longer those that were loaded.
+        """
         return self.spec.model_hash
 
     @property
@@ -124,26 +136,27 @@ class Engine:
     @property
     def notices(self) -> tuple[str, ...]:
         """Lines that a user should see: what is slower or was not applied, and why."""
-        copying = () if self._copying is None else self._copying.notices
-        return (*self._notices, *copying)
+        later = () if self._background is None else self._background.notices
+        return (*self._notices, *later)
 
     @property
     def stats(self) -> EngineStats:
         """Counts and times since the engine was loaded."""
         with self._stats_lock:
-            if self._copying is None:
+            if self._background is None:
                 return self._stats
-            is_copying, is_mapped = self._copying.is_copying, self._copying.is_mapped
+            is_copying, is_mapped = self._background.is_copying, self._background.is_mapped
             return replace(self._stats, is_mapped=is_mapped, is_copying=is_copying)
 
     def wait_for_weights(self) -> None:
-        """Wait until all weights have been copied from their file into memory.
+        """Wait until all weights have been copied from their file into memory, and checked.
 
-        The copy runs in the background for the first seconds, while the engine is already in use.
-        Call this before measuring speed.
+        This runs in the background for the first seconds, while the engine is already in use. Call
+        this before measuring speed. Raises InvalidArtifact if the file is damaged.
         """
-        if self._copying is not None:
-            self._copying.wait()
+        if self._background is not None:
+            self._background.wait()
+            self._background.raise_damage()
 
     @property
     def fits_in_cache(self) -> bool:
@@ -212,6 +225,10 @@ class Engine:
         prompt that its KV cache holds is not computed again. Keywords change what `options` says.
         Work begins with the first iteration.
 
+        The file of packed weights is checked in the background, for a second or as long as reading
+        it from disk takes. If it is damaged, the iteration ends with InvalidArtifact. An answer
+        that is complete before that waits for the check after its last piece of text.
+
         Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory.
         """
         options = replace(options or GenerationOptions(), **keywords)
@@ -249,12 +266,12 @@ class Engine:
 
         `dense` computes all neurons and gives the same results, to show what skipping saves.
         `timed` measures where time goes (`Session.stage_seconds`) and costs one percent of time.
-        Raises OutOfMemory, EngineClosed.
+        Raises OutOfMemory, EngineClosed, InvalidArtifact.
         """
         try:
             executor = self._open()
             native = executor.open_session(is_dense=dense, is_timed=timed)
-            return Session(native, self.config, executor)
+            return Session(native, self.config, executor, self._background)
         except MemoryError:
             raise OutOfMemory(
                 f"a context of {self.n_context} tokens does not fit into memory; "
@@ -266,8 +283,8 @@ class Engine:
         if self._executor is not None:
             self._executor.close()
         self._executor = None
-        if self._copying is not None:
-            self._copying.stop()
+        if self._background is not None:
+            self._background.stop()
 
     def __enter__(self) -> Engine:
         return self

@@ -130,6 +130,7 @@ class Generation:
 
     def __next__(self) -> str:
         if self._is_over:
+            self._confirm()
             raise StopIteration
         try:
             piece = self._advance()
@@ -140,8 +141,14 @@ class Generation:
         if self.finish_reason is not None:
             self._end()
         if not piece:
+            self._confirm()
             raise StopIteration
         return piece
+
+    def _confirm(self) -> None:
+        """Wait for the check of the weights. A short answer may be complete before it is."""
+        if self.finish_reason != "cancelled":
+            self._session.confirm_weights()
 
     def _advance(self) -> str:
         """Return the next piece of text, or "" if the answer has ended."""

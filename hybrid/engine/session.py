@@ -48,6 +48,13 @@ class NativeSession(Protocol):
     def reset_counts(self) -> None: ...
 
 
+class WeightsCheck(Protocol):
+    """Compares the weights with their checksums in the background."""
+
+    def wait(self) -> None: ...
+    def raise_damage(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """Which neurons fired for some tokens, in each layer.
@@ -67,12 +74,20 @@ class Session:
     `decode`, and read `logits`.
 
     Sessions of one engine may run on several threads at once. One session serves one thread at a
-    time.
+    time. Once the background check has found damaged weights, every call raises InvalidArtifact.
     """
 
-    def __init__(self, native: NativeSession, config: ModelConfig, engine: object = None) -> None:
+    def __init__(
+        self,
+        native: NativeSession,
+        config: ModelConfig,
+        engine: object = None,
+        weights: WeightsCheck | None = None,
+    ) -> None:
+        """`weights` are still being checked, or None if they are sound."""
         self._native: NativeSession | None = native
         self._config = config
+        self._weights = weights
         self._engine = engine  # the executor that owns the weights; compared by identity
         self._tokens: list[int] = []
         self._lock = threading.RLock()  # held during each call into the native session
@@ -249,9 +264,17 @@ class Session:
     ) -> None:
         self.close()
 
+    def confirm_weights(self) -> None:
+        """Wait until the weights have been checked. Raises InvalidArtifact if they are damaged."""
+        if self._weights is not None:
+            self._weights.wait()
+            self._weights.raise_damage()
+
     def _open(self) -> NativeSession:
         if self._native is None:
             raise EngineClosed("the session is closed; open another one")
+        if self._weights is not None:
+            self._weights.raise_damage()
         return self._native
 
     def _in_step(self) -> NativeSession:

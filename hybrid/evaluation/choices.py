@@ -23,8 +23,11 @@ from hybrid.engine.engine import Engine
 from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
 from hybrid.evaluation.likelihood import Scorer, encode_pair
+from hybrid.files import read_bytes
 from hybrid.progress import Progress, ignore_progress
 from hybrid.text.text_file import decode_text
+
+_MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     A byte-order mark and the line ends are not part of any question, so they need no notice.
     """
     try:
-        text = decode_text(path.read_bytes())
+        text = decode_text(read_bytes(path, _MAX_BYTES))
     except OSError as error:
         raise InvalidOption(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from hybrid.errors import DownloadFailed
+from hybrid.files import open_file, read_bytes
 from hybrid.hub.cache import discard
 
 
@@ -90,7 +91,7 @@ def known_etag(path: Path) -> str | None:
         return etag if is_checksum(etag) else None
     note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     try:
-        lines = note.read_text(encoding="utf-8").split("\n")  # commit, etag, time
+        lines = read_bytes(note, 1 << 16).decode("utf-8").split("\n")  # commit, etag, time
     except (OSError, UnicodeDecodeError):
         return None
     return lines[1] if len(lines) > 1 and is_checksum(lines[1]) else None
@@ -102,7 +103,7 @@ def digest(path: Path, etag: str) -> str:
     if len(etag) == 40:
         header = b"blob %d\0" % path.stat().st_size
         hasher = hashlib.sha1(header, usedforsecurity=False)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(1 << 20):
             hasher.update(chunk)
     return hasher.hexdigest()

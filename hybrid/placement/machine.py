@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.errors import InvalidArtifact
-from hybrid.files import write_atomically
+from hybrid.files import read_bytes, write_atomically
+from predictors.schema import boolean, integer, nullable, number, parse_json, record, text
 
 VERSION = 1
+_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,40 @@ class Machine:
     def save(self, path: Path) -> None:
         """Write the file. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-        write_atomically(path, text.encode())
+        content = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+        write_atomically(path, content.encode())
+
+
+# Every field is optional, because a user may replace some only.
+_gbs = number(1e-6, 1e9)
+_us = number(0.0, 1e9)
+_MACHINE = record(
+    {},
+    {
+        "version": integer(),
+        **dict.fromkeys(("name", "quant", "isa"), text()),
+        "n_threads": integer(1, 1 << 16),
+        "ram_bytes": integer(),
+        "is_modelled": boolean,
+        "cpu": record(
+            {}, {**dict.fromkeys(("stream_gbs", "gather_gbs", "kv_gbs"), _gbs), "layer_us": _us}
+        ),
+        "gpu": nullable(
+            record(
+                {},
+                {
+                    **dict.fromkeys(("name", "mechanism"), text()),
+                    **dict.fromkeys(("vram_bytes", "context_bytes", "torch_bytes"), integer()),
+                    **dict.fromkeys(("stream_gbs", "gather_gbs"), _gbs),
+                    **dict.fromkeys(("node_us", "hand_off_us"), _us),
+                },
+            )
+        ),
+    },
+)
+
+
+_OPTIONAL = {"gpu", "is_modelled", "version"}  # of a whole machine
 
 
 def read_overrides(path: Path) -> dict[str, Any]:
@@ -67,53 +101,45 @@ def read_overrides(path: Path) -> dict[str, Any]:
     `cpu` and `gpu` are objects. Raises InvalidArtifact.
     """
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_bytes(path, _MAX_BYTES))
+        version = values.get("version", VERSION) if isinstance(values, dict) else VERSION
+        if version != VERSION:
+            raise InvalidArtifact(f"{path}: has another version; measure the machine again")
+        values = _MACHINE(values)
     except OSError as error:
         raise InvalidArtifact(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise InvalidArtifact(f"{path}: is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InvalidArtifact(f"{path}: expected a JSON object with a machine's fields")
-    if values.pop("version", VERSION) != VERSION:
-        raise InvalidArtifact(f"{path}: has another version; measure the machine again")
+        raise InvalidArtifact(f"{path}: {error}") from error
+    values.pop("version", None)
     return values
 
 
 def override(machine: Machine, values: dict[str, Any], path: Path) -> Machine:
     """Return the machine with some fields replaced. Raises InvalidArtifact."""
-    try:
-        own = dict(values)
-        if "cpu" in own:
-            own["cpu"] = _speeds(CpuSpeeds, machine.cpu, own["cpu"])
-        if own.get("gpu") is not None:
-            own["gpu"] = _speeds(GpuSpeeds, machine.gpu, own["gpu"])
-        return replace(machine, **own)
-    except (TypeError, ValueError) as error:
-        raise InvalidArtifact(f"{path}: {error}") from error
+    own = dict(values)
+    if "cpu" in own:
+        own["cpu"] = replace(machine.cpu, **own["cpu"])
+    if own.get("gpu") is not None:
+        if machine.gpu is None:
+            needed = {f.name for f in fields(GpuSpeeds)} - {"mechanism", "torch_bytes"}
+            missing = needed - own["gpu"].keys()
+            if missing:
+                raise InvalidArtifact(f"{path}: its gpu lacks {', '.join(sorted(missing))}")
+            own["gpu"] = GpuSpeeds(**own["gpu"])
+        else:
+            own["gpu"] = replace(machine.gpu, **own["gpu"])
+    return replace(machine, **own)
 
 
 def load_machine(path: Path) -> Machine:
     """Read a machine that `Machine.save` wrote. Raises InvalidArtifact."""
     values = read_overrides(path)
-    missing = {f.name for f in fields(Machine)} - {"gpu", "is_modelled"} - values.keys()
-    if missing:
-        raise InvalidArtifact(f"{path}: lacks {', '.join(sorted(missing))}")
+    for what, kind, found in (("", Machine, values), ("its cpu ", CpuSpeeds, values.get("cpu"))):
+        missing = {f.name for f in fields(kind)} - _OPTIONAL - (found or {}).keys()
+        if missing:
+            raise InvalidArtifact(f"{path}: {what}lacks {', '.join(sorted(missing))}")
     nothing = Machine("", "", 1, "", 0, CpuSpeeds(1.0, 1.0, 1.0, 0.0))
     return override(nothing, values, path)
-
-
-def _speeds(kind: type, before: object, values: Any) -> Any:
-    if not isinstance(values, dict):
-        raise TypeError(f"expected an object of speeds, found {values!r}")
-    made = replace(before, **values) if before is not None else kind(**values)  # type: ignore[type-var]
-    for field in fields(kind):
-        value = getattr(made, field.name)
-        is_text = field.name in ("name", "mechanism")
-        if is_text != isinstance(value, str) or (not is_text and not value >= 0):
-            raise ValueError(f"{field.name}: found {value!r}")
-        if field.name.endswith("_gbs") and value == 0:
-            raise ValueError(f"{field.name}: must be positive")
-    return made
 
 
 def _modelled(name: str, memory: float, gpu: str, vram_gbs: float) -> Machine:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -90,11 +91,9 @@ def measured_machine(
     Raises MemoryError.
     """
     path = None if home is None else machine_path(home, config, format, pool.n_threads)
-    if path is not None and path.is_file() and not again:
-        try:
-            return load_machine(path)
-        except InvalidArtifact:
-            pass  # a broken file is measured anew and overwritten
+    kept = None if path is None or again else kept_machine(path, notices)
+    if kept is not None:
+        return kept
     load = OtherLoad()
     machine = Machine(
         name=platform.node() or "this machine",
@@ -107,6 +106,20 @@ def measured_machine(
     if path is not None and not load.notice(pool.n_threads, notices):
         save_quietly(machine, path)
     return machine
+
+
+def kept_machine(path: Path, notices: Notices) -> Machine | None:
+    """Return the machine of a file that hybrid keeps, if there is one.
+
+    A broken file becomes a notice. It is measured anew and overwritten.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        return load_machine(path)
+    except InvalidArtifact as error:
+        notices.add(f"kept speeds not used, measured again: {error}")
+        return None
 
 
 def machine_path(home: Path, config: ModelConfig, format: Format, n_threads: int) -> Path:

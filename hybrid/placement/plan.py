@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import InvalidArtifact
-from hybrid.files import write_atomically
+from hybrid.files import read_bytes, write_atomically
 from hybrid.model.config import ModelConfig
+from predictors.schema import boolean, integer, list_of, parse_json, record, text
 
-VERSION = 1
+VERSION = 2
+_MAX_BYTES = 16 << 20
 FILE_NAME = "placement_plan.json"
 BUCKET = 64  # neurons; n_gate and n_hot are multiples of it, or all neurons of a layer
 
@@ -45,7 +46,7 @@ ON_CPU = LayerPlacement()
 class PlacementPlan:
     """Devices of the layers and the head of one model, for one format and context."""
 
-    model_hash: str  # Checkpoint.weights_hash
+    model_hash: str  # Checkpoint.weights_hash; empty within a load that needs no plan
     order_hash: str  # weights.packing.order_hash: the neuron order that prefixes refer to
     quant: str  # "bf16", "q8" or "q4"
     n_context: int  # positions for which GPU layers have a KV cache
@@ -97,8 +98,26 @@ class PlacementPlan:
 
     def save(self, path: Path) -> None:
         """Write the file. Raises OSError."""
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-        write_atomically(path, text.encode())
+        content = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+        write_atomically(path, content.encode())
+
+
+_PLAN = record(
+    {
+        "version": integer(),
+        **dict.fromkeys(("model_hash", "order_hash", "quant"), text()),
+        **dict.fromkeys(("n_context", "n_neurons"), integer()),
+        "layers": list_of(
+            record({}, {"is_on_gpu": boolean, "n_gate": integer(), "n_hot": integer()})
+        ),
+    },
+    {
+        "is_head_on_gpu": boolean,
+        **dict.fromkeys(("vram_budget", "vram_bytes"), integer()),
+        **dict.fromkeys(("context_bytes", "torch_bytes"), integer()),
+        "hand_offs": text(),
+    },
+)
 
 
 def cpu_plan(
@@ -124,54 +143,35 @@ def split_active(active: NDArray[np.intp], n_hot: int) -> tuple[NDArray[np.intp]
 def load_plan(path: Path) -> PlacementPlan:
     """Read a plan. Raises InvalidArtifact if the file is no plan, broken, or of another version."""
     try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(read_bytes(path, _MAX_BYTES))
+        version = fields.get("version") if isinstance(fields, dict) else None
+        if version != VERSION:
+            raise InvalidArtifact(
+                f"{path}: expected a plan of version {VERSION}, found {version!r:.20}; make a new "
+                "one with hybrid.plan"
+            )
+        fields = _PLAN(fields)
+        del fields["version"]
+        layers = tuple(LayerPlacement(**layer) for layer in fields.pop("layers"))
+        plan = PlacementPlan(layers=layers, **fields)
+        for index, layer in enumerate(layers):
+            _check_layer(index, layer, plan.n_neurons)
     except OSError as error:
         raise InvalidArtifact(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise InvalidArtifact(
-            f"{path}: is not a placement plan ({error}); make a new one"
-        ) from error
-    if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
-        raise InvalidArtifact(
-            f"{path}: expected a plan of version {VERSION}; make a new one with hybrid.plan"
-        )
-    try:
-        layers = tuple(LayerPlacement(**layer) for layer in fields.pop("layers"))
-        plan = PlacementPlan(layers=layers, **fields)
-        _check_values(plan)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InvalidArtifact(f"{path}: is broken ({error}); make a new one") from error
+        raise InvalidArtifact(f"{path}: the plan is broken ({error}); make a new one") from error
     return plan
 
 
-def _check_values(plan: PlacementPlan) -> None:
-    """Raises ValueError, TypeError."""
-    for name in (
-        "n_context",
-        "n_neurons",
-        "vram_budget",
-        "vram_bytes",
-        "context_bytes",
-        "torch_bytes",
-    ):
-        value = getattr(plan, name)
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{name}: expected a count, found {value!r}")
-    for name in ("model_hash", "order_hash", "quant", "hand_offs"):
-        if not isinstance(getattr(plan, name), str):
-            raise ValueError(f"{name}: expected text")
-    if type(plan.is_head_on_gpu) is not bool:
-        raise ValueError("is_head_on_gpu: expected true or false")
-    for index, layer in enumerate(plan.layers):
-        if type(layer.is_on_gpu) is not bool or not all(
-            type(n) is int and (n % BUCKET == 0 or n == plan.n_neurons)
-            for n in (layer.n_gate, layer.n_hot)
-        ):
-            raise ValueError(f"layer {index}: {layer}")
-        if not 0 <= layer.n_hot <= layer.n_gate <= plan.n_neurons:
-            raise ValueError(f"layer {index}: expected n_hot <= n_gate <= n_neurons, found {layer}")
-        if not layer.is_on_gpu and layer.n_gate:
-            raise ValueError(f"layer {index}: is on the CPU, but has neurons on the GPU")
+def _check_layer(index: int, layer: LayerPlacement, n_neurons: int) -> None:
+    """Raises ValueError."""
+    counts = layer.n_gate, layer.n_hot
+    if any(n % BUCKET and n != n_neurons for n in counts):
+        raise ValueError(f"layer {index}: counts are not multiples of {BUCKET}: {counts}")
+    if not layer.n_hot <= layer.n_gate <= n_neurons:
+        raise ValueError(f"layer {index}: expected n_hot <= n_gate <= n_neurons, found {layer}")
+    if not layer.is_on_gpu and layer.n_gate:
+        raise ValueError(f"layer {index}: is on the CPU, but has neurons on the GPU")
 
 
 def check_plan(plan: PlacementPlan, path: Path, model: PlacementPlan) -> None:

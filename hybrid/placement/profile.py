@@ -7,21 +7,23 @@ frequencies. Neurons are in the checkpoint's order. docs/formats.md describes th
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hybrid.errors import InvalidArtifact
-from hybrid.files import write_atomically
+from hybrid.files import has_files, read_safetensors, write_atomically
 from hybrid.model.config import ModelConfig
 from hybrid.notices import Notices
+from predictors.schema import anything, integer, list_of, parse_json, record, text
 
-VERSION = 1
+VERSION = 2
+_MAX_BYTES = 2 << 30
 FILE_NAME = "activation_profile.safetensors"
 _METADATA = "hybrid_profile"
 POSITION_BUCKETS = 16  # bucket b holds positions 2^b - 1 to 2^(b+1) - 2 of a window
@@ -68,6 +70,22 @@ class ActivationProfile:
         write_atomically(path, save(tensors, metadata))
 
 
+_ABOUT = record(
+    {"version": integer(), "model_hash": text(), "n_tokens": integer(1)},
+    {
+        **dict.fromkeys(("model", "quant", "tokenizer_hash", "hybrid_version"), text()),
+        "window": integer(1),
+        "texts": list_of(
+            record(
+                {},
+                {**dict.fromkeys(("name", "sha256"), text()), "bytes": integer()},
+                others=anything,
+            )
+        ),
+    },
+    others=anything,
+)
+
 # Dimensions of each array: T texts, L layers, N neurons, B buckets.
 _SHAPES = {
     "counts": "LN",
@@ -83,38 +101,47 @@ def load_profile(path: Path) -> ActivationProfile:
     """Read a profile. Raises InvalidArtifact if the file is no profile, broken, or of another
     version.
     """
-    if not path.is_file():
-        raise InvalidArtifact(f"{path}: there is no such file")
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = (file.metadata() or {}).get(_METADATA)
-            if metadata is None:
-                raise InvalidArtifact(
-                    f"{path}: is not an activation profile; make one with profiler.record"
-                )
-            about = json.loads(metadata)
-            if not isinstance(about, dict) or about.get("version") != VERSION:
-                raise InvalidArtifact(
-                    f"{path}: expected a profile of version {VERSION}; record it again"
-                )
-            arrays = {name: file.get_tensor(name) for name in _SHAPES}
-        about.pop("version")
-        n_tokens, model_hash = about.pop("n_tokens"), about.pop("model_hash")
+        metadata, arrays = read_safetensors(path, _MAX_BYTES)
+        if _METADATA not in metadata:
+            raise InvalidArtifact(
+                f"{path}: is not an activation profile; make one with profiler.record"
+            )
+        about = parse_json(metadata[_METADATA])
+        version = about.get("version") if isinstance(about, dict) else None
+        if version != VERSION:
+            raise InvalidArtifact(
+                f"{path}: expected a profile of version {VERSION}, found {version!r:.20}; record "
+                "it again"
+            )
+        about = _ABOUT(about)
     except OSError as error:
         raise InvalidArtifact(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, KeyError) as error:
+    except ValueError as error:
         raise InvalidArtifact(f"{path}: is broken ({error}); record it again") from error
+    del about["version"]
+    n_tokens, model_hash = about.pop("n_tokens"), about.pop("model_hash")
     sizes = {"B": POSITION_BUCKETS}
+    counts = {}
     for name, dimensions in _SHAPES.items():
-        array = arrays[name]
-        is_sound = array.dtype == np.int64 and array.ndim == len(dimensions)
-        for dimension, size in zip(dimensions, array.shape, strict=False):
-            is_sound &= sizes.setdefault(dimension, size) == size
-        if not is_sound or (array < 0).any():
+        array = arrays.get(name)
+        is_sound = array is not None and array.dtype == np.int64 and array.ndim == len(dimensions)
+        if array is not None:
+            for dimension, size in zip(dimensions, array.shape, strict=False):
+                is_sound &= size > 0 and sizes.setdefault(dimension, size) == size
+        if array is None or not is_sound or (array < 0).any():
             raise InvalidArtifact(f"{path}: its array {name!r} is broken; record it again")
-    if not isinstance(n_tokens, int) or n_tokens < 1 or arrays["counts"].max() > n_tokens:
+        counts[name] = array
+    if counts["counts"].max() > n_tokens:
         raise InvalidArtifact(f"{path}: its counts contradict each other; record it again")
-    return ActivationProfile(model_hash=str(model_hash), n_tokens=n_tokens, **arrays, about=about)
+    return ActivationProfile(model_hash=model_hash, n_tokens=n_tokens, **counts, about=about)
+
+
+class ModelName(Protocol):
+    """A model that is hashed when its hash is first needed."""
+
+    @property
+    def weights_hash(self) -> str: ...
 
 
 def check_profile(
@@ -140,19 +167,22 @@ def profile_path(home: Path, model_hash: str) -> Path:
 
 
 def find_profile(
-    folder: Path, home: Path | None, model_hash: str, config: ModelConfig, notices: Notices
+    folder: Path, home: Path | None, identity: ModelName, config: ModelConfig, notices: Notices
 ) -> ActivationProfile | None:
     """Return the profile that `hybrid.setup` recorded, else the one in the model's folder.
 
-    A profile that exists but cannot be used becomes a notice.
+    A profile that exists but cannot be used becomes a notice. The model is hashed only if there is
+    a profile that could be its own.
     """
-    kept = () if home is None else (profile_path(home, model_hash),)
-    for path in (*kept, folder / FILE_NAME):
-        if not path.is_file():
+    found = [folder / FILE_NAME]
+    if home is not None and has_files(home / "profiles"):
+        found.insert(0, profile_path(home, identity.weights_hash))
+    for path in found:
+        if not os.path.lexists(path):
             continue
         try:
             profile = load_profile(path)
-            check_profile(profile, path, model_hash, config)
+            check_profile(profile, path, identity.weights_hash, config)
             return profile
         except InvalidArtifact as error:
             notices.add(f"profile not used: {error}")

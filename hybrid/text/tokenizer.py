@@ -20,6 +20,7 @@ import tokenizers
 
 from hybrid.checkpoint.name import model_name
 from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
+from hybrid.files import read_bytes
 from hybrid.text.added_tokens import add_tokens
 from hybrid.text.bos import BosWishes, choose_bos
 
@@ -303,13 +304,8 @@ def _piece_bytes(bpe: tokenizers.Tokenizer, vocab: dict[str, int], vocab_size: i
 
 def _read_text(path: Path) -> str:
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a regular file")
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InvalidCheckpoint(
-                f"{path}: has {path.stat().st_size:,} bytes, expected at most {_MAX_FILE_BYTES:,}"
-            )
-        return path.read_text(encoding="utf-8")
+        text = read_bytes(path, _MAX_FILE_BYTES).decode("utf-8")
+        return text.replace("\r\n", "\n").replace("\r", "\n")  # as files are read in text mode
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(
             f"{path}: missing or not text: {error}; download it again"

@@ -429,6 +429,16 @@ def test_a_huge_json_file_is_not_read(model: Path, name: str) -> None:
         open_checkpoint(model)
 
 
+def test_an_index_of_thousands_of_files_is_refused(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(1001)}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        InvalidCheckpoint, match=r"index\.json: lists 1,001 files, expected at most"
+    ):
+        open_checkpoint(model)
+
+
 def test_a_folder_without_weights_is_refused(model: Path) -> None:
     (model / "model.safetensors").rename(model / "model.savetensors")
     with pytest.raises(InvalidCheckpoint) as raised:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from hybrid.checkpoint import torch_bin
 from hybrid.checkpoint.torch_bin import TorchBin
 from hybrid.errors import InvalidCheckpoint
 
@@ -110,6 +111,38 @@ def test_broken_and_hostile_pickles_are_refused(path: Path, program: bytes, mess
     with pytest.raises(InvalidCheckpoint, match=message) as raised:
         TorchBin(path)
     assert str(raised.value).startswith(str(path))
+
+
+def test_the_number_of_operations_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickle of four megabytes could hold four million of them."""
+    monkeypatch.setattr(torch_bin, "_MAX_OPERATIONS", 1000)
+    write_pickle(path, b"\x80\x02" + b"N" * 998 + b".")
+    with pytest.raises(InvalidCheckpoint, match="holds no dictionary"):
+        TorchBin(path)
+    write_pickle(path, b"\x80\x02" + b"N" * 999 + b".")
+    with pytest.raises(InvalidCheckpoint, match="more than 1,000 operations"):
+        TorchBin(path)
+
+
+def test_a_model_of_10_000_tensors_is_within_the_bounds() -> None:
+    operations, n_bytes = 32, 130  # of a tensor, as torch.save writes it
+    assert 10_000 * operations < torch_bin._MAX_OPERATIONS
+    assert 10_000 * n_bytes < torch_bin._MAX_PICKLE_BYTES
+
+
+def test_integers_that_collide_are_no_keys(path: Path) -> None:
+    """All multiples of 2^61 - 1 have the hash 0, so that a dictionary of them takes hours."""
+    keys = [(i * (2**61 - 1)).to_bytes(10, "little") for i in range(1, 50)]
+    write_pickle(path, b"\x80\x02}(" + b"".join(b"\x8a\x0a" + key + b"N" for key in keys) + b"u.")
+    with pytest.raises(InvalidCheckpoint, match="neither a string nor a small integer"):
+        TorchBin(path)
+
+
+def test_the_argument_of_a_refused_operation_is_not_parsed(path: Path) -> None:
+    """Some versions of Python take minutes for a decimal number of millions of digits."""
+    write_pickle(path, b"\x80\x02I" + b"1" * 100_000 + b"\n.")
+    with pytest.raises(InvalidCheckpoint, match="operation INT, which"):
+        TorchBin(path)
 
 
 def test_a_huge_memo_index_costs_nothing(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybrid.checkpoint import torch_bin
 from hybrid.checkpoint.torch_bin import TorchBin
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 
@@ -124,6 +125,7 @@ def test_tensors_that_fit_their_storage_are_read(
         (Described((3, 2), (1, 3)), [[0, 3], [1, 4], [2, 5]]),
         (Described((2,), (3,), offset=2), [2, 5]),
         (Described((), (), offset=5), 5),
+        (Described((1, 3), (0, 2)), [[0, 2, 4]]),  # the stride of one element means nothing
     ]:
         write_described(described)
         assert TorchBin(path).tensor("a").fp32().tolist() == expected
@@ -135,7 +137,9 @@ def test_tensors_that_fit_their_storage_are_read(
         pytest.param(Described((7,), (1,)), "needs 7 elements", id="too long"),
         pytest.param(Described((6,), (1,), offset=1), "needs 7 elements", id="offset"),
         pytest.param(Described((2, 3), (4, 1)), "needs 7 elements", id="stride"),
-        pytest.param(Described((3, 2**62), (0, 0)), "needs", id="stride 0 makes it huge"),
+        pytest.param(Described((3, 2**62), (0, 0)), "share", id="stride 0 makes it huge"),
+        pytest.param(Described((2, 3), (0, 1)), "share their bytes", id="expanded"),
+        pytest.param(Described((2, 3), (2, 1)), "share their bytes", id="rows overlap"),
         pytest.param(Described((2,), (2**63,)), "needs", id="overflow"),
         pytest.param(Described((6,), (1,), n_elements=5), "claims 5", id="storage's claim"),
         pytest.param(Described((7,), (1,), n_elements=7), "holds 24 bytes", id="storage's bytes"),
@@ -219,6 +223,85 @@ def test_a_broken_local_header_is_refused(path: Path, position: int, damage: byt
     path.write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match="is not inside the file"):
         TorchBin(path).tensor("a")
+
+
+def place_of(path: Path, ending: str) -> tuple[int, int]:
+    """Return where the local header of a zip member begins, and its data."""
+    with zipfile.ZipFile(path) as archive:
+        [member] = [m for m in archive.infolist() if m.filename.endswith(ending)]
+    header = path.read_bytes()[member.header_offset :][:30]
+    lengths = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return member.header_offset, member.header_offset + 30 + sum(lengths)
+
+
+@pytest.mark.parametrize("use_mmap", [False, True])
+@pytest.mark.parametrize("ending", ["data/0", "data/1", "data.pkl", "byteorder"])
+def test_a_flipped_bit_or_zeros_are_found_when_the_member_is_read(
+    path: Path, ending: str, use_mmap: bool
+) -> None:
+    torch.save({"a": torch.ones(5), "b": torch.arange(9.0).reshape(3, 3)}, path)
+    sound = path.read_bytes()
+    _, begin = place_of(path, ending)
+    for damage in (bytes([sound[begin] ^ 1]), b"\0" * 4):
+        path.write_bytes(sound[:begin] + damage + sound[begin + len(damage) :])
+        if damage == sound[begin : begin + len(damage)]:
+            continue
+        with pytest.raises(InvalidCheckpoint, match=f"{ending}.*checksum differs"):
+            read_all(TorchBin(path, use_mmap=use_mmap))
+    path.write_bytes(sound)
+    read_all(TorchBin(path, use_mmap=use_mmap))
+
+
+def read_all(file: TorchBin) -> None:
+    for name in ("a", "b"):
+        file.tensor(name).fp32()
+
+
+def test_checksums_are_computed_once_for_a_storage(path: Path, monkeypatch: Any) -> None:
+    whole = torch.randn(6, 8)
+    torch.save({"a": whole, "b": whole[2:]}, path)
+    file, calls = TorchBin(path), []
+    crc32 = torch_bin._native.crc32
+    monkeypatch.setattr(
+        torch_bin._native,
+        "crc32",
+        lambda data, crc=0: (calls.append(data.size), crc32(data, crc))[1],
+    )
+    for _ in range(2):
+        read_all(file)
+    assert calls == [whole.nbytes]
+
+
+def test_a_file_without_checksums_is_read_and_told(path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(5)}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    file = TorchBin(path)
+    assert file.tensor("a").fp32().tolist() == [1.0] * 5
+    assert "pytorch_model.bin holds no checksums" in file.notices[0]
+    torch.save({"a": torch.ones(5)}, path)
+    assert TorchBin(path).notices == ()
+
+
+def test_a_member_of_another_name_in_front_of_its_data_is_refused(path: Path) -> None:
+    torch.save({"a": torch.ones(5), "b": torch.zeros(5)}, path)
+    header, _ = place_of(path, "data/1")
+    content = bytearray(path.read_bytes())
+    content[header + 30 + len("pytorch_model/data/")] = ord("0")
+    path.write_bytes(content)
+    with pytest.raises(InvalidCheckpoint, match=r"data/1' has another name in front of its data"):
+        TorchBin(path).tensor("b")
+
+
+def test_a_directory_of_millions_of_members_is_not_read(path: Path, monkeypatch: Any) -> None:
+    torch.save({f"t{i}": torch.ones(1) for i in range(60)}, path)
+    TorchBin(path)
+    monkeypatch.setattr(torch_bin, "_MAX_DIRECTORY_BYTES", 4000)
+    with pytest.raises(InvalidCheckpoint, match="its directory has more than 4,000 bytes"):
+        TorchBin(path)
 
 
 def test_the_format_before_torch_1_6_is_refused(path: Path) -> None:

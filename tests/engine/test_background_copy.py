@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 
 import hybrid
+from hybrid import InvalidArtifact
 from hybrid.weights import memory, packed_file
 
 
@@ -15,7 +17,9 @@ def test_tokens_are_the_same_before_during_and_after(tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path))
 
     def story(engine: hybrid.Engine) -> str:
-        return "".join(engine.generate("Once upon a time", max_tokens=20, temperature=0))
+        generation = engine.generate("Once upon a time", max_tokens=20, temperature=0)
+        # The iteration ends only when all weights have been checked, the last piece comes before.
+        return "".join(next(generation) for _ in range(12))
 
     with hybrid.load("stories") as packed:
         expected = story(packed)
@@ -37,3 +41,57 @@ def test_tokens_are_the_same_before_during_and_after(tmp_path, monkeypatch):
         assert not engine.stats.is_copying
         assert not engine.stats.is_mapped
         assert story(engine) == expected
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file of the packed model, one byte of whose first layer is damaged."""
+    monkeypatch.setattr(packed_file, "KEEP_FROM_BYTES", 0)
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path))
+    with hybrid.load("stories"):
+        (path,) = (tmp_path / "packed").iterdir()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def answer(engine: hybrid.Engine, max_tokens: int = 3) -> str:
+    return "".join(engine.generate("Once upon a time", max_tokens=max_tokens, temperature=0))
+
+
+@pytest.mark.parametrize("mmap", [None, True])
+def test_damaged_weights_end_even_a_short_answer_with_an_error(packed, mmap):
+    with hybrid.load("stories", mmap=mmap) as engine:
+        with pytest.raises(InvalidArtifact, match="damaged: their checksum differs; load the"):
+            answer(engine)
+        with pytest.raises(InvalidArtifact, match="damaged"):
+            engine.wait_for_weights()
+        with pytest.raises(InvalidArtifact, match="damaged"):
+            engine.open_session().prefill([1])
+    with hybrid.load("stories", mmap=mmap) as engine:  # packed again
+        sound = answer(engine)
+        engine.wait_for_weights()
+    with hybrid.load("stories", mmap=mmap) as engine:
+        assert answer(engine) == sound
+
+
+def test_an_answer_that_is_cancelled_waits_for_nothing(packed, monkeypatch):
+    go_on = threading.Event()
+    check = memory._native.crc32
+    monkeypatch.setattr(memory._native, "crc32", lambda *a: (go_on.wait(), check(*a))[1])
+    with hybrid.load("stories", mmap=True) as engine:
+        generation = engine.generate("Once upon a time", max_tokens=9, temperature=0)
+        assert next(generation)
+        generation.cancel()
+        assert list(generation) == []
+        go_on.set()
+
+
+def test_the_command_prints_one_line_for_damaged_weights(packed, capsys):
+    from hybrid.run import main as run
+
+    assert run(["-m", "stories", "-p", "Once upon a time", "-n", "3", "--seed", "1"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("hybrid.run: ")
+    assert "are damaged: their checksum differs; load the model again" in lines[-1]

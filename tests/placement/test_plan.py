@@ -32,12 +32,12 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 1"),
+        ({"version": 1}, "version 2, found 1"),
         ({"layers": []}, None),
         ({"layers": [{"is_on_gpu": True, "n_gate": 64, "n_hot": 128}] * 5}, "n_hot <= n_gate"),
         ({"layers": [{"is_on_gpu": True, "n_gate": 65, "n_hot": 0}] * 5}, "layer 0"),
         ({"layers": [{"is_on_gpu": False, "n_gate": 64, "n_hot": 0}] * 5}, "on the CPU"),
-        ({"layers": [{"is_on_gpu": 1, "n_gate": 64, "n_hot": 0}] * 5}, "layer 0"),
+        ({"layers": [{"is_on_gpu": 1, "n_gate": 64, "n_hot": 0}] * 5}, r"layers\[0\]\.is_on_gpu"),
         ({"layers": [{"n_gates": 64}] * 5}, "n_gates"),
         ({"layers": 7}, "broken"),
         ({"n_context": -1}, "n_context"),
@@ -117,8 +117,8 @@ def test_some_fields_of_a_machine_can_be_replaced(tmp_path):
     [
         ("", "not JSON"),
         ("[]", "object"),
-        ('{"cpu": 3}', "speeds"),
-        ('{"cpu": {"stream_gbs": 0}}', "positive"),
+        ('{"cpu": 3}', "cpu: expected an object"),
+        ('{"cpu": {"stream_gbs": 0}}', "stream_gbs: expected a number from 1e-06"),
         ('{"cpu": {"stream_gbs": -1}}', "stream_gbs"),
         ('{"cpu": {"stream_gbs": "fast"}}', "fast"),
         ('{"gpu": {"name": 3}}', "name"),

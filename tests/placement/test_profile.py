@@ -131,7 +131,7 @@ def damaged(path, damage) -> None:
         save_file(load_file(path), path)
     else:
         tensors = load_file(path)
-        about = {"version": 1, "n_tokens": 200, "model_hash": "0"}
+        about = {"version": 2, "n_tokens": 200, "model_hash": "0"}
         if damage == "version":
             about["version"] = 99
         elif damage == "negative":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from predictor_files import decode_counted
+from predictor_files import decode_counted, trace_about
 from slow import slow_except
 from tiny_models import ODD_SHAPES, write_model
 
@@ -172,7 +172,7 @@ def test_a_trace_is_an_even_sample_within_its_budget(tmp_path):
         writer.add(inputs, np.full((2, n, 2), 5, np.uint8))
         sent += n
         assert writer.n_records <= 10
-    writer.finish([np.zeros((9, 4), np.float16)] * 2, {"threshold": 0.0})
+    writer.finish([np.zeros((9, 4), np.float16)] * 2, trace_about())
     trace = load_trace(tmp_path)
     taken = trace.layer(1).inputs[:, 0]
     assert taken.tolist() == list(range(0, sent, trace.stride))
@@ -209,6 +209,17 @@ def test_an_interrupted_recording_continues(engine, tokens, tmp_path, monkeypatc
             np.testing.assert_array_equal(*(trace.layer(layer).inputs for trace in traces))
             np.testing.assert_array_equal(*(trace.layer(layer).masks for trace in traces))
     assert not (tmp_path / "parts" / "recording.json").exists()
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}", "[" * 100_000, '{"serial": NaN}'], ids=len)
+def test_a_recording_whose_state_is_broken_begins_again(
+    engine, tokens, tmp_path, monkeypatch, state
+):
+    monkeypatch.setattr(recorder, "SAVE_EVERY_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        record(engine, tokens, tmp_path, OPTIONS, interrupting(4))
+    (tmp_path / "recording.json").write_text(state)
+    assert record(engine, tokens, tmp_path, OPTIONS, ignore).n_new_tokens == 300
 
 
 def test_a_folder_with_another_recording_is_refused(engine, tokens, tmp_path, monkeypatch):

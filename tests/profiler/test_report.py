@@ -118,7 +118,7 @@ def test_a_file_that_is_not_a_profile_is_refused(tmp_path, capsys):
     (tmp_path / "other").write_bytes(b"\0" * 64)
     for path, message in (
         (tmp_path, FILE_NAME),
-        (tmp_path / "nowhere", "no such file"),
+        (tmp_path / "nowhere", "No such file"),
         (tmp_path / "other", "broken"),
     ):
         assert main([str(path)]) == 1

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from tiny_models import write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
-from hybrid.errors import OutOfMemory
+from hybrid.errors import InvalidArtifact, InvalidCheckpoint, OutOfMemory
 from hybrid.kernels import Format, _native
 from hybrid.progress import ignore_progress
 from hybrid.weights import memory, packed_file
@@ -98,7 +99,9 @@ def test_a_model_replaced_while_it_is_open_is_not_taken_for_the_new_one(model, t
     other = write_model(tmp_path / "other", seed=1)
     with open_checkpoint(model) as checkpoint:
         (other / "model.safetensors").replace(model / "model.safetensors")
-        load_packed(checkpoint, packed_layout(checkpoint.config, Format.q8), cache=cache)
+        with pytest.raises(InvalidCheckpoint, match="changed or replaced while it was read"):
+            load_packed(checkpoint, packed_layout(checkpoint.config, Format.q8), cache=cache)
+    assert files(cache) == []
     again = load(model, cache)
     assert again.was_packed
     np.testing.assert_array_equal(weights(again), weights(load(model, None)))
@@ -129,9 +132,13 @@ def test_the_file_is_sound_safetensors(model, tmp_path, format):
     with open_checkpoint(model) as checkpoint:
         layout = packed_layout(checkpoint.config, format)
     with safe_open(path, framework="numpy") as file:
-        assert set(file.keys()) == set(layout.arrays)
+        assert set(file.keys()) == {*layout.arrays, "checksums"}
         assert file.metadata()["format"] == format.name
-    assert (path.stat().st_size - layout.n_bytes) % 64 == 0  # the buffer begins at a cache line
+        checksums = file.get_tensor("checksums")
+        for name, checksum in zip(layout.arrays, checksums, strict=True):
+            assert checksum == zlib.crc32(file.get_tensor(name).tobytes()), name
+    n_header = path.stat().st_size - layout.n_bytes - 4 * len(layout.arrays)
+    assert n_header % 64 == 0  # the buffer begins at a cache line
 
 
 def test_small_models_are_not_kept(model, tmp_path, monkeypatch):
@@ -212,16 +219,106 @@ def test_damaged_files_are_replaced(model, tmp_path, damage, use_mmap):
         assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize("use_mmap", [False, True])
+def test_weights_that_change_behind_their_size_and_time_are_packed_anew(model, tmp_path, use_mmap):
+    """Package stores set every time to 1, and `cp -p` keeps it."""
+    cache, path = tmp_path / "cache", model / "model.safetensors"
+    os.utime(path, ns=(1, 1))
+    load(model, cache)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1))
+    changed = load(model, cache, use_mmap=use_mmap)
+    assert changed.was_packed
+    np.testing.assert_array_equal(weights(changed), weights(load(model, None)))
+
+
+def test_weights_whose_time_alone_changes_are_not_packed_anew(model, tmp_path):
+    load(model, tmp_path / "cache")
+    os.utime(model / "model.safetensors")
+    assert not load(model, tmp_path / "cache").was_packed
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def places(model: Path, path: Path) -> dict[str, int]:
+    """Return a byte of each array of a packed file, of its padding, header and checksums."""
+    with open_checkpoint(model) as checkpoint:
+        layout = packed_layout(checkpoint.config, Format.q8)
+    size = path.stat().st_size
+    first = size - layout.n_bytes - 4 * len(layout.arrays)
+    found = {name: first + array.first for name, array in layout.arrays.items()}
+    padded = next(array for array in layout.arrays.values() if array.end > array.first + 64)
+    return {**found, "header": first - 70, "checksums": size - 1, "last": first + padded.end - 1}
+
+
+@pytest.mark.parametrize("kept", [{}, {"use_mmap": True}, {"use_mlock": True}], ids=str)
+def test_every_flipped_bit_is_found_and_the_file_is_packed_anew(model, tmp_path, kept):
+    cache = tmp_path / "cache"
+    expected = weights(load(model, cache))
+    (path,) = cache.iterdir()
+    sound = path.read_bytes()
+    for name, place in places(model, path).items():
+        flip(path, place)
+        loaded = load(model, cache, **kept)
+        if not loaded.was_packed:  # found in the background: this load reports, the next packs
+            assert loaded.background is not None
+            loaded.background.wait()
+            with pytest.raises(InvalidArtifact, match=r"damaged: .*load the model again"):
+                loaded.background.raise_damage()
+            loaded = load(model, cache, **kept)
+        assert loaded.was_packed, name
+        if loaded.background is not None:
+            loaded.background.wait()
+            loaded.background.raise_damage()
+        np.testing.assert_array_equal(weights(loaded), expected)
+        assert path.read_bytes() == sound
+
+
+def test_damage_that_is_found_at_once_is_told(model, tmp_path):
+    cache = tmp_path / "cache"
+    load(model, cache)
+    (path,) = cache.iterdir()
+    flip(path, places(model, path)["0.gate"])
+    loaded = load(model, cache, use_mlock=True)
+    assert loaded.was_packed
+    assert any("'0.gate' are damaged" in notice for notice in loaded.notices)
+
+
+def test_a_damaged_file_that_cannot_be_removed_is_named(model, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    load(model, cache)
+    (path,) = cache.iterdir()
+    flip(path, places(model, path)["1.o"])
+
+    def refuse(self: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    loaded = load(model, cache, use_mmap=True)
+    loaded.background.wait()
+    with pytest.raises(InvalidArtifact, match=r"'1\.o' are damaged: .*delete the file and load"):
+        loaded.background.raise_damage()
+
+
 def test_a_file_that_shrinks_between_check_and_read_is_packed_anew(model, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     expected = weights(load(model, cache))
     (path,) = cache.iterdir()
 
-    def cut_then_current(*args: object) -> bool:
-        os.truncate(path, path.stat().st_size // 2)
-        return True
+    read = packed_file._read_checksums
 
-    monkeypatch.setattr(packed_file, "_is_current", cut_then_current)
+    def read_then_cut(*args) -> memory.Checksums | None:
+        checksums = read(*args)
+        os.truncate(path, path.stat().st_size // 2)
+        return checksums
+
+    monkeypatch.setattr(packed_file, "_read_checksums", read_then_cut)
     loaded = load(model, cache)
     assert loaded.was_packed
     np.testing.assert_array_equal(weights(loaded), expected)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from hybrid.checkpoint.hf import Checkpoint, SourceFile, read_config, read_json
+from hybrid.checkpoint.hf import Checkpoint, read_config, read_json
+from hybrid.checkpoint.identity import ModelIdentity, SourceFile
 from hybrid.checkpoint.synthetic.calibration import (
     CALIBRATION_SHAPE,
     HELD_OUT_SHAPE,
@@ -29,11 +29,12 @@ from hybrid.checkpoint.synthetic.calibration import (
 from hybrid.checkpoint.synthetic.weights import RECIPE, SyntheticWeights
 from hybrid.checkpoint.tensor import Tensor
 from hybrid.errors import InvalidCheckpoint, ModelNotFound
-from hybrid.files import replacing, write_atomically
+from hybrid.files import read_safetensors, replacing, write_atomically
 from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import expected_tensors
 from hybrid.progress import Progress, ignore_progress
+from predictors.schema import parse_json
 
 PREFIX = "synthetic:"
 _SEED = 1
@@ -171,7 +172,7 @@ def open_synthetic(
         folder,
         config,
         tensors,
-        sources=(SourceFile.of(path), SourceFile.of(bias_path)),
+        identity=ModelIdentity(folder, config, (SourceFile.of(path), SourceFile.of(bias_path))),
         is_synthetic=True,
         notices=(notice,),
     )
@@ -204,12 +205,11 @@ def _bias_file(calibration: Calibration, identity: dict[str, Any]) -> bytes:
 def _read_bias(path: Path, identity: dict[str, Any], config: ModelConfig) -> Calibration | None:
     """Read a bias file. Returns None if it is missing, broken or of another identity."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = json.loads(file.metadata()[_METADATA])
-            bias = file.get_tensor("gate_bias")
+        header, arrays = read_safetensors(path, 1 << 30)
+        metadata, bias = parse_json(header[_METADATA]), arrays["gate_bias"]
         is_ours = {key: metadata[key] for key in identity} == identity
         active_fraction = float(metadata["active_fraction"])
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError):
+    except (OSError, LookupError, ValueError, TypeError, OverflowError):
         return None
     is_sound = (
         bias.dtype == np.float32

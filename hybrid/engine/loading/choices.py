@@ -42,7 +42,7 @@ def choose_orders(
     if profile == "none":
         return None, None
     if profile == "auto":
-        found = find_profile(checkpoint.folder, home, checkpoint.weights_hash, config, notices)
+        found = find_profile(checkpoint.folder, home, checkpoint.identity, config, notices)
     else:
         found = load_profile(Path(profile))
         check_profile(found, Path(profile), checkpoint.weights_hash, config)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.checkpoint.identity import ModelIdentity
 from hybrid.engine.loading.choices import check_context_memory, choose_orders
 from hybrid.engine.loading.prediction import Prediction
 from hybrid.engine.options import LoadOptions, checked_context
@@ -36,7 +37,7 @@ class ModelSpec:
     layout: PackedLayout  # also says the config and the format
     n_context: int
     n_threads: int
-    model_hash: str
+    identity: ModelIdentity
     order_hash: str
     # (n_layers, n_neurons) in packed order: share of tokens for which each neuron fires. None: no
     # profile.
@@ -51,16 +52,26 @@ class ModelSpec:
     def format(self) -> Format:
         return self.layout.format
 
+    @property
+    def model_hash(self) -> str:
+        """The hash of the checkpoint's weights. Raises InvalidCheckpoint when it is first needed,
+        if the files have changed since they were opened.
+        """
+        return self.identity.weights_hash
+
     def laid_out_for(self, prediction: Prediction | None, *, has_preview: bool) -> ModelSpec:
         """Return the spec with predictors, or with a preview of the head."""
         layers = frozenset[int]() if prediction is None else prediction.predicted_layers
         layout = packed_layout(self.config, self.format, layers, has_preview=has_preview)
         return replace(self, layout=layout, prediction=prediction)
 
-    def cpu_plan(self) -> PlacementPlan:
-        return cpu_plan(
-            self.config, self.format.name, self.n_context, self.model_hash, self.order_hash
-        )
+    def cpu_plan(self, *, is_named: bool = True) -> PlacementPlan:
+        """Return the plan with everything on the CPU.
+
+        If it is not named, its model hash is empty, and the model need not be hashed.
+        """
+        model_hash = self.model_hash if is_named else ""
+        return cpu_plan(self.config, self.format.name, self.n_context, model_hash, self.order_hash)
 
     def time_model(self, machine: Machine) -> TimeModel:
         config, frequencies = self.config, self.frequencies
@@ -84,6 +95,11 @@ class ModelSpec:
         return tuple(None if kind == "exact" else cost for kind in prediction.kinds)
 
 
+def hashes_folder(home: Path | None) -> Path | None:
+    """Return where the hashes of weight files are remembered, in hybrid's own folder."""
+    return None if home is None else home / "hashes"
+
+
 def describe(
     checkpoint: Checkpoint, options: LoadOptions, home: Path | None, notices: Notices
 ) -> tuple[ModelSpec, NeuronOrders | None]:
@@ -100,7 +116,7 @@ def describe(
         layout=packed_layout(checkpoint.config, Format[options.quant]),
         n_context=n_context,
         n_threads=options.threads or default_threads(),
-        model_hash=checkpoint.weights_hash,
+        identity=checkpoint.identity,
         order_hash=order_hash(orders),
         frequencies=frequencies,
     )
@@ -119,5 +135,6 @@ def read_model_spec(
 
     Raises the errors that loading the same folder with the same options raises.
     """
-    with open_checkpoint(folder, Format[options.quant], progress) as checkpoint:
+    format, hashes = Format[options.quant], hashes_folder(home)
+    with open_checkpoint(folder, format, progress, hashes=hashes) as checkpoint:
         return describe(checkpoint, options, home, notices)[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.engine.loading.choices import choose_preview, choose_residence, notice_isa
 from hybrid.engine.loading.executors import Executor, Weights, open_executor
-from hybrid.engine.loading.model_spec import ModelSpec, describe
+from hybrid.engine.loading.model_spec import ModelSpec, describe, hashes_folder
 from hybrid.engine.loading.planning import decide
 from hybrid.engine.loading.prediction import choose_predictors
 from hybrid.engine.options import LoadOptions
@@ -62,7 +62,13 @@ def load_parts(request: Request) -> Parts:
     check_isa_cap()
     options, notices = request.options, request.notices
     format, use_mmap = Format[options.quant], options.mmap is not False
-    with open_checkpoint(request.folder, format, request.progress, use_mmap=use_mmap) as checkpoint:
+    with open_checkpoint(
+        request.folder,
+        format,
+        request.progress,
+        use_mmap=use_mmap,
+        hashes=hashes_folder(request.home),
+    ) as checkpoint:
         config = checkpoint.config
         tokenizer = Tokenizer.from_folder(
             request.folder,

@@ -6,6 +6,7 @@ Torch is loaded only if the user requests a GPU or a plan of `hybrid.setup` uses
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,17 @@ from typing import TYPE_CHECKING
 from hybrid.engine.loading.model_spec import ModelSpec
 from hybrid.engine.options import DeviceRequest
 from hybrid.errors import DeviceUnavailable, InvalidArtifact
+from hybrid.files import has_files
 from hybrid.kernels import ThreadPool
 from hybrid.notices import Notices
 from hybrid.placement.disturbance import OtherLoad
-from hybrid.placement.machine import Machine, load_machine
-from hybrid.placement.measurement import machine_path, measured_machine, save_quietly
+from hybrid.placement.machine import Machine
+from hybrid.placement.measurement import (
+    kept_machine,
+    machine_path,
+    measured_machine,
+    save_quietly,
+)
 from hybrid.placement.plan import PlacementPlan, check_plan, load_plan
 from hybrid.placement.solver import solve
 
@@ -46,7 +53,7 @@ def decide(
     in `home` is used. If only device "cuda" or a budget is given, a plan is solved. Raises
     InvalidArtifact, DeviceUnavailable.
     """
-    on_cpu = PlanDecision(spec.cpu_plan())
+    on_cpu = PlanDecision(spec.cpu_plan(is_named=False))
     plan = _requested_plan(request, spec, home, notices)
     wants_gpu = request.device == "cuda" or bool(request.vram_budget)
     if plan is None and not wants_gpu:
@@ -79,8 +86,10 @@ def _requested_plan(
         return _checked_plan(request.plan, spec)
     if request != DeviceRequest() or home is None:
         return None
+    if not has_files(home / "plans"):
+        return None
     path = plan_path(home, spec)
-    if not path.is_file():
+    if not os.path.lexists(path):
         _notice_other_contexts(path, spec, notices)
         return None
     try:
@@ -185,14 +194,10 @@ def measured_gpu(
         base = machine_path(home, config, format, spec.n_threads)
         gpu = hashlib.sha256(f"{device.name} {device.version} {kernels.name}".encode()).hexdigest()
         path = base.with_name(f"{base.stem}-{gpu[:8]}.json")
-        if path.is_file():
-            try:
-                kept = load_machine(path)
-                if kept.gpu is not None:
-                    memory = measure_memory(device, measures_context=False)
-                    return replace(machine, gpu=replace(kept.gpu, vram_bytes=memory.free_bytes))
-            except InvalidArtifact:
-                pass  # a broken file is measured anew and overwritten
+        kept = kept_machine(path, notices)
+        if kept is not None and kept.gpu is not None:
+            memory = measure_memory(device, measures_context=False)
+            return replace(machine, gpu=replace(kept.gpu, vram_bytes=memory.free_bytes))
     memory = measure_memory(device)
     load = OtherLoad()
     speeds = measure_gpu(device, kernels, spec.layout, pool, memory)

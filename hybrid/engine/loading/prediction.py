@@ -4,6 +4,7 @@ pack it for the kernels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from hybrid.engine.options import LoadOptions
 from hybrid.errors import InvalidArtifact, InvalidOption
+from hybrid.files import has_files
 from hybrid.kernels import Predictor
 from hybrid.notices import Notices
 from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
@@ -70,10 +72,13 @@ def choose_predictors(
         )
     path = Path(options.predictor)
     if is_auto:
-        path = predictor_path(home, spec.model_hash, format.name) if home else Path()
-        if not path.is_file():
+        kept = None
+        if home is not None and has_files(home / "predictors"):
+            kept = predictor_path(home, spec.model_hash, format.name)
+        if kept is None or not os.path.lexists(kept):
             notices.add("no predictor for this model, so it runs exactly; hybrid.setup makes one")
             return None, None
+        path = kept
     try:
         file = load_predictor_file(path)
         _check(file, path, spec)
