@@ -131,19 +131,6 @@ def test_line_ends_stay_as_they_are(engine, tmp_path, capsys, end):
     assert (note in err) == (end == "\r\n")
 
 
-def test_logits_that_are_not_numbers_end_the_command(tmp_path, capsys, monkeypatch):
-    def losses(logits, targets):
-        return np.full(len(targets), np.nan)
-
-    monkeypatch.setattr(likelihood, "token_losses", losses)
-    path = tmp_path / "text"
-    path.write_text(TEXT)
-    assert eval.main(["perplexity", "--text", str(path)]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "not numbers (NaN)" in printed.err
-
-
 def test_a_missing_file_gives_one_line_of_error(capsys):
     assert eval.main(["perplexity", "--text", "/no/such/text"]) == 2
     assert "No such file" in capsys.readouterr().err

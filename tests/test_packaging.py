@@ -114,6 +114,17 @@ def test_recording_without_numba_says_what_to_install(tmp_path, monkeypatch, arg
     assert "pip install 'hybrid-inference[train]'" in lines[0]
 
 
+def test_a_missing_harness_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['lm_eval'] = None; from hybrid.lm_eval import main; print(main())"
+    )
+    result = run("-c", code, cwd=tmp_path)
+    assert result.stdout == "1\n"
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("hybrid.lm_eval: ")
+    assert "pip install 'hybrid-inference[eval]'" in line
+
+
 @pytest.mark.slow
 def test_numba_needs_no_folder_for_its_cache(tmp_path):
     """Numba works even if neither the package's folder nor the user's can be written."""

@@ -52,7 +52,7 @@ class HybridLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "stories",
         *,
         batch_size: object = None,
         max_batch_size: object = None,

@@ -6,7 +6,6 @@ Texts are split into context and continuation as lm-evaluation-harness 0.4.13 sp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from hybrid.engine.engine import Engine
 from hybrid.engine.oracle.comparison import token_losses
-from hybrid.errors import InvalidCheckpoint, InvalidOption
+from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
 from hybrid.model.config import ModelConfig
 
@@ -43,8 +42,10 @@ class Scorer:
         """Score the tokens of `continuation` after those of `context`, at least one each.
 
         Raises ContextOverflow if all of them but the last do not fit into the context, and
-        InvalidCheckpoint if the model's logits are not numbers.
+        InvalidOption if there is nothing to score.
         """
+        if not continuation:
+            raise InvalidOption("a continuation has no token of its own, so it has no likelihood")
         ids = [*context, *continuation]
         scored = len(context)  # index of the first token that is predicted
         n_common = 0
@@ -63,11 +64,6 @@ class Scorer:
             targets = np.array(ids[start + 1 : end + 1])
             nats += float(token_losses(logits, targets).sum())
             is_greedy = is_greedy and bool((logits.argmax(-1) == targets).all())
-        if math.isnan(nats):
-            raise InvalidCheckpoint(
-                "the model computes logits that are not numbers (NaN), so nothing can be measured; "
-                "hybrid selfcheck says where they begin"
-            )
         self._read = ids[:-1]
         return Likelihood(-nats, is_greedy)
 

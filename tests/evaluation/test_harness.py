@@ -282,6 +282,8 @@ def test_what_hybrid_does_not_have_is_refused(short):
         HybridLM("stories", dtype="float16")
     with pytest.raises(InvalidOption, match="needs a context of more than 128"):
         short.generate_until(instances("generate_until", ("A", {"max_gen_toks": 128})))
+    with pytest.raises(InvalidOption, match="no token of its own"):
+        short.loglikelihood(instances("loglikelihood", ("A", "")))
     with pytest.raises(InvalidOption, match="apply_chat_template"):
         short.chat_template(True)
 
