@@ -91,6 +91,11 @@ class Engine:
         return self.spec.format.name
 
     @property
+    def kv(self) -> str:
+        """The format of the KV cache: "fp16" or "bf16"."""
+        return self.spec.kv.name
+
+    @property
     def n_threads(self) -> int:
         return self.spec.n_threads
 
@@ -198,7 +203,8 @@ class Engine:
         With a `session` of this engine, the part of the prompt that its KV cache holds is not
         computed again. Keywords change what `options` says. Work begins with the first iteration.
 
-        Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory.
+        Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory. The iteration raises
+        NumericOverflow if keys or values exceed the range of the KV cache.
         """
         options = replace(options or GenerationOptions(), **keywords)
         return self._begin(self._checked_prompt(prompt, raw=raw), session, options)
@@ -239,7 +245,7 @@ class Engine:
         """
         try:
             executor = self._open()
-            native = executor.open_session(is_dense=dense, is_timed=timed)
+            native = executor.open_session(is_dense=dense, is_timed=timed, kv=self.spec.kv)
             return Session(native, self.config, executor)
         except MemoryError:
             raise OutOfMemory(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hybrid.engine.engine import Engine
-from hybrid.engine.oracle.comparison import token_losses
+from hybrid.engine.oracle.comparison import finite_losses
 from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
 from hybrid.progress import Progress, ignore_progress
@@ -170,7 +170,11 @@ def measure_choices(
     *,
     progress: Progress = ignore_progress,
 ) -> Accuracy:
-    """Score all questions. Raises InvalidOption for a question longer than the context."""
+    """Score all questions.
+
+    Raises InvalidOption for a question longer than the context, and NumericOverflow if logits are
+    not finite.
+    """
     n_plain = n_normalised = 0
     with engine.open_session() as session:
         for index, question in enumerate(questions):
@@ -216,6 +220,6 @@ def log_likelihoods(
         n_read, read = n_context - 1, ids
         logits = session.prefill(ids[n_context - 1 : -1], all_logits=True)
         assert logits is not None
-        likelihoods.append(-float(token_losses(logits, np.array(ids[n_context:])).sum()))
+        likelihoods.append(-float(finite_losses(logits, np.array(ids[n_context:])).sum()))
         session.truncate(n_read)
     return likelihoods

@@ -47,7 +47,8 @@ class _Fp32Session:
     ) -> NDArray[np.float32]:
         ids = np.asarray(tokens, np.int64)
         self._tokens += ids.tolist()
-        return self._session.prefill(ids.tolist())
+        with np.errstate(all="ignore"):  # what is not finite is found in the losses
+            return self._session.prefill(ids.tolist())
 
 
 class Fp32Engine:
@@ -56,7 +57,10 @@ class Fp32Engine:
     is_synthetic = False
 
     def __init__(self, folder: Path) -> None:
-        """Read the weights. Raises what `open_checkpoint` raises."""
+        """Read the weights. Raises what `open_checkpoint` raises.
+
+        Raises InvalidCheckpoint for weights that are not finite.
+        """
         with open_checkpoint(folder) as checkpoint:
             self.config = checkpoint.config
             self.is_synthetic = checkpoint.is_synthetic

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.engine.engine import Engine
-from hybrid.engine.oracle.comparison import token_losses
+from hybrid.engine.oracle.comparison import finite_losses
 from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
 from hybrid.progress import Progress, ignore_progress
@@ -53,7 +53,8 @@ def measure_perplexity(
     one before (default: half a window). The text begins with the model's beginning-of-text token,
     if it has one.
 
-    Raises InvalidOption for sizes that do not fit, and for a text of fewer than two tokens.
+    Raises InvalidOption for sizes that do not fit, and for a text of fewer than two tokens, and
+    NumericOverflow if logits are not finite.
     """
     window = engine.n_context if window is None else window
     if not 2 <= window <= engine.n_context:
@@ -87,7 +88,7 @@ def _losses(session: EvaluatedSession, ids: NDArray[np.int64], scored: int) -> f
         end = min(start + CHUNK, ids.size - 1)
         logits = session.prefill(ids[start:end], all_logits=True)
         assert logits is not None
-        nats += float(token_losses(logits, ids[start + 1 : end + 1]).sum())
+        nats += float(finite_losses(logits, ids[start + 1 : end + 1]).sum())
     return nats
 
 

@@ -28,6 +28,8 @@ class LayerWeights(Generic[Matrix]):
     gate: Matrix  # n_neurons rows of hidden
     up: Matrix  # n_neurons rows of hidden
     down: Matrix  # n_neurons rows of hidden: row j is what neuron j adds to the output
+    # Of packed rows: what the rows of q, k and v are multiplied with. Other rows say so themselves.
+    qkv_scales: tuple[float, ...] = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ from hybrid.weights.packing import (
     view_packed,
 )
 
-VERSION = "4"  # of rounding and byte layout; a new version makes every file stale
+VERSION = "5"  # of rounding and byte layout; a new version makes every file stale
 KEEP_FROM_BYTES = 64 << 20  # smaller models are packed so fast that a file does not pay off
 
 

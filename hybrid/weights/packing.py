@@ -17,12 +17,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.errors import InvalidCheckpoint
-from hybrid.kernels import Format, Preview, Rows, _native
+from hybrid.kernels import Preview, Rows, _native
 from hybrid.model.config import ModelConfig
 from hybrid.model.weights import LayerWeights, ModelWeights
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.layout import PackedArray, PackedLayout
+from hybrid.weights.matrix_scale import check_finite, find_matrix_scale
 from hybrid.weights.packed_rows import (
     Buffer,
     bundle_rows,
@@ -38,9 +38,6 @@ PackedModel = ModelWeights[Rows]
 # Per layer: for each packed position, the checkpoint's index of the neuron.
 NeuronOrders = Sequence[NDArray[np.intp]]
 SOURCE_ORDER = "as in the source"
-
-# Largest weight of a format: the largest fp16 scale times the largest integer.
-LARGEST = {Format.q8: 65504.0 * 127, Format.q4: 65504.0 * 8}
 
 
 class Source(Protocol):
@@ -63,18 +60,21 @@ def pack_model(
     """Read and pack all weights into `buffer`, or into new huge-page memory.
 
     `neuron_orders[layer][i]` is the checkpoint's neuron that is packed at position i. The bytes do
-    not depend on `n_threads`. Raises InvalidCheckpoint if weights are not finite or exceed the
-    format's range.
+    not depend on `n_threads`. Raises InvalidCheckpoint if weights are not finite or are beyond what
+    the format holds with a matrix scale.
     """
     target = _native.allocate_bytes(layout.n_bytes) if buffer is None else buffer
 
     def pack(arrays: Sequence[PackedArray]) -> int:
         first = arrays[0]
-        weights = [
-            _read(source, first.format, role, first.layer, neuron_orders) for role in first.roles
-        ]
+        weights = [_read(source, role, first.layer, neuron_orders) for role in first.roles]
+        scales: list[float] = []
+        if first.layout == "norm":
+            check_finite(weights[0], _name(first.roles[0], first.layer))
+        else:
+            weights, scales = _scale(first, weights)
         for array in arrays:
-            _pack_array(array, weights, target)
+            _pack_array(array, weights, scales, target)
         return sum(array.n_bytes for array in arrays)
 
     task, done = f"packing to {layout.format.name}", 0
@@ -108,15 +108,14 @@ def _by_source(layout: PackedLayout) -> list[list[PackedArray]]:
     return list(groups.values())
 
 
+def _name(role: str, layer: int | None) -> str:
+    return role if layer is None else f"{role} of layer {layer}"
+
+
 def _read(
-    source: Source,
-    format: Format,
-    role: str,
-    layer: int | None,
-    neuron_orders: NeuronOrders | None,
+    source: Source, role: str, layer: int | None, neuron_orders: NeuronOrders | None
 ) -> NDArray[np.float32]:
     w = source.read(role, layer)
-    check_range(format, w, role if layer is None else f"{role} of layer {layer}")
     if role == "down":
         w = w.T  # neuron-major: row j is what neuron j adds to the output
     if neuron_orders is not None and layer is not None and role in ("gate", "up", "down"):
@@ -124,9 +123,27 @@ def _read(
     return w
 
 
-def _pack_array(array: PackedArray, weights: Sequence[NDArray[np.float32]], buffer: Buffer) -> None:
-    """Pack the weights of the array's roles into its part of the buffer."""
+def _scale(
+    array: PackedArray, weights: Sequence[NDArray[np.float32]]
+) -> tuple[list[NDArray[np.float32]], list[float]]:
+    """Return the matrices of the array's roles as they are packed, and their matrix scales."""
+    scaled, scales = [], []
+    for role, w in zip(array.roles, weights, strict=True):
+        scale = find_matrix_scale(array.format, w, _name(role, array.layer))
+        scaled.append(w if scale == 1.0 else w * np.float32(1 / scale))
+        scales.append(scale)
+    return scaled, scales
+
+
+def _pack_array(
+    array: PackedArray,
+    weights: Sequence[NDArray[np.float32]],
+    scales: Sequence[float],
+    buffer: Buffer,
+) -> None:
+    """Pack the scaled weights of the array's roles into its part of the buffer."""
     target, format = array.of(buffer), array.format
+    array.matrix_scales(buffer)[:] = scales[: array.n_scales]
     if array.layout == "bundles":
         up, down = weights
         pack_bundles_into(format, up, down, target.reshape(array.n_rows, -1))
@@ -142,14 +159,17 @@ def _pack_array(array: PackedArray, weights: Sequence[NDArray[np.float32]], buff
         case "bit_reversed":
             pack_bit_reversed_into(format, w, target.reshape(array.n_rows, -1))
         case "preview":
-            pack_preview_into(w, target)
+            pack_preview_into(w, target, matrix_scale=scales[0])
 
 
 def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:
     """Return the packed model whose bytes are in `buffer`, without a copy."""
     arrays = layout.arrays
 
-    def rows(array: PackedArray) -> Rows:
+    def scales(array: PackedArray) -> list[float]:
+        return [float(scale) for scale in array.matrix_scales(buffer)]
+
+    def unscaled(array: PackedArray) -> Rows:
         if array.layout == "interleaved":
             return Rows(
                 format=array.format,
@@ -167,8 +187,13 @@ def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:
             is_bit_reversed=array.layout == "bit_reversed",
         )
 
+    def rows(array: PackedArray) -> Rows:
+        return unscaled(array).scaled(*scales(array))
+
     def bundles(array: PackedArray) -> tuple[Rows, Rows]:
-        return bundle_rows(array.format, buffer, array.first, array.n_rows, array.n_cols)
+        up, down = bundle_rows(array.format, buffer, array.first, array.n_rows, array.n_cols)
+        up_scale, down_scale = scales(array)
+        return up.scaled(up_scale), down.scaled(down_scale)
 
     def norm(name: str) -> NDArray[np.float32]:
         return arrays[name].of(buffer).view(np.float32)
@@ -179,7 +204,8 @@ def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:
         layers.append(
             LayerWeights(
                 attention_norm=norm(f"{layer}.attention_norm"),
-                qkv=rows(arrays[f"{layer}.qkv"]),
+                qkv=unscaled(arrays[f"{layer}.qkv"]),
+                qkv_scales=tuple(scales(arrays[f"{layer}.qkv"])),
                 o=rows(arrays[f"{layer}.o"]),
                 ffn_norm=norm(f"{layer}.ffn_norm"),
                 gate=rows(arrays[f"{layer}.gate"]),
@@ -194,15 +220,3 @@ def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:
     head = rows(layout.head)
     embedding = head if layout.config.has_tied_head else rows(arrays["embedding"])
     return ModelWeights(embedding, tuple(layers), norm("norm"), head, preview)
-
-
-def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
-    """Raises InvalidCheckpoint for NaN, infinity, or values beyond the range of `format`."""
-    largest = max(float(w.max()), -float(w.min()))  # NaN if any weight is NaN
-    if not np.isfinite(largest):
-        raise InvalidCheckpoint(f"{name} holds values that are not finite; its weights are broken")
-    if largest > LARGEST.get(format, largest):
-        raise InvalidCheckpoint(
-            f"{name} holds {largest:g}, but {format.name} only reaches {LARGEST[format]:g}; "
-            "load it with quant bf16"
-        )

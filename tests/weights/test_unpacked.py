@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
 from hybrid.weights.formats import pack_rows, quantize_q4, quantize_q8, round_weights
 from hybrid.weights.layout import packed_layout
+from hybrid.weights.matrix_scale import find_matrix_scale
 from hybrid.weights.packing import pack_model
 from hybrid.weights.unpacked import PackedReader, PlainRows, unpack_rows
 
@@ -46,6 +48,20 @@ def test_reader_finds_every_matrix(format, tmp_path, predicted_layers, has_previ
         check_reader(checkpoint, layout)
 
 
+@pytest.mark.parametrize("factor", [1e-8, 1e12, 1e-30])
+def test_reader_returns_weights_with_their_matrix_scales(format, tmp_path, factor):
+    """Each matrix has a scale of its own: q, k and v too, which are one array."""
+    folder = write_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "norm" not in name and "k_proj" not in name and "down_proj" not in name:
+            tensors[name] *= np.float32(factor)
+    save_file(tensors, folder / "model.safetensors")
+    with open_checkpoint(folder) as checkpoint:
+        layout = packed_layout(checkpoint.config, format, frozenset({1}))
+        check_reader(checkpoint, layout)
+
+
 def check_reader(checkpoint, layout):
     config, format = layout.config, layout.format
     order = np.random.default_rng(1).permutation(config.n_neurons)
@@ -53,13 +69,17 @@ def check_reader(checkpoint, layout):
     model = pack_model(checkpoint, layout, neuron_orders=orders)
     reader = PackedReader(model.embedding.memory, layout)
 
-    def expect(rows: PlainRows, w: np.ndarray) -> None:
-        np.testing.assert_array_equal(values_of(format, rows), round_weights(format, w))
+    def rounded(w: np.ndarray) -> np.ndarray:
+        scale = np.float32(find_matrix_scale(format, w, "w"))
+        return round_weights(format, w / scale) * scale
+
+    def expect(rows: PlainRows, *matrices: np.ndarray) -> None:
+        expected = np.concatenate([rounded(w) for w in matrices])
+        np.testing.assert_array_equal(values_of(format, rows), expected)
 
     read = checkpoint.read
     for layer in range(config.n_layers):
-        qkv = np.concatenate([read(role, layer) for role in ("q", "k", "v")])
-        expect(reader.matrix(f"{layer}.qkv"), qkv)
+        expect(reader.matrix(f"{layer}.qkv"), *(read(role, layer) for role in ("q", "k", "v")))
         expect(reader.matrix(f"{layer}.o"), read("o", layer))
         n = 61
         expect(reader.matrix(f"{layer}.gate", n), read("gate", layer)[order[:n]])

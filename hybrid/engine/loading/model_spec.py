@@ -12,7 +12,7 @@ from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.engine.loading.choices import choose_orders
 from hybrid.engine.loading.prediction import Prediction
 from hybrid.engine.options import LoadOptions, checked_context
-from hybrid.kernels import Format
+from hybrid.kernels import Format, KvFormat
 from hybrid.model.config import ModelConfig
 from hybrid.notices import Notices
 from hybrid.placement.hardware import default_threads
@@ -42,6 +42,7 @@ class ModelSpec:
     # profile.
     frequencies: NDArray[np.float64] | None
     prediction: Prediction | None = None
+    kv: KvFormat = KvFormat.fp16  # of the KV cache
 
     @property
     def config(self) -> ModelConfig:
@@ -99,6 +100,7 @@ def describe(
         model_hash=checkpoint.weights_hash,
         order_hash=order_hash(orders),
         frequencies=frequencies,
+        kv=KvFormat[options.kv],
     )
     return spec, orders
 

@@ -53,6 +53,9 @@ def decide(
         return on_cpu
     if plan is not None and not plan.uses_gpu:
         return PlanDecision(plan)
+    if request.kv != "fp16":
+        notices.add(f"plan not used: the GPU's KV cache is fp16, and kv {request.kv} is requested")
+        return on_cpu
     try:
         device = open_device()
     except DeviceUnavailable as error:
@@ -77,7 +80,7 @@ def _requested_plan(
     """
     if request.plan is not None:
         return _checked_plan(request.plan, spec)
-    if request != DeviceRequest() or home is None:
+    if request != DeviceRequest(kv=request.kv) or home is None:
         return None
     path = plan_path(home, spec)
     if not path.is_file():
