@@ -41,6 +41,41 @@ class ModelWeights(Generic[Matrix]):
     preview: Preview | None = None  # of the head, if one is used
 
 
+# The KV cache is 16 bits wide. Typical keys and values from 2**-8 to 2**10 are left as they are.
+_LEAST_KV_EXPONENT, _MOST_KV_EXPONENT = -8, 10
+_SAMPLED_ROWS = 256
+# Which projection's size decides for a role, and whether the role is divided or multiplied.
+_BALANCED = {"q": ("k", 1), "k": ("k", -1), "v": ("v", -1), "o": ("v", 1)}
+
+
+def read_balanced(read: Callable[[str, int], Array], role: str, layer: int) -> Array:
+    """Return a role's weights, scaled so that the KV cache can hold keys and values.
+
+    If typical keys are very small or very large, k is divided by a power of two and q multiplied by
+    it, which changes no score. The same is done to v and o, which changes no output. Ordinary
+    weights are returned as they are.
+    """
+    w = read(role, layer)
+    if role not in _BALANCED:
+        return w
+    of, sign = _BALANCED[role]
+    power = _typical_exponent(w if of == role else read(of, layer), read("attention_norm", layer))
+    if _LEAST_KV_EXPONENT <= power <= _MOST_KV_EXPONENT:
+        return w
+    with np.errstate(over="ignore"):
+        return w * np.float32(2.0 ** (sign * power))
+
+
+def _typical_exponent(w: Array, norm: Array) -> int:
+    """Return the exponent of 2 of what a row of w (rows, hidden) typically gives, or 0 of zeros."""
+    rows = w[:: max(1, len(w) // _SAMPLED_ROWS)].astype(np.float64) * norm
+    sizes = np.sqrt(np.square(rows).sum(1))  # the norm's output has a root mean square of `norm`
+    sizes = sizes[sizes > 0]
+    if sizes.size == 0 or not np.isfinite(sizes).all():
+        return 0
+    return int(np.clip(np.frexp(np.median(sizes))[1], -126, 126))
+
+
 def read_layer(
     read: Callable[[str, int], Array], layer: int, rounded: Callable[[Array], Array]
 ) -> LayerWeights[Array]:
@@ -50,7 +85,7 @@ def read_layer(
     """
 
     def matrix(role: str) -> Array:
-        return rounded(read(role, layer))
+        return rounded(read_balanced(read, role, layer))
 
     return LayerWeights(
         attention_norm=read("attention_norm", layer),

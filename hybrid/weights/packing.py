@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hybrid.kernels import Preview, Rows, _native
 from hybrid.model.config import ModelConfig
-from hybrid.model.weights import LayerWeights, ModelWeights
+from hybrid.model.weights import LayerWeights, ModelWeights, read_balanced
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.layout import PackedArray, PackedLayout
 from hybrid.weights.matrix_scale import check_finite, find_matrix_scale
@@ -115,7 +115,7 @@ def _name(role: str, layer: int | None) -> str:
 def _read(
     source: Source, role: str, layer: int | None, neuron_orders: NeuronOrders | None
 ) -> NDArray[np.float32]:
-    w = source.read(role, layer)
+    w = source.read(role) if layer is None else read_balanced(source.read, role, layer)
     if role == "down":
         w = w.T  # neuron-major: row j is what neuron j adds to the output
     if neuron_orders is not None and layer is not None and role in ("gate", "up", "down"):

@@ -7,6 +7,7 @@ import pytest
 
 from hybrid.errors import InvalidCheckpoint
 from hybrid.kernels import Format
+from hybrid.model.weights import read_balanced
 from hybrid.weights.formats import round_weights
 from hybrid.weights.matrix_scale import RANGES, find_matrix_scale, largest_of_blocks
 
@@ -86,3 +87,38 @@ def test_the_largest_weights_of_a_format_do_not_overflow(format):
     w = ORDINARY / np.abs(ORDINARY).max() * np.float32(RANGES[format].most)
     assert find_matrix_scale(format, w, "w") == 1.0
     assert np.isfinite(round_weights(format, w)).all()
+
+
+# Reads of a layer whose head_dim is 8: roles and their weights.
+LAYER = {
+    "attention_norm": RNG.uniform(0.5, 1.5, 32).astype(np.float32),
+    **{role: RNG.standard_normal((8, 32), np.float32) for role in ("q", "k", "v", "up")},
+    "o": RNG.standard_normal((32, 8), np.float32),
+}
+
+
+def test_keys_and_values_of_any_size_are_brought_into_the_range_of_fp16():
+    size = {"q": 1e9, "k": 1e-9, "v": 1e12, "o": 1e-12, "up": 1e20, "attention_norm": 1.0}
+    weights = {role: w * np.float32(size[role]) for role, w in LAYER.items()}
+
+    def read(role: str, layer: int) -> np.ndarray:
+        return weights[role]
+
+    q, k, v, o, up = (read_balanced(read, role, 0) for role in ("q", "k", "v", "o", "up"))
+    for balanced in (k, v):
+        assert 0.01 < np.abs(balanced).mean() < 10
+    x = RNG.standard_normal(32).astype(np.float32)
+    scores = (weights["q"] @ x) * (weights["k"] @ x)
+    np.testing.assert_allclose((q @ x) * (k @ x), scores, rtol=1e-5)
+    np.testing.assert_allclose(o @ (v @ x), weights["o"] @ (weights["v"] @ x), rtol=1e-4)
+    assert up is weights["up"]
+
+
+@pytest.mark.parametrize("factor", [0.01, 1.0, 100.0, 0.0])
+def test_ordinary_keys_and_values_are_left_as_they_are(factor):
+    weights = LAYER | {"k": LAYER["k"] * np.float32(factor)}
+    for role in LAYER:
+        assert read_balanced(lambda role, _: weights[role], role, 0) is weights[role]
+    large_norm = weights | {"attention_norm": LAYER["attention_norm"] * np.float32(1e-7)}
+    balanced = read_balanced(lambda role, _: large_norm[role], "v", 0)
+    assert np.abs(balanced).mean() > 1e5  # the norm counts

@@ -9,6 +9,7 @@ from tiny_models import write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
+from hybrid.model.weights import read_balanced
 from hybrid.weights.formats import pack_rows, quantize_q4, quantize_q8, round_weights
 from hybrid.weights.layout import packed_layout
 from hybrid.weights.matrix_scale import find_matrix_scale
@@ -77,7 +78,11 @@ def check_reader(checkpoint, layout):
         expected = np.concatenate([rounded(w) for w in matrices])
         np.testing.assert_array_equal(values_of(format, rows), expected)
 
-    read = checkpoint.read
+    def read(role: str, layer: int | None = None) -> np.ndarray:
+        if layer is None:
+            return checkpoint.read(role)
+        return read_balanced(checkpoint.read, role, layer)
+
     for layer in range(config.n_layers):
         expect(reader.matrix(f"{layer}.qkv"), *(read(role, layer) for role in ("q", "k", "v")))
         expect(reader.matrix(f"{layer}.o"), read("o", layer))
