@@ -33,7 +33,8 @@ class DeviceMatrix:
     # Byte i of a q4 block's 16 holds element i in its low nibble and element 16 + i in its high
     # nibble, each + 8.
     values: Tensor
-    scales: Tensor | None  # q8, q4: fp16 (n_rows, n_cols / 32)
+    # q8, q4: fp16 (n_rows, n_cols / 32), or fp32 if the matrix has a scale of its own.
+    scales: Tensor | None
 
     @property
     def n_rows(self) -> int:

@@ -98,6 +98,22 @@ def test_quantize_is_bit_equal(kernels, format, n):
     assert format is Format.bf16 or torch.equal(actual.scales, expected.scales)
 
 
+@pytest.mark.parametrize("format", [Format.q8, Format.q4], ids=lambda format: format.name)
+def test_scales_may_be_fp32(kernels, format):
+    """Then they contain the matrix scale, a power of two that fp16 does not hold."""
+    m, x = matrix(format, 40, 96), vectors(format, 96)
+    scale = 2.0**-40
+    scaled = DeviceMatrix(format, m.values, m.scales.float() * scale)
+    ordinary, actual = torch.empty(1, 40, device=DEVICE), torch.empty(1, 40, device=DEVICE)
+    kernels.linear(m, x, ordinary)
+    kernels.linear(scaled, x, actual)
+    assert torch.equal(actual, ordinary * scale)
+    sums = [torch.empty(kernels.n_splits, 1, 96, device=DEVICE) for _ in range(2)]
+    for own, out in zip((m, scaled), sums, strict=True):
+        kernels.down(own, floats(1, 40), False, out)
+    assert torch.equal(sums[1], sums[0] * scale)
+
+
 @pytest.mark.parametrize(("n_rows", "n_cols"), CASES)
 def test_linear_and_add_match_torch(kernels, format, n_rows, n_cols):
     m, x = matrix(format, n_rows, n_cols), vectors(format, n_cols)
