@@ -78,6 +78,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 EQUAL_MODELS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "up": ({}, {"up_proj": 1e-5, "down_proj": 1e5}),
     "down": ({}, {"up_proj": 3e8, "down_proj": 1 / 3e8}),
+    "tiny up": ({}, {"up_proj": 1e-36, "down_proj": 1e36}),
     "gate": ({"hidden_act_param": 0.1e-5}, {"gate_proj": 1e-5, "down_proj": 1e5}),
     "ffn norm": ({}, {"post_attention_layernorm": 1e6, "gate_proj": 1e-6, "up_proj": 1e-6}),
     "qkv": ({}, {"input_layernorm": 1e7, "q_proj": 1e-7, "k_proj": 1e-7, "v_proj": 1e-7}),
