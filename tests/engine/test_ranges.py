@@ -5,6 +5,7 @@ Most of these models equal an ordinary one: what one matrix is multiplied by, an
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -309,3 +310,14 @@ def test_fp32_refuses_weights_that_are_not_finite(tmp_path, capsys, name):
     arguments = ["perplexity", "--quant", "fp32", "-m", str(folder)]
     assert eval.main([*arguments, "--text", str(tmp_path / "text")]) == 1
     assert "not finite; its weights are broken" in capsys.readouterr().err
+
+
+def test_choices_end_with_one_line_too(tmp_path, capsys):
+    question = {"context": "The cat", "choices": ["sat.", "flew."], "answer": 0}
+    (tmp_path / "questions").write_text(json.dumps(question))
+    folder = write_large_kv(tmp_path / "model", "values")
+    arguments = ["choices", "-m", str(folder), "--file", str(tmp_path / "questions")]
+    assert eval.main(arguments) == 1
+    out, error = capsys.readouterr()
+    assert (out, len(error.splitlines())) == ("", 1)
+    assert "KV cache overflows fp16" in error

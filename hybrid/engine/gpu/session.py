@@ -77,12 +77,13 @@ class HybridSession:
     def largest_kv(self) -> float:
         """The largest magnitude of the keys and values that the CPU stored.
 
-        It is infinite if one on the GPU is. The GPU's are looked at only if logits are not finite.
+        It is infinite if one on the GPU exceeds fp16. It is then NaN there, and so are the logits:
+        only if they are not finite, the GPU's cache is looked at.
         """
         if not np.isfinite(self.logits.max()):
             caches = self._lane.tensors.caches.values()
             stored = [of[:, : self.position] for cache in caches for of in cache]
-            if any(bool(of.isinf().any()) for of in stored):
+            if any(bool(of.isnan().any()) for of in stored):
                 return math.inf
         return self._native.largest_kv
 
