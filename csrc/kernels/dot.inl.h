@@ -256,9 +256,8 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
     dot(FormatConstant<Format::kQ8>{});
   else
     dot(FormatConstant<Format::kQ4>{});
-#pragma GCC unroll 8
+  if (rows.matrix_scale == 1.0f) return;
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) out[r][t] *= rows.matrix_scale;
 }
 
