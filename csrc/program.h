@@ -12,6 +12,7 @@
 // segment is what can run without a break between two hand-offs (device_link.h).
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -48,6 +49,7 @@ struct Qkv {
   const float* norm;  // (hidden_size,)
   Rows rows;          // ((n_heads + 2 * n_kv_heads) * head_dim, hidden_size): q, k, v
   int32_t layer;
+  std::array<float, 3> matrix_scales;  // of q, k and v, in place of the one of `rows`
 };
 
 // Attention over the KV cache. x += scale * o(attention).

@@ -39,6 +39,7 @@ __all__ = [
     "LoadOptions",
     "MissingPackage",
     "ModelNotFound",
+    "NumericOverflow",
     "Observation",
     "OutOfMemory",
     "Prediction",

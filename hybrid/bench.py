@@ -24,6 +24,7 @@ from hybrid import Engine, active_isa
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_device_options,
+    add_kv_option,
     add_model_options,
     add_predictor_options,
     open_engine,
@@ -42,6 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_model_options(parser)
+    add_kv_option(parser)
     add_predictor_options(parser)
     add_device_options(parser)
     add(
@@ -179,6 +181,7 @@ def as_json(
     summary = {
         "model": args.model,
         "quant": args.quant,
+        "kv": args.kv,
         "threads": engine.n_threads,
         "isa": active_isa(),
         "synthetic": engine.is_synthetic,

@@ -9,6 +9,7 @@
     ├── UnsupportedIsa       this CPU or this build lacks the instruction set
     ├── InvalidOption        an option's value is out of range (also a ValueError)
     ├── ContextOverflow      the prompt does not fit into the context
+    ├── NumericOverflow      a number exceeds the range of its format, or is not finite
     ├── OutOfMemory          the model or a context does not fit into this machine's memory
     ├── DeviceUnavailable    a GPU was requested, but there is none that hybrid can use
     ├── DeviceFailed         the GPU failed or did not answer; load the model again
@@ -55,6 +56,10 @@ class InvalidOption(HybridError, ValueError):
 
 class ContextOverflow(HybridError):
     """The prompt does not fit into the context."""
+
+
+class NumericOverflow(HybridError):
+    """A number of the model exceeds the range of its format, or is not finite."""
 
 
 class OutOfMemory(HybridError):

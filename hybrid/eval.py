@@ -33,6 +33,7 @@ from hybrid.cli.command_line import (
     ArgumentParser,
     add_bos_option,
     add_device_options,
+    add_kv_option,
     add_model_options,
     add_predictor_options,
     open_engine,
@@ -69,6 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     for command in (perplexity, choices):
         add_model_options(command, quants=("q8", "q4", "bf16", "fp32"))
+        add_kv_option(command)
         add_predictor_options(command)
         add_device_options(command)
         add_bos_option(command)
@@ -105,6 +107,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--quant fp32 computes every logit: it takes no --preview-head")
     if args.quant == "fp32" and (args.vram_budget or args.plan or args.device == "cuda"):
         parser.error("--quant fp32 runs on the CPU: it takes no --device cuda and no plan")
+    if args.quant == "fp32" and args.kv != "fp16":
+        parser.error("--quant fp32 keeps keys and values in fp32: it takes no --kv")
     if args.command == "choices" and args.limit is not None and args.limit < 1:
         parser.error("--limit: expected 1 or more")
     return args
@@ -138,6 +142,7 @@ def what(args: argparse.Namespace, engine: Engine | Fp32Engine) -> dict[str, Any
     return {
         "model": args.model,
         "quant": args.quant,
+        "kv": "fp32" if args.quant == "fp32" else args.kv,
         "synthetic": engine.is_synthetic,
         "predictor": None if prediction is None else str(prediction.path),
         "recall": None if prediction is None else prediction.recall,

@@ -20,6 +20,7 @@ from hybrid.errors import (
     InvalidOption,
     MissingPackage,
     ModelNotFound,
+    NumericOverflow,
     OutOfMemory,
     UnsupportedIsa,
     UnsupportedModel,

@@ -32,6 +32,7 @@ from hybrid.cli.command_line import (
     add_bos_option,
     add_device_options,
     add_generation_options,
+    add_kv_option,
     add_predictor_options,
     generation_options,
     open_engine,
@@ -93,6 +94,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add_generation_options(parser)
     add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (default: q8)")
+    add_kv_option(parser)
     add_predictor_options(parser)
     add_device_options(parser)
     add_bos_option(parser)
@@ -230,6 +232,7 @@ def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) ->
         "tokens": generation.tokens,
         "seed": generation.seed,
         "quant": engine.quant,
+        "kv": engine.kv,
         "threads": engine.n_threads,
         "device": engine.device_name,
         "vram_bytes": engine.plan.vram_bytes,

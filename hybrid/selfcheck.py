@@ -24,6 +24,7 @@ from hybrid import DeviceUnavailable
 from hybrid.checking import Check, check_model
 from hybrid.cli.command_line import (
     ArgumentParser,
+    add_kv_option,
     add_model_options,
     load_options,
     printable,
@@ -42,6 +43,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add_model_options(parser)
+    add_kv_option(parser)
     add = parser.add_argument
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--gpu", action="store_true", help="check and measure the GPU instead of the model")
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         for check in check_model(
             args.model,
             quant=args.quant,
+            kv=args.kv,
             threads=args.threads,
             offline=args.offline,
             progress=progress,
@@ -123,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     n_failed, n_warnings = verdicts.count("failed"), verdicts.count("warning")
     verdict = "failed" if n_failed else "warning" if n_warnings else "ok"
     if args.json:
-        report = {"model": args.model, "quant": args.quant, "verdict": verdict}
+        report = {"model": args.model, "quant": args.quant, "kv": args.kv, "verdict": verdict}
         print(json.dumps(report | {"checks": [as_json(check) for check in checks]}))
     elif n_failed:
         print(

@@ -26,6 +26,7 @@ from hybrid.bench import spread
 from hybrid.checking import check_model
 from hybrid.cli.command_line import (
     ArgumentParser,
+    add_kv_option,
     add_model_options,
     byte_size,
     load_options,
@@ -78,6 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add_model_options(parser)
+    add_kv_option(parser)
     add = parser.add_argument
     add(
         "--text",
@@ -218,6 +220,7 @@ def check(args: argparse.Namespace) -> None:
         checks = check_model(
             args.model,
             quant=args.quant,
+            kv=args.kv,
             threads=args.threads,
             offline=args.offline,
             progress=progress,
@@ -289,6 +292,9 @@ def make_plan(args: argparse.Namespace) -> bool:
         spec = engine.spec
     path = plan_path(hybrid_home(), spec)
     path.unlink(missing_ok=True)
+    if args.kv != "fp16":
+        print(f"plan       all on the CPU: the GPU has no KV cache in {args.kv}")
+        return False
     notices = Notices()
     machine = machine_here(spec, hybrid_home(), notices)
     if machine.gpu is None or args.plan_budget == 0:

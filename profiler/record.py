@@ -20,6 +20,7 @@ from pathlib import Path
 from hybrid import InvalidOption
 from hybrid.cli.command_line import (
     ArgumentParser,
+    add_kv_option,
     add_model_options,
     byte_size,
     load_options,
@@ -41,6 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_model_options(parser)
+    add_kv_option(parser)
     add("-o", "--out", type=Path, required=True, metavar="FOLDER", help="folder for the profile")
     add(
         "--text",

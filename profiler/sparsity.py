@@ -20,6 +20,7 @@ from hybrid import Engine
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_bos_option,
+    add_kv_option,
     add_model_options,
     load_options,
     open_engine,
@@ -56,6 +57,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="profiler.sparsity", description=__doc__.split("\n")[0])
     add_model_options(parser)
     add_bos_option(parser)
+    add_kv_option(parser)
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file to measure on")
     return parser.parse_args(arguments)
 

@@ -17,6 +17,7 @@ from hybrid.placement.disturbance import StolenTime
 KEYS = [
     "model",
     "quant",
+    "kv",
     "threads",
     "isa",
     "synthetic",

@@ -409,6 +409,14 @@ def test_json_output_is_one_object_with_text_tokens_and_stats():
     assert plain.out == "Once" + answer["text"] + "\n"
 
 
+def test_the_kv_cache_can_be_bf16():
+    result = hybrid_run("-p", "Once", "-n", "6", "--temp", "0", "--json", "--kv", "bf16")
+    assert (result.code, json.loads(result.out)["kv"]) == (0, "bf16")
+    result = hybrid_run("-p", "Once", "--kv", "bf16", "--vram-budget", "1GiB")
+    assert result.code == 2
+    assert result.err.startswith("hybrid.run: kv bf16 is for the CPU")
+
+
 def test_no_stream_writes_the_same_text():
     options = ("-p", "Once", "-n", "12", "--seed", "2")
     assert hybrid_run(*options, "--no-stream").out == hybrid_run(*options).out

@@ -437,7 +437,7 @@ void BindKernels(py::module_& m) {
       py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("scale"));
   m.def(
       "attend_span",
-      [](const Floats& q, const Halves& k, const Halves& v) {
+      [](const Floats& q, const Halves& k, const Halves& v, KvFormat kv) {
         Check(q.ndim() == 2 && k.ndim() == 3 && v.ndim() == 2,
               "q and v must have 2 dimensions, k must have 3");
         Check(q.shape(1) % kHeadAlign == 0 && k.shape(1) == q.shape(1) && v.shape(1) == q.shape(1),
@@ -448,13 +448,23 @@ void BindKernels(py::module_& m) {
               "v must have from 1 to 256 positions, and k as many in tiles of 64");
         Floats max(q.shape(0)), sum(q.shape(0)), out({q.shape(0), q.shape(1)});
         float scores[kHeadTile * kSpan];
-        ActiveKernels().attend_span({q.data(), k.data(), v.data(), static_cast<int32_t>(q.shape(0)),
-                                     static_cast<int32_t>(q.shape(1)), static_cast<int32_t>(n),
-                                     nullptr, scores, max.mutable_data(), sum.mutable_data(),
-                                     out.mutable_data()});
+        ActiveKernels().attend_span(
+            {kv, q.data(), k.data(), v.data(), static_cast<int32_t>(q.shape(0)),
+             static_cast<int32_t>(q.shape(1)), static_cast<int32_t>(n), nullptr, scores,
+             max.mutable_data(), sum.mutable_data(), out.mutable_data()});
         return py::make_tuple(max, sum, out);
       },
-      py::arg("q"), py::arg("k"), py::arg("v"));
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("kv") = KvFormat::kFp16);
+  // Returns (the elements as the KV cache stores them, the largest magnitude).
+  m.def(
+      "to_kv",
+      [](KvFormat kv, const Floats& x) {
+        Halves out(x.size());
+        const float largest =
+            ActiveKernels().to_kv(kv, x.data(), static_cast<int32_t>(x.size()), out.mutable_data());
+        return py::make_tuple(out, largest);
+      },
+      py::arg("kv"), py::arg("x"));
   m.def(
       "to_fp16",
       [](const Floats& x) {

@@ -8,6 +8,7 @@
 namespace py = pybind11;
 using hybrid::Activation;
 using hybrid::Format;
+using hybrid::KvFormat;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The compiled half of hybrid: kernels, thread pool, recorded programs.";
@@ -20,6 +21,10 @@ PYBIND11_MODULE(_native, m) {
       .value("relu", Activation::kRelu)
       .value("fatrelu", Activation::kFatRelu)
       .value("silu", Activation::kSilu)
+      .finalize();
+  py::native_enum<KvFormat>(m, "KvFormat", "enum.Enum")
+      .value("fp16", KvFormat::kFp16)
+      .value("bf16", KvFormat::kBf16)
       .finalize();
   m.attr("BLOCK") = hybrid::kBlock;
   m.attr("GROUP") = hybrid::kGroup;

@@ -62,8 +62,18 @@ void BindProgram(py::module_& m) {
            py::kw_only(), py::arg("format"), py::arg("memory"), py::arg("n_rows"),
            py::arg("n_cols"), py::arg("offset") = 0, py::arg("row_stride") = py::none(),
            py::arg("scales_offset") = 0, py::arg("is_bit_reversed") = false)
+      // The same rows in the same memory, with another matrix scale.
+      .def(
+          "scaled",
+          [](const PyRows& r, float matrix_scale) {
+            PyRows scaled = r;
+            scaled.rows.matrix_scale = matrix_scale;
+            return scaled;
+          },
+          py::arg("matrix_scale"))
       .def_property_readonly("n_rows", [](const PyRows& r) { return r.rows.n_rows; })
       .def_property_readonly("n_cols", [](const PyRows& r) { return r.rows.n_cols; })
+      .def_property_readonly("matrix_scale", [](const PyRows& r) { return r.rows.matrix_scale; })
       .def_property_readonly("memory", [](const PyRows& r) { return r.memory; });
 
   py::class_<PyPredictor>(m, "Predictor")
@@ -104,10 +114,12 @@ void BindProgram(py::module_& m) {
           py::arg("embedding"), py::arg("scale"))
       .def(
           "qkv",
-          [](PyProgram& p, Floats norm, py::object qkv, int32_t layer) {
-            p.program.Add(Qkv{p.TakeNorm(norm), p.TakeRows(qkv), layer});
+          [](PyProgram& p, Floats norm, py::object qkv, int32_t layer,
+             std::array<float, 3> matrix_scales) {
+            p.program.Add(Qkv{p.TakeNorm(norm), p.TakeRows(qkv), layer, matrix_scales});
           },
-          py::arg("norm"), py::arg("qkv"), py::arg("layer"))
+          py::arg("norm"), py::arg("qkv"), py::arg("layer"),
+          py::arg("matrix_scales") = std::array<float, 3>{1.0f, 1.0f, 1.0f})
       .def(
           "attend",
           [](PyProgram& p, py::object o, float scale, int32_t layer) {
@@ -167,9 +179,9 @@ void BindProgram(py::module_& m) {
                              [](const PyProgram& p) { return p.program.shape().max_context; });
 
   py::class_<PySession>(m, "Session")
-      .def(py::init<py::object, py::object, int32_t, bool, bool>(), py::arg("program"),
+      .def(py::init<py::object, py::object, int32_t, bool, bool, KvFormat>(), py::arg("program"),
            py::arg("pool"), py::arg("n_context"), py::arg("is_dense") = false,
-           py::arg("is_timed") = false)
+           py::arg("is_timed") = false, py::arg("kv") = KvFormat::kFp16)
       .def(
           "prefill",
           [](PySession& s, const Tokens& tokens, bool all_logits, std::optional<Bytes> masks,
@@ -268,6 +280,8 @@ void BindProgram(py::module_& m) {
                              })
       .def_property_readonly("position", [](const PySession& s) { return s.session.position(); })
       .def_property_readonly("n_context", [](const PySession& s) { return s.session.n_context(); })
+      .def_property_readonly("kv", [](const PySession& s) { return s.session.kv(); })
+      .def_property_readonly("largest_kv", [](const PySession& s) { return s.session.LargestKv(); })
       .def_property_readonly("active_counts",
                              [](const PySession& s) { return s.session.Count().n_active; })
       .def_property_readonly("predicted_counts",

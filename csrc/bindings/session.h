@@ -45,12 +45,13 @@ struct PyProgram {
 
 // A session, what it points to, and the flag that allows only one call at a time.
 struct PySession {
-  PySession(py::object program, py::object pool, int32_t n_context, bool is_dense, bool is_timed)
+  PySession(py::object program, py::object pool, int32_t n_context, bool is_dense, bool is_timed,
+            KvFormat kv)
       : keep_program(program),
         keep_pool(pool),
         program(program.cast<PyProgram&>().program),
         pool(pool.cast<ThreadPool&>()),
-        session(this->program, this->pool, CheckContext(this->program, n_context), is_dense,
+        session(this->program, this->pool, CheckContext(this->program, n_context), kv, is_dense,
                 is_timed) {}
 
   static int32_t CheckContext(Program& program, int32_t n_context) {

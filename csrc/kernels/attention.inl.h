@@ -29,11 +29,16 @@ inline F32 Exp(F32 x) {
   return Mul(y, Pow2(n));
 }
 
+template <KvFormat kKv>
+inline F32 LoadKv(const uint16_t* p) {
+  return kKv == KvFormat::kFp16 ? LoadFp16(p) : LoadBf16(p);
+}
+
 constexpr int32_t kSums = kLanes == 16 ? 4 : 2;  // registers per head: as many as fit
 
 // scores[head] of kSums * kLanes keys from `first` on. The lanes of a register are keys, so no sum
 // runs across lanes. A key is read once for all heads.
-template <int kHeads>
+template <KvFormat kKv, int kHeads>
 inline void ScoreKeys(const AttendSpanArgs& a, const float* q, int32_t first, float* scores) {
   const uint16_t* k = a.k + int64_t{first / kKeyTile * kKeyTile} * a.head_stride + first % kKeyTile;
   const uint16_t* v = a.v + int64_t{first} * a.head_stride;  // values, which are read next
@@ -47,7 +52,7 @@ inline void ScoreKeys(const AttendSpanArgs& a, const float* q, int32_t first, fl
       for (int at = 0; at < kSums * kLanes; at += 32) PrefetchL2(v + d * kSums * kLanes + at);
     F32 keys[kSums];
 #pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) keys[i] = LoadFp16(k + d * kKeyTile + i * kLanes);
+    for (int i = 0; i < kSums; ++i) keys[i] = LoadKv<kKv>(k + d * kKeyTile + i * kLanes);
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
       const F32 element = Set(q[h * a.head_stride + d]);
@@ -81,7 +86,7 @@ inline float Exponentiate(float* scores, int32_t n, float* largest) {
 
 // out[head] = sum over i of scores[head][i] * v[i], for kParts registers of a value, from dimension
 // `first` on. The sums are many and independent, so no addition waits for the one before.
-template <int kHeads, int kParts>
+template <KvFormat kKv, int kHeads, int kParts>
 inline void WeighSpan(const AttendSpanArgs& a, const float* scores, int32_t first, float* out) {
   F32 sum[kHeads][kParts];
   for (int h = 0; h < kHeads; ++h)
@@ -93,7 +98,7 @@ inline void WeighSpan(const AttendSpanArgs& a, const float* scores, int32_t firs
         PrefetchL2(static_cast<const uint16_t*>(a.next) + i * a.head_stride + first + at);
     F32 value[kParts];
 #pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part) value[part] = LoadFp16(v + part * kLanes);
+    for (int part = 0; part < kParts; ++part) value[part] = LoadKv<kKv>(v + part * kLanes);
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
       const F32 score = Set(scores[h * kSpan + i]);
@@ -107,32 +112,40 @@ inline void WeighSpan(const AttendSpanArgs& a, const float* scores, int32_t firs
       Store(out + h * a.head_stride + first + part * kLanes, sum[h][part]);
 }
 
-template <int kHeads>
+template <KvFormat kKv, int kHeads>
 inline void AttendHeads(const AttendSpanArgs& a, int32_t head) {
   float* out = a.out + head * a.head_stride;
   for (int32_t first = 0; first < a.n; first += kSums * kLanes)
-    ScoreKeys<kHeads>(a, a.q + head * a.head_stride, first, a.scores);
+    ScoreKeys<kKv, kHeads>(a, a.q + head * a.head_stride, first, a.scores);
   for (int h = 0; h < kHeads; ++h)
     a.sum[head + h] = Exponentiate(a.scores + h * kSpan, a.n, a.max + head + h);
   int32_t first = 0;
   for (; first + kSums * kLanes <= a.head_stride; first += kSums * kLanes)
-    WeighSpan<kHeads, kSums>(a, a.scores, first, out);
-  for (; first < a.head_stride; first += kLanes) WeighSpan<kHeads, 1>(a, a.scores, first, out);
+    WeighSpan<kKv, kHeads, kSums>(a, a.scores, first, out);
+  for (; first < a.head_stride; first += kLanes) WeighSpan<kKv, kHeads, 1>(a, a.scores, first, out);
 }
 
-void AttendSpan(const AttendSpanArgs& a) {
+template <KvFormat kKv>
+inline void AttendSpanAs(const AttendSpanArgs& a) {
   int32_t head = 0;
-  for (; head + kHeadTile <= a.n_group; head += kHeadTile) AttendHeads<kHeadTile>(a, head);
+  for (; head + kHeadTile <= a.n_group; head += kHeadTile) AttendHeads<kKv, kHeadTile>(a, head);
   switch (a.n_group - head) {
     case 3:
-      return AttendHeads<3>(a, head);
+      return AttendHeads<kKv, 3>(a, head);
     case 2:
-      return AttendHeads<2>(a, head);
+      return AttendHeads<kKv, 2>(a, head);
     case 1:
-      return AttendHeads<1>(a, head);
+      return AttendHeads<kKv, 1>(a, head);
     default:
       return;
   }
+}
+
+void AttendSpan(const AttendSpanArgs& a) {
+  if (a.kv == KvFormat::kFp16)
+    AttendSpanAs<KvFormat::kFp16>(a);
+  else
+    AttendSpanAs<KvFormat::kBf16>(a);
 }
 
 void Rotate(const float* x, const float* cos, const float* sin, int32_t half, float scale,

@@ -256,6 +256,9 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
     dot(FormatConstant<Format::kQ8>{});
   else
     dot(FormatConstant<Format::kQ4>{});
+  if (rows.matrix_scale == 1.0f) return;
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) out[r][t] *= rows.matrix_scale;
 }
 
 // Dot products of kRows rows with kTokens tokens from `token` on, stored in a.out.

@@ -44,6 +44,7 @@ namespace hybrid {
 
 enum class Format : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2 };
 enum class Activation : int32_t { kRelu = 0, kFatRelu = 1, kSilu = 2 };
+enum class KvFormat : int32_t { kFp16 = 0, kBf16 = 1 };  // of keys and values in the cache
 
 constexpr int32_t kBlock = 32;       // weights, or activations, that share a scale
 constexpr int32_t kGroupBlocks = 8;  // blocks that are interleaved in a group
@@ -70,6 +71,9 @@ struct Rows {
   int32_t n_rows;
   int32_t n_cols;  // before padding
   RowLayout layout;
+  // Every weight is multiplied with this power of two. It is 1 unless the weights are so small or
+  // so large that the format alone cannot hold them.
+  float matrix_scale = 1.0f;
 };
 
 static inline int32_t RoundUp(int32_t n, int32_t multiple) {
@@ -287,9 +291,10 @@ static constexpr PartialColumn PartialColumnOf(Format format, int32_t col) {
 
 // Attention of the query heads of one KV head over up to kSpan context positions.
 struct AttendSpanArgs {
+  KvFormat kv;        // of k and v
   const float* q;     // (n_group, head_stride), already divided by sqrt(head_dim)
-  const uint16_t* k;  // fp16 (tiles, head_stride, kKeyTile); the last tile may be partial
-  const uint16_t* v;  // fp16 (n, head_stride)
+  const uint16_t* k;  // (tiles, head_stride, kKeyTile); the last tile may be partial
+  const uint16_t* v;  // (n, head_stride)
   int32_t n_group;
   int32_t head_stride;  // head_dim padded to kHeadAlign with zeros
   int32_t n;            // positions
@@ -309,7 +314,7 @@ struct KernelTable {
   void (*pack_row)(Format format, const float* w, int32_t n, uint8_t* values, uint8_t* scales);
   // x (n,) fp32 -> quantised vector.
   void (*quantize)(Format format, const float* x, int32_t n, uint8_t* out);
-  // One packed row -> (n_cols,) fp32 in natural order, times `scale`.
+  // One packed row -> (n_cols,) fp32 weights in natural order, times `scale`.
   void (*dequantize)(Format format, const Rows& rows, int32_t row, float scale, float* out);
   void (*gemm)(const GemmArgs& args);
   ActiveCounts (*find_active)(const SparseFfnArgs& args);
@@ -338,6 +343,9 @@ struct KernelTable {
                       int64_t stride, int32_t head_dim, int32_t head_stride, float* merged);
   // (n,) fp32 -> fp16, rounded to nearest even.
   void (*to_fp16)(const float* x, int32_t n, uint16_t* out);
+  // (n,) fp32 -> elements of the KV cache, rounded to nearest even. Returns the largest magnitude
+  // of x, or NaN if x holds one.
+  float (*to_kv)(KvFormat kv, const float* x, int32_t n, uint16_t* out);
   // z (rank,) fp32 -> a predictor's input (PredictorInputBytes).
   void (*make_predictor_input)(const Predictor& predictor, const float* z, uint8_t* out);
   // x (n,) fp32 -> a preview's input (PreviewInputBytes).

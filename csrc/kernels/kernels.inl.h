@@ -15,9 +15,25 @@ namespace hybrid {
 namespace {
 
 constexpr KernelTable MakeTable(const char* name) {
-  return {name,       PackRow,     Quantize,           Dequantize,       Gemm,         FindActive,
-          AddActive,  SumPartials, AddPartials,        RmsNorm,          Rotate,       AttendSpan,
-          MergeSpans, ToFp16,      MakePredictorInput, MakePreviewInput, PreviewTiles, GatherDots,
+  return {name,
+          PackRow,
+          Quantize,
+          Dequantize,
+          Gemm,
+          FindActive,
+          AddActive,
+          SumPartials,
+          AddPartials,
+          RmsNorm,
+          Rotate,
+          AttendSpan,
+          MergeSpans,
+          ToFp16,
+          ToKv,
+          MakePredictorInput,
+          MakePreviewInput,
+          PreviewTiles,
+          GatherDots,
           Read};
 }
 

@@ -239,7 +239,8 @@ inline void AddNeurons(const SparseFfnArgs& a, const Active* active, float* out,
   for (int r = 0; r < kNeurons; ++r) rows[r] = active[r].neuron;
   Nothing nothing;
   DotTile<kNeurons, 1, Take::kAny>(a.format, a.up, rows, x, up, nothing);
-  for (int r = 0; r < kNeurons; ++r) values[r] = Activate(a.activation, active[r].gate) * up[r][0];
+  for (int r = 0; r < kNeurons; ++r)
+    values[r] = Activate(a.activation, active[r].gate) * up[r][0] * a.down.matrix_scale;
   Axpy<kNeurons>(a.format, a.down, rows, values, out, between);
 }
 

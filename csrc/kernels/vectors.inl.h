@@ -115,6 +115,7 @@ inline void DequantizeBlocks(const Rows& rows, int32_t row, float scale, float* 
 }
 
 void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float* out) {
+  scale *= rows.matrix_scale;
   if (format == Format::kQ8) return DequantizeBlocks<Format::kQ8>(rows, row, scale, out);
   if (format == Format::kQ4) return DequantizeBlocks<Format::kQ4>(rows, row, scale, out);
   const RowAt w = At<Format::kBf16>(rows, row);
@@ -217,6 +218,23 @@ void ToFp16(const float* x, int32_t n, uint16_t* out) {
     StoreFp16(halves, Load(lanes));
     for (int32_t j = i; j < n; ++j) out[j] = halves[j - i];
   }
+}
+
+float ToKv(KvFormat kv, const float* x, int32_t n, uint16_t* out) {
+  uint32_t largest = 0;  // compared as integers, so that a NaN counts as the largest of all
+  for (int32_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    memcpy(&bits, x + i, sizeof(bits));
+    bits &= 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  if (kv == KvFormat::kFp16)
+    ToFp16(x, n, out);
+  else
+    for (int32_t i = 0; i < n; ++i) out[i] = NarrowBf16(x[i]);
+  float magnitude;
+  memcpy(&magnitude, &largest, sizeof(magnitude));
+  return magnitude;
 }
 
 float Read(const float* x, int64_t n) {

@@ -51,6 +51,7 @@ void AttendSpan(const Pass& pass, const SpanAt& at, const void* next, const Span
   const int32_t head_stride = pass.program.head_stride();
   const int64_t row = int64_t{at.span} * to.n_heads;
   AttendSpanArgs args;
+  args.kv = pass.kv.format();
   args.n_group = pass.HeadsPerKvHead();
   args.q = pass.QueryOf(at.token, at.kv_head * args.n_group);
   args.k = pass.kv.KvSpan(at.layer, at.kv_head, at.span);

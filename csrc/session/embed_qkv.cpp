@@ -1,5 +1,6 @@
 // The embedding, and how a layer begins: norm, q, k and v, rope, KV-cache write.
 
+#include <algorithm>
 #include <cmath>
 
 #include "session/input.h"
@@ -16,6 +17,14 @@ void EmbedToken(const Pass& pass, const Embed& op, int32_t token) {
                            pass.scratch.x + int64_t{token} * shape.hidden_size);
 }
 
+// The rows of q, k and v, with the scale of the matrix that a head belongs to.
+Rows RowsOf(const Pass& pass, const Qkv& op, int32_t head) {
+  const int32_t n_heads = pass.shape().n_heads, n_kv_heads = pass.shape().n_kv_heads;
+  Rows rows = op.rows;
+  rows.matrix_scale = op.matrix_scales[head < n_heads ? 0 : head < n_heads + n_kv_heads ? 1 : 2];
+  return rows;
+}
+
 // Applies rope to a projected head and stores it: q in scratch memory, k and v in the cache.
 void FinishHead(const Pass& pass, const Qkv& op, int32_t head, int32_t token, const float* values,
                 ThreadScratch& thread) {
@@ -30,12 +39,14 @@ void FinishHead(const Pass& pass, const Qkv& op, int32_t head, int32_t token, co
     return;
   }
   const int32_t kv_head = (head - shape.n_heads) % shape.n_kv_heads;
-  if (head >= shape.n_heads + shape.n_kv_heads) {
-    kernels.to_fp16(values, head_dim, pass.kv.ValueAt(op.layer, kv_head, position));
-    return;
-  }
+  const auto store = [&](const float* x, uint16_t* out) {
+    const float largest = kernels.to_kv(pass.kv.format(), x, head_dim, out);
+    thread.largest_kv = std::max(thread.largest_kv, largest);  // a NaN changes nothing
+  };
+  if (head >= shape.n_heads + shape.n_kv_heads)
+    return store(values, pass.kv.ValueAt(op.layer, kv_head, position));
   kernels.rotate(values, cos, sin, half, 1.0f, thread.rotated.get());
-  kernels.to_fp16(thread.rotated.get(), head_dim, thread.key.get());
+  store(thread.rotated.get(), thread.key.get());
   uint16_t* key = pass.kv.KeyAt(op.layer, kv_head, position);
   for (int32_t i = 0; i < head_dim; ++i) key[i * kKeyTile] = thread.key[i];
 }
@@ -62,7 +73,8 @@ void RunQkv(const Pass& pass, const Phase& phase, int32_t head, ThreadScratch& t
   const uint8_t* x = NormOnce(pass, phase, op.norm, thread);
   float* values = thread.floats.get();
   PrefetchKey(pass, op, head);
-  pass.kernels->gemm({format, op.rows, head * head_dim, (head + 1) * head_dim, x, 0, 1, values, 0});
+  pass.kernels->gemm(
+      {format, RowsOf(pass, op, head), head * head_dim, (head + 1) * head_dim, x, 0, 1, values, 0});
   FinishHead(pass, op, head, 0, values, thread);
   thread.counters.bytes[kStageQkv] += head_dim * RowBytes(op.rows, format);
 }
@@ -79,7 +91,7 @@ void RunQkvTokens(const Pass& pass, const Phase& phase, int32_t head, ThreadScra
   const Format format = pass.shape().format;
   const int32_t head_dim = pass.shape().head_dim;
   float* values = thread.floats.get();
-  pass.kernels->gemm({format, op.rows, head * head_dim, (head + 1) * head_dim,
+  pass.kernels->gemm({format, RowsOf(pass, op, head), head * head_dim, (head + 1) * head_dim,
                       pass.scratch.inputs.get(), VectorBytes(format, op.rows.n_cols), pass.n_tokens,
                       values, head_dim});
   for (int32_t t = 0; t < pass.n_tokens; ++t)

@@ -1,4 +1,4 @@
-// The KV cache of one sequence: the keys and values of all its positions, in fp16.
+// The KV cache of one sequence: the keys and values of all its positions, in fp16 or bf16.
 //
 // Layout: (n_spans, n_layers, n_kv_heads, keys and values of a span). A span is kSpan positions.
 // What one piece of attention reads is therefore contiguous, and huge pages fill up as the context
@@ -19,14 +19,17 @@ namespace hybrid {
 class KvCache {
  public:
   // Throws std::bad_alloc.
-  KvCache(int32_t n_context, int32_t n_layers, int32_t n_kv_heads, int32_t head_stride)
-      : n_context_(n_context),
+  KvCache(KvFormat format, int32_t n_context, int32_t n_layers, int32_t n_kv_heads,
+          int32_t head_stride)
+      : format_(format),
+        n_context_(n_context),
         n_layers_(n_layers),
         n_kv_heads_(n_kv_heads),
         head_stride_(head_stride),
         kv_(int64_t{CeilDiv(n_context, kSpan)} * n_layers * n_kv_heads * 2 * kSpan * head_stride,
             true) {}
 
+  KvFormat format() const { return format_; }
   int32_t n_context() const { return n_context_; }
 
   // A span of one head: its keys, and its values behind them.
@@ -54,6 +57,7 @@ class KvCache {
   int64_t Bytes(int32_t n) const { return 2 * int64_t{sizeof(uint16_t)} * head_stride_ * n; }
 
  private:
+  const KvFormat format_;
   const int32_t n_context_, n_layers_, n_kv_heads_, head_stride_;
   Pages<uint16_t> kv_;
 };

@@ -48,10 +48,11 @@ struct alignas(64) ThreadScratch {
   Pages<uint8_t> preview_input;     // (PreviewInputBytes,), in decode
   Pages<int32_t> shortlist;         // rows of one piece
   Pages<float> rotated;             // (head_dim,) one key, after rope
-  Pages<uint16_t> key;              // (head_dim,) the same key in fp16
+  Pages<uint16_t> key;              // (head_dim,) the same key as the cache stores it
   float scores[kHeadTile * kSpan];
 
-  float likely = 0.0f;  // the least logit on the shortlist
+  float largest_kv = 0.0f;  // the largest magnitude that was rounded for the KV cache
+  float likely = 0.0f;      // the least logit on the shortlist
   // What a thread computes once per operation says for which operation of which pass it holds
   // (Pass::Serial).
   uint64_t input_serial = 0;  // of `input` and `preview_input`

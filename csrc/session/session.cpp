@@ -15,15 +15,26 @@
 
 namespace hybrid {
 
-Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense,
-                 bool is_timed)
+Session::Session(const Program& program, ThreadPool& pool, int32_t n_context, KvFormat kv,
+                 bool is_dense, bool is_timed)
     : pool_(pool),
       is_timed_(is_timed),
-      kv_(n_context, program.n_layers(), program.shape().n_kv_heads, program.head_stride()),
+      kv_(kv, n_context, program.n_layers(), program.shape().n_kv_heads, program.head_stride()),
       scratch_(program, n_context),
       pass_{program, kv_, scratch_, is_dense, FfnRuns(pool.n_threads())} {
   for (int32_t thread = 0; thread < pool.n_threads(); ++thread)
     threads_.push_back(std::make_unique<ThreadScratch>(program, n_context, is_timed));
+}
+
+void Session::Truncate(int32_t position) {
+  pass_.position = position;
+  for (const auto& thread : threads_) thread->largest_kv = 0.0f;
+}
+
+float Session::LargestKv() const {
+  float largest = 0.0f;
+  for (const auto& thread : threads_) largest = std::max(largest, thread->largest_kv);
+  return largest;
 }
 
 Counters Session::Count() const {

@@ -43,15 +43,19 @@ namespace hybrid {
 class Session {
  public:
   // Reserves a KV cache for `n_context` positions; the system provides its memory as it is used.
+  // `kv` is what keys and values are rounded to.
   // `is_dense`: no neuron is skipped, for comparisons. `is_timed`: calls measure their stages.
   // `program` and `pool` must outlive the session. Throws std::bad_alloc.
-  Session(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense,
+  Session(const Program& program, ThreadPool& pool, int32_t n_context, KvFormat kv, bool is_dense,
           bool is_timed);
 
   int32_t position() const { return pass_.position; }  // of the next token
   int32_t n_context() const { return kv_.n_context(); }
   // Forgets all tokens from `position` on.
-  void Truncate(int32_t position) { pass_.position = position; }
+  void Truncate(int32_t position);
+  KvFormat kv() const { return kv_.format(); }
+  // The largest magnitude of the keys and values that were stored since the last Truncate.
+  float LargestKv() const;
 
   // Append tokens. The caller guarantees position() + n <= n_context() and 0 <= token < vocab_size.
   // `all_logits`, if not null, receives (n, vocab_size) logits. logits() always holds those of the

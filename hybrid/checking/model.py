@@ -19,12 +19,12 @@ from hybrid.checking.check import Check
 from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.checkpoint.name import model_name
 from hybrid.engine.engine import Engine
-from hybrid.engine.options import Quant
+from hybrid.engine.options import KvName, LoadOptions, Quant
 from hybrid.engine.oracle import comparison
 from hybrid.errors import HybridError, InvalidOption
 from hybrid.hub.catalog import CatalogEntry, catalog, resolve
 from hybrid.hub.loading import load
-from hybrid.kernels import Format
+from hybrid.kernels import Format, KvFormat
 from hybrid.progress import Progress, ignore_progress
 
 N_POSITIONS = 64
@@ -42,6 +42,7 @@ def check_model(
     model: str | Path,
     *,
     quant: Quant = "q8",
+    kv: KvName = "fp16",
     threads: int | None = None,
     offline: bool = False,
     progress: Progress = ignore_progress,
@@ -51,6 +52,7 @@ def check_model(
     Raises InvalidOption. Every other HybridError becomes a failed check.
     """
     stage = "files"
+    options = LoadOptions(quant=quant, kv=kv, threads=threads, device="cpu", offline=offline)
     try:
         folder = resolve(model, offline=offline)
         entry = find_entry(model, folder)
@@ -66,9 +68,7 @@ def check_model(
         yield setting.check_memory(config, quant)
         stage = "weights"
         started = time.perf_counter()
-        with load(
-            model, threads=threads, quant=quant, device="cpu", offline=offline, progress=progress
-        ) as engine:
+        with load(model, options=options, progress=progress) as engine:
             yield setting.check_threads(engine.n_threads)
             yield _loaded(engine, time.perf_counter() - started)
             ids = text_ids(engine)
@@ -77,15 +77,21 @@ def check_model(
         yield arithmetic.check_prefill(run.logits, at_once)
         # Load again rather than use a second pool, to prove that threads change no weights either.
         other = 2 if n_threads == 1 else 1
-        with load(model, threads=other, quant=quant, device="cpu", offline=offline) as engine:
+        with load(model, options=options, threads=other) as engine:
             again = engine.open_session().prefill(np.asarray(ids, np.int64), all_logits=True)
         assert again is not None
         yield arithmetic.check_other_threads(at_once, again, n_threads, other)
         yield arithmetic.check_active_fraction(config, run, entry)
         yield arithmetic.check_text(config, run, ids, entry)
         stage = "oracle"
+        started = time.perf_counter()
         with _open(folder, quant) as checkpoint:
-            yield arithmetic.check_oracle(checkpoint, quant, run, ids, progress)
+            runs = comparison.run_oracles(
+                checkpoint, Format[quant], ids, kv=KvFormat[kv], progress=progress
+            )
+        seconds = time.perf_counter() - started
+        yield arithmetic.check_oracle(runs, run, ids, config.n_neurons, seconds)
+        yield arithmetic.check_rounding(runs, quant, config.n_neurons)
     except InvalidOption:
         raise
     except HybridError as error:

@@ -91,7 +91,7 @@ class Tensor:
         if self.unmapped is None:
             return self.data[part] if part else self.data
         match part:
-            case (slice() as rows,):
+            case (slice(step=None | 1) as rows,):
                 return self._read(*self.unmapped, rows)
             case _:
                 data = self._read(*self.unmapped)

@@ -83,6 +83,16 @@ def add_bos_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_kv_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that compute with a model; `open_engine` reads it."""
+    parser.add_argument(
+        "--kv",
+        choices=("fp16", "bf16"),
+        default="fp16",
+        help="format of the KV cache; bf16 holds larger numbers, less precisely (default: fp16)",
+    )
+
+
 def add_predictor_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that can use a predictor; `open_engine` reads them."""
     add = parser.add_argument
@@ -234,7 +244,7 @@ def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     A command that does not offer an option takes its default; without device options a command runs
     on the CPU. `changes` are fields of LoadOptions.
     """
-    names = ["threads", "quant", "recall", "preview_head", "mmap", "mlock", "offline"]
+    names = ["threads", "quant", "kv", "recall", "preview_head", "mmap", "mlock", "offline"]
     names += ["device", "vram_budget", "plan"] if "device" in args else []
     given: dict[str, Any] = {"device": "cpu"}
     given |= {name: getattr(args, name) for name in names if name in args}

@@ -101,6 +101,11 @@ class Engine:
         return self.spec.format.name
 
     @property
+    def kv(self) -> str:
+        """The format of the KV cache: "fp16" or "bf16"."""
+        return self.spec.kv.name
+
+    @property
     def n_threads(self) -> int:
         return self.spec.n_threads
 
@@ -229,7 +234,8 @@ class Engine:
         it from disk takes. If it is damaged, the iteration ends with InvalidArtifact. An answer
         that is complete before that waits for the check after its last piece of text.
 
-        Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory.
+        Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory. The iteration raises
+        NumericOverflow if keys or values exceed the range of the KV cache.
         """
         options = replace(options or GenerationOptions(), **keywords)
         return self._begin(self._checked_prompt(prompt, raw=raw), session, options)
@@ -270,7 +276,7 @@ class Engine:
         """
         try:
             executor = self._open()
-            native = executor.open_session(is_dense=dense, is_timed=timed)
+            native = executor.open_session(is_dense=dense, is_timed=timed, kv=self.spec.kv)
             return Session(native, self.config, executor, self._background)
         except MemoryError:
             raise OutOfMemory(

@@ -23,6 +23,7 @@ from hybrid.text.token_rules import TokenRules
 
 Quant = Literal["bf16", "q8", "q4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+KvName = Literal["fp16", "bf16"]
 
 DEFAULT_CONTEXT = 4096  # positions, or the model's maximum if that is smaller
 DEFAULT_RECALL = 0.99
@@ -40,9 +41,11 @@ class DeviceRequest:
     device: DeviceName = "auto"
     vram_budget: int | None = None  # bytes of the whole process; None: all free VRAM
     plan: Path | None = None
+    kv: KvName = "fp16"  # of the KV cache; the GPU has fp16 only
 
     def __post_init__(self) -> None:
         _check_choice("device", self.device, get_args(DeviceName))
+        _check_choice("kv", self.kv, get_args(KvName))
         if self.vram_budget is not None:
             checked_count("vram_budget", self.vram_budget, least=0)
         if self.plan is not None and self.vram_budget is not None:
@@ -51,6 +54,13 @@ class DeviceRequest:
             )
         if self.device == "cpu" and (self.plan is not None or self.vram_budget):
             raise InvalidOption("device cpu takes no plan and no vram_budget")
+        if self.kv != "fp16" and (
+            self.device == "cuda" or self.plan is not None or self.vram_budget
+        ):
+            raise InvalidOption(
+                f"kv {self.kv} is for the CPU, because the GPU's KV cache is fp16: it takes no "
+                "device cuda, no plan and no vram_budget"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +69,7 @@ class LoadOptions:
 
     threads: int | None = None  # None: one per core that the process may use
     quant: Quant = "q8"
+    kv: KvName = "fp16"  # of the KV cache
     context_size: int | None = None  # tokens; None: 4096, or the model's maximum if that is less
     mmap: bool | None = None  # None: only if the weights do not fit into memory
     mlock: bool = False
@@ -84,7 +95,7 @@ class LoadOptions:
 
     @property
     def device_request(self) -> DeviceRequest:
-        return DeviceRequest(self.device, self.vram_budget, self.plan)
+        return DeviceRequest(self.device, self.vram_budget, self.plan, self.kv)
 
 
 class AnswerLimits(NamedTuple):
@@ -151,6 +162,7 @@ class GenerationOptions:
 class LoadKeywords(TypedDict, total=False):
     threads: int | None
     quant: Quant
+    kv: KvName
     context_size: int | None
     mmap: bool | None
     mlock: bool

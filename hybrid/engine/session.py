@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.errors import ContextOverflow, EngineClosed
+from hybrid.errors import ContextOverflow, EngineClosed, NumericOverflow
+from hybrid.kernels import KvFormat
 from hybrid.model.config import ModelConfig
 from hybrid.text.tokenizer import ChatMessage
 
@@ -36,6 +37,10 @@ class NativeSession(Protocol):
     @property
     def n_context(self) -> int: ...
     @property
+    def kv(self) -> KvFormat: ...
+    @property
+    def largest_kv(self) -> float: ...
+    @property
     def active_counts(self) -> list[int]: ...
     @property
     def predicted_counts(self) -> list[int]: ...
@@ -53,6 +58,10 @@ class WeightsCheck(Protocol):
 
     def wait(self) -> None: ...
     def raise_damage(self) -> None: ...
+
+
+# From these magnitudes on, rounding to the format gives infinity.
+_KV_LIMITS = {KvFormat.fp16: 65520.0, KvFormat.bf16: 511 * 2.0**119}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +132,9 @@ class Session:
     ) -> NDArray[np.float32] | None:
         """Append tokens. With `all_logits`, return the logits (n, vocab) of all of them.
 
-        Raises ContextOverflow if they do not fit, EngineClosed, and ValueError for ids that the
-        vocabulary does not have.
+        Raises ContextOverflow if they do not fit, NumericOverflow if keys or values exceed the
+        range of the KV cache, EngineClosed, and ValueError for ids that the vocabulary does not
+        have. After an error the session holds the tokens that it held before.
         """
         return self._prefill(tokens, all_logits)
 
@@ -156,6 +166,7 @@ class Session:
             native = self._in_step()
             self._check_room(ids.size)
             logits = native.prefill(ids, all_logits, masks, inputs)
+            self._check_kv(native)
             self._tokens += ids.tolist()
             return logits
 
@@ -165,6 +176,7 @@ class Session:
             native = self._in_step()
             self._check_room(1)
             native.decode(token)
+            self._check_kv(native)
             self._tokens.append(int(token))
 
     def truncate(self, position: int) -> None:
@@ -280,13 +292,23 @@ class Session:
     def _in_step(self) -> NativeSession:
         """Return the native session, after removing tokens that this object does not know.
 
-        A KeyboardInterrupt can end a call before its tokens are stored here. Such tokens count as
-        never appended.
+        A KeyboardInterrupt or an error can end a call before its tokens are stored here. Such
+        tokens count as never appended.
         """
         native = self._open()
         if native.position > len(self._tokens):
             native.truncate(len(self._tokens))
         return native
+
+    def _check_kv(self, native: NativeSession) -> None:
+        """Raises NumericOverflow if the call has stored an infinite key or value."""
+        kv, largest = native.kv, native.largest_kv
+        if largest < _KV_LIMITS[kv]:
+            return
+        advice = "load it with kv bf16" if kv is KvFormat.fp16 else "its weights must be broken"
+        raise NumericOverflow(
+            f"the model's KV cache overflows {kv.name} (|k| or |v| up to {largest:.3g}); {advice}"
+        )
 
     def _check_room(self, n: int) -> None:
         n_context = self._open().n_context

@@ -196,7 +196,11 @@ def measure_choices(
     *,
     progress: Progress = ignore_progress,
 ) -> Accuracy:
-    """Score all questions. Raises InvalidOption for a question longer than the context."""
+    """Score all questions.
+
+    Raises InvalidOption for a question longer than the context, and NumericOverflow if logits are
+    not finite.
+    """
     n_plain = n_normalised = 0
     with engine.open_session() as session:
         for index, question in enumerate(questions):

@@ -49,7 +49,8 @@ class _Fp32Session:
     ) -> NDArray[np.float32]:
         ids = np.asarray(tokens, np.int64)
         self._tokens += ids.tolist()
-        return self._session.prefill(ids.tolist())
+        with np.errstate(all="ignore"):  # what is not finite is found in the losses
+            return self._session.prefill(ids.tolist())
 
 
 class Fp32Engine:
@@ -60,7 +61,8 @@ class Fp32Engine:
     def __init__(self, folder: Path, *, add_bos: bool | None = None) -> None:
         """Read the weights and the tokenizer; `add_bos` is that of `hybrid.load`.
 
-        Raises what `open_checkpoint` and `Tokenizer.from_folder` raise.
+        Raises what `open_checkpoint` and `Tokenizer.from_folder` raise, and InvalidCheckpoint for
+        weights that are not finite.
         """
         with open_checkpoint(folder) as checkpoint:
             self.config = checkpoint.config

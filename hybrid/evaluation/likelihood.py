@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid.engine.engine import Engine
-from hybrid.engine.oracle.comparison import token_losses
+from hybrid.engine.oracle.comparison import finite_losses
 from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
 from hybrid.model.config import ModelConfig
@@ -62,7 +62,7 @@ class Scorer:
             logits = self._session.prefill(ids[start:end], all_logits=True)
             assert logits is not None
             targets = np.array(ids[start + 1 : end + 1])
-            nats += float(token_losses(logits, targets).sum())
+            nats += float(finite_losses(logits, targets).sum())
             is_greedy = is_greedy and bool((logits.argmax(-1) == targets).all())
         self._read = ids[:-1]
         return Likelihood(-nats, is_greedy)

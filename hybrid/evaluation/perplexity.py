@@ -48,7 +48,8 @@ def measure_perplexity(
     one before (default: half a window). The text begins with the model's beginning-of-text token,
     if it has one.
 
-    Raises InvalidOption for sizes that do not fit, and for a text of fewer than two tokens.
+    Raises InvalidOption for sizes that do not fit, and for a text of fewer than two tokens, and
+    NumericOverflow if logits are not finite.
     """
     window = engine.n_context if window is None else window
     if not 2 <= window <= engine.n_context:

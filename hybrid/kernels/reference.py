@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.kernels._native import BLOCK, Activation, Format
+from hybrid.kernels._native import BLOCK, Activation, Format, KvFormat
 
 # The variance of what 2 bits leave out of a normally distributed weight, in scales squared. It is
 # kPreviewVariance of csrc/kernels/kernels.h.
@@ -48,6 +48,14 @@ def round_activation(format: Format | None, x: Array) -> Array:
         inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
     rounded = np.rint(blocks * inverse) * (largest / np.float32(127))
     return rounded.reshape(padded.shape)[..., :n].astype(np.float32)
+
+
+def round_kv(kv: KvFormat, x: Array) -> Array:
+    """The values of keys or values in the KV cache. Those beyond its range become infinite."""
+    if kv is KvFormat.bf16:
+        return bf16_values(bf16_bits(x))
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float32)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

@@ -42,7 +42,7 @@ class ProgramRecorder:
         self.program.embed(weights.embedding, scale)
 
     def qkv(self, x: None, weights: LayerWeights[Rows], layer: int) -> None:
-        self.program.qkv(weights.attention_norm, weights.qkv, layer)
+        self.program.qkv(weights.attention_norm, weights.qkv, layer, weights.qkv_scales)
 
     def attend(
         self, x: None, q: None, weights: LayerWeights[Rows], layer: int, scale: float

@@ -170,5 +170,6 @@ def _random_model(config: ModelConfig, format: Format) -> PackedModel:
     buffer = _native.allocate_bytes(layout.n_bytes)
     for name, array in layout.arrays.items():
         layer, dot, part = name.partition(".")
-        array.of(buffer)[:] = source.arrays[f"0.{part}" if dot else layer].of(one)
+        copied = source.arrays[f"0.{part}" if dot else layer]
+        buffer[array.first : array.end] = one[copied.first : copied.end]
     return view_packed(buffer, layout)

@@ -10,6 +10,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hybrid.kernels import Format, _native
 from hybrid.model.config import ModelConfig
 from hybrid.weights.formats import row_bytes
@@ -54,13 +57,29 @@ class PackedArray:
         return sum(row_bytes(self.format, self.n_cols))
 
     @property
+    def n_scales(self) -> int:
+        """Number of matrix scales behind the rows: one per role, but none for norms and previews.
+
+        They are fp32 and have a cache line of their own.
+        """
+        return 0 if self.layout in ("norm", "preview") else len(self.roles)
+
+    @property
     def end(self) -> int:
         """First byte of the next array, at a cache line."""
+        return self._first_scale + (ALIGNMENT if self.n_scales else 0)
+
+    @property
+    def _first_scale(self) -> int:
         return self.first + -(-self.n_bytes // ALIGNMENT) * ALIGNMENT
 
     def of(self, buffer: Buffer) -> Buffer:
         """Return the array's bytes (n_bytes,) in a packed model's buffer, without a copy."""
         return buffer[self.first : self.first + self.n_bytes]
+
+    def matrix_scales(self, buffer: Buffer) -> NDArray[np.float32]:
+        """Return the scales of the roles' matrices (n_scales,) in a buffer, without a copy."""
+        return buffer[self._first_scale :][: 4 * self.n_scales].view(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +171,7 @@ def decode_bytes(
 ) -> int:
     """Compute the bytes of weights and KV cache that decoding `n_tokens` tokens reads.
 
-    Each token reads all rows of attention, one row of the embedding, the fp16 keys and values of
+    Each token reads all rows of attention, one row of the embedding, the 16-bit keys and values of
     all positions so far, and all rows of the head. The first token is at `first_position`. Over all
     tokens, `n_gates` gate rows are read (None: all), and the up and down rows of `n_active`
     (neuron, token) pairs. If `n_shortlisted` is not 0, a token reads the head's preview instead of

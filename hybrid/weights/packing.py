@@ -18,13 +18,22 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.errors import InvalidCheckpoint
-from hybrid.kernels import Format, Preview, Rows, _native
+from hybrid.kernels import Preview, Rows, _native
 from hybrid.model.config import ModelConfig
-from hybrid.model.weights import LayerWeights, ModelWeights
+from hybrid.model.weights import LayerWeights, ModelWeights, balancing_factor
+from hybrid.model.weights import sampled_rows as kv_sampled_rows
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.formats import TILE_ROWS
 from hybrid.weights.layout import PackedArray, PackedLayout
+from hybrid.weights.matrix_scale import (
+    RANGES,
+    Magnitudes,
+    check_finite,
+    is_usual,
+    largest_of_blocks,
+    sampled_rows,
+    scale_for,
+)
 from hybrid.weights.packed_rows import (
     CHUNK_ROWS,
     Buffer,
@@ -41,12 +50,7 @@ PackedModel = ModelWeights[Rows]
 # Per layer: for each packed position, the checkpoint's index of the neuron.
 NeuronOrders = Sequence[NDArray[np.intp]]
 SOURCE_ORDER = "as in the source"
-PART_BYTES = (
-    4 << 20
-)  # fp32 weights that a thread reads at once, so that packing needs little memory
-
-# Largest weight of a format: the largest fp16 scale times the largest integer.
-LARGEST = {Format.q8: 65504.0 * 127, Format.q4: 65504.0 * 8}
+PART_BYTES = 4 << 20  # fp32 weights that a thread reads at once; packing needs little memory then
 
 
 class SourceTensor(Protocol):
@@ -87,23 +91,21 @@ def pack_model(
 
     Weights are read part by part: beside `buffer`, each thread needs some times PART_BYTES.
     `neuron_orders[layer][i]` is the checkpoint's neuron that is packed at position i. The bytes do
-    not depend on `n_threads`. Raises InvalidCheckpoint if weights are not finite or exceed the
-    format's range.
+    not depend on `n_threads`. Raises InvalidCheckpoint if weights are not finite or are beyond what
+    the format holds with a matrix scale.
     """
     output = buffer if buffer is not None else _native.allocate_bytes(layout.n_bytes)
     target = output if isinstance(output, np.ndarray) else output.buffer
 
     def pack(arrays: Sequence[PackedArray]) -> int:
         first, n_bytes = arrays[0], sum(array.n_bytes for array in arrays)
-        roles = [
-            _open(source, first.format, role, first.layer, neuron_orders) for role in first.roles
-        ]
-        for rows in _parts(first):
-            weights = _read(roles, rows, first)
-            for array in arrays:
-                _pack_rows(array, rows, weights, target)
-            if not isinstance(output, np.ndarray):
-                output.written(n_bytes * (rows.stop - rows.start) // first.n_rows)
+        roles = [_open(source, role, first.layer, neuron_orders) for role in first.roles]
+        scales = [] if first.layout == "norm" else [role.likely_scale(first) for role in roles]
+        try:
+            _pack_arrays(arrays, roles, scales, output)
+        except _BeyondRange:  # of a row that the likely scale does not know
+            scales = [role.scale(first) for role in roles]
+            _pack_arrays(arrays, roles, scales, output)
         return n_bytes
 
     task, done = f"packing to {layout.format.name}", 0
@@ -139,16 +141,20 @@ def _by_source(layout: PackedLayout) -> list[list[PackedArray]]:
     return list(groups.values())
 
 
+class _BeyondRange(Exception):
+    """A weight is larger than what the format holds without a matrix scale."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Role:
     """A role's rows in packed order."""
 
     tensor: SourceTensor
     name: str
-    format: Format
     # Neuron-major: row j is what neuron j adds to the output.
     is_transposed: bool
     order: NDArray[np.intp] | None  # of the rows; None: the source's
+    factor: float  # of all weights, see `balancing_factor`
 
     @property
     def n_rows(self) -> int:
@@ -156,22 +162,34 @@ class _Role:
         return 1 if len(shape) == 1 else shape[1 if self.is_transposed else 0]
 
     def read(self, rows: slice) -> NDArray[np.float32]:
-        """Return some rows. Raises InvalidCheckpoint if the format cannot hold them."""
+        """Return some rows."""
         if len(self.tensor.shape) == 1:
-            w = self.tensor.fp32()
-        else:
-            index = rows if self.order is None else self.order[rows]
-            w = self.tensor.fp32((slice(None), index) if self.is_transposed else (index,))
-        check_range(self.format, w, self.name)
+            return self.tensor.fp32()
+        index = rows if self.order is None else self.order[rows]
+        w = self.tensor.fp32((slice(None), index) if self.is_transposed else (index,))
+        if self.factor != 1.0:
+            with np.errstate(over="ignore"):
+                w = w * np.float32(self.factor)
         return w.T if self.is_transposed else w
+
+    def likely_scale(self, array: PackedArray) -> float:
+        """Return the matrix scale, if no row that is not sampled exceeds the format's range."""
+        of_blocks = largest_of_blocks(self.read(sampled_rows(self.n_rows)))
+        return 1.0 if is_usual(array.format, of_blocks) else self.scale(array)
+
+    def scale(self, array: PackedArray) -> float:
+        """Return the matrix scale. Reads all weights. Raises InvalidCheckpoint."""
+        of_blocks = largest_of_blocks(self.read(sampled_rows(self.n_rows)))
+        step = max(1, PART_BYTES // (4 * array.n_cols))
+        top = 0.0
+        for first in range(0, self.n_rows, step):
+            rows = slice(first, min(first + step, self.n_rows))
+            top = max(top, check_finite(self.read(rows), self.name))
+        return scale_for(array.format, Magnitudes(top, of_blocks), self.name)
 
 
 def _open(
-    source: Source,
-    format: Format,
-    role: str,
-    layer: int | None,
-    neuron_orders: NeuronOrders | None,
+    source: Source, role: str, layer: int | None, neuron_orders: NeuronOrders | None
 ) -> _Role:
     tensor = source.tensor(role, layer)
     order = None
@@ -180,19 +198,63 @@ def _open(
     if role == "down" or order is not None:
         tensor = tensor.in_memory()  # its parts are spread over the whole tensor
     name = role if layer is None else f"{role} of layer {layer}"
-    return _Role(tensor, name, format, role == "down", order)
+    factor = _balancing_factor(source, role, layer)
+    return _Role(tensor, name, role == "down", order, factor)
 
 
-def _read(roles: Sequence[_Role], rows: slice, array: PackedArray) -> list[NDArray[np.float32]]:
-    """Return the weights of some rows: side by side for bundles, else one after the other."""
-    if array.layout == "bundles":
-        return [role.read(rows) for role in roles]
+def _balancing_factor(source: Source, role: str, layer: int | None) -> float:
+    if layer is None:
+        return 1.0
+
+    def sample(name: str, layer: int) -> NDArray[np.float32]:
+        tensor = source.tensor(name, layer)
+        if len(tensor.shape) == 1:
+            return tensor.fp32()
+        return tensor.fp32((kv_sampled_rows(tensor.shape[0]),))
+
+    return balancing_factor(sample, role, layer)
+
+
+def _pack_arrays(
+    arrays: Sequence[PackedArray],
+    roles: Sequence[_Role],
+    scales: Sequence[float],
+    output: Buffer | Output,
+) -> None:
+    """Pack the roles' weights into arrays that hold the same ones. Raises _BeyondRange."""
+    first, n_bytes = arrays[0], sum(array.n_bytes for array in arrays)
+    target = output if isinstance(output, np.ndarray) else output.buffer
+    for array in arrays:
+        array.matrix_scales(target)[:] = scales[: array.n_scales]
+    for rows in _parts(first):
+        weights = _read(roles, scales, rows, first)
+        for array in arrays:
+            _pack_rows(array, rows, weights, scales, target)
+        if not isinstance(output, np.ndarray):
+            output.written(n_bytes * (rows.stop - rows.start) // first.n_rows)
+
+
+def _read(
+    roles: Sequence[_Role], scales: Sequence[float], rows: slice, array: PackedArray
+) -> list[NDArray[np.float32]]:
+    """Return the scaled weights of some rows: side by side for bundles, else one after the other.
+
+    Raises InvalidCheckpoint if they are not finite, and _BeyondRange.
+    """
+    if array.layout == "norm":
+        check_finite(w := roles[0].read(rows), roles[0].name)
+        return [w]
     weights, begin = [], 0
-    for role in roles:
+    for role, scale in zip(roles, scales, strict=True):
         first, last = max(rows.start - begin, 0), min(rows.stop - begin, role.n_rows)
-        if first < last:
-            weights.append(role.read(slice(first, last)))
-        begin += role.n_rows
+        if array.layout != "bundles":
+            begin += role.n_rows
+        if first >= last:
+            continue
+        w = role.read(slice(first, last))
+        if check_finite(w, role.name) > RANGES[array.format].most and scale == 1.0:
+            raise _BeyondRange
+        weights.append(w if scale == 1.0 else w * np.float32(1 / scale))
     return weights
 
 
@@ -204,9 +266,13 @@ def _parts(array: PackedArray) -> Iterator[slice]:
 
 
 def _pack_rows(
-    array: PackedArray, rows: slice, weights: Sequence[NDArray[np.float32]], buffer: Buffer
+    array: PackedArray,
+    rows: slice,
+    weights: Sequence[NDArray[np.float32]],
+    scales: Sequence[float],
+    buffer: Buffer,
 ) -> None:
-    """Pack the rows of the array's roles into its part of the buffer."""
+    """Pack the scaled rows of the array's roles into its part of the buffer."""
     target, format = array.of(buffer), array.format
     if array.layout == "bundles":
         up, down = weights
@@ -227,14 +293,18 @@ def _pack_rows(
             pack_bit_reversed_into(format, w, target.reshape(array.n_rows, -1)[rows])
         case "preview":
             begin = preview_bytes(rows.start, array.n_cols)
-            pack_preview_into(w, target[begin : preview_bytes(rows.stop, array.n_cols)])
+            tiles = target[begin : preview_bytes(rows.stop, array.n_cols)]
+            pack_preview_into(w, tiles, matrix_scale=scales[0])
 
 
 def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:
     """Return the packed model whose bytes are in `buffer`, without a copy."""
     arrays = layout.arrays
 
-    def rows(array: PackedArray) -> Rows:
+    def scales(array: PackedArray) -> list[float]:
+        return [float(scale) for scale in array.matrix_scales(buffer)]
+
+    def unscaled(array: PackedArray) -> Rows:
         if array.layout == "interleaved":
             return Rows(
                 format=array.format,
@@ -252,8 +322,13 @@ def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:
             is_bit_reversed=array.layout == "bit_reversed",
         )
 
+    def rows(array: PackedArray) -> Rows:
+        return unscaled(array).scaled(*scales(array))
+
     def bundles(array: PackedArray) -> tuple[Rows, Rows]:
-        return bundle_rows(array.format, buffer, array.first, array.n_rows, array.n_cols)
+        up, down = bundle_rows(array.format, buffer, array.first, array.n_rows, array.n_cols)
+        up_scale, down_scale = scales(array)
+        return up.scaled(up_scale), down.scaled(down_scale)
 
     def norm(name: str) -> NDArray[np.float32]:
         return arrays[name].of(buffer).view(np.float32)
@@ -264,7 +339,8 @@ def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:
         layers.append(
             LayerWeights(
                 attention_norm=norm(f"{layer}.attention_norm"),
-                qkv=rows(arrays[f"{layer}.qkv"]),
+                qkv=unscaled(arrays[f"{layer}.qkv"]),
+                qkv_scales=tuple(scales(arrays[f"{layer}.qkv"])),
                 o=rows(arrays[f"{layer}.o"]),
                 ffn_norm=norm(f"{layer}.ffn_norm"),
                 gate=rows(arrays[f"{layer}.gate"]),
@@ -279,15 +355,3 @@ def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:
     head = rows(layout.head)
     embedding = head if layout.config.has_tied_head else rows(arrays["embedding"])
     return ModelWeights(embedding, tuple(layers), norm("norm"), head, preview)
-
-
-def check_range(format: Format, w: NDArray[np.float32], name: str) -> None:
-    """Raises InvalidCheckpoint for NaN, infinity, or values beyond the range of `format`."""
-    largest = max(float(w.max()), -float(w.min()))  # NaN if any weight is NaN
-    if not np.isfinite(largest):
-        raise InvalidCheckpoint(f"{name} holds values that are not finite; its weights are broken")
-    if largest > LARGEST.get(format, largest):
-        raise InvalidCheckpoint(
-            f"{name} holds {largest:g}, but {format.name} only reaches {LARGEST[format]:g}; "
-            "load it with quant bf16"
-        )

@@ -53,17 +53,20 @@ def _codes(w: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.uin
     return np.clip(steps, 0, 3, out=steps).astype(np.uint8)
 
 
-def pack_preview_into(w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None:
-    """Pack w (n_rows, n_cols) into `tiles` (bytes of all tiles,)."""
+def pack_preview_into(
+    w: NDArray[np.float32], tiles: NDArray[np.uint8], *, matrix_scale: float = 1.0
+) -> None:
+    """Pack w (n_rows, n_cols), times `matrix_scale`, into `tiles` (bytes of all tiles,)."""
     for first in range(0, len(w), CHUNK_TILES * TILE):
         rows = w[first : first + CHUNK_TILES * TILE]
         n_bytes = preview_bytes(*rows.shape)
         begin = first // TILE * preview_bytes(TILE, w.shape[1])
-        _pack_tiles(rows, tiles[begin : begin + n_bytes].reshape(-(-len(rows) // TILE), -1))
+        part = tiles[begin : begin + n_bytes].reshape(-(-len(rows) // TILE), -1)
+        _pack_tiles(rows, part, matrix_scale)
 
 
-def _pack_tiles(w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None:
-    """Pack w (n_rows, n_cols) into `tiles` (n_tiles, bytes per tile)."""
+def _pack_tiles(w: NDArray[np.float32], tiles: NDArray[np.uint8], matrix_scale: float) -> None:
+    """Pack w (n_rows, n_cols), times `matrix_scale`, into `tiles` (n_tiles, bytes per tile)."""
     codes, scales = round_preview(w)
     n_tiles, n_lines = len(tiles), -(-w.shape[1] // COLS)
     padded = np.zeros((n_tiles * TILE, n_lines * COLS), np.uint8)
@@ -73,7 +76,7 @@ def _pack_tiles(w: NDArray[np.float32], tiles: NDArray[np.uint8]) -> None:
     lines = packed.reshape(n_tiles, TILE, n_lines, 4).swapaxes(1, 2)
     tiles[:, :-LINE_BYTES] = lines.reshape(n_tiles, -1)
     tile_scales = np.zeros(n_tiles * TILE, np.float32)
-    tile_scales[: len(w)] = scales
+    tile_scales[: len(w)] = scales * np.float32(matrix_scale)
     tiles[:, -LINE_BYTES:] = tile_scales.view(np.uint8).reshape(n_tiles, -1)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
+from hybrid.kernels.reference import bf16_bits, bf16_values
 from hybrid.weights.formats import (
     BLOCK,
     GROUP,
@@ -32,11 +33,12 @@ class PlainRows:
     n_cols is a multiple of 32. Values of bf16 are the bits as int16 (n, n_cols). Values of q8 are
     int8 (n, n_cols). Values of q4 are uint8 (n, n_cols / 2): byte i of a block's 16 bytes holds
     element i in its low nibble and element 16 + i in its high nibble. Scales are fp16
-    (n, n_cols / 32), or None for bf16.
+    (n, n_cols / 32), or None for bf16. If the matrix has a matrix scale, they are fp32 and contain
+    it, and so do values of bf16.
     """
 
     values: NDArray[np.int8] | NDArray[np.int16] | NDArray[np.uint8]
-    scales: NDArray[np.float16] | None
+    scales: NDArray[np.float16] | NDArray[np.float32] | None
 
 
 def unpack_rows(
@@ -74,13 +76,20 @@ class PackedReader:
         array = self.layout.arrays[name]
         n_rows = array.n_rows if n_rows is None else n_rows
         read = _interleaved if array.layout == "interleaved" else _row_major
-        return unpack_rows(array.format, *read(array, self.buffer, n_rows), array.n_cols)
+        rows = unpack_rows(array.format, *read(array, self.buffer, n_rows), array.n_cols)
+        scales = array.matrix_scales(self.buffer)
+        if len(scales) > 1:  # q, k and v: one scale per row
+            config = self.layout.config
+            n_kv = config.n_kv_heads * config.head_dim
+            scales = np.repeat(scales, (config.attention_size, n_kv, n_kv))[:n_rows]
+        return _scaled(rows, scales)
 
     def up_and_down(self, layer: int, n: int) -> tuple[PlainRows, PlainRows]:
         """Return the up and down rows of the first n neurons."""
         array = self.layout.arrays[f"{layer}.bundles"]
         value_bytes, scale_bytes = row_bytes(array.format, array.n_cols)
         bundles = array.of(self.buffer).reshape(array.n_rows, -1)[:n]
+        scales = array.matrix_scales(self.buffer)
         up, down = (
             unpack_rows(
                 array.format,
@@ -90,10 +99,21 @@ class PackedReader:
             )
             for i in range(2)
         )
-        return up, down
+        return _scaled(up, scales[:1]), _scaled(down, scales[1:])
 
     def norm(self, name: str) -> NDArray[np.float32]:
         return self.layout.arrays[name].of(self.buffer).view(np.float32).copy()
+
+
+def _scaled(rows: PlainRows, matrix_scales: NDArray[np.float32]) -> PlainRows:
+    """Multiply rows by their matrix scale, or by one per row: exact, but for subnormal bf16."""
+    if (matrix_scales == 1).all():
+        return rows
+    factors = matrix_scales[:, None]
+    if rows.scales is None:
+        values = bf16_values(rows.values.view(np.uint16)) * factors
+        return PlainRows(bf16_bits(values).view(np.int16), None)
+    return PlainRows(rows.values, rows.scales.astype(np.float32) * factors)
 
 
 def _interleaved(array: PackedArray, buffer: Buffer, n_rows: int) -> tuple[Buffer, Buffer]:

@@ -5,39 +5,42 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybrid.kernels import _native, reference
+from hybrid.kernels import KvFormat, _native, reference
 
 SPAN, KEY_TILE = _native.SPAN, _native.KEY_TILE
 
 
-def attend_span(q, k, v):
-    """Attend to k, v (positions, head_dim) fp16. NaN fills the last tile and must not be read."""
+def attend_span(q, k, v, kv=KvFormat.fp16):
+    """Attend to k, v (positions, head_dim). NaN fills the last tile and must not be read."""
     n_tiles = -(-len(k) // KEY_TILE)
-    tiles = np.full((n_tiles * KEY_TILE, k.shape[1]), np.nan, np.float16)
+    tiles = np.full((n_tiles * KEY_TILE, k.shape[1]), np.nan, np.float32)
     tiles[: len(k)] = k
-    tiles = tiles.reshape(n_tiles, KEY_TILE, -1).transpose(0, 2, 1).copy()
-    return _native.attend_span(q, tiles.view(np.uint16), v.view(np.uint16))
+    tiles = tiles.reshape(n_tiles, KEY_TILE, -1).transpose(0, 2, 1)
+    keys, values = (_native.to_kv(kv, x.astype(np.float32))[0].reshape(x.shape) for x in (tiles, v))
+    return _native.attend_span(q, keys, values, kv)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
 @pytest.mark.parametrize("n_context", [1, 5, 31, 255, 256, 257, 700])
-def test_merged_spans_match_the_oracle(isa, head_dim, n_context):
+@pytest.mark.parametrize("kv", KvFormat, ids=lambda kv: kv.name)
+def test_merged_spans_match_the_oracle(isa, head_dim, n_context, kv):
     rng = np.random.default_rng(n_context)
     n_group = 3
     q = rng.standard_normal((n_group, head_dim)).astype(np.float32)
-    k, v = (rng.standard_normal((2, n_context, head_dim)) * 2).astype(np.float16)
+    size = 2 if kv is KvFormat.fp16 else 1e5  # of values that only bf16 holds
+    k, v = (rng.standard_normal((2, n_context, head_dim)) * 2).astype(np.float32)
+    k, v = reference.round_kv(kv, k), reference.round_kv(kv, v * np.float32(size))
     scaled = q / np.float32(np.sqrt(head_dim))
     spans = [
-        attend_span(scaled, k[first : first + SPAN], v[first : first + SPAN])
+        attend_span(scaled, k[first : first + SPAN], v[first : first + SPAN], kv)
         for first in range(0, n_context, SPAN)
     ]
     largest = np.max([span[0] for span in spans], 0)
     weights = [np.exp(span[0] - largest) for span in spans]
     total = sum(weight * span[1] for weight, span in zip(weights, spans, strict=True))
     merged = sum(weight[:, None] * span[2] for weight, span in zip(weights, spans, strict=True))
-    k32, v32 = k.astype(np.float32)[:, None], v.astype(np.float32)[:, None]
-    expected = reference.attention(q[None], k32, v32, n_context - 1)[0]
-    np.testing.assert_allclose(merged / total[:, None], expected, rtol=0, atol=1e-5)
+    expected = reference.attention(q[None], k[:, None], v[:, None], n_context - 1)[0]
+    np.testing.assert_allclose(merged / total[:, None], expected, rtol=0, atol=5e-6 * size)
 
 
 def test_a_dominant_score_does_not_overflow(isa):

@@ -107,6 +107,21 @@ def test_disjoint_ranges_sum_to_the_whole(isa, format, activation):
     assert_close(sum(part[0] for part in parts), whole, scale=ffn.scale())
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
+@pytest.mark.parametrize("n_tokens", [1, 5])
+def test_matrix_scales_multiply_gates_up_and_down(isa, format, activation, n_tokens):
+    """The gate's scale counts before the activation, which has a threshold or bends."""
+    ffn = Ffn(format, 96, 37, n_tokens, seed=3)
+    expected, n_active = ffn.run(activation)
+    # Packed with other scales, the rows stand for the same matrices.
+    scales = (2.0**-20, 2.0**30, 2.0**-50) if format is Format.bf16 else (4.0, 0.5, 8.0)
+    ffn.matrices /= np.array(scales, np.float32)[:, None, None]
+    gate, up, down = (rows.scaled(s) for rows, s in zip(ffn.pack(), scales, strict=True))
+    actual, n = ffn.run(activation, (gate, up, down))
+    assert n == n_active
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_no_neurons_give_zero(isa, format):
     out, n_active = Ffn(format, 64, 8, 2, seed=6).run(Activation.relu, first=3, last=3)
     assert n_active == 0

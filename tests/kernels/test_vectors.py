@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numerics import assert_close
+from numerics import assert_close, quantize_tokens
 
-from hybrid.kernels import Format, ThreadPool, _native, reference
+from hybrid.kernels import Format, KvFormat, ThreadPool, _native, reference
 from hybrid.weights.formats import column_order, interleave, pack_rows, partial_order, round_weights
-from hybrid.weights.packed_rows import pack_matrix
+from hybrid.weights.packed_rows import pack_matrix, pack_row_major
 
 
 @pytest.mark.parametrize("n", [8, 32, 36, 96, 100, 256, 320, 1536])
@@ -78,6 +78,40 @@ def test_to_fp16_rounds_as_numpy_does(isa):
         expected = x.astype(np.float16)
     np.testing.assert_array_equal(_native.to_fp16(x), expected.view(np.uint16))
     assert np.isnan(_native.to_fp16(np.array([np.nan], np.float32)).view(np.float16)).all()
+
+
+@pytest.mark.parametrize("kv", KvFormat, ids=lambda kv: kv.name)
+@pytest.mark.parametrize("n", [1, 16, 30, 128])
+def test_to_kv_rounds_as_the_oracle_and_finds_the_largest(isa, kv, n):
+    rng = np.random.default_rng(n)
+    x = (rng.standard_normal(n) * np.exp(rng.uniform(-20, 20, n))).astype(np.float32)
+    x[n // 2] = -3e7
+    bits, largest = _native.to_kv(kv, x)
+    values = bits.view(np.float16) if kv is KvFormat.fp16 else reference.bf16_values(bits)
+    np.testing.assert_array_equal(values.astype(np.float32), reference.round_kv(kv, x))
+    assert largest == np.abs(x).max()
+    x[0] = np.nan
+    assert np.isnan(_native.to_kv(kv, x)[1])
+
+
+@pytest.mark.parametrize("matrix_scale", [2.0**-60, 2.0**40])
+def test_a_matrix_scale_multiplies_every_weight(isa, format, matrix_scale):
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((9, 288), np.float32), rng.standard_normal((3, 288), np.float32)
+    rows, quantized = pack_matrix(format, w), quantize_tokens(format, x)
+    scaled = rows.scaled(matrix_scale)
+    assert (rows.matrix_scale, scaled.matrix_scale) == (1.0, matrix_scale)
+    for row in range(9):
+        expected = _native.dequantize(rows, row, 3.0) * np.float32(matrix_scale)
+        np.testing.assert_array_equal(_native.dequantize(scaled, row, 3.0), expected)
+    expected = _native.gemm(rows, quantized, 0, 9) * np.float32(matrix_scale)
+    np.testing.assert_array_equal(_native.gemm(scaled, quantized, 0, 9), expected)
+    row_major = pack_row_major(format, w)
+    dots = _native.gather_dots(row_major, [1, 4, 5, 7, 8], quantized[0])
+    np.testing.assert_array_equal(
+        _native.gather_dots(row_major.scaled(matrix_scale), [1, 4, 5, 7, 8], quantized[0]),
+        dots * np.float32(matrix_scale),
+    )
 
 
 @pytest.mark.parametrize("n_cols", [8, 36, 96])

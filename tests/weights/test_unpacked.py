@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import ODD_SHAPES, write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
+from hybrid.model.weights import read_balanced
 from hybrid.weights.formats import pack_rows, quantize_q4, quantize_q8, round_weights
 from hybrid.weights.layout import packed_layout
+from hybrid.weights.matrix_scale import find_matrix_scale
 from hybrid.weights.packing import pack_model
 from hybrid.weights.unpacked import PackedReader, PlainRows, unpack_rows
 
@@ -28,9 +31,13 @@ def values_of(format: Format, rows: PlainRows) -> np.ndarray:
 
 def check_values(format: Format, rows: PlainRows, w: np.ndarray) -> None:
     """Assert that rows hold the rounded weights, and zeros up to whole blocks."""
-    values, n_cols = values_of(format, rows), w.shape[1]
+    check_rounded(format, rows, round_weights(format, w))
+
+
+def check_rounded(format: Format, rows: PlainRows, expected: np.ndarray) -> None:
+    values, n_cols = values_of(format, rows), expected.shape[1]
     assert values.shape[1] == -(-n_cols // 32) * 32
-    np.testing.assert_array_equal(values[:, :n_cols], round_weights(format, w))
+    np.testing.assert_array_equal(values[:, :n_cols], expected)
     assert not values[:, n_cols:].any()
 
 
@@ -60,6 +67,20 @@ def test_reader_finds_matrices_of_any_width(format, tmp_path, shape):
         check_reader(checkpoint, packed_layout(checkpoint.config, format, {1}))
 
 
+@pytest.mark.parametrize("factor", [1e-8, 1e12, 1e-30])
+def test_reader_returns_weights_with_their_matrix_scales(format, tmp_path, factor):
+    """Each matrix has a scale of its own: q, k and v too, which are one array."""
+    folder = write_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "norm" not in name and "k_proj" not in name and "down_proj" not in name:
+            tensors[name] *= np.float32(factor)
+    save_file(tensors, folder / "model.safetensors")
+    with open_checkpoint(folder) as checkpoint:
+        layout = packed_layout(checkpoint.config, format, frozenset({1}))
+        check_reader(checkpoint, layout)
+
+
 def check_reader(checkpoint, layout):
     config, format = layout.config, layout.format
     order = np.random.default_rng(1).permutation(config.n_neurons)
@@ -67,13 +88,20 @@ def check_reader(checkpoint, layout):
     model = pack_model(checkpoint, layout, neuron_orders=orders)
     reader = PackedReader(model.embedding.memory, layout)
 
-    def expect(rows: PlainRows, w: np.ndarray) -> None:
-        check_values(format, rows, w)
+    def rounded(w: np.ndarray) -> np.ndarray:
+        scale = np.float32(find_matrix_scale(format, w, "w"))
+        return round_weights(format, w / scale) * scale
 
-    read = checkpoint.read
+    def expect(rows: PlainRows, *matrices: np.ndarray) -> None:
+        check_rounded(format, rows, np.concatenate([rounded(w) for w in matrices]))
+
+    def read(role: str, layer: int | None = None) -> np.ndarray:
+        if layer is None:
+            return checkpoint.read(role)
+        return read_balanced(checkpoint.read, role, layer)
+
     for layer in range(config.n_layers):
-        qkv = np.concatenate([read(role, layer) for role in ("q", "k", "v")])
-        expect(reader.matrix(f"{layer}.qkv"), qkv)
+        expect(reader.matrix(f"{layer}.qkv"), *(read(role, layer) for role in ("q", "k", "v")))
         expect(reader.matrix(f"{layer}.o"), read("o", layer))
         n = 61
         expect(reader.matrix(f"{layer}.gate", n), read("gate", layer)[order[:n]])

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybrid.engine.scheduler import SILENT, Scheduler
 from hybrid.errors import InvalidOption
-from hybrid.kernels import Predictor, Rows, Session, ThreadPool
+from hybrid.kernels import KvFormat, Predictor, Rows, Session, ThreadPool
 from hybrid.model.forward import Operations, forward
 from hybrid.model.program import ProgramRecorder, new_program
 from hybrid.placement.plan import PlacementPlan
@@ -55,10 +55,12 @@ class CpuExecutor:
     def close(self) -> None:
         """Do nothing: open sessions keep the program and the threads alive."""
 
-    def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> Session:
+    def open_session(
+        self, *, is_dense: bool = False, is_timed: bool = False, kv: KvFormat = KvFormat.fp16
+    ) -> Session:
         """Open a new sequence with its own KV cache. It keeps the program and the threads alive.
 
-        `is_dense` computes all neurons, for comparisons; the results are the same. `is_timed`
-        measures where time goes.
+        `kv` is what the KV cache stores. `is_dense` computes all neurons, for comparisons; the
+        results are the same. `is_timed` measures where time goes.
         """
-        return Session(self.program, self.pool, self.n_context, is_dense, is_timed)
+        return Session(self.program, self.pool, self.n_context, is_dense, is_timed, kv)

@@ -17,8 +17,8 @@ from hybrid.engine.gpu.device import Device, Mechanism, Work
 from hybrid.engine.gpu.hand_off import PATIENCE_S, Exchange
 from hybrid.engine.gpu.session import HybridSession
 from hybrid.engine.gpu.weights import Lane, device_bytes, upload
-from hybrid.errors import DeviceFailed, OutOfMemory
-from hybrid.kernels import Format, ThreadPool
+from hybrid.errors import DeviceFailed, InvalidOption, OutOfMemory
+from hybrid.kernels import Format, KvFormat, ThreadPool
 from hybrid.kernels._native import Session
 from hybrid.kernels.gpu.torch_kernels import TorchKernels
 from hybrid.model.config import ModelConfig
@@ -79,7 +79,12 @@ class HybridExecutor:
         """Drop the free lanes. Open sessions keep working and keep their lanes."""
         self._free_lanes.clear()
 
-    def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> HybridSession:
+    def open_session(
+        self, *, is_dense: bool = False, is_timed: bool = False, kv: KvFormat = KvFormat.fp16
+    ) -> HybridSession:
+        """Raises InvalidOption for a KV cache that the GPU does not have."""
+        if kv is not KvFormat.fp16:
+            raise InvalidOption(f"kv {kv.name}: the GPU's KV cache is fp16; use device cpu")
         native = self.cpu.open_session(is_dense=is_dense, is_timed=is_timed)
         return HybridSession(self, native, is_dense=is_dense)
 

@@ -5,6 +5,7 @@ The CPU's share is a native session. The GPU's share is a lane of the executor w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -18,6 +19,7 @@ from hybrid.engine.gpu.hand_off import HandOffs
 from hybrid.engine.gpu.operations import GpuSide, Pass
 from hybrid.engine.scheduler import SILENT, Scheduler
 from hybrid.errors import DeviceFailed, InvalidOption
+from hybrid.kernels import KvFormat
 from hybrid.kernels._native import PREFILL_CHUNK, Session, meet
 from hybrid.model.forward import forward
 
@@ -66,6 +68,24 @@ class HybridSession:
         view = self._logits.view()
         view.flags.writeable = False
         return view
+
+    @property
+    def kv(self) -> KvFormat:
+        return self._native.kv
+
+    @property
+    def largest_kv(self) -> float:
+        """The largest magnitude of the keys and values that the CPU stored.
+
+        It is infinite if one on the GPU exceeds fp16. It is then NaN there, and so are the logits:
+        only if they are not finite, the GPU's cache is looked at.
+        """
+        if not np.isfinite(self.logits.max()):
+            caches = self._lane.tensors.caches.values()
+            stored = [of[:, : self.position] for cache in caches for of in cache]
+            if any(bool(of.isnan().any()) for of in stored):
+                return math.inf
+        return self._native.largest_kv
 
     def truncate(self, position: int) -> None:
         self._native.truncate(position)

@@ -13,7 +13,7 @@ from hybrid.engine.loading.model_spec import ModelSpec
 from hybrid.engine.loading.planning import PlanDecision, measured_gpu, solve_for
 from hybrid.engine.session import NativeSession
 from hybrid.errors import OutOfMemory
-from hybrid.kernels import Predictor, ThreadPool
+from hybrid.kernels import KvFormat, Predictor, ThreadPool
 from hybrid.notices import Notices
 from hybrid.placement.plan import PlacementPlan
 from hybrid.weights.packing import PackedModel
@@ -35,7 +35,9 @@ class Executor(Protocol):
 
     @property
     def pool(self) -> ThreadPool: ...
-    def open_session(self, *, is_dense: bool = False, is_timed: bool = False) -> NativeSession: ...
+    def open_session(
+        self, *, is_dense: bool = False, is_timed: bool = False, kv: KvFormat = KvFormat.fp16
+    ) -> NativeSession: ...
     def close(self) -> None: ...
 
 

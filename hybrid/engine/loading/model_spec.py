@@ -13,7 +13,7 @@ from hybrid.checkpoint.identity import ModelIdentity
 from hybrid.engine.loading.choices import check_context_memory, choose_orders
 from hybrid.engine.loading.prediction import Prediction
 from hybrid.engine.options import LoadOptions, checked_context
-from hybrid.kernels import Format
+from hybrid.kernels import Format, KvFormat
 from hybrid.model.config import ModelConfig
 from hybrid.notices import Notices
 from hybrid.placement.hardware import default_threads
@@ -43,6 +43,7 @@ class ModelSpec:
     # profile.
     frequencies: NDArray[np.float64] | None
     prediction: Prediction | None = None
+    kv: KvFormat = KvFormat.fp16  # of the KV cache
 
     @property
     def config(self) -> ModelConfig:
@@ -119,6 +120,7 @@ def describe(
         identity=checkpoint.identity,
         order_hash=order_hash(orders),
         frequencies=frequencies,
+        kv=KvFormat[options.kv],
     )
     return spec, orders
 

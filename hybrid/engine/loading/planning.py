@@ -60,6 +60,9 @@ def decide(
         return on_cpu
     if plan is not None and not plan.uses_gpu:
         return PlanDecision(plan)
+    if request.kv != "fp16":
+        notices.add(f"plan not used: the GPU's KV cache is fp16, and kv {request.kv} is requested")
+        return on_cpu
     try:
         device = open_device()
     except DeviceUnavailable as error:
@@ -84,7 +87,7 @@ def _requested_plan(
     """
     if request.plan is not None:
         return _checked_plan(request.plan, spec)
-    if request != DeviceRequest() or home is None:
+    if request != DeviceRequest(kv=request.kv) or home is None:
         return None
     if not has_files(home / "plans"):
         return None

@@ -9,19 +9,23 @@ The bound is therefore measured with the model at hand. A second oracle has the 
 weights, but does not round activations and KV cache. Engine and oracle are two roundings of what
 the second oracle computes. They differ by about as much as rounding changes, or by √2 times that
 if their errors are independent. A wrong threshold, scale or kernel differs by far more.
+
+A third oracle rounds nothing. It shows what rounding the weights changes, which the other two
+cannot: they have the same rounded weights as the engine.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.checkpoint import Checkpoint
 from hybrid.engine.oracle.executor import ReferenceSession, SideBySide, stream_weights
-from hybrid.kernels import Format
+from hybrid.errors import NumericOverflow
+from hybrid.kernels import Format, KvFormat
 from hybrid.model.config import ModelConfig
 from hybrid.progress import Progress, ignore_progress
 
@@ -75,20 +79,37 @@ def run_native(engine: Engine, ids: list[int]) -> tuple[Run, Logits]:
     return Run(logits, np.diff(counts, axis=0)), at_once
 
 
+class OracleRuns(NamedTuple):
+    """What the oracles compute for the same text."""
+
+    rounded: Run  # everything is rounded as the format says
+    rounded_weights: Run  # activations and KV cache are not rounded
+    fp32: Run  # nothing is rounded
+
+
 def run_oracles(
-    checkpoint: Checkpoint, format: Format, ids: list[int], *, progress: Progress = ignore_progress
-) -> tuple[Run, Run]:
-    """Run the format's oracle and the oracle that does not round activations and KV cache."""
+    checkpoint: Checkpoint,
+    format: Format,
+    ids: list[int],
+    *,
+    kv: KvFormat = KvFormat.fp16,
+    progress: Progress = ignore_progress,
+) -> OracleRuns:
     config = checkpoint.config
     with np.errstate(all="ignore"):  # overflow of broken weights is a finding, not an error
         weights = stream_weights(checkpoint, format, progress=progress)
-        sessions = ReferenceSession(weights, config, format), ReferenceSession(weights, config)
-        logits = SideBySide(sessions).prefill(ids, weights, config)
-    runs = [
-        Run(own, np.stack([mask.sum(1) for mask in session.active], 1))
-        for session, own in zip(sessions, logits, strict=True)
-    ]
-    return runs[0], runs[1]
+        rounded = ReferenceSession(weights, config, format, kv)
+        rounded_weights = ReferenceSession(weights, config)
+        logits = SideBySide((rounded, rounded_weights)).prefill(ids, weights, config)
+        fp32 = ReferenceSession(stream_weights(checkpoint, None), config)
+        logits.append(fp32.prefill(ids))
+    sessions = (rounded, rounded_weights, fp32)
+    return OracleRuns(
+        *(
+            Run(own, np.stack([mask.sum(1) for mask in session.active], 1))
+            for session, own in zip(sessions, logits, strict=True)
+        )
+    )
 
 
 def oracle_bytes(config: ModelConfig) -> int:
@@ -148,6 +169,16 @@ def token_losses(logits: Logits, targets: NDArray[np.int64]) -> NDArray[np.float
         largest = logits.max(1)
         sums = np.exp(logits - largest[:, None]).sum(1, dtype=np.float64)
         return np.log(sums) + largest - logits[np.arange(len(targets)), targets]
+
+
+def finite_losses(logits: Logits, targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return `token_losses`. Raises NumericOverflow if the model computes no finite logits."""
+    losses = token_losses(logits, targets)
+    if not np.isfinite(losses).all():
+        raise NumericOverflow(
+            "the model computes logits that are not finite; hybrid.selfcheck looks for the reason"
+        )
+    return losses
 
 
 def mean_loss(logits: Logits, ids: list[int]) -> float:

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.checkpoint import Checkpoint
-from hybrid.kernels import Activation, Format, reference
+from hybrid.kernels import Activation, Format, KvFormat, reference
 from hybrid.model.config import ModelConfig
 from hybrid.model.forward import forward
 from hybrid.model.weights import LayerWeights, ModelWeights, read_layer
 from hybrid.progress import Progress, ignore_progress
 from hybrid.weights.formats import round_weights
+from hybrid.weights.matrix_scale import check_finite, find_matrix_scale
 
 Array = NDArray[np.float32]
 
@@ -32,7 +33,7 @@ ROUNDED_ROWS = 512  # rows that are rounded at once; keeps NumPy's temporary arr
 def read_weights(checkpoint: Checkpoint, format: Format | None) -> ModelWeights[Array]:
     """Return all weights of a checkpoint as fp32 arrays, rounded to what `format` stores."""
     layers = tuple(
-        read_layer(checkpoint.read, layer, partial(_rounded, format))
+        read_layer(partial(_read, checkpoint), layer, partial(_rounded, format))
         for layer in range(checkpoint.config.n_layers)
     )
     return _with_layers(checkpoint, format, layers)
@@ -70,8 +71,10 @@ class StreamedLayers(Sequence[LayerWeights[Array]]):
         layers = range(len(self))[index]
         if isinstance(layers, range):
             return [self[layer] for layer in layers]
-        weights = read_layer(self._checkpoint.read, layers, partial(_rounded, self._format))
-        layer_bytes = sum(getattr(weights, field.name).nbytes for field in fields(weights))
+        read = partial(_read, self._checkpoint)
+        weights = read_layer(read, layers, partial(_rounded, self._format))
+        arrays = [getattr(weights, field.name) for field in fields(weights)]
+        layer_bytes = sum(of.nbytes for of in arrays if isinstance(of, np.ndarray))
         self._progress("computing the oracle", (layers + 1) * layer_bytes, len(self) * layer_bytes)
         return weights
 
@@ -79,21 +82,29 @@ class StreamedLayers(Sequence[LayerWeights[Array]]):
 def _with_layers(
     checkpoint: Checkpoint, format: Format | None, layers: Sequence[LayerWeights[Array]]
 ) -> ModelWeights[Array]:
-    embedding = _rounded(format, checkpoint.read("embedding"))
+    embedding = _rounded(format, _read(checkpoint, "embedding"))
     head = embedding
     if not checkpoint.config.has_tied_head:
-        head = _rounded(format, checkpoint.read("head"))
-    return ModelWeights(embedding, layers, checkpoint.read("norm"), head)
+        head = _rounded(format, _read(checkpoint, "head"))
+    return ModelWeights(embedding, layers, _read(checkpoint, "norm"), head)
+
+
+def _read(checkpoint: Checkpoint, role: str, layer: int | None = None) -> Array:
+    """Read a role's weights. Raises InvalidCheckpoint if they are not finite."""
+    w = checkpoint.read(role, layer)
+    check_finite(w, role if layer is None else f"{role} of layer {layer}")
+    return w
 
 
 def _rounded(format: Format | None, w: Array) -> Array:
-    """`round_weights` in chunks of rows, because no block reaches beyond its row."""
+    """Round a whole matrix as it is packed."""
     if format is None:
         return w
+    scale = np.float32(find_matrix_scale(format, w, "a matrix"))
     rounded = np.empty(w.shape, np.float32)
-    for first in range(0, len(w), ROUNDED_ROWS):
+    for first in range(0, len(w), ROUNDED_ROWS):  # no block reaches beyond its row
         part = slice(first, first + ROUNDED_ROWS)
-        rounded[part] = round_weights(format, w[part])
+        rounded[part] = round_weights(format, w[part] / scale) * scale
     return rounded
 
 
@@ -101,9 +112,14 @@ class ReferenceSession:
     """One sequence: its KV cache, and the masks of active neurons from the latest call."""
 
     def __init__(
-        self, weights: ModelWeights[Array], config: ModelConfig, format: Format | None = None
+        self,
+        weights: ModelWeights[Array],
+        config: ModelConfig,
+        format: Format | None = None,
+        kv: KvFormat = KvFormat.fp16,
     ) -> None:
-        self.weights, self.config, self.format = weights, config, format
+        """Without a format, neither activations nor keys and values are rounded."""
+        self.weights, self.config, self.format, self.kv = weights, config, format, kv
         self.position = 0
         self.tokens: NDArray[np.int64] = np.empty(0, np.int64)
         self.active: list[NDArray[np.bool_]] = []  # per layer (tokens, n_neurons)
@@ -157,7 +173,7 @@ class ReferenceSession:
         return reference.round_activation(self.format, x)
 
     def _cached(self, x: Array) -> Array:
-        return x if self.format is None else x.astype(np.float16).astype(np.float32)
+        return x if self.format is None else reference.round_kv(self.kv, x)
 
 
 class SideBySide:

@@ -34,7 +34,8 @@ class DeviceMatrix:
     # Byte i of a q4 block's 16 holds element i in its low nibble and element 16 + i in its high
     # nibble, each + 8.
     values: Tensor
-    scales: Tensor | None  # q8, q4: fp16 (n_rows, n_cols / 32)
+    # q8, q4: fp16 (n_rows, n_cols / 32), or fp32 if the matrix has a scale of its own.
+    scales: Tensor | None
 
     @property
     def n_rows(self) -> int:
@@ -247,7 +248,8 @@ class TorchKernels:
         """Apply rope to qkv (T, heads * head_dim) and write keys and values into the cache.
 
         Token t is at position position[0] + t. Rope rotates the halves of each head of q and k.
-        q (T, n_heads, head_dim) receives the queries, divided by sqrt(head_dim).
+        q (T, n_heads, head_dim) receives the queries, divided by sqrt(head_dim). Keys and values
+        beyond the range of fp16 become NaN: attention could hide an infinite one.
         """
         n_tokens, n_heads, head_dim = q.shape
         n_kv_heads = cache.k.shape[0]
@@ -258,8 +260,11 @@ class TorchKernels:
         c, s = (table[positions][:, None] for table in rope)
         rotated = torch.cat((first * c - second * s, second * c + first * s), -1)
         torch.mul(rotated[:, :n_heads], head_dim**-0.5, out=q)
-        cache.k.index_copy_(1, positions, rotated[:, n_heads:].transpose(0, 1).half())
-        cache.v.index_copy_(1, positions, heads[:, n_heads + n_kv_heads :].transpose(0, 1).half())
+        for cached, x in zip(
+            cache, (rotated[:, n_heads:], heads[:, n_heads + n_kv_heads :]), strict=True
+        ):
+            halves = x.transpose(0, 1).half()
+            cached.index_copy_(1, positions, halves.masked_fill(halves.isinf(), torch.nan))
 
     def attend(
         self,

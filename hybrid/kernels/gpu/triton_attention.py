@@ -11,6 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
+def to_cache(v):
+    """fp16. What exceeds its range becomes NaN, because attention could hide an infinite value."""
+    return tl.where(tl.abs(v) < 65520.0, v, float("nan")).to(tl.float16)
+
+
+@triton.jit
 def rope_and_cache(
     qkv,
     cos,
@@ -44,11 +50,11 @@ def rope_and_cache(
         kv_head = (head - N_HEADS) % N_KV_HEADS
         row = (kv_head * n_context + where) * 2 * HALF
         if head < N_HEADS + N_KV_HEADS:
-            tl.store(k_cache + row + at, first.to(tl.float16), mask=mask)
-            tl.store(k_cache + row + HALF + at, second.to(tl.float16), mask=mask)
+            tl.store(k_cache + row + at, to_cache(first), mask=mask)
+            tl.store(k_cache + row + HALF + at, to_cache(second), mask=mask)
         else:
-            tl.store(v_cache + row + at, first.to(tl.float16), mask=mask)
-            tl.store(v_cache + row + HALF + at, second.to(tl.float16), mask=mask)
+            tl.store(v_cache + row + at, to_cache(first), mask=mask)
+            tl.store(v_cache + row + HALF + at, to_cache(second), mask=mask)
 
 
 @triton.jit

@@ -30,7 +30,9 @@ def store_quantized(v, block, is_block, values, scales, IS_BF16: tl.constexpr):
         rounded = tl.where(v == v, rounded, (bits >> 16) | 0x40)  # NaN stays NaN
         tl.store(values + at, rounded.to(tl.int16), mask=mask)
     else:
-        largest = tl.max(tl.abs(v), 1)
+        # Compared as integers, so that a NaN counts as the largest of all and shows in the scale.
+        magnitudes = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.max(magnitudes, 1).to(tl.float32, bitcast=True)
         inverse = tl.where(largest > 0, tl.div_rn(127.0, tl.where(largest > 0, largest, 1.0)), 0.0)
         # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
         rounded = (v * inverse[:, None] + 12582912.0) - 12582912.0

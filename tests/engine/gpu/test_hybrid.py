@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from slow import slow_except
 from tiny_models import ODD_SHAPES, STORIES, write_model
 
@@ -26,8 +27,14 @@ from hybrid.engine.gpu.measurement import (  # noqa: E402
     hand_off_seconds,
     measure_gpu,
 )
-from hybrid.errors import DeviceFailed, InvalidOption, OutOfMemory  # noqa: E402
-from hybrid.kernels import Format, ThreadPool  # noqa: E402
+from hybrid.engine.session import Session  # noqa: E402
+from hybrid.errors import (  # noqa: E402
+    DeviceFailed,
+    InvalidOption,
+    NumericOverflow,
+    OutOfMemory,
+)
+from hybrid.kernels import Format, KvFormat, ThreadPool  # noqa: E402
 from hybrid.kernels.gpu.torch_kernels import TorchKernels  # noqa: E402
 from hybrid.placement.sizes import ModelSizes  # noqa: E402
 from hybrid.weights.layout import packed_layout  # noqa: E402
@@ -77,6 +84,41 @@ def test_models_of_any_hidden_size_run_on_both_devices(tmp_path, format, shape):
                 check_logits(session.logits, expected[position])
             sizes = ModelSizes(packed.layout, N_CONTEXT, n_splits=1, rows_per_count=0)
             assert executor.weight_bytes + executor.lane_bytes == sizes.plan(plan)
+
+
+@pytest.mark.parametrize("name", slow_except(["everything", "all"], "everything"))
+def test_matrix_scales_are_applied_on_both_devices(tmp_path, format, name):
+    """What up, q and o are divided by, down, k and v are multiplied by."""
+    folder = write_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    small, large = ("up_proj", "q_proj", "o_proj"), ("down_proj", "k_proj", "v_proj")
+    for tensor in tensors:
+        factor = 1e-4 if any(part in tensor for part in small) else 1.0
+        tensors[tensor] *= np.float32(1e4 if any(part in tensor for part in large) else factor)
+    save_file(tensors, folder / "model.safetensors")
+    packed = PackedFolder(folder, format)
+    if format is not Format.bf16:
+        assert packed.model.layers[0].up.matrix_scale != 1
+    ids = some_ids(packed.config, 30)
+    expected = packed.cpu().open_session().prefill(ids, True)
+    with packed.hybrid(packed.plans()[name], HostDevice()) as executor:
+        check_logits(executor.open_session().prefill(ids, True), expected)
+
+
+def test_the_gpu_has_no_bf16_cache_and_reports_an_overflow_of_its_own(tmp_path):
+    folder = write_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][3] *= np.float32(1e7)
+    save_file(tensors, folder / "model.safetensors")
+    packed = PackedFolder(folder, Format.q8)
+    with packed.hybrid(packed.plans()["all"], HostDevice()) as executor:
+        with pytest.raises(InvalidOption, match="kv bf16: the GPU's KV cache is fp16"):
+            executor.open_session(kv=KvFormat.bf16)
+        session = Session(executor.open_session(), packed.config)
+        for append in (lambda: session.prefill([5, 6, 7]), lambda: session.decode(5)):
+            with pytest.raises(NumericOverflow, match="KV cache overflows fp16"):
+                append()
+        assert session.tokens == ()
 
 
 def decode_all(executor, ids: np.ndarray, device: FakeDevice | None = None) -> np.ndarray:

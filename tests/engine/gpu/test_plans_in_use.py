@@ -195,6 +195,9 @@ def test_the_plan_that_setup_made_is_used(gpu, home):
     assert engine.plan.uses_gpu
     _, engine = greedy(device="cpu")
     assert not engine.plan.uses_gpu
+    _, engine = greedy(kv="bf16")
+    assert not engine.plan.uses_gpu
+    assert any("plan not used: the GPU's KV cache is fp16" in notice for notice in engine.notices)
     with hybrid.load("stories", threads=2, context_size=128) as engine:
         assert not engine.plan.uses_gpu
         assert any("context of 256 positions, but 128 are requested" in n for n in engine.notices)

@@ -43,6 +43,8 @@ def kernels() -> list[tuple[Any, list[str], dict[str, Any]]]:
         (t.BF16, I16, I16, I16, I16),
         (t.Q8, I8, H, I8, F),
         (t.Q4, U8, H, I8, F),
+        (t.Q8, I8, F, I8, F),  # of a matrix with a scale of its own
+        (t.Q4, U8, F, I8, F),
     ):
         is_bf16 = format == t.BF16
         norm = {"N": HIDDEN, "IS_BF16": is_bf16}

@@ -98,6 +98,34 @@ def test_quantize_is_bit_equal(kernels, format, n):
     assert format is Format.bf16 or torch.equal(actual.scales, expected.scales)
 
 
+@pytest.mark.parametrize("format", [Format.q8, Format.q4], ids=lambda format: format.name)
+def test_scales_may_be_fp32(kernels, format):
+    """Then they contain the matrix scale, a power of two that fp16 does not hold."""
+    m, x = matrix(format, 40, 96), vectors(format, 96)
+    scale = 2.0**-40
+    scaled = DeviceMatrix(format, m.values, m.scales.float() * scale)
+    ordinary, actual = torch.empty(1, 40, device=DEVICE), torch.empty(1, 40, device=DEVICE)
+    kernels.linear(m, x, ordinary)
+    kernels.linear(scaled, x, actual)
+    assert torch.equal(actual, ordinary * scale)
+    sums = [torch.empty(kernels.n_splits, 1, 96, device=DEVICE) for _ in range(2)]
+    for own, out in zip((m, scaled), sums, strict=True):
+        kernels.down(own, floats(1, 40), False, out)
+    assert torch.equal(sums[1], sums[0] * scale)
+
+
+@pytest.mark.parametrize("which", ["triton", "torch"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # of the interpreter
+def test_a_value_that_is_nan_gives_nan_dot_products(kernels, format, which):
+    own = kernels if which == "triton" else ORACLE
+    x = floats(1, 96)
+    x[0, 40] = float("nan")
+    quantized, out = empty_vectors(format, 1, 96, DEVICE), torch.zeros(1, 40, device=DEVICE)
+    own.quantize(x, quantized)
+    own.linear(matrix(format, 40, 96), quantized, out)
+    assert out.isnan().all()
+
+
 @pytest.mark.parametrize(("n_rows", "n_cols"), CASES)
 def test_linear_and_add_match_torch(kernels, format, n_rows, n_cols):
     m, x = matrix(format, n_rows, n_cols), vectors(format, n_cols)
@@ -260,3 +288,33 @@ def test_attention_matches_torch(kernels, n_heads, n_kv_heads, head_dim, positio
     seen = slice(0, position + 1)
     for own, oracle in zip(*caches, strict=True):
         torch.testing.assert_close(own[:, seen], oracle[:, seen], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("which", ["triton", "torch"])
+@pytest.mark.parametrize("value", [7e4, -7e4])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # of the interpreter
+def test_keys_and_values_beyond_fp16_show_as_nan(kernels, which, value):
+    """An infinite key could have a score of -inf, and attention would leave its position out."""
+    own = kernels if which == "triton" else ORACLE
+    n_heads, n_kv_heads, head_dim, n_context = 4, 2, 16, 8
+    qkv = floats(1, (n_heads + 2 * n_kv_heads) * head_dim)
+    qkv[0, n_heads * head_dim + 3] = value  # a key of the first KV head
+    qkv[0, (n_heads + 2 * n_kv_heads) * head_dim - 1] = value  # a value of the second KV head
+    table = torch.zeros(n_context, head_dim // 2, device=DEVICE)
+    rope = Rope(table + 1, table)
+    cache = LayerCache(
+        *(
+            torch.zeros(n_kv_heads, n_context, head_dim, dtype=torch.float16, device=DEVICE)
+            for _ in range(2)
+        )
+    )
+    q = torch.zeros(1, n_heads, head_dim, device=DEVICE)
+    out = torch.zeros(1, n_heads * head_dim, device=DEVICE)
+    position = torch.full((1,), 2, dtype=torch.int64, device=DEVICE)
+    own.rope_and_cache(qkv, rope, position, q, cache)
+    assert cache.k.isnan().nonzero().tolist() == [[0, 2, 3]]
+    assert cache.v.isnan().nonzero().tolist() == [[1, 2, head_dim - 1]]
+    own.attend(q, cache, position, n_context, out, empty_vectors(Format.q8, 1, out.numel(), DEVICE))
+    heads = out.view(n_heads, head_dim).isnan()
+    assert heads[:2].all()
+    assert heads[2:, -1].all()
