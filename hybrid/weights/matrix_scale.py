@@ -72,8 +72,10 @@ def find_matrix_scale(format: Format, w: NDArray[np.float32], name: str) -> floa
 
 
 def largest_of_blocks(w: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the largest magnitude of each block of w (rows, n), n a multiple of 32."""
+    """Return the largest magnitude of each block of w (rows, n). The last may be shorter."""
     largest = np.abs(w)
+    if w.shape[1] % BLOCK:
+        largest = np.pad(largest, [(0, 0), (0, -w.shape[1] % BLOCK)])
     for _ in range(int(math.log2(BLOCK))):
         largest = np.maximum(largest[:, 0::2], largest[:, 1::2])
     return largest
