@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +91,7 @@ class Tensor:
         if self.unmapped is None:
             return self.data[part] if part else self.data
         match part:
-            case (slice(step=None | 1) as rows,):
+            case (slice() as rows,):
                 return self._read(*self.unmapped, rows)
             case _:
                 data = self._read(*self.unmapped)
@@ -103,22 +103,36 @@ class Tensor:
         Raises InvalidCheckpoint if the file was replaced or shrinks. If a mapped file shrinks, the
         process ends.
         """
-        itemsize, strides, shape = self.data.itemsize, self.data.strides, self.shape
-        if rows is not None:
-            first, last, _ = rows.indices(shape[0])
-            begin, shape = begin + first * strides[0], (last - first, *shape[1:])
-        n = 1 + sum(
-            (size - 1) * stride // itemsize for size, stride in zip(shape, strides, strict=True)
-        )
+        if rows is None:
+            ranges = [range(self.shape[0] if self.shape else 1)]
+        else:
+            wanted = range(*rows.indices(self.shape[0]))
+            ranges = [wanted] if wanted.step == 1 else [range(row, row + 1) for row in wanted]
         try:
             with open_file(path) as file:
                 if os.fstat(file.fileno()).st_ino != inode:
                     raise InvalidCheckpoint(f"{path}: was replaced while it was read; try again")
-                values = np.fromfile(file, self.data.dtype, n, offset=begin)
+                parts = [self._read_rows(file, begin, part) for part in ranges]
         except OSError as error:
             raise InvalidCheckpoint(f"{path}: cannot be read: {error}") from error
+        except EOFError:
+            raise InvalidCheckpoint(
+                f"{path}: became shorter while it was read; download it again"
+            ) from None
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read_rows(self, file: BinaryIO, begin: int, rows: range) -> np.ndarray:
+        """Read consecutive rows of a tensor that begins at byte `begin`. Raises EOFError."""
+        itemsize, strides, shape = self.data.itemsize, self.data.strides, self.shape
+        if shape:
+            begin, shape = begin + rows.start * strides[0], (len(rows), *shape[1:])
+        n = 1 + sum(
+            (size - 1) * stride // itemsize for size, stride in zip(shape, strides, strict=True)
+        )
+        file.seek(begin)
+        values = np.fromfile(file, self.data.dtype, n)
         if values.size < n:
-            raise InvalidCheckpoint(f"{path}: became shorter while it was read; download it again")
+            raise EOFError
         return np.lib.stride_tricks.as_strided(values, shape, strides, writeable=False)
 
 

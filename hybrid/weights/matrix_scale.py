@@ -93,11 +93,11 @@ def sampled_rows(n_rows: int) -> slice:
 
 
 def largest_of_blocks(w: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the largest magnitude of each block of w (rows, n)."""
+    """Return the largest magnitude of each block of w (rows, n). The last may be shorter."""
     largest = np.abs(w)
     padding = whole_blocks(w.shape[1]) - w.shape[1]
     if padding:
-        largest = np.pad(largest, ((0, 0), (0, padding)))
+        largest = np.pad(largest, [(0, 0), (0, padding)])
     for _ in range(int(math.log2(BLOCK))):
         largest = np.maximum(largest[:, 0::2], largest[:, 1::2])
     return largest

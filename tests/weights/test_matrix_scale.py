@@ -23,7 +23,7 @@ def rounding_error(format: Format, w: np.ndarray) -> np.ndarray:
     return np.linalg.norm(rounded - w, axis=1) / np.linalg.norm(w.astype(np.float64), axis=1)
 
 
-@pytest.mark.parametrize("n_cols", [32, 96, 1056])
+@pytest.mark.parametrize("n_cols", [32, 96, 100, 1056])
 def test_blocks_are_found_whatever_the_order_in_memory(n_cols):
     w = RNG.standard_normal((300, n_cols), np.float32)
     expected = [[np.abs(row[at : at + 32]).max() for at in range(0, n_cols, 32)] for row in w]
