@@ -251,8 +251,12 @@ inline int32_t AddTile(const SparseFfnArgs& a, const Active* active, int32_t n_l
                        Between& between) {
   const int32_t token = active[0].token, end = PieceEnd(a, piece);
   float* out = a.out + piece * a.piece_stride + token * a.out_stride;
+  // Behind given gates the tokens of the list begin anew, so the token of every pair counts.
   const auto has = [&](int32_t count) {
-    return count <= n_left && active[count - 1].token == token && active[count - 1].neuron < end;
+    if (count > n_left || active[count - 1].neuron >= end) return false;
+    for (int32_t i = 1; i < count; ++i)
+      if (active[i].token != token) return false;
+    return true;
   };
   if (has(kNeuronTile)) {
     AddNeurons<kNeuronTile>(a, active, out, between);
