@@ -174,18 +174,26 @@ class _Role:
 
     def likely_scale(self, array: PackedArray) -> float:
         """Return the matrix scale, if no row that is not sampled exceeds the format's range."""
-        of_blocks = largest_of_blocks(self.read(sampled_rows(self.n_rows)))
-        return 1.0 if is_usual(array.format, of_blocks) else self.scale(array)
+        usual = is_usual(array.format, self._largest_of_blocks(array))
+        return 1.0 if usual else self.scale(array)
 
     def scale(self, array: PackedArray) -> float:
         """Return the matrix scale. Reads all weights. Raises InvalidCheckpoint."""
-        of_blocks = largest_of_blocks(self.read(sampled_rows(self.n_rows)))
+        rows = range(self.n_rows)
+        top = max(check_finite(w, self.name) for w in self._parts(array, rows))
+        magnitudes = Magnitudes(top, self._largest_of_blocks(array))
+        return scale_for(array.format, magnitudes, self.name)
+
+    def _largest_of_blocks(self, array: PackedArray) -> NDArray[np.float32]:
+        rows = range(*sampled_rows(self.n_rows).indices(self.n_rows))
+        return np.concatenate([largest_of_blocks(w) for w in self._parts(array, rows)])
+
+    def _parts(self, array: PackedArray, rows: range) -> Iterator[NDArray[np.float32]]:
+        """Yield the weights of evenly spread rows, about PART_BYTES at a time."""
         step = max(1, PART_BYTES // (4 * array.n_cols))
-        top = 0.0
-        for first in range(0, self.n_rows, step):
-            rows = slice(first, min(first + step, self.n_rows))
-            top = max(top, check_finite(self.read(rows), self.name))
-        return scale_for(array.format, Magnitudes(top, of_blocks), self.name)
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            yield self.read(slice(part.start, part.stop, part.step))
 
 
 def _open(
