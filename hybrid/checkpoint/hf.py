@@ -142,6 +142,12 @@ def open_checkpoint(
     config, tensors, unused = find_tensors(folder, config, weights, notices)
     if unused:
         refuse_unused(read_json(folder / "config.json"), unused, folder)
+    for name, _ in _FORMATS:
+        if folder / name in weights.paths and folder / f"{name}.index.json" in present:
+            notices.add(
+                f"the folder has {name} and {name}.index.json; the former is read, as by "
+                "transformers, and the files that the index lists are not"
+            )
     if folder / "adapter_config.json" in present:
         notices.add("the folder also holds a LoRA adapter, which is not applied")
     notices.add(*weights.notices)
