@@ -160,7 +160,7 @@ def test_a_head_may_be_wider_than_its_share_of_hidden(tmp_path):
     wide = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     folder = write_model(tmp_path, **LLAMA | wide | {"rms_norm_eps": 1e-5})
     (folder / "tokenizer.json").unlink()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = np.random.default_rng(0).integers(0, 4096, 40)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids)[None]).logits[0].numpy()
