@@ -248,8 +248,8 @@ def _load_bpe(folder: Path, settings: dict[str, Any], vocab_size: int) -> _Libra
     if not path.exists() and (folder / "tokenizer.model").exists():
         raise UnsupportedModel(
             f"{model_name(folder)}: has a tokenizer.model, but no tokenizer.json, which hybrid "
-            "needs; in a local copy of the model, write it once with transformers: "
-            "AutoTokenizer.from_pretrained('.').save_pretrained('.')"
+            "needs; in a local copy of the model, write it once, with transformers and "
+            "sentencepiece: AutoTokenizer.from_pretrained('.').save_pretrained('.')"
         )
     text = read_text(path)
     layout = parse_object(path, text, keeps_constants=True)
