@@ -34,6 +34,7 @@ from hybrid.cli.command_line import (
     add_generation_options,
     add_kv_option,
     add_predictor_options,
+    decode_with_notes,
     generation_options,
     open_engine,
     printable,
@@ -130,7 +131,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """Return the prompt's text, without the one trailing newline of a file."""
+    """Return the prompt's text, without the one trailing newline of a file.
+
+    Notes on a file's text go to standard error. Raises InvalidOption.
+    """
     if args.file is None:
         return args.prompt or ""
     try:
@@ -145,16 +149,12 @@ def read_prompt(args: argparse.Namespace) -> str:
                 f"--file {args.file}: expected at most {MAX_PROMPT_BYTES:,} bytes, found more; no "
                 "model has such a long context"
             )
-        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
         is_pipe = Path(args.file).is_fifo()
         advice = "; --file - reads a pipe from standard input" if is_pipe else ""
         raise InvalidOption(f"--file {args.file}: {error.strerror}{advice}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidOption(
-            f"--file {args.file}: not UTF-8 text "
-            f"(byte {error.start} is 0x{error.object[error.start]:02x})"
-        ) from error
+    data = data.removesuffix(b"\n").removesuffix(b"\r")
+    return decode_with_notes(f"--file {args.file}", data)
 
 
 def notes(engine: Engine, args: argparse.Namespace) -> list[str]:

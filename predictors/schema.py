@@ -28,11 +28,12 @@ class Malformed(ValueError):
         return Malformed(self.what, place + self.where)
 
 
-def parse_json(content: bytes | str) -> Any:
-    """Parse UTF-8 JSON. Raises Malformed."""
+def parse_json(content: bytes | str, *, keeps_constants: bool = False) -> Any:
+    """Parse UTF-8 JSON. Raises Malformed, also for NaN and Infinity unless `keeps_constants`."""
+    constant = None if keeps_constants else _refuse
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique)
+        return json.loads(text, parse_constant=constant, object_pairs_hook=_unique)
     except Malformed:
         raise
     except RecursionError:
@@ -175,9 +176,11 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise Malformed(f"has the field {name[:40]!r} twice")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):  # rare, so a large vocabulary is not searched
+        seen = set[str]()
+        for name, _ in pairs:
+            if name in seen:
+                raise Malformed(f"has the field {name[:40]!r} twice")
+            seen.add(name)
     return found

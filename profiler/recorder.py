@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from hybrid import Engine, HybridError, InvalidOption, Observation, Progress
 from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.checkpoint.json_file import MAX_JSON_BYTES
 from hybrid.files import read_bytes, read_safetensors, write_atomically
 from hybrid.kernels import Format
 from hybrid.placement.gate_costs import measure_gate_costs
@@ -282,7 +283,7 @@ class _Recorder:
             "model": self.options.model,
             "quant": self.engine.quant,
             "window": self.options.window,
-            "tokenizer_hash": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+            "tokenizer_hash": hashlib.sha256(read_bytes(tokenizer, MAX_JSON_BYTES)).hexdigest(),
             "texts": [
                 {**text, "tokens": tokens}
                 for text, tokens in zip(self.texts, self.text_tokens, strict=True)

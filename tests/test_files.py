@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import time
+from pathlib import Path
 
 import pytest
 
+import hybrid
 from hybrid.files import replacing, write_atomically
 from predictors.writing import replacing as replacing_for_predictors
 
@@ -71,3 +74,45 @@ def test_files_that_a_killed_process_left_are_removed(path):
         os.utime(left, (time.time() - age_s,) * 2)
     write_atomically(path, b"new")
     assert sorted(path.parent.iterdir()) == [path.with_name(f".{path.stem}.new.tmp"), path]
+
+
+PACKAGE = Path(hybrid.__file__).parent
+# They read the kernel's own files in /proc and /sys, which never wait and are short.
+OF_THE_KERNEL = {"limits.py", "placement/hardware.py"}
+
+
+def reads_of(path: Path) -> list[int]:
+    """Return the lines that open a file for reading, not by hybrid/files.py."""
+    lines = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        match node.func:
+            case ast.Attribute(attr="read_bytes" | "read_text"):
+                lines.append(node.lineno)
+            case ast.Name(id="open") | ast.Attribute(attr="open"):
+                modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                if (not node.args and not node.keywords) or any(
+                    str(mode) in ("r", "rb", "rt") for mode in modes
+                ):
+                    lines.append(node.lineno)
+    return lines
+
+
+def test_files_are_read_through_one_opener():
+    found = {
+        path.relative_to(PACKAGE).as_posix(): lines
+        for path in PACKAGE.rglob("*.py")
+        if "training" not in path.parts and (lines := reads_of(path))
+    }
+    assert found.keys() == OF_THE_KERNEL, found
+
+
+def test_a_models_json_has_one_reader():
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if "training" not in path.parts and "json.load" in path.read_text(encoding="utf-8")
+    }
+    # The lines of a user's questions, and what the Hub answers.
+    assert found == {"evaluation/choices.py", "hub/transfer.py"}

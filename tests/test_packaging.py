@@ -42,6 +42,15 @@ def test_the_base_installation_names_few_packages():
     assert "numba" in requirements("train")
 
 
+def test_the_second_opinion_is_one_that_its_tests_use():
+    """With transformers 4 they would skip, and nothing would say so."""
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    if not pyproject.exists():
+        pytest.skip("the tests lie outside the source tree")
+    (least,) = re.findall(r'"transformers>=(\d+)', pyproject.read_text(encoding="utf-8"))
+    assert int(least) >= 5
+
+
 def test_large_packages_for_comparisons_are_separate_extras():
     assert not (requirements() | requirements("test")) & LARGE
     assert "llama-cpp-python" in requirements("peers")

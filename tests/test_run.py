@@ -188,11 +188,26 @@ def test_bad_options_give_one_clear_line_and_code_2(arguments, message):
     assert result.out == ""
 
 
-def test_a_byte_order_mark_and_crlf_in_a_prompt_file_are_ignored(tmp_path):
+@pytest.mark.parametrize("is_stdin", [False, True])
+def test_a_byte_order_mark_and_the_last_line_end_of_a_prompt_file_are_left_out(tmp_path, is_stdin):
     path = tmp_path / "windows.txt"
-    path.write_bytes(b"\xef\xbb\xbfThe cat\r\n")
+    data = b"\xef\xbb\xbfThe cat\r\n"
+    path.write_bytes(data)
     options = ("-n", "10", "--temp", "0")
-    assert hybrid_run("-f", path, *options).out == hybrid_run("-p", "The cat", *options).out
+    given = ("-f", "-" if is_stdin else path, *options)
+    result = hybrid_run(*given, stdin=data) if is_stdin else hybrid_run(*given)
+    assert result.out == hybrid_run("-p", "The cat", *options).out
+    note, closing = result.err.splitlines()
+    assert note == f"note: --file {given[1]}: begins with a byte-order mark, which is left out"
+    assert "generated" in closing
+
+
+def test_line_ends_within_a_prompt_file_stay_and_are_said(tmp_path):
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"The cat\r\nsat\n")
+    result = hybrid_run("-f", path, "-n", "1")
+    assert f"note: --file {path}: has lines that end in CR LF, which stay" in result.err
+    assert result.code == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -255,7 +270,7 @@ def test_a_model_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     broken = hybrid_run("-m", folder, "-n", "2")
     assert broken.code == 1
     assert "Traceback" not in broken.err
-    assert "config.json: is not readable as JSON" in broken.err
+    assert "config.json: is not JSON" in broken.err
 
 
 @pytest.mark.parametrize(

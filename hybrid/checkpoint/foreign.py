@@ -6,10 +6,14 @@ are other files beside it.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from collections.abc import Collection
 from pathlib import Path
+
+from hybrid.checkpoint.json_file import read_object
+from hybrid.errors import InvalidCheckpoint
+from hybrid.files import open_file
 
 _ORIGINAL = "get the original model, a folder with config.json and *.safetensors"
 _UNQUANTISED = f"{_ORIGINAL}, and let hybrid quantise it (--quant)"
@@ -66,7 +70,7 @@ def file_kind(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             name = _MAGICS.get(file.read(4), path.name)
     except OSError:
         name = path.name
@@ -84,10 +88,9 @@ def quantised_by(missing: str, stored: Collection[str]) -> str | None:
 
 def _merge_advice(path: Path) -> str:
     base = None
-    try:
-        if path.is_file() and path.stat().st_size <= _MAX_ADAPTER_BYTES:
-            base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        pass
+    with contextlib.suppress(InvalidCheckpoint):  # it only improves a message
+        base = read_object(path, _MAX_ADAPTER_BYTES, keeps_constants=True).get(
+            "base_model_name_or_path"
+        )
     into = f"{base!r:.100}" if isinstance(base, str) else "its base model"
     return f"merge it into {into} with peft (merge_and_unload) and save the result as a folder"

@@ -6,20 +6,20 @@ and the names of tensors. `safetensors` and `torch_bin` read the weight files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from hybrid.checkpoint import foreign
 from hybrid.checkpoint.identity import ModelIdentity, SourceFile
+from hybrid.checkpoint.json_file import read_object
 from hybrid.checkpoint.roles import find_tensors
-from hybrid.checkpoint.safetensors import SafetensorsFile, unique_names
+from hybrid.checkpoint.safetensors import SafetensorsFile
 from hybrid.checkpoint.tensor import Tensor, WeightFile
 from hybrid.checkpoint.torch_bin import TorchBin
 from hybrid.errors import (
@@ -29,7 +29,6 @@ from hybrid.errors import (
     ModelNotFound,
     UnsupportedModel,
 )
-from hybrid.files import read_bytes
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import parse_config, refuse_unused
 from hybrid.notices import Notices
@@ -40,7 +39,6 @@ _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
     ("pytorch_model.bin", TorchBin),
 )
 _MAX_SHARDS = 1000  # each stays open; the largest published models have 200
-_MAX_JSON_BYTES = 64 << 20  # the index of a model of 100,000 tensors has 10 MB
 
 
 class Generated(Protocol):
@@ -141,7 +139,7 @@ def open_checkpoint(
     weights = _open_weights(folder, use_mmap=use_mmap)
     config, tensors, unused = find_tensors(folder, config, weights, notices)
     if unused:
-        refuse_unused(read_json(folder / "config.json"), unused, folder)
+        refuse_unused(read_object(folder / "config.json"), unused, folder)
     for name, _ in _FORMATS:
         if folder / name in weights.paths and folder / f"{name}.index.json" in present:
             notices.add(
@@ -173,12 +171,12 @@ def read_config(folder: Path, notices: Notices | None = None) -> ModelConfig:
     names = _file_names(folder)
     if path.name not in names and (kind := foreign.folder_kind(folder, names)):
         raise UnsupportedModel(f"{folder}: has no config.json: {kind}")
-    config = parse_config(read_json(path), path, notices)
+    config = parse_config(read_object(path), path, notices)
     generation_path = folder / "generation_config.json"
     if generation_path.name in names:
         # This file is about generation, so it overrides config.json. An id that the model lacks
         # cannot end an answer; hybrid/text/generation_config.py reports it.
-        eos = read_json(generation_path).get("eos_token_id")
+        eos = read_object(generation_path, keeps_constants=True).get("eos_token_id")
         if eos_ids := known_token_ids(eos, config.vocab_size):
             config = replace(config, eos_ids=eos_ids)
     return config
@@ -212,7 +210,7 @@ class _Shards:
 
     def __init__(self, index: Path, reader: Callable[[Path], WeightFile]) -> None:
         self._index = index
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(shard, str) for shard in weight_map.values()
         ):
@@ -253,25 +251,3 @@ def _file_names(folder: Path) -> set[str]:
         return {path.name for path in folder.iterdir()}
     except OSError as error:
         raise InvalidCheckpoint(f"{folder}: cannot be listed: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InvalidCheckpoint(
-            f"{path}: is missing, or is not a regular file; download the whole model"
-        )
-    try:
-        # Editors on Windows put a byte-order mark in front.
-        text = read_bytes(path, _MAX_JSON_BYTES).decode("utf-8-sig")
-        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=unique_names)
-    except OSError as error:
-        raise InvalidCheckpoint(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path}: is not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidCheckpoint(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")

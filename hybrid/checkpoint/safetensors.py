@@ -13,7 +13,6 @@ Its NumPy reader does not know bfloat16 and copies, so the mapping is done here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from hybrid.checkpoint.tensor import Tensor, TensorEntry, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint
+from predictors.schema import Malformed, parse_json
 
 # A parsed header takes twenty times its size in memory. A header of 100,000 tensors has 10 MB.
 _MAX_HEADER_BYTES = 32 << 20
@@ -51,11 +51,9 @@ class SafetensorsFile:
             ) from error
         self._data_begin = 8 + n_header
         try:
-            self._entries: dict[str, Any] = json.loads(
-                self._buffer[8 : self._data_begin], object_pairs_hook=unique_names
-            )
-        except ValueError as error:
-            raise InvalidCheckpoint(f"{path}: in its header, {error}") from error
+            self._entries: dict[str, Any] = parse_json(self._buffer[8 : self._data_begin])
+        except Malformed as error:
+            raise InvalidCheckpoint(f"{path}: its header {error}") from error
 
     @property
     def names(self) -> Collection[str]:
@@ -74,15 +72,3 @@ class SafetensorsFile:
                 )
         tensor = TensorEntry(name, dtype, tuple(sizes), begin)
         return map_tensor(self._path, self._buffer, tensor, use_mmap=self._use_mmap)
-
-
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object. Raises ValueError for a name that occurs twice; json uses the last."""
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        seen = set[str]()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"{name[:100]!r} occurs twice")
-            seen.add(name)
-    return names

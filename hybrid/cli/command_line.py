@@ -302,15 +302,26 @@ def read_text(path: Path) -> str:
     """
     try:
         data = read_bytes(path, MAX_TEXT_BYTES)
-        text = decode_text(data)
     except OSError as error:
         raise InvalidOption(f"--text {path}: {error.strerror}") from error
+    return decode_with_notes(f"--text {path}", data, is_required=True)
+
+
+def decode_with_notes(name: str, data: bytes, *, is_required: bool = False) -> str:
+    """Return the text of a file's bytes, after notes on it on standard error.
+
+    `name` is the option and the file, for messages. Raises InvalidOption if it is not UTF-8, or
+    if it is blank and `is_required`.
+    """
+    try:
+        text = decode_text(data)
     except UnicodeDecodeError as error:
-        raise InvalidOption(f"--text {path}: not UTF-8 text (byte {error.start})") from error
-    if not text.strip():
-        raise InvalidOption(f"--text {path}: there is no text in it")
-    has_bom, has_crlf = data.startswith(BOM), b"\r\n" in data
-    for notice in text_notices(f"--text {path}", has_bom=has_bom, has_crlf=has_crlf):
+        raise InvalidOption(
+            f"{name}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})"
+        ) from error
+    if is_required and not text.strip():
+        raise InvalidOption(f"{name}: there is no text in it")
+    for notice in text_notices(name, has_bom=data.startswith(BOM), has_crlf=b"\r\n" in data):
         print(f"note: {printable(notice)}", file=sys.stderr)
     return text
 

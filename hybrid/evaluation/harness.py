@@ -89,7 +89,7 @@ class HybridLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return prefix_token(self.engine.config)
+        return prefix_token(self.engine)
 
     @property
     def max_length(self) -> int:

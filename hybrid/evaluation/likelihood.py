@@ -15,7 +15,6 @@ from hybrid.engine.engine import Engine
 from hybrid.engine.oracle.comparison import finite_losses
 from hybrid.errors import InvalidOption
 from hybrid.evaluation.fp32 import EvaluatedSession, Fp32Engine
-from hybrid.model.config import ModelConfig
 
 CHUNK = 256  # tokens whose logits are in memory at once
 
@@ -80,14 +79,18 @@ def encode_pair(
     encode = engine.tokenizer.encode
     before = encode(context.rstrip())
     after = encode(context + continuation)[len(before) :]
-    return before or [prefix_token(engine.config)], after
+    return before or [prefix_token(engine)], after
 
 
-def prefix_token(config: ModelConfig) -> int:
-    """Return the token that comes before a text without context: BOS, or EOS without it.
+def prefix_token(engine: Engine | Fp32Engine) -> int:
+    """Return the token that comes before a text without context.
 
-    Raises InvalidOption if the model has neither.
+    It is the tokenizer's BOS, as for an empty prompt. Without one, as with add_bos=False, it is
+    the BOS of the config, or else EOS. Raises InvalidOption if the model has none of them.
     """
+    if engine.tokenizer.empty_text:
+        return engine.tokenizer.empty_text[-1]
+    config = engine.config
     if config.bos_id is not None:
         return config.bos_id
     if not config.eos_ids:

@@ -17,6 +17,8 @@ from hybrid.errors import DownloadFailed
 from hybrid.files import open_file, read_bytes
 from hybrid.hub.cache import discard
 
+_MAX_STAMP_BYTES = 1 << 10  # it holds four numbers
+
 
 def is_checksum(etag: str) -> bool:
     """Return whether an etag is one of the two checksums, and so is safe as a file name."""
@@ -39,7 +41,7 @@ def check(blob: Path, name: str, stamps: Path, cache: Path) -> None:
     """
     state = _state(blob)
     with contextlib.suppress(OSError):
-        if (stamps / blob.name).read_bytes() == state:
+        if read_bytes(stamps / blob.name, _MAX_STAMP_BYTES) == state:
             return
     verify(blob, blob.name, name, cache)
     _write_stamp(blob.name, state, stamps)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from hybrid.errors import DownloadFailed, InvalidCheckpoint, ModelNotFound
+from hybrid.checkpoint import foreign
+from hybrid.errors import DownloadFailed, InvalidCheckpoint, ModelNotFound, UnsupportedModel
 from hybrid.files import write_atomically
 from hybrid.hub import transfer, watch
 from hybrid.hub.cache import PartialFile, length_of_partial, make_folder
@@ -35,6 +36,7 @@ from hybrid.hub.model_files import (
     INDEX,
     OPTIONAL,
     TOKENIZERS,
+    WEIGHTS,
     select,
     shards_of,
     size_limit,
@@ -104,7 +106,7 @@ def fetch(
     exceptions pass through. `accept` is called when all but the weights are in the folder, and
     raises if the model cannot be used: then gigabytes are not fetched for nothing.
 
-    Raises ModelNotFound, DownloadFailed or InvalidCheckpoint.
+    Raises ModelNotFound, DownloadFailed, InvalidCheckpoint or UnsupportedModel.
     """
     with hub_errors(repo_id, "the settings of huggingface_hub"):
         from huggingface_hub import constants, try_to_load_from_cache
@@ -225,6 +227,9 @@ def _download(place: _Place, progress: Progress, accept: Callable[[Path], None])
             shards = shards_of(snapshot / names[-1])
             missing = [shard for shard in shards if shard not in listed]
     if missing:
+        is_foreign = CONFIG not in listed or listed.isdisjoint(WEIGHTS)
+        if is_foreign and (kind := foreign.folder_kind(snapshot, listed)):
+            raise UnsupportedModel(f"{place.repo_id}: lacks {_some(missing)}: {kind}")
         raise InvalidCheckpoint(
             f"{place.repo_id} lacks {_some(missing)}; it holds {len(listed)} files: "
             f"{_some(sorted(listed))}"

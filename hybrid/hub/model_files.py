@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 
+from hybrid.checkpoint.json_file import read_object
 from hybrid.errors import InvalidCheckpoint
 
 CONFIG = "config.json"
@@ -45,24 +45,25 @@ def select(available: Collection[str]) -> tuple[list[str], list[str]]:
 
 
 def shards_of(weights: Path) -> list[str]:
-    """Return the files that an index of weights names; none if `weights` is not an index."""
+    """Return the files that an index of weights names; none if `weights` is not an index.
+
+    Raises InvalidCheckpoint.
+    """
     if not weights.name.endswith(INDEX):
         return []
-    try:
-        if weights.stat().st_size <= MAX_INDEX_BYTES:
-            shards = sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
-            if 0 < len(shards) <= _MAX_SHARDS and all(map(_is_shard, shards)):
-                return shards
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass  # not JSON, or not of this shape: reported below
+    weight_map = read_object(weights, MAX_INDEX_BYTES).get("weight_map")
+    if isinstance(weight_map, dict) and all(map(_is_shard, weight_map.values())):
+        shards = sorted(set(weight_map.values()))
+        if 0 < len(shards) <= _MAX_SHARDS:
+            return shards
     raise InvalidCheckpoint(
         f"{weights} is broken: expected a JSON object whose weight_map gives each tensor the name "
         "of a .safetensors or .bin file beside it"
     )
 
 
-def _is_shard(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) is not None
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name))
 
 
 def size_limit(name: str) -> int | None:

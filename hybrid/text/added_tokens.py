@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from hybrid.checkpoint.name import model_name
 from hybrid.errors import InvalidCheckpoint
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -50,7 +51,9 @@ def add_tokens(
     if not strange:
         return ()
     names = ", ".join(strange)
-    return (f"{folder.name}: tokens that the model does not have are left out: {names:.200}",)
+    return (
+        f"{model_name(folder)}: tokens that the model does not have are left out: {names:.200}",
+    )
 
 
 def _from_settings(decoder: object, path: Path) -> Iterator[tuple[int, tokenizers.AddedToken]]:
@@ -61,7 +64,7 @@ def _from_settings(decoder: object, path: Path) -> Iterator[tuple[int, tokenizer
         flags = {name: fields[name] for name in _FLAGS if name in fields}
         if (
             not re.fullmatch("[0-9]{1,9}", key)
-            or not _is_content(fields.get("content"))
+            or not is_text(fields.get("content"))
             or not all(isinstance(flag, bool) for flag in flags.values())
         ):
             raise _invalid(path, f"added_tokens_decoder: {key:.20}", value)
@@ -71,12 +74,12 @@ def _from_settings(decoder: object, path: Path) -> Iterator[tuple[int, tokenizer
 def _from_legacy(
     legacy: dict[str, Any], settings: dict[str, Any], path: Path
 ) -> Iterator[tuple[int, tokenizers.AddedToken]]:
-    special = {_content(value) for key, value in settings.items() if key.endswith("_token")}
+    special = {content_of(value) for key, value in settings.items() if key.endswith("_token")}
     for key in ("additional_special_tokens", "extra_special_tokens"):
         values = settings.get(key)
-        special |= {_content(value) for value in values} if isinstance(values, list) else set()
+        special |= {content_of(value) for value in values} if isinstance(values, list) else set()
     for content, token_id in legacy.items():
-        if type(token_id) is not int or token_id < 0 or not _is_content(content):
+        if type(token_id) is not int or token_id < 0 or not is_text(content):
             raise _invalid(path, f"{content:.40}", token_id)
         is_special = content in special
         yield (
@@ -85,15 +88,17 @@ def _from_legacy(
         )
 
 
-def _content(value: object) -> str | None:
+def content_of(value: object) -> str | None:
     """Return a special token's text, from the text itself or from an object."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
-def _is_content(value: object) -> bool:
-    return isinstance(value, str) and value != ""
+def is_text(value: object) -> bool:
+    """Return whether a value is text that can be encoded: not empty, without lone surrogates."""
+    return isinstance(value, str) and value != "" and not re.search("[\ud800-\udfff]", value)
 
 
 def _invalid(path: Path, name: str, found: object) -> InvalidCheckpoint:
+    name = name.encode(errors="backslashreplace").decode()  # a lone surrogate cannot be printed
     return InvalidCheckpoint(f"{path}: {name}: expected an added token, found {found!r:.80}")

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from hybrid.checkpoint.name import model_name
 from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
+from hybrid.text.added_tokens import content_of, is_text
 
 
 class Bos(NamedTuple):
@@ -36,7 +38,8 @@ def choose_bos(
     and config.json never adds a token.
 
     Raises InvalidOption if the user wants BOS and the model has none, InvalidCheckpoint if it is
-    not in the vocabulary, and UnsupportedModel if the post-processor changes the text itself.
+    not in the vocabulary or not text, and UnsupportedModel if the post-processor changes the text
+    itself.
     """
     path = folder / "tokenizer.json"
     before, after = _added_tokens(library, path)
@@ -48,17 +51,17 @@ def choose_bos(
     notices = []
     if after:
         notices.append(
-            f"{folder.name}: the tokenizer puts {_names(library, after)} after a text; hybrid "
-            "leaves it out, because the model is to continue the text"
+            f"{model_name(folder)}: the tokenizer puts {_names(library, after)} after a text; "
+            "hybrid leaves it out, because the model is to continue the text"
         )
-    named = before or _named(library, vocab_size, wishes)
+    named = before or _named(folder, library, vocab_size, wishes)
     if wishes.add_bos is None:
         notices += _disagreements(folder, library, before, wishes)
         return Bos(before, named, tuple(notices))
     if not wishes.add_bos:
         return Bos((), (), tuple(notices))
     if not named:
-        raise InvalidOption(f"add_bos: {folder.name} names no token that begins a text")
+        raise InvalidOption(f"add_bos: {model_name(folder)} names no token that begins a text")
     return Bos(named, named, tuple(notices))
 
 
@@ -77,11 +80,17 @@ def _added_tokens(
     )
 
 
-def _named(library: tokenizers.Tokenizer, vocab_size: int, wishes: BosWishes) -> tuple[int, ...]:
+def _named(
+    folder: Path, library: tokenizers.Tokenizer, vocab_size: int, wishes: BosWishes
+) -> tuple[int, ...]:
     """Return the id of the BOS token that tokenizer_config.json or config.json names, or ()."""
-    token = wishes.settings.get("bos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    named = library.token_to_id(token) if isinstance(token, str) else None
+    token = content_of(wishes.settings.get("bos_token"))
+    if token and not is_text(token):
+        raise InvalidCheckpoint(
+            f"{folder / 'tokenizer_config.json'} or special_tokens_map.json: bos_token: expected "
+            f"valid Unicode, found {token!r:.40}"
+        )
+    named = library.token_to_id(token) if token else None
     if named is None or named >= vocab_size:
         named = wishes.config_id
     return () if named is None else (named,)
@@ -103,7 +112,7 @@ def _disagreements(
         return []
     begin = f"a text begins with {_names(library, before)}" if before else "no BOS begins a text"
     return [
-        f"{folder.name}: {begin}, as tokenizer.json says, although {' and '.join(others)}; "
+        f"{model_name(folder)}: {begin}, as tokenizer.json says, although {' and '.join(others)}; "
         "add_bos (--bos, --no-bos) changes that"
     ]
 

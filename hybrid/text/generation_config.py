@@ -15,7 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid.checkpoint.hf import known_token_ids, read_json
+from hybrid.checkpoint.hf import known_token_ids
+from hybrid.checkpoint.json_file import read_object
+from hybrid.checkpoint.name import model_name
+from hybrid.text.added_tokens import is_text
 from hybrid.text.sampling import SamplingParams
 from hybrid.text.token_rules import TokenRules
 
@@ -30,6 +33,8 @@ _NEUTRAL: dict[str, object] = {
     "num_beam_groups": 1,
     "penalty_alpha": 0,
     "dola_layers": None,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
     "constraints": None,
     "force_words_ids": None,
     "typical_p": 1,
@@ -72,14 +77,15 @@ class GenerationDefaults:
 def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefaults:
     """Read generation_config.json, if the folder has it.
 
-    Raises InvalidCheckpoint if the file is not a JSON object.
+    Raises InvalidCheckpoint if the file is not a JSON object. NaN and Infinity are values that make
+    no sense.
     """
     path = folder / "generation_config.json"
     if not path.exists():
         return GenerationDefaults()
-    fields = _Fields(read_json(path))
+    fields = _Fields(read_object(path, keeps_constants=True))
     sampling, gives_sampling = _read_sampling(fields)
-    stop = fields.get("stop_strings", _are_strings, "one string or several, none of them empty")
+    stop = fields.get("stop_strings", _are_strings, "one text or several, none of them empty")
     defaults = GenerationDefaults(
         sampling=sampling,
         gives_sampling=gives_sampling,
@@ -97,7 +103,7 @@ def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefault
     fields.name_what_is_not_followed()
     if not fields.remarks:
         return defaults
-    notice = f"{folder.name}: generation_config.json: {'; '.join(fields.remarks)}"
+    notice = f"{model_name(folder)}: generation_config.json: {'; '.join(fields.remarks)}"
     return replace(defaults, notices=(notice,))
 
 
@@ -200,4 +206,4 @@ def _is_list(value: object) -> bool:
 
 def _are_strings(value: Any) -> bool:
     strings = [value] if isinstance(value, str) else value
-    return _is_list(strings) and all(isinstance(text, str) and text for text in strings)
+    return _is_list(strings) and all(map(is_text, strings))

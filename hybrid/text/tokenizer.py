@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import tokenizers
 
+from hybrid.checkpoint.json_file import parse_object, read_object, read_text
 from hybrid.checkpoint.name import model_name
 from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
-from hybrid.files import read_bytes
 from hybrid.text.added_tokens import add_tokens
 from hybrid.text.bos import BosWishes, choose_bos
 
@@ -41,7 +41,6 @@ _DECODER = {
         {"type": "Strip", "content": " ", "start": 1, "stop": 0},
     ],
 }
-_MAX_FILE_BYTES = 64 << 20  # a tokenizer of 250,000 pieces has 20 MB
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 # Characters of Unicode's private use area. Vocabularies have no pieces with them, so the library
 # encodes one of them as bytes, which join nothing that follows.
@@ -82,7 +81,8 @@ class Tokenizer:
 
         Raises InvalidCheckpoint if a file is missing, broken or has ids that the model lacks, and
         InvalidOption if `add_bos` is true and the model has no BOS. Raises UnsupportedModel if the
-        tokenizer is not BPE with SentencePiece's spaces and byte fallback.
+        folder has only `tokenizer.model`, or if the tokenizer is not BPE with SentencePiece's
+        spaces and byte fallback.
         """
         return cls(folder, vocab_size, bos_id, add_bos)
 
@@ -245,8 +245,14 @@ class _Library(NamedTuple):
 
 def _load_bpe(folder: Path, settings: dict[str, Any], vocab_size: int) -> _Library:
     path = folder / "tokenizer.json"
-    text = _read_text(path)
-    layout = _parse_json(path, text)
+    if not path.exists() and (folder / "tokenizer.model").exists():
+        raise UnsupportedModel(
+            f"{model_name(folder)}: has a tokenizer.model, but no tokenizer.json, which hybrid "
+            "needs; in a local copy of the model, write it once, with transformers and "
+            "sentencepiece: AutoTokenizer.from_pretrained('.').save_pretrained('.')"
+        )
+    text = read_text(path)
+    layout = parse_object(path, text, keeps_constants=True)
     model = layout.get("model")
     if not isinstance(model, dict):
         raise InvalidCheckpoint(f"{path}: expected an object `model`, found {model!r:.40}")
@@ -284,7 +290,7 @@ def _load_bpe(folder: Path, settings: dict[str, Any], vocab_size: int) -> _Libra
             )
     if beyond:  # such as <pad>: no text becomes a special token, and the model cannot write these
         names = ", ".join(f"{piece!r} (id {token})" for piece, token in beyond.items())
-        notices += (f"{folder.name}: the model has no embedding of {names:.200}",)
+        notices += (f"{model_name(folder)}: the model has no embedding of {names:.200}",)
     return _Library(bpe, layout, vocab, notices)
 
 
@@ -302,37 +308,6 @@ def _piece_bytes(bpe: tokenizers.Tokenizer, vocab: dict[str, int], vocab_size: i
     return pieces
 
 
-def _read_text(path: Path) -> str:
-    try:
-        text = read_bytes(path, _MAX_FILE_BYTES).decode("utf-8")
-        return text.replace("\r\n", "\n").replace("\r", "\n")  # as files are read in text mode
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidCheckpoint(
-            f"{path}: missing or not text: {error}; download it again"
-        ) from error
-
-
-def _parse_json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path}: not JSON: {error}; download it again") from error
-    if not isinstance(content, dict):
-        raise InvalidCheckpoint(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {key!r:.80} occurs twice in an object")
-            seen.add(key)
-    return values
-
-
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Return the content of tokenizer_config.json, or {} if the model has none.
 
@@ -345,7 +320,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return _parse_json(path, _read_text(path)) if path.exists() else {}
+    return read_object(path, keeps_constants=True) if path.exists() else {}
 
 
 def _find_chat_template(
@@ -372,7 +347,7 @@ def _read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """Return the template's text, or None if the model has none. It is searched, but never run."""
     alone = folder / "chat_template.jinja"  # newer exports put it there
     if alone.exists():
-        return _read_text(alone)
+        return read_text(alone)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates, each with a name: search them as one text
         return json.dumps(template, ensure_ascii=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmark_items import FORMS, write_items
+from tiny_models import write_model
 
 import hybrid
 from hybrid import InvalidOption
@@ -244,6 +245,16 @@ def test_rolling_log_likelihoods_are_those_of_transformers(short):
     assert len(short.tok_encode(STORY)) > 128  # several windows
     assert ours == pytest.approx(theirs, rel=0.02)
     assert ours[2] == 0
+
+
+@pytest.mark.parametrize(("bos_id", "without"), [(None, 2), (0, 0)])
+def test_a_text_without_context_begins_as_the_tokenizer_says(tmp_path, bos_id, without):
+    path = write_model(tmp_path / "model", vocab_size=4096) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": bos_id}))
+    for options, expected in (({}, 1), ({"add_bos": False}, without)):
+        lm = HybridLM(str(path.parent), **options)
+        assert lm.prefix_token_id == expected
+        lm.engine.close()
 
 
 def test_answers_are_those_of_transformers(hf_stories, short):

@@ -98,17 +98,22 @@ def test_everything_that_decides_text_is_fetched(hub: LocalHub, tmp_path: Path) 
         assert fetched.default_sampling == opened.default_sampling
 
 
-def test_tokenizer_model_is_fetched_only_where_there_is_no_tokenizer_json(hub: LocalHub) -> None:
-    hub.repos["someone/both"] = {**hub.repos[REPO], "tokenizer.model": b"pieces"}
-    assert "tokenizer.model" not in contents(resolve("someone/both"))
-    del hub.repos["someone/both"]["tokenizer.json"]
-    hub.repos["someone/old"] = hub.repos["someone/both"]
-    folder = resolve("someone/old")
-    assert contents(folder)["tokenizer.model"] == b"pieces"
-    assert "tokenizer.json" not in contents(folder)
-    hub.requests.clear()
-    assert resolve("someone/old") == folder
-    assert hub.requests == []
+def test_tokenizer_model_is_fetched_only_where_there_is_no_tokenizer_json(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybrid.hub.catalog._check_all_but_weights", CHECK)
+    good = contents(write_model(tmp_path / "local", vocab_size=4096))
+    hub.repos["someone/both"] = {**good, "tokenizer.model": b"pieces"}
+    assert contents(resolve("someone/both")) == good
+    hub.repos["someone/old"] = {**good, "tokenizer.model": b"pieces"}
+    del hub.repos["someone/old"]["tokenizer.json"]
+    with pytest.raises(UnsupportedModel, match=r"AutoTokenizer.*save_pretrained") as raised:
+        resolve("someone/old")
+    assert str(raised.value).startswith("someone/old: has a tokenizer.model, but no tokenizer.json")
+    (folder,) = tmp_path.glob("hf/hub/models--someone--old/snapshots/*")
+    fetched = contents(folder)
+    assert fetched["tokenizer.model"] == b"pieces"
+    assert "model.safetensors" not in fetched  # the refusal came first
 
 
 def fetch_in_part(hub: LocalHub, *names: str) -> Path:
@@ -172,13 +177,23 @@ def test_a_notice_about_the_copy_reaches_the_engine(hub: LocalHub, tmp_path: Pat
 
 
 def test_a_fetched_model_has_its_repositorys_name(hub: LocalHub, tmp_path: Path) -> None:
-    hub.repos[REPO] = contents(write_model(tmp_path / "local", vocab_size=4200))
-    hub.repos[REPO]["chat_template.jinja"] = b"{{ '[INST]' }}"
+    hub.repos[REPO] = contents(write_model(tmp_path / "local", vocab_size=4096))
+    hub.repos[REPO] |= {
+        "chat_template.jinja": b"{{ '[INST]' }}",
+        "generation_config.json": b'{"num_beams": 4}',
+        "tokenizer_config.json": b'{"add_bos_token": false}',
+        "added_tokens.json": b'{"<extra>": 9999}',
+    }
+    layout = json.loads(hub.repos[REPO]["tokenizer.json"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    layout["added_tokens"].append({"id": 4096, "content": "<pad>", "special": True, **flags})
+    hub.repos[REPO]["tokenizer.json"] = json.dumps(layout).encode()
     with hybrid.load(REPO) as engine:
         assert engine.name == REPO
         assert engine.folder.name == COMMIT
-        (notice,) = [notice for notice in engine.notices if "chat template" in notice]
-        assert notice.startswith(f"{REPO}: ")
+        for part in ("chat template", "num_beams 4", "add_bos_token false", "'<extra>'", "<pad>"):
+            (notice,) = [notice for notice in engine.notices if part in notice]
+            assert notice.startswith(f"{REPO}: ")
         assert not any(COMMIT in notice for notice in engine.notices)
 
 
@@ -248,7 +263,7 @@ def test_the_token_goes_to_the_hub_and_not_to_the_host_of_the_bytes(hub: LocalHu
 )
 def test_a_broken_index_is_refused(hub: LocalHub, weight_map: bytes) -> None:
     hub.repos[REPO] = {**SMALL, "model.safetensors.index.json": weight_map}
-    with pytest.raises(InvalidCheckpoint, match=r"index\.json is broken"):
+    with pytest.raises(InvalidCheckpoint, match=r"index\.json"):
         resolve(REPO)
 
 
@@ -262,9 +277,42 @@ def test_an_index_that_names_a_shard_which_is_not_there_is_refused(hub: LocalHub
 @pytest.mark.parametrize("lacking", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_repository_that_holds_no_whole_model_is_refused(hub: LocalHub, lacking: str) -> None:
     del hub.repos[REPO][lacking]
+    for name in UNWANTED:
+        del hub.repos[REPO][name]
     with pytest.raises(InvalidCheckpoint, match=lacking):
         resolve(REPO)
     assert not hub.seen("GET", "/resolve/")
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["tiny.Q4_K_M.gguf"], "it is a GGUF model, which llama.cpp runs; get the original"),
+        (["config.json", "tokenizer.json", "tiny.Q8_0.gguf"], "it is a GGUF model"),
+        (["config.json", "tokenizer.json", "onnx/model.onnx"], "it is an ONNX model"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
+            "it is a LoRA adapter; merge it into its base model with peft",
+        ),
+    ],
+)
+def test_a_repository_in_another_programs_format_is_named(
+    hub: LocalHub, names: list[str], kind: str
+) -> None:
+    hub.repos[REPO] = dict.fromkeys([*names, "README.md"], b"{}")
+    with pytest.raises(UnsupportedModel, match=kind) as raised:
+        resolve(REPO)
+    assert str(raised.value).startswith(f"{REPO}: lacks ")
+    assert "\n" not in str(raised.value)
+    assert not hub.seen("GET", "/resolve/")
+
+
+def test_another_format_beside_a_model_that_lacks_its_tokenizer_is_not_blamed(
+    hub: LocalHub,
+) -> None:
+    del hub.repos[REPO]["tokenizer.json"]
+    with pytest.raises(InvalidCheckpoint, match=f"^{REPO} lacks a tokenizer"):
+        resolve(REPO)
 
 
 CHECK = hybrid.hub.catalog._check_all_but_weights
@@ -276,7 +324,7 @@ CHECK = hybrid.hub.catalog._check_all_but_weights
         ("config.json", b'{"architectures": ["GPT2LMHeadModel"]}', UnsupportedModel, "GPT2"),
         ("config.json", b"{", InvalidCheckpoint, r"config\.json"),
         ("tokenizer.json", b'{"model": {"type": "Unigram"}}', UnsupportedModel, "Unigram"),
-        ("tokenizer.json", None, InvalidCheckpoint, r"tokenizer\.json"),
+        ("tokenizer.json", None, UnsupportedModel, r"no tokenizer\.json"),
     ],
 )
 def test_a_model_that_hybrid_cannot_use_is_refused_before_its_weights_are_fetched(
@@ -404,6 +452,15 @@ def test_a_file_that_changed_but_not_its_size_and_time_is_hashed_again(hub: Loca
     os.utime(blob, ns=times)
     with pytest.raises(DownloadFailed, match="corrupt"):
         resolve(REPO)
+
+
+def test_a_huge_file_in_place_of_a_stamp_is_not_read(hub: LocalHub, tmp_path: Path) -> None:
+    folder = resolve(REPO)
+    for stamp in (tmp_path / "home" / "verified").iterdir():
+        with stamp.open("wb") as file:
+            file.truncate(1 << 40)  # sparse: it takes no disk space
+    assert resolve(REPO) == folder
+    assert all(stamp.stat().st_size < 200 for stamp in (tmp_path / "home" / "verified").iterdir())
 
 
 def test_a_stamped_file_is_not_hashed_again(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:

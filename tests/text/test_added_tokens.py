@@ -110,6 +110,12 @@ def test_the_special_tokens_map_names_bos(tmp_path: Path) -> None:
         ({"added_tokens_decoder": {"5": TOOL | {"lstrip": 1}}}, None, "added_tokens_decoder: 5: "),
         ({"added_tokens_decoder": {"5": {"content": ""}}}, None, "added_tokens_decoder: 5: "),
         ({}, {"<tool>": "4096"}, "added_tokens.json: <tool>: expected an added token, found '40"),
+        (
+            {"added_tokens_decoder": {"4096": entry("\ud800")}},
+            None,
+            r"added_tokens_decoder: 4096: expected an added token, found .*'\\ud800'",
+        ),
+        ({}, {"\ud800": 4096}, r"added_tokens.json: \\ud800: expected an added token, found 4096"),
         ({}, {"<tool>": -1}, "added_tokens.json: <tool>: expected an added token, found -1"),
     ],
 )
@@ -117,5 +123,6 @@ def test_what_is_no_token_is_refused(
     tmp_path: Path, settings: dict[str, Any], legacy: dict[str, Any] | None, problem: str
 ) -> None:
     write(tmp_path, settings, legacy)
-    with pytest.raises(InvalidCheckpoint, match=problem):
+    with pytest.raises(InvalidCheckpoint, match=problem) as raised:
         load(tmp_path)
+    str(raised.value).encode()  # so that it can be printed

@@ -140,6 +140,16 @@ def test_bos_on_demand_is_the_tokenizers_before_the_configs(tmp_path: Path) -> N
         load(tmp_path, bos_id=None, add_bos=True)
 
 
+@pytest.mark.parametrize("token", ["\ud800", {"content": "a\udfff"}])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_bos_that_is_not_unicode_is_refused(tmp_path: Path, name: str, token: object) -> None:
+    write_tokenizer(tmp_path, None)
+    (tmp_path / name).write_text(json.dumps({"bos_token": token}))
+    with pytest.raises(InvalidCheckpoint, match=f"{name}.*: bos_token: expected valid") as raised:
+        load(tmp_path)
+    str(raised.value).encode()  # so that it can be printed
+
+
 def test_a_post_processor_with_an_id_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, template(["<s>"], **{"<s>": 5000}))
     with pytest.raises(InvalidCheckpoint, match="begins with id 5000, but the model's ids end at"):

@@ -423,11 +423,11 @@ def test_a_vocabulary_that_cannot_distinguish_markers_is_reported(tmp_path: Path
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        ("{", "not JSON"),
+        ("{", "is not JSON"),
         ("[]", "expected a JSON object, found list"),
         ('{"chat_template": 3}', "chat_template: expected a string, found int"),
-        ("[" * 100_000, "not JSON"),
-        (b"\xff\xfe", "not text"),
+        ("[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe", "is not UTF-8 text"),
     ],
 )
 def test_a_broken_config_is_refused(tmp_path: Path, config: str | bytes, problem: str) -> None:
@@ -441,8 +441,32 @@ def test_a_broken_config_is_refused(tmp_path: Path, config: str | bytes, problem
 # Broken files
 
 
+def test_a_tokenizer_in_sentencepieces_own_format_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    with pytest.raises(UnsupportedModel, match=r"AutoTokenizer.from_pretrained\(.*save_pretrained"):
+        Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=BOS)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_byte_order_mark_is_left_out(tmp_path: Path, name: str) -> None:
+    shutil.copy(STORIES / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "[INST]"}')
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    tokenizer = Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=BOS)
+    assert len(tokenizer.notices) == 1  # of the template
+    assert tokenizer.encode("a") == Tokenizer.from_folder(
+        STORIES, vocab_size=4096, bos_id=BOS
+    ).encode("a")
+
+
+def test_a_number_that_json_lacks_is_read_in_settings(tmp_path: Path) -> None:
+    shutil.copy(STORIES / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": Infinity}')
+    Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=BOS)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json: missing"):
+    with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json: is missing"):
         Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=BOS)
 
 
@@ -474,7 +498,7 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path: Path, name: str, inner: bo
     content = '{"x": [' + twice + "]," if inner else twice[:-1] + ","
     rest = text[text.index("{") + 1 :] if name == "tokenizer.json" else '"y": 0}'
     (tmp_path / name).write_text(content + rest, encoding="utf-8")
-    with pytest.raises(InvalidCheckpoint, match=rf"{name}: not JSON: the key 'a' occurs twice"):
+    with pytest.raises(InvalidCheckpoint, match=rf"{name}: has the field 'a' twice"):
         Tokenizer.from_folder(tmp_path, vocab_size=4096, bos_id=1)
 
 

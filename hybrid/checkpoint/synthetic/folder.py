@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from hybrid.checkpoint.hf import Checkpoint, read_config, read_json
+from hybrid.checkpoint.hf import Checkpoint, read_config
 from hybrid.checkpoint.identity import ModelIdentity, SourceFile
+from hybrid.checkpoint.json_file import read_object
 from hybrid.checkpoint.synthetic.calibration import (
     CALIBRATION_SHAPE,
     HELD_OUT_SHAPE,
@@ -137,7 +138,7 @@ def open_synthetic(
     """
     config = read_config(folder)
     path = folder / _MARKER
-    match read_json(path):
+    match read_object(path):
         case {"recipe": int(recipe), "name": str(name), "seed": int(seed)} if (
             recipe == RECIPE and seed >= 0
         ):

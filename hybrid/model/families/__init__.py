@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from hybrid.errors import UnsupportedModel
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import llama, minicpm
-from hybrid.model.families.fields import Fields, parse_token_ids
+from hybrid.model.families.fields import Fields
 from hybrid.model.families.refusals import refuse_unused
 from hybrid.notices import Notices, short_list
 
@@ -23,7 +23,6 @@ __all__ = [
     "ExpectedTensor",
     "expected_tensors",
     "parse_config",
-    "parse_token_ids",
     "refuse_unused",
 ]
 
