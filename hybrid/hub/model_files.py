@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from hybrid.checkpoint.hf import MAX_SHARDS
 from hybrid.errors import InvalidCheckpoint
 
 CONFIG = "config.json"
@@ -29,7 +30,6 @@ INDEX = ".index.json"
 # What a reader of these files accepts. A vocabulary of 250,000 pieces has 20 MB, the index of
 # 100,000 tensors 10 MB.
 MAX_CONFIG_BYTES, MAX_VOCABULARY_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20, 64 << 20
-_MAX_SHARDS = 10_000
 
 
 def select(available: Collection[str]) -> tuple[list[str], list[str]]:
@@ -51,7 +51,7 @@ def shards_of(weights: Path) -> list[str]:
     try:
         if weights.stat().st_size <= MAX_INDEX_BYTES:
             shards = sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
-            if 0 < len(shards) <= _MAX_SHARDS and all(map(_is_shard, shards)):
+            if 0 < len(shards) <= MAX_SHARDS and all(map(_is_shard, shards)):
                 return shards
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass  # not JSON, or not of this shape: reported below
