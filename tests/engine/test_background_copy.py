@@ -97,10 +97,10 @@ def test_an_answer_that_is_cancelled_waits_for_nothing(packed, monkeypatch):
 
 @pytest.fixture
 def stalled(packed, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the check of the weights wait until the test is over."""
+    """Let the check of the weights wait until the test is over, or for a minute if it fails."""
     go_on = threading.Event()
     check = memory._native.crc32
-    monkeypatch.setattr(memory._native, "crc32", lambda *a: (go_on.wait(), check(*a))[1])
+    monkeypatch.setattr(memory._native, "crc32", lambda *a: (go_on.wait(60), check(*a))[1])
     yield
     go_on.set()
 
