@@ -288,13 +288,13 @@ def make_plan(args: argparse.Namespace) -> bool:
 
     `hybrid.run` uses the saved plan automatically.
     """
+    if args.kv != "fp16":  # a plan for fp16 is kept
+        print(f"plan       all on the CPU: the GPU has no KV cache in {args.kv}")
+        return False
     with open_engine(args) as (engine, _):
         spec = engine.spec
     path = plan_path(hybrid_home(), spec)
     path.unlink(missing_ok=True)
-    if args.kv != "fp16":
-        print(f"plan       all on the CPU: the GPU has no KV cache in {args.kv}")
-        return False
     notices = Notices()
     machine = machine_here(spec, hybrid_home(), notices)
     if machine.gpu is None or args.plan_budget == 0:

@@ -78,7 +78,8 @@ def record(
 
     Without corpora it records on texts that the model writes, or on random ids for a synthetic
     model. Raises InvalidOption for a model without sparsity, a text without tokens, or a folder
-    that holds another recording. Raises HybridError if the disk is full.
+    that holds another recording, and InvalidArtifact if the file of packed weights is damaged.
+    Raises HybridError if the disk is full.
     """
     config = engine.config
     if not config.is_sparse:
@@ -86,6 +87,7 @@ def record(
             f"{options.model}: its activation is {config.activation}, which is never exactly zero: "
             "every neuron fires, so there is nothing to record"
         )
+    engine.wait_for_weights()  # nothing that damaged weights compute is kept
     options = replace(options, window=min(options.window, engine.n_context))
     if (folder / FILE_NAME).exists():
         raise InvalidOption(f"{folder}: holds a finished recording; choose another folder")

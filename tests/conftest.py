@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,18 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=list(Format), ids=lambda format: format.name)
 def format(request: pytest.FixtureRequest) -> Format:
     return request.param
+
+
+@pytest.fixture
+def no_threads() -> Iterator[pytest.MonkeyPatch]:
+    """Refuse further threads of Python, as a limit of processes does, until it is undone."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        yield patch
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ LAYERS = [
         "hybrid.limits",
         "hybrid.notices",
         "hybrid.progress",
+        "hybrid.threads",
     ],
     ["hybrid.kernels"],
     ["hybrid.model"],

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_models import write_model
 
 from hybrid.placement.plan import load_plan
 from hybrid.plan import main
@@ -37,6 +40,14 @@ def test_plans_are_explained(tmp_path, capsys):
     plan = load_plan(tmp_path / "plan.json")
     assert plan.uses_gpu
     assert plan.vram_bytes + (1 << 20) <= 7 << 20
+
+
+def test_what_is_not_read_of_a_model_is_said(tmp_path, capsys):
+    folder = write_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.extra": np.ones(4, np.float32)}, folder / "model.safetensors")
+    assert main(["-m", str(folder), "--hardware", "ddr4-rtx3050"]) == 0
+    assert "note: tensors for which config.json has no place" in capsys.readouterr().err
 
 
 def test_json_output_for_a_modelled_machine(capsys):

@@ -91,9 +91,11 @@ def test_tensors_that_are_not_used_are_named(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     bias = "model.layers.0.self_attn.q_proj.bias"
     save_file(tensors | {bias: np.ones(4, np.float32)}, folder / "model.safetensors")
-    check = checks_of(folder)["tensors"]
+    checks = checks_of(folder)
+    check = checks["tensors"]
     assert (check.verdict, check.figures) == ("warning", {"unused": 1})
     assert bias in check.message
+    assert bias not in checks["weights"].message  # once is enough
     assert "config.json may be of another model" in check.advice
 
 

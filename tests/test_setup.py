@@ -10,6 +10,8 @@ import pytest
 from tiny_models import write_model
 
 import hybrid
+import hybrid.setup
+from hybrid.engine.loading.planning import plan_path
 from hybrid.setup import main
 
 
@@ -110,6 +112,17 @@ def test_run_recommends_setup(home):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "python -m hybrid.setup" in done.stderr
     assert json.dumps(done.stdout)
+
+
+def test_setup_for_another_kv_cache_keeps_the_plan(home, capsys):
+    args = hybrid.setup.parse_arguments(["-m", "stories", "--kv", "bf16"])
+    with hybrid.load("stories") as engine:
+        path = plan_path(home, engine.spec)
+    path.parent.mkdir(parents=True)
+    path.write_text("a plan")
+    assert not hybrid.setup.make_plan(args)
+    assert path.read_text() == "a plan"
+    assert "the GPU has no KV cache in bf16" in capsys.readouterr().out
 
 
 @pytest.mark.slow

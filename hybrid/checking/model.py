@@ -18,6 +18,7 @@ from hybrid.checking import arithmetic, setting
 from hybrid.checking.check import Check
 from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.checkpoint.name import model_name
+from hybrid.checkpoint.roles import unused_notice
 from hybrid.engine.engine import Engine
 from hybrid.engine.options import KvName, LoadOptions, Quant
 from hybrid.engine.oracle import comparison
@@ -69,8 +70,10 @@ def check_model(
         stage = "weights"
         started = time.perf_counter()
         with load(model, options=options, progress=progress) as engine:
+            seconds = time.perf_counter() - started
+            engine.wait_for_weights()  # a check of damaged weights says nothing of the model
             yield setting.check_threads(engine.n_threads)
-            yield _loaded(engine, time.perf_counter() - started)
+            yield _loaded(engine, unused_notice(checkpoint.unused_tensors), seconds)
             ids = text_ids(engine)
             run, at_once = comparison.run_native(engine, ids)
             n_threads = engine.n_threads
@@ -78,6 +81,7 @@ def check_model(
         # Load again rather than use a second pool, to prove that threads change no weights either.
         other = 2 if n_threads == 1 else 1
         with load(model, options=options, threads=other) as engine:
+            engine.wait_for_weights()
             again = engine.open_session().prefill(np.asarray(ids, np.int64), all_logits=True)
         assert again is not None
         yield arithmetic.check_other_threads(at_once, again, n_threads, other)
@@ -127,9 +131,10 @@ def text_ids(engine: Engine) -> list[int]:
     return ids[:n]
 
 
-def _loaded(engine: Engine, seconds: float) -> Check:
+def _loaded(engine: Engine, told: str, seconds: float) -> Check:
+    """Describe the loading. `told` is a notice that another check has shown."""
     memory = psutil.Process().memory_info().rss
-    notices = "; ".join(engine.notices)
+    notices = "; ".join(notice for notice in engine.notices if notice != told)
     message = f"Loaded in {seconds:.1f} s, memory {memory / 1e6:.0f} MB. {notices}"
     figures = {"seconds": seconds, "memory_bytes": memory}
     return Check("weights", "ok", message.rstrip(), figures=figures)

@@ -38,7 +38,7 @@ _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
     ("model.safetensors", SafetensorsFile),
     ("pytorch_model.bin", TorchBin),
 )
-_MAX_SHARDS = 1000  # each stays open; the largest published models have 200
+MAX_SHARDS = 1000  # each stays open; the largest published models have 200
 
 
 class Generated(Protocol):
@@ -219,9 +219,9 @@ class _Shards:
             )
         self._shard_of: dict[str, str] = weight_map
         shards = set(weight_map.values())
-        if len(shards) > _MAX_SHARDS:
+        if len(shards) > MAX_SHARDS:
             raise InvalidCheckpoint(
-                f"{index}: lists {len(shards):,} files, expected at most {_MAX_SHARDS:,}"
+                f"{index}: lists {len(shards):,} files, expected at most {MAX_SHARDS:,}"
             )
         # Only names in the folder's own listing pass, so "../" and absolute paths cannot.
         missing = sorted(shards - _file_names(index.parent))

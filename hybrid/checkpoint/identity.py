@@ -23,6 +23,7 @@ from typing import NamedTuple
 from hybrid.errors import InvalidCheckpoint
 from hybrid.files import open_file, read_bytes, write_atomically
 from hybrid.model.config import ModelConfig
+from hybrid.threads import map_on_threads
 from predictors.schema import Malformed, integer, read_json, record, text
 
 CHUNK_BYTES = 4 << 20  # hashed by one thread; a file's hash is that of its chunks' hashes
@@ -92,19 +93,29 @@ class ModelIdentity:
     def hashing(self) -> Iterator[None]:
         """Hash in the background while the body runs. Raises what `weights_hash` raises.
 
-        If the body raises, hashing stops.
+        Then the files are what they were when they were opened, even if the hash was known before.
+        If the body raises, or the wait for the hash is interrupted, hashing stops.
         """
-        with ThreadPoolExecutor(1, "hybrid-hash") as worker:
+        worker = ThreadPoolExecutor(1, "hybrid-hash")
+        try:
             future = worker.submit(lambda: self.weights_hash)
+        except RuntimeError:  # the system starts no further thread
+            future = None
+        try:
+            yield
+            if future is None:
+                _ = self.weights_hash
+            else:
+                future.result()
+        except BaseException:
+            self._stops.set()
             try:
-                yield
-            except BaseException:
-                self._stops.set()
-                with contextlib.suppress(BaseException):
-                    future.result()
+                worker.shutdown(cancel_futures=True)
+            finally:
                 self._stops.clear()
-                raise
-            future.result()
+            raise
+        worker.shutdown(cancel_futures=True)
+        self.check_unchanged()
 
     def check_unchanged(self) -> None:
         """Raises InvalidCheckpoint if a file is no longer the one that was opened."""
@@ -205,12 +216,8 @@ def hash_content(descriptor: int, n_bytes: int, stops: threading.Event | None = 
 
     firsts = range(0, n_bytes, CHUNK_BYTES)
     digest = hashlib.sha256()
-    workers = ThreadPoolExecutor(max(1, min(n_threads or 1, len(firsts))))
-    try:
-        for part in workers.map(hash_chunk, firsts):
-            digest.update(part)
-    finally:
-        workers.shutdown(cancel_futures=True)
+    for part in map_on_threads(hash_chunk, firsts, n_threads or 1):
+        digest.update(part)
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -43,9 +44,7 @@ def find_tensors(
             "they are read all the same"
         )
     if names.unused:
-        notices.add(
-            "tensors for which config.json has no place are not used: " + short_list(names.unused)
-        )
+        notices.add(unused_notice(names.unused))
     is_tied = config.has_tied_head
     has_head = any(tensor.role == "head" and tensor.name in names.stored for tensor in expected)
     tensors = {}
@@ -57,6 +56,11 @@ def find_tensors(
     if is_tied:
         config = _tie_head(config, tensors, notices)
     return FoundTensors(config, tensors, tuple(names.unused))
+
+
+def unused_notice(unused: Sequence[str]) -> str:
+    """Return the line that names tensors which are not used."""
+    return "tensors for which config.json has no place are not used: " + short_list(unused)
 
 
 def _find_tensor(

@@ -232,7 +232,8 @@ class Engine:
 
         The file of packed weights is checked in the background, for a second or as long as reading
         it from disk takes. If it is damaged, the iteration ends with InvalidArtifact. An answer
-        that is complete before that waits for the check after its last piece of text.
+        that is complete before that waits for the check after its last piece of text; `cancel`
+        ends the wait, and the answer then counts as cancelled.
 
         Raises InvalidOption, ContextOverflow, EngineClosed, OutOfMemory. The iteration raises
         NumericOverflow if keys or values exceed the range of the KV cache.

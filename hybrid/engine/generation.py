@@ -20,6 +20,7 @@ from hybrid.text.tokenizer import ChatMessage, Tokenizer
 FinishReason = Literal["stop", "length", "cancelled"]
 
 PROMPT_PART = 4 * PREFILL_CHUNK  # prompt tokens that run between two checks for cancellation
+_PATIENCE_S = 0.1  # of a wait between two checks for cancellation
 
 
 @dataclass(slots=True)
@@ -146,9 +147,13 @@ class Generation:
         return piece
 
     def _confirm(self) -> None:
-        """Wait for the check of the weights. A short answer may be complete before it is."""
-        if self.finish_reason != "cancelled":
-            self._session.confirm_weights()
+        """Wait for the check of the weights. A short answer may be complete before it is.
+
+        If it is cancelled meanwhile, it counts as cancelled: nothing confirms its text.
+        """
+        while self.finish_reason != "cancelled" and not self._session.confirm_weights(_PATIENCE_S):
+            if self._is_cancelled:
+                self.finish_reason = "cancelled"
 
     def _advance(self) -> str:
         """Return the next piece of text, or "" if the answer has ended."""
@@ -167,7 +172,10 @@ class Generation:
         return piece
 
     def cancel(self) -> None:
-        """End the generation before its next token. Any thread may call this."""
+        """End the generation before its next token, or its wait for the check of the weights.
+
+        Any thread may call this.
+        """
         self._is_cancelled = True
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ class NativeSession(Protocol):
 class WeightsCheck(Protocol):
     """Compares the weights with their checksums in the background."""
 
-    def wait(self) -> None: ...
+    def wait(self, seconds: float | None = None) -> bool: ...
     def raise_damage(self) -> None: ...
 
 
@@ -276,11 +276,16 @@ class Session:
     ) -> None:
         self.close()
 
-    def confirm_weights(self) -> None:
-        """Wait until the weights have been checked. Raises InvalidArtifact if they are damaged."""
-        if self._weights is not None:
-            self._weights.wait()
-            self._weights.raise_damage()
+    def confirm_weights(self, seconds: float) -> bool:
+        """Wait until the weights have been checked, at most `seconds`. Return whether they are.
+
+        Raises InvalidArtifact if they are damaged.
+        """
+        if self._weights is None:
+            return True
+        is_over = self._weights.wait(seconds)
+        self._weights.raise_damage()
+        return is_over
 
     def _open(self) -> NativeSession:
         if self._native is None:

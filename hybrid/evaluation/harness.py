@@ -63,7 +63,8 @@ class HybridLM(TemplateLM):
         The harness passes a device even if the user names none. Its default leaves the choice to
         hybrid, which uses a GPU if there is a `vram_budget` or a plan.
 
-        Raises the errors of `hybrid.load`, and InvalidOption for an option that it lacks.
+        Raises the errors of `hybrid.load`, InvalidOption for an option that it lacks, and
+        InvalidArtifact if the file of packed weights is damaged.
         """
         super().__init__()
         given: dict[str, Any] = dict(options)
@@ -76,6 +77,7 @@ class HybridLM(TemplateLM):
             if given.get(name) not in (None, "auto", "exact", "none"):
                 given[name] = Path(given[name])
         self.engine = load(pretrained, **given)
+        self.engine.wait_for_weights()  # the harness keeps answers: none is of damaged weights
         for notice in self.engine.notices:
             _LOG.warning("%s", notice)
         self._name = pretrained

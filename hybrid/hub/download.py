@@ -171,7 +171,14 @@ def _complete(snapshot: Path, place: _Place, *, is_offline: bool, notices: Notic
     if not is_offline:
         try:
             _, listed = _list_files(place.repo_id, snapshot.name, _LISTING_S)
-            files = [_locate(place, name, snapshot) for name in sorted(unknown & listed)]
+            files = []
+            for name in sorted(unknown & listed):
+                try:
+                    files.append(_locate(place, name, snapshot))
+                except InvalidCheckpoint as error:  # too long; the copy works without it
+                    notices.add(
+                        f"{error}: it is not used, and the text may differ from the model's own"
+                    )
             if files:
                 _fetch_files(files, place, ignore_progress)
             _record_absent(unknown - listed, absent, place.cache)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from hybrid.checkpoint.hf import MAX_SHARDS
 from hybrid.checkpoint.json_file import read_object
 from hybrid.errors import InvalidCheckpoint
 
@@ -29,7 +30,6 @@ INDEX = ".index.json"
 # What a reader of these files accepts. A vocabulary of 250,000 pieces has 20 MB, the index of
 # 100,000 tensors 10 MB.
 MAX_CONFIG_BYTES, MAX_VOCABULARY_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20, 64 << 20
-_MAX_SHARDS = 10_000
 
 
 def select(available: Collection[str]) -> tuple[list[str], list[str]]:
@@ -54,7 +54,7 @@ def shards_of(weights: Path) -> list[str]:
     weight_map = read_object(weights, MAX_INDEX_BYTES).get("weight_map")
     if isinstance(weight_map, dict) and all(map(_is_shard, weight_map.values())):
         shards = sorted(set(weight_map.values()))
-        if 0 < len(shards) <= _MAX_SHARDS:
+        if 0 < len(shards) <= MAX_SHARDS:
             return shards
     raise InvalidCheckpoint(
         f"{weights} is broken: expected a JSON object whose weight_map gives each tensor the name "

@@ -23,6 +23,8 @@ class ModelSizes:
     n_context: int
     n_splits: int = MAX_SPLITS
     rows_per_count: int = 8  # neurons per counter of those that fired; 0: one counter for all
+    # Whether any matrix has a matrix scale. The GPU then has fp32 scales of blocks, not fp16.
+    has_matrix_scales: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -36,8 +38,7 @@ class ModelSizes:
     @property
     def neuron(self) -> int:
         """One neuron's gate, up or down row on the GPU."""
-        gate = self.layout.arrays["0.gate"]
-        return plain_row_bytes(gate.format, gate.n_cols)
+        return self._plain_row(self.layout.arrays["0.gate"])
 
     @property
     def cpu_neuron(self) -> int:
@@ -47,7 +48,7 @@ class ModelSizes:
     @property
     def attention(self) -> int:
         """The attention projections of one layer on the GPU."""
-        return sum(_plain_bytes(self.layout.arrays[name]) for name in ("0.qkv", "0.o"))
+        return sum(self._plain(self.layout.arrays[name]) for name in ("0.qkv", "0.o"))
 
     @property
     def cpu_attention(self) -> int:
@@ -68,7 +69,7 @@ class ModelSizes:
     @property
     def head_rows(self) -> int:
         """The head's rows on the GPU."""
-        return _plain_bytes(self.layout.head)
+        return self._plain(self.layout.head)
 
     @property
     def head(self) -> int:
@@ -124,7 +125,12 @@ class ModelSizes:
         layers = sum(self.layer(layer) for layer in plan.layers)
         return layers + self.buffers(widest) + (self.head if plan.is_head_on_gpu else 0)
 
+    def _plain(self, array: PackedArray) -> int:
+        """Return the bytes of a matrix on the GPU."""
+        return array.n_rows * self._plain_row(array)
 
-def _plain_bytes(array: PackedArray) -> int:
-    """Return the bytes of a matrix on the GPU."""
-    return array.n_rows * plain_row_bytes(array.format, array.n_cols)
+    def _plain_row(self, array: PackedArray) -> int:
+        n_bytes = plain_row_bytes(array.format, array.n_cols)
+        if self.has_matrix_scales and array.format is not Format.bf16:
+            n_bytes += whole_blocks(array.n_cols) // BLOCK * 2
+        return n_bytes

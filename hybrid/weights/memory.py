@@ -14,7 +14,6 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,6 +22,7 @@ import numpy as np
 from hybrid.errors import InvalidArtifact, OutOfMemory
 from hybrid.files import open_file
 from hybrid.kernels import _native
+from hybrid.threads import map_on_threads
 from hybrid.weights.packed_rows import Buffer
 
 READ_BYTES = 32 << 20  # bytes of one read
@@ -87,7 +87,7 @@ def read_file(path: Path, offset: int, checksums: Checksums, n_threads: int) -> 
     """
     n_bytes = checksums.spans[-1].end
     buffer = allocate(n_bytes)
-    with open_file(path) as file, ThreadPoolExecutor(n_threads) as workers:
+    with open_file(path) as file:
 
         def read(first: int) -> None:
             part = buffer.data[first : first + READ_BYTES]
@@ -97,7 +97,7 @@ def read_file(path: Path, offset: int, checksums: Checksums, n_threads: int) -> 
                     raise FileChanged
                 first, part = first + n, part[n:]
 
-        list(workers.map(read, range(0, n_bytes, READ_BYTES)))
+        list(map_on_threads(read, range(0, n_bytes, READ_BYTES), n_threads))
     check_all(buffer, checksums, n_threads)
     return buffer
 
@@ -182,8 +182,11 @@ class Checksums(NamedTuple):
 
 def checksums_of(buffer: Buffer, spans: Iterable[tuple[int, int]], n_threads: int = 1) -> list[int]:
     """Return the CRC-32 of each span (first, end) of a buffer."""
-    with ThreadPoolExecutor(n_threads) as workers:
-        return list(workers.map(lambda span: _native.crc32(buffer[span[0] : span[1]]), spans))
+
+    def checksum(span: tuple[int, int]) -> int:
+        return _native.crc32(buffer[span[0] : span[1]])
+
+    return list(map_on_threads(checksum, spans, n_threads))
 
 
 def check_all(buffer: Buffer, checksums: Checksums, n_threads: int) -> None:
@@ -195,7 +198,7 @@ def check_all(buffer: Buffer, checksums: Checksums, n_threads: int) -> None:
 
 
 class BackgroundCheck:
-    """Checks a packed file's bytes in a background thread.
+    """Checks a packed file's bytes in a background thread, or at once if the system starts none.
 
     `damage` says what is wrong, if anything is. The damaged file is then removed, so that the next
     load packs the model again.
@@ -210,21 +213,29 @@ class BackgroundCheck:
         self._running = _RunningCheck(checksums)
         self._stops = threading.Event()
         self._thread = threading.Thread(target=self._work, name="hybrid-weights", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system starts no further thread
+            self._work()
 
     @property
     def is_copying(self) -> bool:
         """Whether bytes are still being copied into memory."""
         return False
 
-    def wait(self) -> None:
-        """Wait until all bytes have been checked, or the first damage was found."""
-        self._thread.join()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until all bytes have been checked, or the first damage was found.
+
+        Return whether that is so: after `seconds` the wait ends.
+        """
+        if self._thread.ident is not None:  # it was started
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def stop(self) -> None:
         """Stop, and leave the rest unchecked."""
         self._stops.set()
-        self._thread.join()
+        self.wait()
 
     def raise_damage(self) -> None:
         """Raises InvalidArtifact if damage has been found."""

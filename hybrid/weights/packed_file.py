@@ -79,13 +79,24 @@ class LoadedModel:
     """A packed model in memory, and how it was loaded."""
 
     model: PackedModel
-    n_bytes: int
+    layout: PackedLayout
     is_mapped: bool  # permanently
     is_locked: bool  # the system cannot swap out or drop its pages
     was_packed: bool  # packed by this load, not read from a file
     # Mapped, and being checked in the background. A BackgroundCopy also copies into memory.
     background: BackgroundCheck | None
     notices: tuple[str, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.layout.n_bytes
+
+    @property
+    def has_matrix_scales(self) -> bool:
+        """Whether any matrix has a matrix scale."""
+        buffer = self.model.embedding.memory
+        arrays = self.layout.arrays.values()
+        return any((array.matrix_scales(buffer) != 1).any() for array in arrays)
 
 
 class Residence(NamedTuple):
@@ -137,7 +148,7 @@ def load_packed(
             refused = lock(buffer)
         return LoadedModel(
             view_packed(buffer, layout),
-            n_bytes,
+            layout,
             is_mapped,
             use_mlock and not refused,
             was_packed,
@@ -214,7 +225,9 @@ class _PackedFile:
 
     def open(self, residence: Residence) -> tuple[Buffer, BackgroundCheck | None] | None:
         """Return the weights if the file is there and current. Raises FileDamaged, OutOfMemory."""
-        if not self.path.exists():  # only if it does, the model must be hashed before it is packed
+        # Only if it exists, the model must be hashed before it is packed. Path.exists raises
+        # PermissionError for a folder that may not be entered.
+        if not os.path.lexists(self.path):
             return None
         header = self._header()
         checksums = _read_checksums(self.path, header, self.layout)

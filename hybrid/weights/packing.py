@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from hybrid.model.config import ModelConfig
 from hybrid.model.weights import LayerWeights, ModelWeights, balancing_factor
 from hybrid.model.weights import sampled_rows as kv_sampled_rows
 from hybrid.progress import Progress, ignore_progress
+from hybrid.threads import map_on_threads
 from hybrid.weights.formats import TILE_ROWS
 from hybrid.weights.layout import PackedArray, PackedLayout
 from hybrid.weights.matrix_scale import (
@@ -110,15 +110,10 @@ def pack_model(
 
     task, done = f"packing to {layout.format.name}", 0
     progress(task, 0, layout.n_bytes)
-    workers = ThreadPoolExecutor(n_threads)
-    try:
-        # With little memory one thread packs: this one, which needs no further stack.
-        run = workers.map if n_threads > 1 else map
-        for n_bytes in run(pack, _by_source(layout)):
-            done += n_bytes
-            progress(task, done, layout.n_bytes)
-    finally:
-        workers.shutdown(cancel_futures=True)
+    # With little memory one thread packs: this one, which needs no further stack.
+    for n_bytes in map_on_threads(pack, _by_source(layout), n_threads):
+        done += n_bytes
+        progress(task, done, layout.n_bytes)
     progress(task, layout.n_bytes, layout.n_bytes)
     return view_packed(target, layout)
 

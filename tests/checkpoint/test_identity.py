@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -143,6 +144,48 @@ def test_hashing_in_the_background_gives_the_same_hash(model):
         with checkpoint.identity.hashing():
             pass
         assert checkpoint.weights_hash == hash_of(model)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_files_that_change_during_the_body_are_noticed(model, tmp_path, is_known):
+    with hf.open_checkpoint(model, hashes=tmp_path / "hashes") as checkpoint:
+        if is_known:
+            _ = checkpoint.weights_hash
+        with (
+            pytest.raises(InvalidCheckpoint, match="changed or replaced while it was read"),
+            checkpoint.identity.hashing(),
+        ):
+            os.utime(model / "model.safetensors")
+
+
+def test_an_interrupted_wait_for_the_hash_does_not_wait_for_all_of_it(model, monkeypatch):
+    has_stopped = threading.Event()
+
+    def never_ends(descriptor: int, n_bytes: int, stops: threading.Event) -> str:
+        if stops.wait(60):
+            has_stopped.set()
+        raise identity._Stopped
+
+    def interrupted(future: Future[str], timeout: float | None = None) -> str:
+        raise KeyboardInterrupt
+
+    with hf.open_checkpoint(model) as checkpoint, monkeypatch.context() as patch:
+        patch.setattr(identity, "hash_content", never_ends)
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt), checkpoint.identity.hashing():
+            pass
+        assert has_stopped.is_set()
+        patch.undo()
+        assert checkpoint.weights_hash == hash_of(model)
+
+
+def test_a_system_without_further_threads_hashes_all_the_same(model, no_threads):
+    with hf.open_checkpoint(model) as checkpoint:
+        with checkpoint.identity.hashing():
+            pass
+        found = checkpoint.weights_hash
+    no_threads.undo()
+    assert found == hash_of(model)
 
 
 def test_fields_that_decide_no_weights_do_not_count(model):

@@ -54,6 +54,19 @@ def bias_file(folder: Path, format: Format = Format.q8) -> Path:
     return folder / f"gate_bias.{format.name}.safetensors"
 
 
+def test_a_tokenizer_of_an_earlier_version_is_made_anew(fresh):
+    path = fresh / "tokenizer.json"
+    made = path.read_bytes()
+    earlier = json.loads(made) | {"post_processor": None}
+    for content in (json.dumps(earlier).encode(), b"{", b""):
+        path.write_bytes(content)
+        assert resolve(TINY) == fresh
+        assert path.read_bytes() == made
+    before = {path.name: path.stat().st_mtime_ns for path in fresh.iterdir()}
+    assert resolve(TINY) == fresh
+    assert {path.name: path.stat().st_mtime_ns for path in fresh.iterdir()} == before
+
+
 def calibrations(folder: Path, format: Format | None = Format.q8) -> list[tuple[str, int, int]]:
     """Open the folder and return its progress calls: none if it is calibrated already."""
     calls: list[tuple[str, int, int]] = []

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from placement.test_profile import random_profile
 from predictor_files import decode_counted
+from safetensors.numpy import load_file
 from tiny_models import ODD_SHAPES, write_chat_model, write_model
 
 import hybrid
-from hybrid.engine.loading import choices
+from hybrid.engine.loading import choices, pipeline
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption
 from hybrid.notices import Notices
+from hybrid.placement.profile import FILE_NAME
 from hybrid.text.tokenizer import ChatMessage
 
 
@@ -392,9 +395,47 @@ def test_with_little_memory_fewer_threads_pack(monkeypatch, left, n_threads):
         available = choices.WORKING_BYTES + left + (0 if mmap else weight_bytes)
         monkeypatch.setattr(choices, "available_memory_bytes", lambda n=available: n)
         options = hybrid.LoadOptions(mmap=mmap)
-        residence = choices.choose_residence(options, weight_bytes, 8, Notices())
+        needs = choices.PackingNeeds(weight_bytes, 8)
+        residence = choices.choose_residence(options, needs, Notices())
         assert residence.n_threads == n_threads
         assert residence.use_mmap == bool(mmap)
+
+
+def test_without_mmap_each_thread_that_packs_holds_a_matrix(tmp_path, monkeypatch):
+    held, weight_bytes = 100 << 20, 10**8
+    needs = choices.PackingNeeds(weight_bytes, 8, held)
+    for n_threads in (1, 2, 5):
+        extra = (n_threads - 1) * (choices.THREAD_BYTES + held)
+        available = choices.WORKING_BYTES + weight_bytes + held + extra
+        monkeypatch.setattr(choices, "available_memory_bytes", lambda n=available: n)
+        residence = choices.choose_residence(hybrid.LoadOptions(mmap=False), needs, Notices())
+        assert residence.n_threads == n_threads
+    monkeypatch.setattr(
+        choices, "available_memory_bytes", lambda: choices.WORKING_BYTES + weight_bytes + held - 1
+    )
+    with pytest.raises(hybrid.OutOfMemory, match="mmap"):
+        choices.choose_residence(hybrid.LoadOptions(mmap=False), needs, Notices())
+
+
+@pytest.mark.parametrize("has_profile", [False, True])
+def test_the_matrices_that_are_held_are_counted_as_stored(tmp_path, monkeypatch, has_profile):
+    folder = write_model(tmp_path / "model", vocab_size=4096)
+    if has_profile:
+        with hybrid.load(folder) as engine:
+            random_profile(engine).save(folder / FILE_NAME)
+    needed: list[choices.PackingNeeds] = []
+    choose = choices.choose_residence
+
+    def record(options, needs, notices):
+        needed.append(needs)
+        return choose(options, needs, notices)
+
+    monkeypatch.setattr(pipeline, "choose_residence", record)
+    for mmap in (None, True, False):
+        hybrid.load(folder, mmap=mmap).close()
+    sizes = {name: t.nbytes for name, t in load_file(folder / "model.safetensors").items()}
+    largest = max(size for name, size in sizes.items() if ".mlp." in name)
+    assert [needs.held_bytes for needs in needed] == [0, 0, largest * (1 + has_profile)]
 
 
 def test_memory_that_holds_nothing_but_weights_is_too_little(monkeypatch):

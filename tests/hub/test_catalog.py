@@ -169,6 +169,24 @@ def test_a_notice_says_what_another_programs_copy_may_lack(
     assert "\n" not in notice
 
 
+def test_a_copy_works_without_a_file_that_is_too_long(hub: LocalHub) -> None:
+    def announce(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str((16 << 20) + 1))
+        handler.send_header("ETag", f'"{"0" * 40}"')
+        handler.end_headers()
+
+    folder = fetch_in_part(hub, "config.json", "tokenizer.json")
+    hub.answers["HEAD", "/added_tokens.json"] = announce
+    notices = Notices()
+    assert resolve(REPO, notices=notices) == folder
+    (notice,) = notices
+    assert "added_tokens.json" in notice
+    assert "expected at most 16,777,216: it is not used, and the text may differ" in notice
+    names = set(hub.repos[REPO]) - {*UNWANTED, "added_tokens.json"}
+    assert set(contents(folder)) == names  # the others are fetched
+
+
 def test_a_notice_about_the_copy_reaches_the_engine(hub: LocalHub, tmp_path: Path) -> None:
     hub.repos[REPO] = contents(write_model(tmp_path / "local", vocab_size=4096))
     fetch_in_part(hub, "config.json", "tokenizer.json")

@@ -412,7 +412,7 @@ def test_a_message_is_short_whatever_the_list_holds(hub: LocalHub) -> None:
 def test_an_index_of_countless_shards_is_refused(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_files, "_MAX_SHARDS", 2)
+    monkeypatch.setattr(model_files, "MAX_SHARDS", 2)
     names = ", ".join(f'"{i}": "model-{i}.safetensors"' for i in range(3))
     index = b'{"weight_map": {%s}}' % names.encode()
     hub.repos[REPO] = {**SMALL, "model.safetensors.index.json": index}

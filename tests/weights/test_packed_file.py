@@ -107,6 +107,52 @@ def test_a_model_replaced_while_it_is_open_is_not_taken_for_the_new_one(model, t
     np.testing.assert_array_equal(weights(again), weights(load(model, None)))
 
 
+@pytest.mark.parametrize("use_mmap", [False, True])
+def test_a_model_that_changes_while_it_is_packed_is_noticed_though_its_hash_is_known(
+    model, tmp_path, use_mmap
+):
+    cache = tmp_path / "cache"
+    with open_checkpoint(model) as checkpoint:
+        _ = checkpoint.weights_hash
+        layout = packed_layout(checkpoint.config, Format.q8)
+        with pytest.raises(InvalidCheckpoint, match="changed or replaced while it was read"):
+            load_packed(
+                checkpoint,
+                layout,
+                cache=cache,
+                residence=Residence(use_mmap),
+                progress=lambda *told: os.utime(model / "model.safetensors"),
+            )
+    assert files(cache) == []
+
+
+def test_a_cache_that_cannot_be_looked_into_is_a_notice(model, tmp_path):
+    """A name too long for the system fails like a folder that may not be entered, also for root."""
+    cache = tmp_path / ("x" * 300)
+    loaded = load(model, cache)
+    (notice,) = loaded.notices
+    assert re.search(r"cannot be kept in .* \(File name too long\).*again at each start", notice)
+    np.testing.assert_array_equal(weights(loaded), weights(load(model, None)))
+
+
+@pytest.mark.parametrize(
+    "residence", [{}, {"use_mmap": True}, {"use_mlock": True}], ids=["copied", "mapped", "read"]
+)
+def test_a_system_without_further_threads_loads_all_the_same(
+    model, tmp_path, no_threads, residence
+):
+    cache = tmp_path / "cache"
+    packed = load(model, cache, n_threads=4, **residence)
+    assert packed.was_packed
+    again = load(model, cache, n_threads=4, **residence)
+    assert not again.was_packed
+    if again.background is not None:
+        assert again.background.wait(0)  # checked at once
+        again.background.stop()
+        assert again.background.damage is None
+    np.testing.assert_array_equal(weights(again), weights(packed))
+
+
 def test_files_that_a_killed_process_left_are_removed(model, tmp_path):
     cache = tmp_path / "cache"
     load(model, cache)

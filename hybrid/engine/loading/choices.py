@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,14 +68,34 @@ def check_context_memory(config: ModelConfig, n_context: int, n_layers: int) -> 
         )
 
 
-def choose_residence(
-    options: LoadOptions, weight_bytes: int, n_threads: int, notices: Notices
-) -> Residence:
+class PackingNeeds(NamedTuple):
+    """What packing takes."""
+
+    weight_bytes: int  # of the packed weights
+    n_threads: int  # at most
+    held_bytes: int = 0  # of matrices that each thread holds as they are stored
+
+
+def largest_ffn_bytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes of the largest FFN matrix as it is stored.
+
+    Without mmap, matrices whose rows are packed in another order are read as a whole.
+    """
+    if checkpoint.is_synthetic:  # its weights are in no file
+        return 0
+    return max(
+        checkpoint.tensor(role, layer).data.nbytes
+        for role in ("gate", "up", "down")
+        for layer in range(checkpoint.config.n_layers)
+    )
+
+
+def choose_residence(options: LoadOptions, needs: PackingNeeds, notices: Notices) -> Residence:
     """Return how the weights are held in memory, and how many threads bring them there.
 
     If `options.mmap` is None, the weights are mapped only if free memory is too small for them.
-    With little memory fewer than `n_threads` pack. Raises OutOfMemory if the weights may not be
-    mapped and do not fit, or if there is not even memory to use mapped weights.
+    With little memory fewer than `needs.n_threads` pack. Raises OutOfMemory if the weights may not
+    be mapped and do not fit, or if there is not even memory to use mapped weights.
     """
     mmap, available = options.mmap, available_memory_bytes()
     if available < WORKING_BYTES:
@@ -84,8 +104,9 @@ def choose_residence(
             f"{WORKING_BYTES / 1e6:.0f} MB beside the weights; close other programs, or raise the "
             "limit of this container"
         )
-    fits = weight_bytes + WORKING_BYTES <= available
-    sizes = f"the weights need {weight_bytes / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory"
+    needed = needs.weight_bytes + needs.held_bytes
+    fits = needed + WORKING_BYTES <= available
+    sizes = f"the weights need {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory"
     if mmap is None and not fits:
         notices.add(f"{sizes} is free: they are mapped from disk, which may be slow")
         mmap = True
@@ -93,8 +114,8 @@ def choose_residence(
         raise OutOfMemory(
             f"{sizes} is free; close other programs, use quant q4, or allow mmap (slow)"
         )
-    left = available - WORKING_BYTES - (0 if mmap else weight_bytes)
-    n_threads = min(n_threads, 1 + left // THREAD_BYTES)
+    left = available - WORKING_BYTES - (0 if mmap else needed)
+    n_threads = min(needs.n_threads, 1 + left // (THREAD_BYTES + needs.held_bytes))
     return Residence(bool(mmap), options.mlock, fits, n_threads)
 
 

@@ -44,6 +44,7 @@ class ModelSpec:
     frequencies: NDArray[np.float64] | None
     prediction: Prediction | None = None
     kv: KvFormat = KvFormat.fp16  # of the KV cache
+    has_matrix_scales: bool = False  # whether any matrix has one; known once the model is packed
 
     @property
     def config(self) -> ModelConfig:
@@ -81,7 +82,7 @@ class ModelSpec:
             frequencies = flat_frequencies(config.n_layers, config.n_neurons, active)
         return TimeModel(
             machine,
-            ModelSizes(self.layout, self.n_context),
+            ModelSizes(self.layout, self.n_context, has_matrix_scales=self.has_matrix_scales),
             frequencies,
             n_positions=min(PLANNED_POSITIONS, self.n_context),
             predictors=self._predictor_costs(),
@@ -135,8 +136,10 @@ def read_model_spec(
 ) -> ModelSpec:
     """Return the spec of a model as it would be loaded, without loading its weights.
 
+    `notices` receives what the checkpoint has to say, and what loading would say so far.
     Raises the errors that loading the same folder with the same options raises.
     """
     format, hashes = Format[options.quant], hashes_folder(home)
     with open_checkpoint(folder, format, progress, hashes=hashes) as checkpoint:
+        notices.add(*checkpoint.notices)
         return describe(checkpoint, options, home, notices)[0]

@@ -6,11 +6,17 @@ Each step is one function. All of them receive the same `Request`, and report to
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hybrid.checkpoint import Checkpoint, open_checkpoint
-from hybrid.engine.loading.choices import choose_preview, choose_residence, notice_isa
+from hybrid.engine.loading.choices import (
+    PackingNeeds,
+    choose_preview,
+    choose_residence,
+    largest_ffn_bytes,
+    notice_isa,
+)
 from hybrid.engine.loading.executors import Executor, Weights, open_executor
 from hybrid.engine.loading.model_spec import ModelSpec, describe, hashes_folder
 from hybrid.engine.loading.planning import decide
@@ -83,6 +89,7 @@ def load_parts(request: Request) -> Parts:
         has_preview = choose_preview(options.preview_head, config.vocab_size, notices)
         spec = spec.laid_out_for(prediction, has_preview=has_preview)
         loaded = pack(checkpoint, spec, orders, request)
+        spec = replace(spec, has_matrix_scales=loaded.has_matrix_scales)
     decision = decide(options.device_request, spec, request.home, notices)
     executor, plan = open_executor(
         decision, spec, Weights(loaded.model, predictors), request.home, notices
@@ -112,7 +119,12 @@ def pack(
 ) -> LoadedModel:
     """Return the packed weights, from their file if that is current."""
     options = request.options
-    residence = choose_residence(options, spec.layout.n_bytes, spec.n_threads, request.notices)
+    needs = PackingNeeds(spec.layout.n_bytes, spec.n_threads)
+    if options.mmap is False:
+        held = largest_ffn_bytes(checkpoint)
+        # A bundle's parts are those of two matrices. A profile's order spreads both.
+        needs = needs._replace(held_bytes=held if orders is None else 2 * held)
+    residence = choose_residence(options, needs, request.notices)
     loaded = load_packed(
         checkpoint,
         spec.layout,

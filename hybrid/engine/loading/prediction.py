@@ -58,7 +58,7 @@ def choose_predictors(
 
     "exact" uses no predictor. "auto" falls back to exact, with a notice, if this model has no
     usable predictor. Raises InvalidArtifact if a given file is broken or of another model or neuron
-    order. Raises InvalidOption if the file was not made for the requested recall.
+    order. Raises InvalidOption if a given file was not made for the requested recall.
     """
     config, format, is_auto = spec.config, spec.format, options.predictor == "auto"
     if options.predictor == "exact":
@@ -82,15 +82,17 @@ def choose_predictors(
     try:
         file = load_predictor_file(path)
         _check(file, path, spec)
-    except (PredictorError, InvalidArtifact) as error:
-        if not is_auto:
+        try:
+            selected = file.select(options.recall)
+        except PredictorError as error:
+            raise InvalidOption(f"recall: {error}") from error
+    except (PredictorError, InvalidArtifact, InvalidOption) as error:
+        if is_auto:
+            notices.add(f"predictor not used, exact instead: {error}")
+            return None, None
+        if isinstance(error, PredictorError):
             raise InvalidArtifact(str(error)) from error
-        notices.add(f"predictor not used, exact instead: {error}")
-        return None, None
-    try:
-        selected = file.select(options.recall)
-    except PredictorError as error:
-        raise InvalidOption(f"recall: {error}") from error
+        raise
     choices = [choice for choice, _ in selected]
     prediction = Prediction(
         path=path,

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 from engine.gpu.fake_device import FakeDevice, FakeEvent  # noqa: E402
 from engine.gpu.hybrid_models import N_CONTEXT, PackedFolder, check_logits, some_ids  # noqa: E402
 
+import hybrid  # noqa: E402
 from hybrid.engine.gpu.device import MECHANISMS, HostDevice  # noqa: E402
 from hybrid.engine.gpu.measurement import (  # noqa: E402
     DeviceMemory,
@@ -36,7 +37,9 @@ from hybrid.errors import (  # noqa: E402
 )
 from hybrid.kernels import Format, KvFormat, ThreadPool  # noqa: E402
 from hybrid.kernels.gpu.torch_kernels import TorchKernels  # noqa: E402
+from hybrid.placement.machine import MODELLED  # noqa: E402
 from hybrid.placement.sizes import ModelSizes  # noqa: E402
+from hybrid.weights.formats import BLOCK, whole_blocks  # noqa: E402
 from hybrid.weights.layout import packed_layout  # noqa: E402
 
 PLANS = list(PackedFolder(STORIES, Format.q8).plans())
@@ -101,8 +104,34 @@ def test_matrix_scales_are_applied_on_both_devices(tmp_path, format, name):
         assert packed.model.layers[0].up.matrix_scale != 1
     ids = some_ids(packed.config, 30)
     expected = packed.cpu().open_session().prefill(ids, True)
-    with packed.hybrid(packed.plans()[name], HostDevice()) as executor:
+    plan = packed.plans()[name]
+    with packed.hybrid(plan, HostDevice()) as executor:
         check_logits(executor.open_session().prefill(ids, True), expected)
+        # A plan has room for the scales of blocks, which are fp32 where there is a matrix scale.
+        sizes = ModelSizes(packed.layout, N_CONTEXT, n_splits=1, rows_per_count=0)
+        counted = replace(sizes, has_matrix_scales=format is not Format.bf16).plan(plan)
+        used = executor.weight_bytes + executor.lane_bytes
+        assert used <= counted
+        assert format is Format.bf16 or used > sizes.plan(plan)
+
+
+def test_a_model_with_matrix_scales_is_planned_with_them(tmp_path):
+    folder = write_model(tmp_path / "plain", vocab_size=4096)
+    tensors = load_file(folder / "model.safetensors")
+    with hybrid.load(folder) as engine:
+        assert not engine.spec.has_matrix_scales
+    for tensor in tensors:
+        if "up_proj" in tensor or "down_proj" in tensor:
+            tensors[tensor] *= np.float32(1e-4 if "up_proj" in tensor else 1e4)
+    save_file(tensors, folder / "model.safetensors")
+    with hybrid.load(folder) as engine:
+        assert engine.spec.has_matrix_scales
+        spec = engine.spec
+    with hybrid.load(folder, quant="bf16") as engine:
+        assert not engine.spec.has_matrix_scales
+    sizes = spec.time_model(MODELLED["ddr4-rtx3050"]()).sizes
+    plain = replace(sizes, has_matrix_scales=False)
+    assert sizes.neuron == plain.neuron + 2 * whole_blocks(spec.config.hidden_size) // BLOCK
 
 
 def test_the_gpu_has_no_bf16_cache_and_reports_an_overflow_of_its_own(tmp_path):

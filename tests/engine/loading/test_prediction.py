@@ -174,6 +174,9 @@ def test_auto_uses_the_file_that_setup_made_and_reports_if_it_cannot(tmp_path, m
         write_predictor(path, engine)
     with hybrid.load(model, predictor="auto") as engine:
         assert engine.prediction.path == path
+    with hybrid.load(model, predictor="auto", recall=0.9) as engine:  # not what it was made for
+        assert engine.prediction is None
+        assert any("instead: recall: no predictor for" in notice for notice in engine.notices)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with hybrid.load(model, predictor="auto") as engine:
