@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO
 
@@ -24,10 +24,14 @@ from hybrid import (
 )
 from hybrid.cli.progress_bar import progress_bar
 from hybrid.files import read_bytes
-from hybrid.interrupts import INTERRUPTED, raising_interrupts
 from hybrid.text.text_file import BOM, decode_text, text_notices
+from predictors.interrupts import INTERRUPTED, raising_interrupts
 
 MAX_TEXT_BYTES = 1 << 30  # of a text to measure on
+MODEL_HELP = (
+    "a model's name, a folder, or a Hugging Face repository as owner/name or hf://owner/name; what "
+    "looks like a path is never downloaded (default: stories)"
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -62,7 +66,7 @@ def add_model_options(
         "-m",
         "--model",
         default="stories",
-        help="a model's name, a Hugging Face repo id, or a folder (default: stories)",
+        help=MODEL_HELP,
     )
     add(
         "-t",
@@ -310,9 +314,14 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise InvalidOption(f"--text {path}: there is no text in it")
     has_bom, has_crlf = data.startswith(BOM), b"\r\n" in data
-    for notice in text_notices(f"--text {path}", has_bom=has_bom, has_crlf=has_crlf):
-        print(f"note: {printable(notice)}", file=sys.stderr)
+    print_notices(text_notices(f"--text {path}", has_bom=has_bom, has_crlf=has_crlf))
     return text
+
+
+def print_notices(notices: Iterable[str]) -> None:
+    """Print what a user should know, one line each, on standard error."""
+    for notice in notices:
+        print(f"note: {printable(notice)}", file=sys.stderr)
 
 
 def run_command(program: str, command: Callable[[], int]) -> int:
