@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from hybrid.errors import InvalidCheckpoint
 from hybrid.files import open_file, read_bytes, write_atomically
+from hybrid.limits import allowed_threads
 from hybrid.model.config import ModelConfig
 from predictors.schema import Malformed, integer, read_json, record, text
 
@@ -184,9 +185,9 @@ _REMEMBERED = record(
 def hash_content(descriptor: int, n_bytes: int, stops: threading.Event | None = None) -> str:
     """Return the SHA-256 of the SHA-256 of each chunk of an open file.
 
-    All cores share the work. Raises OSError if the file is shorter than `n_bytes`.
+    All cores that this process may use share the work. Raises OSError if the file is shorter than
+    `n_bytes`.
     """
-    n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     local = threading.local()
 
     def hash_chunk(first: int) -> bytes:
@@ -205,7 +206,7 @@ def hash_content(descriptor: int, n_bytes: int, stops: threading.Event | None = 
 
     firsts = range(0, n_bytes, CHUNK_BYTES)
     digest = hashlib.sha256()
-    workers = ThreadPoolExecutor(max(1, min(n_threads or 1, len(firsts))))
+    workers = ThreadPoolExecutor(max(1, min(allowed_threads(), len(firsts))))
     try:
         for part in workers.map(hash_chunk, firsts):
             digest.update(part)

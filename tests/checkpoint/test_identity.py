@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from tiny_models import write_model
 
+from hybrid import limits
 from hybrid.checkpoint import hf, identity
 from hybrid.errors import InvalidCheckpoint
 
@@ -162,3 +165,19 @@ def test_a_new_field_at_its_default_does_not_change_the_hash():
 
     assert json.loads(identity._describe(Config(3))) == {"n_layers": 3}
     assert json.loads(identity._describe(Config(3, 2.0))) == {"n_layers": 3, "later": 2.0}
+
+
+@pytest.mark.parametrize(("quota", "n_threads"), [(1.0, 1), (2.5, 2), (math.inf, 3)])
+def test_the_processor_quota_bounds_the_hashing_threads(model, monkeypatch, quota, n_threads):
+    found = []
+
+    class Recorded(ThreadPoolExecutor):
+        def __init__(self, n: int) -> None:
+            found.append(n)
+            super().__init__(n)
+
+    monkeypatch.setattr(identity, "ThreadPoolExecutor", Recorded)
+    monkeypatch.setattr(limits, "allowed_cores", lambda: 3)
+    monkeypatch.setattr(limits, "cpu_quota", lambda: quota)
+    hash_of(model)
+    assert found == [n_threads]
