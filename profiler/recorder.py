@@ -76,8 +76,9 @@ def record(
     """Record into `folder`.
 
     Without corpora it records on texts that the model writes, or on random ids for a synthetic
-    model. Raises InvalidOption for a model without sparsity, a text without tokens, or a folder
-    that holds another recording. Raises HybridError if the disk is full.
+    model. Raises InvalidOption for a model without sparsity, a text without tokens, a window
+    without room for text, or a folder that holds another recording. Raises HybridError if the disk
+    is full.
     """
     config = engine.config
     if not config.is_sparse:
@@ -86,6 +87,12 @@ def record(
             "every neuron fires, so there is nothing to record"
         )
     options = replace(options, window=min(options.window, engine.n_context))
+    n_bos = len(engine.tokenizer.bos)
+    if corpora and options.window <= n_bos:
+        raise InvalidOption(
+            f"a window of {options.window} tokens has no room for text: the model's tokenizer puts "
+            f"{n_bos} before each; choose a larger window"
+        )
     if (folder / FILE_NAME).exists():
         raise InvalidOption(f"{folder}: holds a finished recording; choose another folder")
     try:
@@ -115,6 +122,7 @@ class _Recorder:
             "model_hash": engine.model_hash,
             "order_hash": order_hash(self.orders),
             "quant": engine.quant,
+            "bos": list(engine.tokenizer.bos),
             "window": options.window,
             "max_tokens": options.max_tokens,
             "trace_bytes": options.trace_bytes,
