@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from predictor_files import decode_counted, trace_about
 from slow import slow_except
-from tiny_models import ODD_SHAPES, write_model
+from tiny_models import ODD_SHAPES, STORIES, write_model
 
 import hybrid
 from hybrid import HybridError, InvalidOption, load, setup
@@ -287,15 +287,15 @@ def test_without_text_the_model_writes_its_own(engine, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out" / "texts").iterdir())) == 2
 
 
-def test_texts_are_written_without_the_models_sampling_values(engine, tmp_path, monkeypatch):
+def test_texts_are_written_without_the_models_sampling_values(tmp_path, monkeypatch):
     from profiler import corpus
 
     monkeypatch.setattr(corpus, "WRITTEN_TOKENS", 20)
-    other = shutil.copytree(engine.folder, tmp_path / "other")
+    other = shutil.copytree(STORIES, tmp_path / "other")
     values = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "min_p": 0.9}
     values |= {"repetition_penalty": 2.0, "max_new_tokens": 2, "stop_strings": ["e"]}
     (other / "generation_config.json").write_text(json.dumps(values))
-    with load(other) as greedy:
+    with load("stories") as engine, load(other) as greedy:
         assert greedy.default_sampling.min_p == 0.9
         assert corpus._write(greedy, "Once", 1) == corpus._write(engine, "Once", 1)
 
