@@ -8,11 +8,9 @@ with hybrid.load("stories") as engine:
 """
 
 # ruff: noqa: F403, F405 - __all__ lists the names of hybrid.public
-from hybrid import interrupts
+from predictors import interrupts  # noqa: F401 - before all else, because then Ctrl-C prints no traceback
 
-if interrupts.is_our_command():  # before the other imports, which take longer
-    interrupts.end_on_interrupt()
-
+# isort: split
 import importlib
 import typing
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from hybrid import __version__, interrupts
+from hybrid import __version__
+from predictors import interrupts
 
 COMMANDS = {
     "run": "generate text: one answer, a chat, or a text that you and the model write together",
@@ -19,6 +20,7 @@ COMMANDS = {
     "eval": "measure a model's perplexity, or its accuracy on multiple-choice questions",
 }
 OTHERS = {
+    "hybrid.lm_eval": "run lm-evaluation-harness with hybrid as one of its models",
     "profiler.record": "record which neurons fire",
     "profiler.report": "show a recording as a table and plots",
     "profiler.sparsity": "measure the share of inactive neurons on a text",

@@ -121,7 +121,7 @@ def print_table(engine: Engine, found: Measurements, copying_s: float) -> None:
         f"load       {engine.stats.load_s:.2f} s{copying if copying_s > 0.01 else ''}; "
         f"resident {found.rss_bytes / 1e6:.0f} MB"
     )
-    if engine.plan.uses_gpu:
+    if engine.uses_gpu:
         print(f"device     {engine.device_name}; {engine.plan.summary()}")
     if (prediction := engine.prediction) is not None:
         print(
@@ -144,7 +144,7 @@ def print_table(engine: Engine, found: Measurements, copying_s: float) -> None:
         ("decode, all neurons", dense),
     ):
         row = [name, spread(result.tps)]
-        if not engine.plan.uses_gpu:
+        if not engine.uses_gpu:
             share = "–" if engine.fits_in_cache else f"{result.share_of(streams):.0%}"
             row += [f"{result.bytes_per_token / 1e6:.1f}", f"{result.gbs:.1f}", share]
         rows.append(row)
@@ -177,7 +177,7 @@ def as_json(
     args: argparse.Namespace, engine: Engine, found: Measurements, copying_s: float
 ) -> dict[str, Any]:
     stats, short, prediction = engine.stats, found.short, engine.prediction
-    has_mbu = not (engine.fits_in_cache or engine.plan.uses_gpu)
+    has_mbu = not (engine.fits_in_cache or engine.uses_gpu)
     summary = {
         "model": args.model,
         "quant": args.quant,
@@ -194,7 +194,7 @@ def as_json(
         },
         "decode_tps": round(short.median_tps, 2),
         "device": engine.device_name,
-        "vram_bytes": engine.plan.vram_bytes,
+        "vram_bytes": engine.vram_bytes,
         "decode_gbs": round(short.gbs, 2),
         "stream_gbs": round(found.stream, 2),
         "decode_mbu": round(short.share_of(found.streams), 4) if has_mbu else None,

@@ -204,7 +204,7 @@ def choices(args: argparse.Namespace) -> None:
 def label(about: dict[str, Any]) -> str:
     predictor = "" if about["predictor"] is None else f", predictor at recall {about['recall']:g}"
     head = ", head previewed" if about["previews_head"] else ""
-    return f"{about['model']}, {about['quant']}{predictor}{head}"
+    return f"{about['model']}, {about['quant']}, KV cache {about['kv']}{predictor}{head}"
 
 
 def run(args: argparse.Namespace) -> int:

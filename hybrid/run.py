@@ -28,6 +28,7 @@ from hybrid import (
 )
 from hybrid.cli.closing_line import ClosingLine
 from hybrid.cli.command_line import (
+    MODEL_HELP,
     ArgumentParser,
     add_bos_option,
     add_device_options,
@@ -62,7 +63,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "-m",
         "--model",
         default="stories",
-        help="a name from the list below, a Hugging Face repo id, or a folder (default: stories)",
+        help=MODEL_HELP,
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("-p", "--prompt", help="the prompt (default: none)")
@@ -235,7 +236,7 @@ def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) ->
         "kv": engine.kv,
         "threads": engine.n_threads,
         "device": engine.device_name,
-        "vram_bytes": engine.plan.vram_bytes,
+        "vram_bytes": engine.vram_bytes,
         "synthetic": engine.is_synthetic,
         "stats": {
             **asdict(stats),

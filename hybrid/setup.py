@@ -26,6 +26,7 @@ from hybrid.bench import spread
 from hybrid.checking import check_model
 from hybrid.cli.command_line import (
     ArgumentParser,
+    add_bos_option,
     add_kv_option,
     add_model_options,
     byte_size,
@@ -79,6 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add_model_options(parser)
+    add_bos_option(parser)
     add_kv_option(parser)
     add = parser.add_argument
     add(

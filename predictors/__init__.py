@@ -9,7 +9,13 @@ predictors.py   low-rank predictors, and their quality
 lowrank.py      their training (torch)
 selection.py    the cheapest predictor that reaches a recall, layer by layer
 file.py         a model's predictors in one file
+interrupts.py   Ctrl-C in a command, here and in hybrid
 reading.py, schema.py   how files are opened and their JSON is checked, here and in hybrid
 writing.py      files that appear only when they are complete
 train.py, evaluate.py   the commands
 """
+
+from predictors import interrupts
+
+if interrupts.is_our_command():  # before the other imports, which take longer
+    interrupts.end_on_interrupt()

@@ -19,6 +19,7 @@ import numpy as np
 
 from predictors.errors import PredictorError
 from predictors.file import PredictorFile, load_predictor_file
+from predictors.interrupts import INTERRUPTED, raising_interrupts
 from predictors.predictors import Quality, measure_quality
 from predictors.selection import HeldOut
 from predictors.trace import Trace, load_trace
@@ -74,13 +75,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
-        file = load_predictor_file(args.predictor)
-        qualities = evaluate(file, load_trace(args.trace), args.recall)
+        with raising_interrupts():
+            file = load_predictor_file(args.predictor)
+            qualities = evaluate(file, load_trace(args.trace), args.recall)
     except PredictorError as error:
         print(f"predictors.evaluate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     print(f"layer  {'kind':12} {'recall':>8} {'weighted':>9} {'precision':>10} {'predicted':>10}")
     for layer, ((choice, _), q) in enumerate(zip(file.select(args.recall), qualities, strict=True)):
         print(

@@ -22,6 +22,7 @@ import numpy as np
 
 from predictors.errors import PredictorError
 from predictors.file import Choice, PredictorFile
+from predictors.interrupts import INTERRUPTED, raising_interrupts
 from predictors.predictors import RANK_STEP, WIDE_RANK, LowRank
 from predictors.selection import CostTable, HeldOut, candidates_for, cheapest
 from predictors.trace import LayerTrace, Trace, load_trace
@@ -225,16 +226,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end = "\n" if done == total else ""
             print(f"\r{task} {done}/{total}{left}   ", end=end, file=sys.stderr, flush=True)
 
+    options = Options(
+        recalls=tuple(sorted(set(args.recall))),
+        ranks=tuple(args.rank),
+        epochs=args.epochs,
+        seed=args.seed,
+    )
     try:
-        options = Options(
-            recalls=tuple(sorted(set(args.recall))),
-            ranks=tuple(args.rank),
-            epochs=args.epochs,
-            seed=args.seed,
-        )
-        file = train(load_trace(args.trace), options, progress)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        file.save(args.out)
+        with raising_interrupts():
+            file = train(load_trace(args.trace), options, progress)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            file.save(args.out)
     except PredictorError as error:
         print(f"predictors.train: {error}", file=sys.stderr)
         return 1
@@ -242,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"predictors.train: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     print("on held-out tokens; cost of finding the active neurons, relative to all gates:")
     print(summary(file), flush=True)
     return 0

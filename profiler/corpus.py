@@ -197,7 +197,9 @@ def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[To
 def _write(engine: Engine, prompt: str, seed: int) -> list[int]:
     """Return the ids of a prompt and its continuation by the model.
 
-    The temperature is 1, which samples from the model's own distribution.
+    Tokens are drawn from the model's own distribution (temperature 1, no penalty) without its least
+    likely twentieth, whatever generation_config.json says of sampling. Its rules about tokens hold,
+    since they also hold for the answers that users get.
     """
     room = min(WRITTEN_TOKENS, engine.n_context // 2)
     with engine.open_session() as session:
@@ -206,6 +208,7 @@ def _write(engine: Engine, prompt: str, seed: int) -> list[int]:
             temperature=1.0,
             top_k=0,
             top_p=0.95,
+            min_p=0.0,
             repeat_penalty=1.0,
             stop=(),
             seed=seed,

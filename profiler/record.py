@@ -20,12 +20,13 @@ from pathlib import Path
 from hybrid import InvalidOption
 from hybrid.cli.command_line import (
     ArgumentParser,
+    add_bos_option,
     add_kv_option,
     add_model_options,
     byte_size,
     load_options,
     open_engine,
-    printable,
+    print_notices,
     run_command,
 )
 from profiler.corpus import Corpus, TextFile
@@ -42,6 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_model_options(parser)
+    add_bos_option(parser)
     add_kv_option(parser)
     add("-o", "--out", type=Path, required=True, metavar="FOLDER", help="folder for the profile")
     add(
@@ -75,8 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     load_options(args)  # report a wrong value before a model is downloaded
     texts = [TextFile(path, args.separator) for path in args.text]
-    for notice in (line for text in texts for line in text.notices):
-        print(f"note: {printable(notice)}", file=sys.stderr)
+    print_notices(line for text in texts for line in text.notices)
     corpora: list[Corpus] = [*texts]
     if args.out.exists() and not args.out.is_dir():
         raise InvalidOption(f"-o {args.out}: is a file; expected a folder")
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     )
     compiled_sums()  # report a missing package before a model is downloaded
     with open_engine(args) as (engine, progress):
+        print_notices(engine.notices)
         result = record(engine, corpora, args.out, options, progress)
     profile = result.profile
     print(f"{profile.n_tokens} tokens, {profile.sparsity.mean():.2%} of neurons inactive")

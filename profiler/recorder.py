@@ -77,9 +77,9 @@ def record(
     """Record into `folder`.
 
     Without corpora it records on texts that the model writes, or on random ids for a synthetic
-    model. Raises InvalidOption for a model without sparsity, a text without tokens, or a folder
-    that holds another recording, and InvalidArtifact if the file of packed weights is damaged.
-    Raises HybridError if the disk is full.
+    model. Raises InvalidOption for a model without sparsity, a text without tokens, a window
+    without room for text, or a folder that holds another recording, and InvalidArtifact if the file
+    of packed weights is damaged. Raises HybridError if the disk is full.
     """
     config = engine.config
     if not config.is_sparse:
@@ -89,6 +89,12 @@ def record(
         )
     engine.wait_for_weights()  # nothing that damaged weights compute is kept
     options = replace(options, window=min(options.window, engine.n_context))
+    n_bos = len(engine.tokenizer.bos)
+    if corpora and options.window <= n_bos:
+        raise InvalidOption(
+            f"a window of {options.window} tokens has no room for text: the model's tokenizer puts "
+            f"{n_bos} before each; choose a larger window"
+        )
     if (folder / FILE_NAME).exists():
         raise InvalidOption(f"{folder}: holds a finished recording; choose another folder")
     try:
@@ -118,6 +124,7 @@ class _Recorder:
             "model_hash": engine.model_hash,
             "order_hash": order_hash(self.orders),
             "quant": engine.quant,
+            "bos": list(engine.tokenizer.bos),
             "window": options.window,
             "max_tokens": options.max_tokens,
             "trace_bytes": options.trace_bytes,

@@ -24,6 +24,7 @@ from hybrid.cli.command_line import (
     add_model_options,
     load_options,
     open_engine,
+    print_notices,
     read_text,
     run_command,
 )
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     load_options(args)  # report a wrong value before a model is downloaded
     text = read_text(args.text)
     with open_engine(args) as (engine, _):
+        print_notices(engine.notices)
         report = measure_sparsity(engine, engine.tokenizer.encode(text))
         engine.wait_for_weights()  # a figure of damaged weights is not shown
     for layer, sparsity in enumerate(report.sparsity):

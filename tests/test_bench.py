@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny_models import write_model
 
 import hybrid
 from hybrid import bench
+from hybrid.checkpoint.identity import ModelIdentity
 from hybrid.placement import hardware
 from hybrid.placement.disturbance import StolenTime
 
@@ -153,3 +155,14 @@ def test_more_tokens_than_the_context_holds_are_refused(capsys):
 def test_an_unknown_model_gives_one_line_of_error(capsys):
     assert bench.main(["-m", "./no such model"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_bench_needs_no_hash_of_the_model(tmp_path, capsys, monkeypatch):
+    def refuse(identity) -> str:
+        raise AssertionError("the model is hashed")
+
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(ModelIdentity, "_compute", refuse)
+    model = write_model(tmp_path / "model", vocab_size=4096)
+    assert bench.main(["-m", str(model), "--runs", "1", "-n", "2", "--long-context", "16"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["vram_bytes"] == 0

@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from isa_note import without_isa_note
 from tiny_models import write_model
 
-from hybrid import interrupts, run
+from hybrid import lm_eval, run
+from predictors import interrupts
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -93,16 +94,48 @@ def test_an_interrupt_of_the_script_during_imports_prints_nothing(endless, mark)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mark", ["hybrid.errors", "numpy"])
+@pytest.mark.parametrize("mark", ["errors", "numpy"])
 @pytest.mark.parametrize(
     "name",
     [
         *("hybrid.bench", "hybrid.eval", "hybrid.plan", "hybrid.selfcheck", "hybrid.setup"),
-        *("profiler.record", "profiler.report", "profiler.sparsity"),
+        *("hybrid.lm_eval", "profiler.record", "profiler.report", "profiler.sparsity"),
+        *("predictors.train", "predictors.evaluate"),
     ],
 )
 def test_an_interrupt_of_any_command_prints_nothing(name, mark):
+    if mark == "errors":
+        mark = f"{'predictors' if name.startswith('predictors') else 'hybrid'}.errors"
     check_end(start([*module(name), "--help"], mark), (130, 0))  # 0: it ended before
+
+
+@pytest.mark.parametrize("name", ["predictors.train", "predictors.evaluate"])
+def test_an_interrupt_of_a_leaf_command_prints_nothing(name):
+    check_end(start([*module(name), "--help"], "predictors.errors"))
+
+
+def test_the_harness_runs_with_interrupts_that_raise(monkeypatch):
+    """Its arguments are those that were given, and the process keeps its own."""
+    seen = []
+
+    def cli_evaluate() -> None:
+        seen.append(list(sys.argv))
+        signal.raise_signal(signal.SIGINT)
+
+    harness = ModuleType("lm_eval.__main__")
+    harness.cli_evaluate = cli_evaluate  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", harness)
+    monkeypatch.setitem(sys.modules, "hybrid.evaluation.harness", ModuleType("harness"))
+    arguments = list(sys.argv)
+    before = signal.signal(signal.SIGINT, interrupts._end)
+    try:
+        assert lm_eval.main(["--tasks", "piqa"]) == 130
+        assert signal.getsignal(signal.SIGINT) is interrupts._end
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [["hybrid.lm_eval", "--tasks", "piqa"]]
+    assert sys.argv == arguments
 
 
 @pytest.mark.slow
@@ -117,7 +150,7 @@ def test_an_interrupt_at_any_time_prints_no_traceback(endless, delay_s):
 def test_ignored_interrupts_stay_ignored():
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from hybrid import interrupts; interrupts.end_on_interrupt()\n"
+        "from predictors import interrupts; interrupts.end_on_interrupt()\n"
         "with interrupts.raising_interrupts(): signal.raise_signal(signal.SIGINT)\n"
         "print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
     )
@@ -149,6 +182,7 @@ def test_interrupts_raise_only_while_a_command_runs(monkeypatch):
         ("hybrid.run", ["/x/run.py"], ["python", "-m", "hybrid.run"], True),
         ("hybrid.__main__", ["/x/__main__.py"], ["python", "-m", "hybrid"], True),
         (None, ["-m"], ["python", "-m", "profiler.record"], True),
+        (None, ["-m"], ["python", "-m", "predictors.train"], True),
         (None, ["-m", "-m"], ["python", "-m", "hosts.app", "-m", "hybrid.run"], False),
         (None, ["app.py", "-m", "hybrid.run"], ["python", "app.py", "-m", "hybrid.run"], False),
         ("hybridise", ["/x/hybridise.py"], ["python", "-m", "hybridise"], False),

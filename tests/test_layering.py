@@ -18,7 +18,6 @@ LAYERS = [
     [
         "hybrid.errors",
         "hybrid.files",
-        "hybrid.interrupts",
         "hybrid.limits",
         "hybrid.notices",
         "hybrid.progress",
@@ -47,8 +46,8 @@ LAYERS = [
 ]
 # hybrid reads predictor files, but must not import what trains them.
 READS_PREDICTORS = {"predictors.errors", "predictors.file", "predictors.predictors"}
-# Both read files in one way, and the leaf package cannot import it from hybrid.
-READS_PREDICTORS |= {"predictors.reading", "predictors.schema"}
+# Both read files and handle Ctrl-C in one way, and the leaf package cannot import it from hybrid.
+READS_PREDICTORS |= {"predictors.reading", "predictors.schema", "predictors.interrupts"}
 # Only these import torch, and they are loaded only if a GPU is requested.
 IMPORTS_TORCH = ("hybrid.kernels.gpu.", "hybrid.engine.gpu.", "hybrid.checking.gpu")
 # Every front-end may import the public names, the catalog, the progress bar and the shared options.
@@ -60,7 +59,7 @@ FRONT_ENDS = {
     "hybrid.cli.conversation": _USUAL,
     "hybrid.bench": _USUAL | {"hybrid.evaluation.speed"},
     "hybrid.eval": _USUAL | {"hybrid.evaluation", "hybrid.notices"},
-    "hybrid.lm_eval": _USUAL | {"hybrid.evaluation.harness"},
+    "hybrid.lm_eval": _USUAL | {"hybrid.evaluation.harness", "predictors.interrupts"},
     "hybrid.plan": _USUAL
     | {
         "hybrid.engine.loading.planning",

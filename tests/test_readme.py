@@ -69,6 +69,12 @@ def test_readme_is_short_and_its_links_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_tables_in_developers_md_are_narrow():
+    lines = (ROOT / "DEVELOPERS.md").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith("|") and len(line) > 120]
+    assert max(map(len, lines)) <= 130
+
+
 def test_the_files_on_the_paths_in_developers_md_exist():
     """Each path through the tree names at most twelve files, in order."""
     text = (ROOT / "DEVELOPERS.md").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from isa_note import without_isa_note
 from tiny_models import STORIES, write_model
 
 from hybrid import run
+from hybrid.checkpoint.identity import ModelIdentity
 
 
 class Result:
@@ -116,6 +117,52 @@ def test_a_full_context_is_reported():
     result = hybrid_run("-p", "Once upon a time", "-c", "10", "-n", "50", "--seed", "1")
     assert result.code == 0
     assert "stopped: the context is full" in result.err
+
+
+@pytest.mark.parametrize("option", ["--json", "-v"])
+def test_a_finished_answer_needs_no_hash_of_the_model(tmp_path, monkeypatch, option):
+    """Hashing takes long without a home, and fails if a file was touched meanwhile."""
+    model = write_model(tmp_path / "model", vocab_size=4096)
+    touched = False
+    begin = run.begin
+
+    def touching(*arguments):
+        nonlocal touched
+        touched = True
+        os.utime(model / "model.safetensors", ns=(1, 1))
+        return begin(*arguments)
+
+    def refuse(identity) -> str:
+        raise AssertionError("the model is hashed")
+
+    monkeypatch.setattr(run, "begin", touching)
+    monkeypatch.setattr(ModelIdentity, "_compute", refuse)
+    result = hybrid_run("-m", model, "-n", "3", option, HYBRID_HOME=str(tmp_path / "home"))
+    assert result.code == 0, result.err
+    assert touched
+    if option == "--json":
+        assert json.loads(result.out)["vram_bytes"] == 0
+    else:
+        assert "generated 3 tokens" in result.err
+
+
+def test_the_models_own_limit_is_not_called_an_option(tmp_path):
+    model = write_model(tmp_path / "model", vocab_size=4096)
+    (model / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    assert "stopped: the model's own limit reached]" in hybrid_run("-m", model, "-p", "A").err
+    assert "stopped: --max-tokens reached]" in hybrid_run("-m", model, "-p", "A", "-n", "2").err
+    together = hybrid_run("-m", model, "-i", stdin=b"A\n").err
+    assert "(stopped after 3 tokens, the model's own limit; -n changes it)" in together
+    together = hybrid_run("-m", model, "-i", "-n", "2", stdin=b"A\n").err
+    assert "(stopped after --max-tokens 2)" in together
+
+
+def test_help_says_what_a_model_may_be(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "hf://owner/name" in text
+    assert "what looks like a path is never downloaded" in text
 
 
 def test_a_dense_model_is_reported(tmp_path):

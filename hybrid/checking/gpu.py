@@ -251,7 +251,7 @@ def decode_ms(
             "ms": statistics.median(rounds),
             "tps": 1e3 / statistics.median(rounds),
             "active_fraction": active / engine.config.n_neurons,
-            "vram_mib": round(engine.plan.vram_bytes / 2**20),
+            "vram_mib": round(engine.vram_bytes / 2**20),
             "plan": engine.plan.summary(),
         }
 

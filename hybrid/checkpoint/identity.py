@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from hybrid.errors import InvalidCheckpoint
 from hybrid.files import open_file, read_bytes, write_atomically
+from hybrid.limits import allowed_threads
 from hybrid.model.config import ModelConfig
 from hybrid.threads import map_on_threads
 from predictors.schema import Malformed, integer, read_json, record, text
@@ -195,9 +196,9 @@ _REMEMBERED = record(
 def hash_content(descriptor: int, n_bytes: int, stops: threading.Event | None = None) -> str:
     """Return the SHA-256 of the SHA-256 of each chunk of an open file.
 
-    All cores share the work. Raises OSError if the file is shorter than `n_bytes`.
+    All cores that this process may use share the work. Raises OSError if the file is shorter than
+    `n_bytes`.
     """
-    n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     local = threading.local()
 
     def hash_chunk(first: int) -> bytes:
@@ -216,6 +217,7 @@ def hash_content(descriptor: int, n_bytes: int, stops: threading.Event | None = 
 
     firsts = range(0, n_bytes, CHUNK_BYTES)
     digest = hashlib.sha256()
+    n_threads = min(allowed_threads(), len(firsts))
     for part in map_on_threads(hash_chunk, firsts, n_threads or 1):
         digest.update(part)
     return digest.hexdigest()

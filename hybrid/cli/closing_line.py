@@ -22,7 +22,7 @@ class ClosingLine:
 
     def __call__(self, engine: Engine, generation: Generation) -> str:
         # A small model's weights stay in the CPU's cache, so memory bandwidth is no limit.
-        if self._measures_bandwidth and not (engine.plan.uses_gpu or engine.fits_in_cache):
+        if self._measures_bandwidth and not (engine.uses_gpu or engine.fits_in_cache):
             self._measures_bandwidth = False  # once is enough
             with suppress(OutOfMemory):
                 self._stream_gbs = engine.measure_stream_gbs()
@@ -52,6 +52,7 @@ def closing_line(engine: Engine, generation: Generation, stream_gbs: float | Non
     if generation.finish_reason == "cancelled":
         parts.append("interrupted")
     if generation.finish_reason == "length":
+        limit = "the model's own limit" if generation.limit_is_models else "--max-tokens"
         is_full = generation.context_is_full
-        parts.append("stopped: the context is full" if is_full else "stopped: --max-tokens reached")
+        parts.append("stopped: the context is full" if is_full else f"stopped: {limit} reached")
     return "[" + " | ".join(parts) + "]"

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO
 
@@ -24,10 +24,14 @@ from hybrid import (
 )
 from hybrid.cli.progress_bar import progress_bar
 from hybrid.files import read_bytes
-from hybrid.interrupts import INTERRUPTED, raising_interrupts
 from hybrid.text.text_file import BOM, decode_text, text_notices
+from predictors.interrupts import INTERRUPTED, raising_interrupts
 
 MAX_TEXT_BYTES = 1 << 30  # of a text to measure on
+MODEL_HELP = (
+    "a model's name, a folder, or a Hugging Face repository as owner/name or hf://owner/name; what "
+    "looks like a path is never downloaded (default: stories)"
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -62,7 +66,7 @@ def add_model_options(
         "-m",
         "--model",
         default="stories",
-        help="a model's name, a Hugging Face repo id, or a folder (default: stories)",
+        help=MODEL_HELP,
     )
     add(
         "-t",
@@ -321,9 +325,15 @@ def decode_with_notes(name: str, data: bytes, *, is_required: bool = False) -> s
         ) from error
     if is_required and not text.strip():
         raise InvalidOption(f"{name}: there is no text in it")
-    for notice in text_notices(name, has_bom=data.startswith(BOM), has_crlf=b"\r\n" in data):
-        print(f"note: {printable(notice)}", file=sys.stderr)
+    has_bom, has_crlf = data.startswith(BOM), b"\r\n" in data
+    print_notices(text_notices(name, has_bom=has_bom, has_crlf=has_crlf))
     return text
+
+
+def print_notices(notices: Iterable[str]) -> None:
+    """Print what a user should know, one line each, on standard error."""
+    for notice in notices:
+        print(f"note: {printable(notice)}", file=sys.stderr)
 
 
 def run_command(program: str, command: Callable[[], int]) -> int:

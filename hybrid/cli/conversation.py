@@ -132,7 +132,10 @@ class Conversation:
         elif generation.context_is_full:
             print("(stopped: the context is full; /reset starts again)", file=sys.stderr)
         elif generation.finish_reason == "length":
-            print(f"(stopped after --max-tokens {len(generation.tokens)})", file=sys.stderr)
+            n = len(generation.tokens)
+            own = f"{n} tokens, the model's own limit; -n changes it"
+            limit = own if generation.limit_is_models else f"--max-tokens {n}"
+            print(f"(stopped after {limit})", file=sys.stderr)
         if self.display.is_verbose:
             print(self.display.describe(self.engine, generation), file=sys.stderr)
 

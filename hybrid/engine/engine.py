@@ -85,8 +85,20 @@ class Engine:
         )
 
     @property
+    def uses_gpu(self) -> bool:
+        """Whether a part of the model is on a GPU."""
+        return self._plan.uses_gpu
+
+    @property
+    def vram_bytes(self) -> int:
+        """Bytes of the tensors on the GPU: weights, KV cache, buffers."""
+        return self._plan.vram_bytes
+
+    @property
     def plan(self) -> PlacementPlan:
-        """What is on which device. It names the model, so this raises what `model_hash` raises."""
+        """What is on which device. It names the model, so this hashes it as `model_hash` does, and
+        raises the same errors; `uses_gpu` and `vram_bytes` do not.
+        """
         if not self._plan.model_hash:
             self._plan = replace(self._plan, model_hash=self.model_hash)
         return self._plan

@@ -92,6 +92,7 @@ class Generation:
     logprobs: list[TokenLogprobs] | None  # None unless requested
     finish_reason: FinishReason | None
     context_is_full: bool  # whether a full context ended the answer
+    limit_is_models: bool  # whether generation_config.json limits the answer, not the caller
     stats: GenerationStats
     seed: int  # the same seed repeats this generation
 
@@ -114,6 +115,7 @@ class Generation:
         self._session = session
         self._sampler = sampler
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.stream(prompt)
+        self.limit_is_models = limits.is_models
         self._max_tokens, self._eos_ids = limits.max_tokens, session._config.eos_ids
         self._stop, self._n_top = limits.stop, request.logprobs
         self._rules = None if limits.rules == TokenRules() else limits.rules

@@ -104,6 +104,7 @@ class AnswerLimits(NamedTuple):
     max_tokens: int | None  # None: only the context
     stop: tuple[str, ...]  # the text ends before the first of these
     rules: TokenRules
+    is_models: bool = False  # whether max_tokens comes from the model's generation_config.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +144,9 @@ class GenerationOptions:
 
     def limits(self, defaults: GenerationDefaults, n_prompt: int) -> AnswerLimits:
         """Return what bounds the answer to a prompt of so many tokens. Raises InvalidOption."""
-        max_tokens = self.max_tokens
+        max_tokens, is_models = self.max_tokens, False
         if max_tokens == "auto":
+            is_models = defaults.limits_answers
             max_tokens = defaults.max_answer(n_prompt, DEFAULT_MAX_TOKENS)
         if max_tokens is not None and max_tokens < 1:
             raise InvalidOption(
@@ -152,7 +154,7 @@ class GenerationOptions:
                 f"{defaults.max_length} for prompt and answer; choose max_tokens"
             )
         stop = defaults.stop if self.stop is None else checked_stop(self.stop)
-        return AnswerLimits(max_tokens, stop, defaults.rules)
+        return AnswerLimits(max_tokens, stop, defaults.rules, is_models)
 
 
 # The same fields as keywords of `hybrid.load`, `Engine.generate` and `Engine.chat`, for type

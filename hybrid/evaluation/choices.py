@@ -146,6 +146,8 @@ def read_questions(
             row = json.loads(line)
         except ValueError as error:
             raise InvalidOption(f"{where}: is not JSON ({error})") from error
+        except RecursionError:
+            raise InvalidOption(f"{where}: is nested too deeply") from None
         if not isinstance(row, dict):
             raise InvalidOption(f"{where}: expected an object")
         name = form if form != "auto" else _form_of(row, where)

@@ -37,8 +37,7 @@ _LOG = logging.getLogger("lm_eval.models.hybrid")  # the harness shows what is b
 _DEFAULT_DEVICE = "cuda:0"  # of the harness
 _Tokens = list[int]
 _Pair = tuple[tuple[str, str] | None, _Tokens, _Tokens]  # texts or None, context, continuation
-# Values of other engines' options that change nothing.
-_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
+_NEUTRAL = {"num_beams": 1}  # values of other engines' options that change nothing
 
 
 @register_model("hybrid")
@@ -108,6 +107,8 @@ class HybridLM(TemplateLM):
         engine, prediction = self.engine, self.engine.prediction
         return {
             "quant": engine.quant,
+            "kv": engine.kv,
+            "add_bos": self._n_bos > 0,
             "model_hash": engine.model_hash,
             "recall": None if prediction is None else prediction.recall,
             "previews_head": engine.previews_head,
@@ -211,6 +212,8 @@ def generation_options(gen_kwargs: dict[str, Any]) -> GenerationOptions:
     values = normalize_gen_kwargs(gen_kwargs)
     is_sampled = values.pop("do_sample")
     given = {name: values.pop(name, None) for name in ("temperature", "top_k", "top_p", "min_p")}
+    # Also if it is 1, since the model's own penalty would apply otherwise.
+    repeat_penalty = values.pop("repetition_penalty", None)
     max_tokens, stop = values.pop("max_gen_toks"), values.pop("until")
     others = [f"{name}={value}" for name, value in values.items() if _NEUTRAL.get(name) != value]
     if others:
@@ -219,6 +222,7 @@ def generation_options(gen_kwargs: dict[str, Any]) -> GenerationOptions:
         given = {"temperature": 0.0}
     return GenerationOptions(
         **given,
+        repeat_penalty=repeat_penalty,
         max_tokens=max_tokens,
         stop=[text for text in stop if text],
         seed=random.getrandbits(32),

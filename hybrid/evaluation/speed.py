@@ -118,7 +118,7 @@ def measure_speed(engine: Engine, options: SpeedOptions) -> Measurements:
         return DecodeBench(engine, ids[:context], decoded, dense=dense, timed=timed)
 
     staged: dict[str, DecodeBench] = {}
-    if engine.plan.uses_gpu:  # one session at a time: the budget may not have room for two
+    if engine.uses_gpu:  # one session at a time: the budget may not have room for two
         results = []
         for context, is_dense in runs:
             decode = bench_of(context, dense=is_dense)
@@ -218,7 +218,7 @@ class DecodeBench:
             n_gates=None if self.dense else self.n_gates,
             n_shortlisted=self.n_shortlisted,
         )
-        if not self.engine.plan.uses_gpu:  # bytes that a GPU reads are not counted
+        if not self.engine.uses_gpu:  # bytes that a GPU reads are not counted
             assert self.n_bytes == expected, f"{self.n_bytes} bytes counted, {expected} expected"
         self.session.close()
         return DecodeResult(

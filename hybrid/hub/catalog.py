@@ -110,7 +110,9 @@ def resolve(
     If the model is complete on this machine, the network is not used. `progress` is called only
     during a download. `notices` receives what may differ from the model's own text.
 
-    Raises ModelNotFound or DownloadFailed, and InvalidOption for what cannot be a name at all.
+    Raises ModelNotFound or DownloadFailed, and InvalidOption for what cannot be a name at all. A
+    download's config and tokenizer are checked before its weights are fetched, which raises
+    InvalidCheckpoint or UnsupportedModel.
     """
     if not isinstance(model, (str, os.PathLike)):
         raise InvalidOption(f"model: expected a name or a folder, found {type(model).__name__}")

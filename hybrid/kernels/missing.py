@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from hybrid.interrupts import is_our_command
+from predictors.interrupts import is_our_command
 
 CHECKOUT = Path(__file__).parents[2]
 

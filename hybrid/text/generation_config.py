@@ -64,6 +64,11 @@ class GenerationDefaults:
     rules: TokenRules = field(default_factory=TokenRules)
     notices: tuple[str, ...] = ()  # one line each: what is not followed
 
+    @property
+    def limits_answers(self) -> bool:
+        """Whether the model itself says how long an answer may be."""
+        return self.max_new_tokens is not None or self.max_length is not None
+
     def max_answer(self, n_prompt: int, default: int) -> int:
         """Return how many tokens may follow a prompt of `n_prompt`; `default` if nothing says it.
 

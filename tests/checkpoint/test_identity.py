@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_models import write_model
 
+from hybrid import limits
 from hybrid.checkpoint import hf, identity
 from hybrid.errors import InvalidCheckpoint
 
@@ -205,3 +207,18 @@ def test_a_new_field_at_its_default_does_not_change_the_hash():
 
     assert json.loads(identity._describe(Config(3))) == {"n_layers": 3}
     assert json.loads(identity._describe(Config(3, 2.0))) == {"n_layers": 3, "later": 2.0}
+
+
+@pytest.mark.parametrize(("quota", "n_threads"), [(1.0, 1), (2.5, 2), (math.inf, 3)])
+def test_the_processor_quota_bounds_the_hashing_threads(model, monkeypatch, quota, n_threads):
+    found = []
+
+    def recorded(function, items, n_threads):
+        found.append(n_threads)
+        return map(function, items)
+
+    monkeypatch.setattr(identity, "map_on_threads", recorded)
+    monkeypatch.setattr(limits, "allowed_cores", lambda: 3)
+    monkeypatch.setattr(limits, "cpu_quota", lambda: quota)
+    hash_of(model)
+    assert found == [n_threads]

@@ -86,10 +86,10 @@ def test_what_is_not_given_is_the_models():
 def test_limits_are_the_callers_then_the_models_then_hybrids():
     rules = TokenRules(no_repeat_ngram_size=3)
     model = GenerationDefaults(max_new_tokens=9, stop=("END",), rules=rules)
-    assert GenerationOptions().limits(model, 5) == (9, ("END",), rules)
-    assert GenerationOptions(max_tokens=3, stop="x").limits(model, 5) == (3, ("x",), rules)
-    assert GenerationOptions(max_tokens=None, stop=()).limits(model, 5) == (None, (), rules)
-    assert GenerationOptions().limits(GenerationDefaults(), 5) == (256, (), TokenRules())
+    assert GenerationOptions().limits(model, 5) == (9, ("END",), rules, True)
+    assert GenerationOptions(max_tokens=3, stop="x").limits(model, 5) == (3, ("x",), rules, False)
+    assert GenerationOptions(max_tokens=None, stop=()).limits(model, 5) == (None, (), rules, False)
+    assert GenerationOptions().limits(GenerationDefaults(), 5) == (256, (), TokenRules(), False)
 
 
 @pytest.mark.parametrize("seed", [None, -1])

@@ -156,6 +156,7 @@ def test_fp32_is_near_the_native_engine(engine):
 BAD = {
     "empty": ("", "is empty"),
     "no JSON": ('{"context": "a", "choices": ["b", "c"], "answer": 0}\n\nnot json', "line 3"),
+    "nested": ("[" * 200_000, "line 1: is nested too deeply"),
     "no object": ("[1, 2]", "expected an object"),
     "unknown form": ('{"text": "a"}', "unknown form"),
     "missing field": ('{"context": "a", "choices": ["b", "c"]}', "no field 'answer'"),
@@ -199,5 +200,7 @@ def test_the_command_prints_json_or_a_table(tmp_path, capsys):
     assert summary["n_questions"] == 2
     assert summary["acc"] in (0.0, 1.0)
     assert summary["chance"] == 0.5
-    assert eval.main(["choices", "--file", str(path)]) == 0
-    assert "chance 50.0%" in capsys.readouterr().out
+    assert eval.main(["choices", "--file", str(path), "--limit", "1", "--kv", "bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "chance 50.0%" in out
+    assert out.endswith("1 questions; stories, q8, KV cache bf16\n")

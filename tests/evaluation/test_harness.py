@@ -15,7 +15,7 @@ from benchmark_items import FORMS, write_items
 from tiny_models import write_model
 
 import hybrid
-from hybrid import InvalidOption
+from hybrid import InvalidOption, SamplingParams
 from hybrid.evaluation import Fp32Engine, choices, measure_choices, read_questions
 from hybrid.evaluation.choices import Answer, answer
 
@@ -286,7 +286,7 @@ def test_sampling_follows_the_seed_of_the_harness(short):
 
 def test_what_hybrid_does_not_have_is_refused(short):
     options = generation_options({"until": "x", "max_gen_toks": 5, "num_beams": 1, "top_k": 3})
-    assert (options.max_tokens, options.temperature, options.stop_strings) == (5, 0.0, ("x",))
+    assert (options.max_tokens, options.temperature, options.stop) == (5, 0.0, ("x",))
     with pytest.raises(InvalidOption, match="num_beams=4"):
         generation_options({"num_beams": 4})
     with pytest.raises(InvalidOption, match="unknown option dtype"):
@@ -297,6 +297,22 @@ def test_what_hybrid_does_not_have_is_refused(short):
         short.loglikelihood(instances("loglikelihood", ("A", "")))
     with pytest.raises(InvalidOption, match="apply_chat_template"):
         short.chat_template(True)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.7}])
+def test_a_repetition_penalty_wins_over_the_models_own(sampling):
+    for penalty in (1.0, 1.3):
+        options = generation_options({"repetition_penalty": penalty, **sampling})
+        assert options.sampling(SamplingParams(repeat_penalty=1.2)).repeat_penalty == penalty
+    options = generation_options(dict(sampling))
+    assert options.sampling(SamplingParams(repeat_penalty=1.2)).repeat_penalty == 1.2
+
+
+def test_the_results_say_how_the_model_was_computed(short):
+    info = short.get_model_info()
+    assert (info["quant"], info["kv"], info["add_bos"]) == ("bf16", "fp16", True)
+    lm = HybridLM("stories", kv="bf16", add_bos=False, threads=2)
+    assert (lm.get_model_info()["kv"], lm.get_model_info()["add_bos"]) == ("bf16", False)
 
 
 def run_command(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -323,6 +339,12 @@ def test_the_documented_command_runs(tasks, files, tmp_path):
         found = measure_choices(engine, read_questions(files["piqa"]))
     assert math.isclose(scores["acc,none"], found.plain)
     assert math.isclose(scores["acc_norm,none"], found.normalised)
+
+
+def test_the_command_has_help(tmp_path):
+    result = run_command("--help", home=tmp_path)
+    assert result.returncode == 0
+    assert "usage: " in result.stdout
 
 
 def test_a_mistake_becomes_one_line(tasks, tmp_path):

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +16,18 @@ import numpy as np
 import pytest
 from predictor_files import decode_counted, trace_about
 from slow import slow_except
-from tiny_models import ODD_SHAPES, write_model
+from tiny_models import ODD_SHAPES, STORIES, write_model
 
 import hybrid
-from hybrid import HybridError, InvalidOption, load
+from hybrid import HybridError, InvalidOption, load, setup
 from hybrid.checkpoint import open_checkpoint
+from hybrid.cli.command_line import load_options
 from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
 from hybrid.placement.profile import FILE_NAME, POSITION_BUCKETS, load_profile
 from predictors.trace import TraceSizes, TraceWriter, load_trace
 from predictors.train import Options, train
-from profiler import recorder
+from profiler import recorder, sparsity
 from profiler.corpus import TextFile, TokenLists
 from profiler.record import main
 from profiler.recorder import RecordingOptions, record
@@ -283,6 +287,19 @@ def test_without_text_the_model_writes_its_own(engine, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out" / "texts").iterdir())) == 2
 
 
+def test_texts_are_written_without_the_models_sampling_values(tmp_path, monkeypatch):
+    from profiler import corpus
+
+    monkeypatch.setattr(corpus, "WRITTEN_TOKENS", 20)
+    other = shutil.copytree(STORIES, tmp_path / "other")
+    values = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "min_p": 0.9}
+    values |= {"repetition_penalty": 2.0, "max_new_tokens": 2, "stop_strings": ["e"]}
+    (other / "generation_config.json").write_text(json.dumps(values))
+    with load("stories") as engine, load(other) as greedy:
+        assert greedy.default_sampling.min_p == 0.9
+        assert corpus._write(greedy, "Once", 1) == corpus._write(engine, "Once", 1)
+
+
 def test_a_synthetic_model_gets_random_tokens(tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path))
     with load("synthetic:tiny") as engine:
@@ -352,6 +369,75 @@ def test_notes_about_a_text_are_printed(tmp_path, capsys):
     path.write_bytes(b"\xef\xbb\xbfOnce upon a time.")
     assert main(["-o", str(tmp_path / "out"), "--text", str(path)]) == 0
     assert f"note: --text {path}: begins with a byte-order mark" in capsys.readouterr().err
+
+
+def noted(folder: Path) -> Path:
+    """Write a model about which there is a notice."""
+    write_model(folder, vocab_size=4096)
+    (folder / "generation_config.json").write_text('{"num_beams": 4}')
+    return folder
+
+
+@pytest.mark.parametrize("command", ["record", "sparsity"])
+def test_notes_about_a_model_are_printed(tmp_path, capsys, command):
+    options = ["-m", str(noted(tmp_path / "model")), "--text", str(TEXT)]
+    if command == "record":
+        assert main([*options, "-o", str(tmp_path / "out"), "--max-tokens", "20"]) == 0
+    else:
+        assert sparsity.main(options) == 0
+    assert re.search("^note: .*num_beams", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_bos_may_be_left_out(tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text("Once upon a time", encoding="utf-8")
+    counts = []
+    for option in ("--bos", "--no-bos"):
+        out = tmp_path / option
+        assert main(["--text", str(path), "-o", str(out), option]) == 0
+        counts.append(load_profile(out / FILE_NAME).n_tokens)
+    assert counts == [5, 4]
+    args = setup.parse_arguments(["--text", str(path), "--no-bos"])
+    assert load_options(args).add_bos is False
+
+
+def test_a_recording_with_another_bos_is_not_continued(tmp_path, monkeypatch):
+    from profiler import corpus
+
+    monkeypatch.setattr(recorder, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 64)  # a place after each
+    model = write_model(tmp_path / "model", vocab_size=4096)
+    texts, out = [TextFile(TEXT)], tmp_path / "out"
+    with load(model) as engine, pytest.raises(KeyboardInterrupt):
+        record(engine, texts, out, OPTIONS, interrupting(4))
+    with (
+        load(model, add_bos=False) as engine,
+        pytest.raises(InvalidOption, match="another recording"),
+    ):
+        record(engine, texts, out, OPTIONS, ignore)
+
+
+def test_a_window_without_room_for_text_is_refused(tmp_path, capsys):
+    model = write_model(tmp_path / "model", vocab_size=4096)
+    layout = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    special = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("<unk>", "<s>")]
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    layout["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [*special, text],
+        "pair": [*special, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            name: {"id": name, "ids": [token], "tokens": [name]}
+            for name, token in {"<unk>": 0, "<s>": 1}.items()
+        },
+    }
+    (model / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    options = ["-m", str(model), "--text", str(TEXT), "-o", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert main([*options, "--window", "2"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("profiler.record: a window of 2 tokens has no room for text")
+    assert main([*options, "--window", "3", "--max-tokens", "9"]) == 0
 
 
 def test_characters_are_not_cut(engine, tmp_path, monkeypatch):
