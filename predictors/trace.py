@@ -164,6 +164,18 @@ class Sample(NamedTuple):
 START = Sample()
 
 
+def holds(folder: Path, sizes: TraceSizes, sample: Sample) -> bool:
+    """Return whether a folder has every record that a TraceWriter's sample says it has."""
+    n_bytes = sample.n_records * record_bytes(sizes.hidden_size, sizes.n_neurons)
+    try:
+        return all(
+            _part_path(folder, layer, sample.stride).stat().st_size >= n_bytes
+            for layer in range(sizes.n_layers)
+        )
+    except OSError:
+        return False
+
+
 class TraceWriter:
     """Collects an even sample of a stream of tokens whose length is not known.
 
@@ -201,7 +213,7 @@ class TraceWriter:
             file.seek(0, 2)
 
     def _part_path(self, layer: int) -> Path:
-        return self.folder / f"layer_{layer:03}.{self.stride}.part"
+        return _part_path(self.folder, layer, self.stride)
 
     def add(self, inputs: NDArray[np.float16], masks: NDArray[np.uint8]) -> None:
         """Add the next tokens: (n_layers, n, hidden) inputs and (n_layers, n, bytes) masks."""
@@ -279,6 +291,10 @@ class TraceWriter:
         for file in self._files:
             file.close()
         self._files.clear()
+
+
+def _part_path(folder: Path, layer: int, stride: int) -> Path:
+    return folder / f"layer_{layer:03}.{stride}.part"
 
 
 def _layer_path(folder: Path, layer: int) -> Path:

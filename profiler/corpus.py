@@ -17,7 +17,9 @@ import numpy as np
 
 from hybrid import Engine, GenerationOptions, InvalidOption, Progress
 from hybrid.files import open_file, read_bytes, write_atomically
+from hybrid.notices import Notices
 from hybrid.text.text_file import BOM, text_notices
+from predictors import schema
 
 CHUNK_BYTES = 1 << 18
 WRITTEN_TOKENS = 256  # maximum length of each text that the model writes
@@ -170,11 +172,13 @@ def random_corpora(engine: Engine, window: int) -> list[TokenLists]:
     ]
 
 
-def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[TokenLists]:
+def written_corpora(
+    engine: Engine, folder: Path, progress: Progress, notices: Notices
+) -> list[TokenLists]:
     """Let the model write texts from PROMPTS, one corpus for each kind of text.
 
     The texts are kept in `folder`, one file each, so that an interrupted recording need not write
-    them again. Raises OSError.
+    them again. A broken file is written again, with a notice. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(map(len, PROMPTS.values()))
@@ -184,14 +188,30 @@ def written_corpora(engine: Engine, folder: Path, progress: Progress) -> list[To
         for index, prompt in enumerate(prompts):
             progress("writing texts to record on, texts", done, total)
             path = folder / f"{kind}_{index:02}.json"
-            if not path.exists():
+            ids = _kept(engine, path, notices)
+            if ids is None:
                 ids = _write(engine, prompt, seed=index)
                 write_atomically(path, json.dumps(ids).encode())
-            sequences.append(json.loads(read_bytes(path, 16 << 20)))
+            sequences.append(ids)
             done += 1
         corpora.append(TokenLists(f"self-written: {kind}", sequences))
     progress("writing texts to record on, texts", total, total)
     return corpora
+
+
+def _kept(engine: Engine, path: Path, notices: Notices) -> list[int] | None:
+    """Return the ids of a text that an earlier run wrote, or None if it must be written."""
+    token = schema.integer(0, engine.config.vocab_size - 1)
+    ids = schema.list_of(token, least=1, most=engine.n_context)
+    try:
+        kept: list[int] = schema.read_json(read_bytes(path, 1 << 20), ids)
+    except FileNotFoundError:
+        return None
+    except (OSError, schema.Malformed) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        notices.add(f"{path}: is not a text of an earlier run ({what}); it was written again")
+        return None
+    return kept
 
 
 def _write(engine: Engine, prompt: str, seed: int) -> list[int]:

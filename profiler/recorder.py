@@ -22,19 +22,20 @@ from safetensors.numpy import save
 
 from hybrid import Engine, HybridError, InvalidOption, Observation, Progress
 from hybrid.checkpoint import Checkpoint, open_checkpoint
-from hybrid.checkpoint.json_file import MAX_JSON_BYTES
 from hybrid.files import read_bytes, read_safetensors, write_atomically
 from hybrid.kernels import Format
+from hybrid.notices import Notices
 from hybrid.placement.gate_costs import measure_gate_costs
 from hybrid.placement.profile import FILE_NAME, ActivationProfile
 from hybrid.weights.packing import order_hash
 from predictors import schema
-from predictors.trace import Sample, TraceSizes, TraceWriter, record_bytes
+from predictors.trace import START, Sample, TraceSizes, TraceWriter, holds, record_bytes
 from profiler.corpus import Corpus, random_corpora, written_corpora
 from profiler.statistics import ActivationSums
 
 SAVE_EVERY_S = 10.0
 MIN_TRACE_TOKENS = 64
+_MAX_TOKENIZER_BYTES = 64 << 20  # as the engine reads it
 _TASK = "recording, tokens"
 _STATE = "recording.json"
 _SUMS = "recording.safetensors"
@@ -43,9 +44,7 @@ _RECORDING = schema.record(
         "identity": schema.anything,
         **dict.fromkeys(("serial", "text", "place"), schema.integer(most=2**63)),
         "text_tokens": schema.list_of(schema.integer()),
-        "trace": schema.record(
-            {}, dict.fromkeys(("n_records", "stride", "n_seen"), schema.integer())
-        ),
+        "trace": schema.record({}, dict.fromkeys(Sample._fields, schema.integer())),
     }
 )
 
@@ -65,6 +64,7 @@ class Recording:
     trace_bytes: int
     n_new_tokens: int  # tokens that this run added
     seconds: float
+    notices: tuple[str, ...]  # what of an earlier run was broken and made again, one line each
 
 
 def record(
@@ -88,6 +88,7 @@ def record(
             "every neuron fires, so there is nothing to record"
         )
     engine.wait_for_weights()  # nothing that damaged weights compute is kept
+    notices = Notices()
     options = replace(options, window=min(options.window, engine.n_context))
     n_bos = len(engine.tokenizer.bos)
     if corpora and options.window <= n_bos:
@@ -102,8 +103,8 @@ def record(
         if not corpora and engine.is_synthetic:
             corpora = random_corpora(engine, options.window)
         elif not corpora:
-            corpora = written_corpora(engine, folder / "texts", progress)
-        recorder = _Recorder(engine, corpora, folder, options)
+            corpora = written_corpora(engine, folder / "texts", progress, notices)
+        recorder = _Recorder(engine, corpora, folder, options, notices)
         try:
             return recorder.run(progress)
         finally:
@@ -114,10 +115,17 @@ def record(
 
 class _Recorder:
     def __init__(
-        self, engine: Engine, corpora: Sequence[Corpus], folder: Path, options: RecordingOptions
+        self,
+        engine: Engine,
+        corpora: Sequence[Corpus],
+        folder: Path,
+        options: RecordingOptions,
+        notices: Notices,
     ) -> None:
         self.engine, self.corpora, self.folder, self.options = engine, corpora, folder, options
+        self.notices = notices
         config = engine.config
+        self.sizes = TraceSizes(config.n_layers, config.n_neurons, config.hidden_size)
         self.orders = engine.neuron_orders
         self.texts = [corpus.about() for corpus in corpora]
         self.identity = {
@@ -133,32 +141,91 @@ class _Recorder:
         self.sums = ActivationSums(len(corpora), config.n_layers, config.n_neurons)
         self.text, self.place = 0, 0  # where the next window is
         self.text_tokens = [0] * len(corpora)
-        trace_state = self._load_state()
-        self.trace = self._open_trace(trace_state) if options.trace_bytes else None
+        capacity = self._capacity() if options.trace_bytes else 0
+        sample = self._load_state(capacity)
+        self.trace = self._open_trace(capacity, sample) if options.trace_bytes else None
 
-    def _load_state(self) -> dict[str, int]:
-        """Load the sums and the state of an earlier run, and return the state of its trace."""
+    def _load_state(self, capacity: int) -> Sample:
+        """Load the sums and the state of an earlier run, and return the state of its trace.
+
+        A state that is broken or cannot be true is ignored, with a notice.
+        """
+        if not (self.folder / _STATE).exists():
+            return START
         try:
             state = schema.read_json(read_bytes(self.folder / _STATE, 16 << 20), _RECORDING)
             _, sums = read_safetensors(self.folder / _SUMS, 16 << 30)
         except (OSError, ValueError):
-            return {}
+            return self._begin_again()
         if state["identity"] != self.identity:
             raise InvalidOption(
                 f"{self.folder}: holds the beginning of another recording (of another model, text "
                 "or options); choose another folder or delete it"
             )
-        serial = sums.get("serial", np.zeros(1))
-        if serial.shape != (1,) or state["serial"] != int(serial[0]):
-            return {}  # the earlier run stopped between writing the two files: start again
-        ours = {name: getattr(self.sums, name) for name in ActivationSums.ARRAYS}
-        if any(name not in sums or sums[name].shape != ours[name].shape for name in ours):
-            return {}
-        for name, array in ours.items():
-            array[...] = sums[name]
+        sample = START
+        if capacity:
+            if set(state["trace"]) != set(Sample._fields):
+                return self._begin_again()
+            sample = Sample(**state["trace"])
+        if not (
+            self._is_place(state)
+            and self._are_sound(sums, state)
+            and (not capacity or self._is_sample(sample, capacity, state))
+        ):
+            return self._begin_again()
+        for name in ActivationSums.ARRAYS:
+            getattr(self.sums, name)[...] = sums[name]
         self.text, self.place = state["text"], state["place"]
         self.text_tokens = state["text_tokens"]
-        return state["trace"]
+        return sample
+
+    def _begin_again(self) -> Sample:
+        self.notices.add(
+            f"{self.folder}: the state of the interrupted recording is broken or incomplete: the "
+            "recording began again"
+        )
+        return START
+
+    def _are_sound(self, sums: dict[str, NDArray[Any]], state: dict[str, Any]) -> bool:
+        """Return whether the sums are this recording's, and of the same moment as the state.
+
+        A run can stop between writing the two files.
+        """
+        ours = {name: getattr(self.sums, name) for name in ActivationSums.ARRAYS}
+        ours["serial"] = np.zeros(1, np.int64)
+        for name, array in ours.items():
+            theirs = sums.get(name)
+            if theirs is None or theirs.shape != array.shape or theirs.dtype != array.dtype:
+                return False
+            if (theirs < 0).any():
+                return False
+        tokens = np.array(state["text_tokens"])
+        return bool(
+            sums["serial"][0] == state["serial"]
+            and sums["position_tokens"].sum() == tokens.sum()
+            and (sums["text_counts"] <= tokens[:, None, None]).all()
+        )
+
+    def _is_place(self, state: dict[str, Any]) -> bool:
+        """Return whether the texts can have been read as far as the state says."""
+        text, place, n_texts = state["text"], state["place"], len(self.corpora)
+        tokens, limit = state["text_tokens"], self.options.max_tokens
+        if len(tokens) != n_texts or text > n_texts:
+            return False
+        if any(tokens[text + 1 :]) or (limit is not None and max(tokens) > limit):
+            return False
+        if text == n_texts:
+            return bool(place == 0)
+        return bool(place <= self.corpora[text].size and (place > 0 or tokens[text] == 0))
+
+    def _is_sample(self, sample: Sample, capacity: int, state: dict[str, Any]) -> bool:
+        """Return whether the trace holds every `stride`-th of the tokens that were recorded."""
+        return (
+            sample.stride >= 1
+            and sample.n_seen == sum(state["text_tokens"])
+            and sample.n_records == -(-sample.n_seen // sample.stride) <= capacity
+            and holds(self.folder / "trace", self.sizes, sample)
+        )
 
     def _save_state(self) -> None:
         """Save the sums first, then the state. The serial number ties the two files together."""
@@ -184,9 +251,10 @@ class _Recorder:
         if self.trace is not None:
             self.trace.drop_stale()
 
-    def _open_trace(self, state: dict[str, int]) -> TraceWriter:
+    def _capacity(self) -> int:
+        """Return how many tokens the trace's budget holds. Raises InvalidOption if too few."""
         config, budget = self.engine.config, self.options.trace_bytes
-        n_bytes = config.n_layers * record_bytes(config.hidden_size, config.n_neurons)
+        n_bytes = self._token_bytes()
         gates = config.n_layers * config.n_neurons * config.hidden_size * 2
         capacity = (budget - gates) // n_bytes
         if capacity < MIN_TRACE_TOKENS:
@@ -195,15 +263,23 @@ class _Recorder:
                 f"--trace-budget: {budget / 1e6:.0f} MB have no room for {MIN_TRACE_TOKENS} tokens "
                 f"beside the gate weights; expected at least {least:.0f} MB"
             )
+        return capacity
+
+    def _token_bytes(self) -> int:
+        """Return the bytes of one token in the trace."""
+        n_layers, n_neurons, hidden_size = self.sizes
+        return n_layers * record_bytes(hidden_size, n_neurons)
+
+    def _open_trace(self, capacity: int, sample: Sample) -> TraceWriter:
+        budget = self.options.trace_bytes
         free = shutil.disk_usage(self.folder).free
-        written = state.get("n_records", 0) * n_bytes
+        written = sample.n_records * self._token_bytes()
         if not self.options.max_tokens and budget - written > free:
             raise InvalidOption(
                 f"--trace-budget: {budget / 1e6:.0f} MB requested, but {free / 1e6:.0f} MB are "
                 f"free in {self.folder}"
             )
-        sizes = TraceSizes(config.n_layers, config.n_neurons, config.hidden_size)
-        return TraceWriter(self.folder / "trace", sizes, capacity, Sample(**state))
+        return TraceWriter(self.folder / "trace", self.sizes, capacity, sample)
 
     def run(self, progress: Progress) -> Recording:
         started = saved = time.monotonic()
@@ -244,7 +320,9 @@ class _Recorder:
         profile.save(self.folder / FILE_NAME)
         for name in (_STATE, _SUMS):
             (self.folder / name).unlink(missing_ok=True)
-        return Recording(profile, trace_tokens, trace_bytes, n_tokens - before, seconds)
+        return Recording(
+            profile, trace_tokens, trace_bytes, n_tokens - before, seconds, tuple(self.notices)
+        )
 
     def _tell(self, progress: Progress, done: int, total: int) -> None:
         """Report progress. The total is estimated from the tokens so far, at first from bytes."""
@@ -283,7 +361,6 @@ class _Recorder:
         )
 
     def _about(self) -> dict[str, Any]:
-        tokenizer = self.engine.folder / "tokenizer.json"
         try:
             version = metadata.version("hybrid")
         except metadata.PackageNotFoundError:
@@ -292,7 +369,7 @@ class _Recorder:
             "model": self.options.model,
             "quant": self.engine.quant,
             "window": self.options.window,
-            "tokenizer_hash": hashlib.sha256(read_bytes(tokenizer, MAX_JSON_BYTES)).hexdigest(),
+            "tokenizer_hash": _tokenizer_hash(self.engine.folder),
             "texts": [
                 {**text, "tokens": tokens}
                 for text, tokens in zip(self.texts, self.text_tokens, strict=True)
@@ -319,6 +396,16 @@ class _Recorder:
             }
             trace.finish(_Gates(checkpoint, self.orders), about)
         return sum(path.stat().st_size for path in trace.folder.iterdir())
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    """Return the hash of the file that the tokenizer was read from. Raises HybridError."""
+    path = folder / "tokenizer.json"
+    try:
+        content = read_bytes(path, _MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        raise HybridError(f"{path}: {error.strerror or error}") from error
+    return hashlib.sha256(content).hexdigest()
 
 
 class _Gates(Sequence[NDArray[np.float16]]):

@@ -129,7 +129,7 @@ void BindDevice(py::module_& m) {
           "serve",
           [](PyLink& l, PySession& s, int64_t token) {
             ExclusiveUse use(s);
-            s.CheckTokens(&token, 1);
+            s.Admit(&token, 1);
             Check(l.link.n_slots() == static_cast<int32_t>(s.program.segments().size()),
                   "the link must have one slot for every segment");
             Check(s.session.exchange().x == l.link.exchange().x,

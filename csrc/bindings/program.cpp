@@ -102,10 +102,11 @@ void BindProgram(py::module_& m) {
           py::arg("memory"));
 
   py::class_<PyProgram>(m, "Program")
-      .def(py::init<Format, int32_t, int32_t, int32_t, int32_t, float, Floats, Floats>(),
+      .def(py::init<Format, int32_t, int32_t, int32_t, int32_t, float, Floats, Floats,
+                    std::optional<int32_t>, py::object>(),
            py::kw_only(), py::arg("format"), py::arg("hidden_size"), py::arg("n_heads"),
            py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("rms_norm_eps"), py::arg("rope_cos"),
-           py::arg("rope_sin"))
+           py::arg("rope_sin"), py::arg("n_filled") = py::none(), py::arg("fill_rope") = py::none())
       .def(
           "embed",
           [](PyProgram& p, py::object embedding, float scale) {
@@ -191,7 +192,7 @@ void BindProgram(py::module_& m) {
             Check(tokens.ndim() == 1 && tokens.shape(0) > 0, "tokens must be (n,), n > 0");
             // Copy the tokens, so that no other thread can change them after the check.
             const std::vector<int64_t> given(tokens.data(), tokens.data() + tokens.shape(0));
-            s.CheckTokens(given.data(), tokens.shape(0));
+            s.Admit(given.data(), tokens.shape(0));
             const std::vector<int32_t> ids(given.begin(), given.end());
             const int32_t n = static_cast<int32_t>(ids.size());
             py::object logits = py::none();
@@ -214,7 +215,7 @@ void BindProgram(py::module_& m) {
           [](PySession& s, int64_t token) {
             ExclusiveUse use(s);
             s.CheckAlone();
-            s.CheckTokens(&token, 1);
+            s.Admit(&token, 1);
             WithoutGil([&] { s.session.Decode(static_cast<int32_t>(token)); });
           },
           py::arg("token"))
@@ -227,7 +228,7 @@ void BindProgram(py::module_& m) {
                   "tokens must be (n,), n from 1 to PREFILL_CHUNK");
             Check(!is_decode || tokens.shape(0) == 1, "decode takes exactly one token");
             const std::vector<int32_t> ids(tokens.data(), tokens.data() + tokens.shape(0));
-            s.CheckTokens(tokens.data(), tokens.shape(0));
+            s.Admit(tokens.data(), tokens.shape(0));
             float* out = nullptr;
             if (logits) {
               Check(logits->ndim() == 2 && logits->shape(0) == tokens.shape(0) &&

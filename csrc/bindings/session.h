@@ -2,6 +2,7 @@
 // to.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "bindings/bindings.h"
@@ -14,7 +15,8 @@ namespace hybrid {
 // A recorded program, together with the arrays that its pointers lead to.
 struct PyProgram {
   PyProgram(Format format, int32_t hidden_size, int32_t n_heads, int32_t n_kv_heads,
-            int32_t head_dim, float rms_norm_eps, Floats rope_cos, Floats rope_sin)
+            int32_t head_dim, float rms_norm_eps, Floats rope_cos, Floats rope_sin,
+            std::optional<int32_t> n_filled, py::object fill_rope)
       : program({format, hidden_size, n_heads, n_kv_heads, head_dim,
                  static_cast<int32_t>(rope_cos.shape(0)), rms_norm_eps, rope_cos.data(),
                  rope_sin.data()}) {
@@ -23,8 +25,22 @@ struct PyProgram {
     Check(rope_sin.ndim() == 2 && rope_sin.shape(0) == rope_cos.shape(0) &&
               rope_sin.shape(1) == head_dim / 2,
           "rope_cos and rope_sin must have the same shape");
+    this->n_filled = n_filled.value_or(program.shape().max_context);
+    Check(this->n_filled <= program.shape().max_context, "n_filled is beyond the rope tables");
+    Check(this->n_filled == program.shape().max_context || !fill_rope.is_none(),
+          "rope tables that are not whole need fill_rope");
+    this->fill_rope = fill_rope;
     keep_alive.append(rope_cos);
     keep_alive.append(rope_sin);
+  }
+  // Makes sure that the first `n` positions of the rope tables are filled. The caller holds the
+  // GIL, which `fill_rope` may release: another thread may then have filled more.
+  void FillRope(int32_t n) {
+    if (n <= n_filled) return;
+    const int32_t filled = fill_rope(n).cast<int32_t>();
+    Check(filled >= n && filled <= program.shape().max_context,
+          "fill_rope must return how many positions are filled");
+    n_filled = std::max(n_filled, filled);
   }
   // The rows or the norm of an operation, checked. The program keeps their memory alive.
   Rows TakeRows(const py::object& matrix) {
@@ -40,6 +56,8 @@ struct PyProgram {
     return norm.data();
   }
   Program program;
+  int32_t n_filled;  // positions of the rope tables
+  py::object fill_rope;
   py::list keep_alive;
 };
 
@@ -49,7 +67,8 @@ struct PySession {
             KvFormat kv)
       : keep_program(program),
         keep_pool(pool),
-        program(program.cast<PyProgram&>().program),
+        owner(program.cast<PyProgram&>()),
+        program(owner.program),
         pool(pool.cast<ThreadPool&>()),
         session(this->program, this->pool, CheckContext(this->program, n_context), kv, is_dense,
                 is_timed) {}
@@ -61,10 +80,12 @@ struct PySession {
     return n_context;
   }
 
-  void CheckTokens(const int64_t* tokens, int64_t n) const {
+  // Checks the next tokens, and prepares their positions. Every pass begins with it.
+  void Admit(const int64_t* tokens, int64_t n) {
     Check(n <= session.n_context() - session.position(), "the context is full");
     for (int64_t i = 0; i < n; ++i)
       Check(tokens[i] >= 0 && tokens[i] < program.vocab_size(), "a token is beyond the vocabulary");
+    owner.FillRope(session.position() + static_cast<int32_t>(n));
   }
 
   Observation Observe(int32_t n, Bytes& masks, std::optional<Halves>& inputs) const {
@@ -92,6 +113,7 @@ struct PySession {
   py::object keep_program, keep_pool;  // declared first: they must outlive the session
   py::object keep_link = py::none(), keep_logits = py::none();
   int32_t next_segment = -1;  // of a call that runs segment by segment; -1: there is none
+  PyProgram& owner;
   Program& program;
   ThreadPool& pool;
   Session session;

@@ -25,9 +25,9 @@ from hybrid.files import open_file
 from hybrid.kernels import _native
 
 # These limits bound the time and memory of the interpreter below. A tensor needs 32 operations and
-# 130 bytes, so 12,000 tensors fit.
+# 130 bytes, so 10,000 tensors fit. No such pickle takes a second.
 _MAX_PICKLE_BYTES = 4 << 20
-_MAX_OPERATIONS = 400_000
+_MAX_OPERATIONS = 330_000
 _MAX_DIRECTORY_BYTES = 4 << 20  # of the zip file; a member takes 80
 _MAX_DIMENSIONS = 8
 _READ_BYTES = 1 << 20
@@ -64,7 +64,12 @@ _OPERATIONS = {
 }
 
 
-_BY_CODE = {operation.code: operation for operation in pickletools.opcodes}
+_BY_CODE = {operation.code.encode("latin-1"): operation for operation in pickletools.opcodes}
+_READERS = {  # of each allowed operation: its name, and what reads its argument
+    code: (operation.name, None if operation.arg is None else operation.arg.reader)
+    for code, operation in _BY_CODE.items()
+    if operation.name in _OPERATIONS
+}
 
 
 class _Bounded:
@@ -99,6 +104,9 @@ def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 @dataclass(frozen=True, slots=True)
 class _Global:
     name: str
+
+
+_GLOBALS = {name: _Global(name) for name in _ALLOWED_GLOBALS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,20 +384,22 @@ def _operations(pickle: bytes, path: Path) -> Iterator[tuple[str, Any]]:
     Raises InvalidCheckpoint, and ValueError if the pickle is cut off.
     """
     file = io.BytesIO(pickle)
+    read = file.read
     for _ in range(_MAX_OPERATIONS):
-        code = file.read(1).decode("latin-1")
-        operation = _BY_CODE.get(code)
-        if operation is None:
-            raise ValueError(f"at byte {file.tell()} there is no operation")
-        if operation.name not in _OPERATIONS:
+        code = read(1)
+        if code not in _READERS:
+            operation = _BY_CODE.get(code)
+            if operation is None:
+                raise ValueError(f"at byte {file.tell()} there is no operation")
             raise InvalidCheckpoint(
                 f"{path}: its data.pkl holds the pickle operation {operation.name}, which a file "
                 "of tensors never needs; it was not run. Get the model from a source you trust"
             )
-        yield operation.name, None if operation.arg is None else operation.arg.reader(file)
+        name, reader = _READERS[code]
+        yield name, None if reader is None else reader(file)
     raise InvalidCheckpoint(
         f"{path}: its data.pkl has more than {_MAX_OPERATIONS:,} operations, which would describe "
-        "12,000 tensors; split the file"
+        "10,000 tensors; split the file"
     )
 
 
@@ -409,12 +419,13 @@ def _set_items(target: Any, keys_and_values: list[Any]) -> None:
 
 def _look_up(module: str, name: str, path: Path) -> _Global:
     full_name = f"{module}.{name}"
-    if full_name not in _ALLOWED_GLOBALS:
+    found = _GLOBALS.get(full_name)
+    if found is None:
         raise InvalidCheckpoint(
             f"{path}: its data.pkl asks for {full_name[:100]!r}, which a file of tensors never "
             "needs; it was not run. Get the model from a source you trust, or as safetensors"
         )
-    return _Global(full_name)
+    return found
 
 
 def _storage(persistent_id: object) -> _Storage:

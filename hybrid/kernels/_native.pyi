@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import numpy as np
@@ -138,6 +138,8 @@ class Program:
         rms_norm_eps: float,
         rope_cos: NDArray[np.float32],
         rope_sin: NDArray[np.float32],
+        n_filled: int | None = None,
+        fill_rope: Callable[[int], int] | None = None,
     ) -> None: ...
     def embed(self, embedding: Rows, scale: float) -> None: ...
     def qkv(

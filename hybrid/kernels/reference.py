@@ -64,10 +64,17 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return weight * (x * inverse.astype(np.float32))
 
 
-def rope_tables(head_dim: int, theta: float, n_positions: int) -> tuple[Array, Array]:
-    """cos and sin (n_positions, head_dim / 2). Angles are in fp32, as in the models' training."""
+def rope_tables(
+    head_dim: int, theta: float, n_positions: int, first_position: int = 0
+) -> tuple[Array, Array]:
+    """cos and sin (n_positions, head_dim / 2). Angles are in fp32, as in the models' training.
+
+    The bits of a position do not depend on where the tables begin.
+    """
     inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    angles = np.outer(np.arange(n_positions, dtype=np.float32), inverse.astype(np.float32))
+    # A range of floats would add up to other values where fp32 holds not every integer.
+    positions = np.arange(first_position, first_position + n_positions).astype(np.float32)
+    angles = np.outer(positions, inverse.astype(np.float32))
     return np.cos(angles), np.sin(angles)
 
 

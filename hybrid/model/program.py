@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+
+import numpy as np
 
 from hybrid.kernels import Activation, Format, Predictor, Program, Rows
 from hybrid.kernels.reference import rope_tables
 from hybrid.model.config import ModelConfig
 from hybrid.model.weights import LayerWeights, ModelWeights
 
+_ROPE_STEP = 4096  # positions that are filled at once: some milliseconds
+
+
+class _RopeTables:
+    """Rope tables of a whole context, filled only as far as the sessions have come.
+
+    The system provides memory as it is written, so that positions that are never used cost nothing.
+    """
+
+    def __init__(self, config: ModelConfig, n_context: int) -> None:
+        self._config = config
+        shape = n_context, config.head_dim // 2
+        self.cos, self.sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        self.n_filled = 0
+        self._lock = threading.Lock()  # sessions of several threads share the tables
+
+    def fill(self, n_positions: int) -> int:
+        """Fill the first `n_positions`, or a few more. Return how many are filled.
+
+        Positions that are already filled may be read meanwhile. They are not written again.
+        """
+        config = self._config
+        with self._lock:
+            while self.n_filled < n_positions:
+                first = self.n_filled
+                last = min(first + _ROPE_STEP, len(self.cos))
+                self.cos[first:last], self.sin[first:last] = rope_tables(
+                    config.head_dim, config.rope_theta, last - first, first
+                )
+                self.n_filled = last
+            return self.n_filled
+
 
 def new_program(config: ModelConfig, format: Format, n_context: int) -> Program:
-    """Return a program of the model's shape without operations, for up to `n_context` positions."""
-    cos, sin = rope_tables(config.head_dim, config.rope_theta, n_context)
+    """Return a program of the model's shape without operations, for up to `n_context` positions.
+
+    Its sessions fill the rope tables as they need them.
+    """
+    tables = _RopeTables(config, n_context)
+    tables.fill(1)
     return Program(
         format=format,
         hidden_size=config.hidden_size,
@@ -20,8 +59,10 @@ def new_program(config: ModelConfig, format: Format, n_context: int) -> Program:
         n_kv_heads=config.n_kv_heads,
         head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
-        rope_cos=cos,
-        rope_sin=sin,
+        rope_cos=tables.cos,
+        rope_sin=tables.sin,
+        n_filled=tables.n_filled,
+        fill_rope=tables.fill,
     )
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import builtins
 import collections
+import contextlib
 import os
 import pickle
 import shutil
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from slow import slow_except
 
 from hybrid.checkpoint import torch_bin
 from hybrid.checkpoint.torch_bin import TorchBin
@@ -122,6 +125,73 @@ def test_the_number_of_operations_is_bounded(path: Path, monkeypatch: pytest.Mon
     write_pickle(path, b"\x80\x02" + b"N" * 999 + b".")
     with pytest.raises(InvalidCheckpoint, match="more than 1,000 operations"):
         TorchBin(path)
+
+
+# The worst pickles of nearly four megabytes that we could think of: as many operations as the bound
+# lets through, or the slowest ones.
+N = 329_000  # operations
+PROTOCOL = b"\x80\x02"
+
+
+def text(value: bytes) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value
+
+
+STORAGE = (
+    b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + b"K\x01tQ"
+)
+# Memo 1: a shape of eight dimensions, 2: a storage, 3: the function that makes tensors.
+TENSOR_PARTS = (
+    b"(" + b"K\x01" * 8 + b"tq\x01" + STORAGE + b"q\x02ctorch._utils\n_rebuild_tensor_v2\nq\x03"
+)
+TENSOR = b"h\x03(h\x02K\x00h\x01h\x01\x89NtR"
+
+WORST: dict[str, Callable[[], bytes]] = {
+    "operations without end": lambda: b"N" * 4_000_000 + b".",
+    "small operations": lambda: b"(" + b"N" * N + b"t.",
+    "nested tuples": lambda: b")" + b"\x85" * N + b".",
+    "tuples of three": lambda: b"NN" + b"N\x87NN" * (N // 4) + b".",
+    "marks": lambda: b"(t" * (N // 2) + b".",
+    "memo reads": lambda: b"}q\x00" + b"h\x00" * N + b".",
+    "memo writes": lambda: (
+        b"}" + b"".join(b"r%b" % i.to_bytes(4, "little") for i in range(N)) + b"."
+    ),
+    "updates": lambda: b"}" + b"}b" * (N // 2) + b".",
+    "appends": lambda: b"]" + b"(Ne" * (N // 3) + b".",
+    "items": lambda: b"}" + b"".join(text(b"%d" % i) + b"Ns" for i in range(N // 3)) + b".",
+    "globals": lambda: b"ctorch\nFloatStorage\n" * 199_000 + b".",
+    "calls": lambda: b"ccollections\nOrderedDict\nq\x01" + b"h\x01)R" * (N // 3) + b".",
+    "long integers": lambda: (b"\x8a\xff" + b"\x7f" * 255) * 16_000 + b".",
+    "long texts": lambda: text("é".encode() * 20_000) * 100 + b".",
+    "storages": lambda: STORAGE * (4_100_000 // len(STORAGE)) + b".",
+    "tensors": lambda: (
+        TENSOR_PARTS + b"}(" + b"".join(text(b"%d" % i) + TENSOR for i in range(N // 10)) + b"u."
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", slow_except(WORST, "operations without end", "tensors"))
+def test_no_small_pickle_takes_long(
+    path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    """Each takes less than a second of one processor. Only much more than that is a failure."""
+    program = PROTOCOL + WORST[shape]()
+    assert 329_000 < len(program) < torch_bin._MAX_PICKLE_BYTES
+    write_pickle(path, program)
+    operations, done = torch_bin._operations, 0
+
+    def counted(pickle: bytes, of: Path) -> Iterator[tuple[str, Any]]:
+        nonlocal done
+        for operation in operations(pickle, of):
+            done += 1
+            yield operation
+
+    monkeypatch.setattr(torch_bin, "_operations", counted)
+    started = time.process_time()
+    with contextlib.suppress(InvalidCheckpoint):
+        TorchBin(path)
+    assert time.process_time() - started < 5
+    assert 0 < done <= 330_000
 
 
 def test_a_model_of_10_000_tensors_is_within_the_bounds() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -24,6 +25,7 @@ from hybrid.checkpoint import open_checkpoint
 from hybrid.cli.command_line import load_options
 from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format
+from hybrid.notices import Notices
 from hybrid.placement.profile import FILE_NAME, POSITION_BUCKETS, load_profile
 from predictors.trace import TraceSizes, TraceWriter, load_trace
 from predictors.train import Options, train
@@ -223,7 +225,76 @@ def test_a_recording_whose_state_is_broken_begins_again(
     with pytest.raises(KeyboardInterrupt):
         record(engine, tokens, tmp_path, OPTIONS, interrupting(4))
     (tmp_path / "recording.json").write_text(state)
-    assert record(engine, tokens, tmp_path, OPTIONS, ignore).n_new_tokens == 300
+    result = record(engine, tokens, tmp_path, OPTIONS, ignore)
+    assert result.n_new_tokens == 300
+    assert [line for line in result.notices if "began again" in line]
+
+
+NONSENSE = {
+    "no texts": {"text": 0, "place": 0, "text_tokens": []},
+    "a text too many": {"text_tokens": [0, 0, 0]},
+    "a text that does not exist": {"text": 3},
+    "a place beyond the text": {"place": 4},
+    "a place after the last text": {"text": 2, "place": 1},
+    "tokens before the first place": {"place": 0},
+    "tokens of a text that was not begun": {"text_tokens": [100, 50]},
+    "other tokens than the sums": {"text_tokens": [150, 1]},
+    "no trace": {"trace": {}},
+    "a part of a trace": {"trace": {"stride": 1}},
+    "a stride of zero": {"trace": {"n_records": 150, "stride": 0, "n_seen": 150}},
+    "a trace of more tokens than were seen": {
+        "trace": {"n_records": 10**6, "stride": 1, "n_seen": 150}
+    },
+    "a trace of fewer tokens than were seen": {
+        "trace": {"n_records": 1, "stride": 1, "n_seen": 150}
+    },
+    "a trace of other tokens": {"trace": {"n_records": 10, "stride": 1, "n_seen": 10}},
+    "a trace that is beyond its budget": {"trace": {"n_records": 3, "stride": 64, "n_seen": 150}},
+}
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE)
+def test_a_state_that_cannot_be_true_begins_again(engine, tokens, tmp_path, monkeypatch, nonsense):
+    monkeypatch.setattr(recorder, "SAVE_EVERY_S", 0.0)
+    options = replace(OPTIONS, trace_bytes=64 << 20)
+    with pytest.raises(KeyboardInterrupt):
+        record(engine, tokens, tmp_path, options, interrupting(7))
+    path = tmp_path / "recording.json"
+    state = json.loads(path.read_text())
+    assert (state["text"], state["place"], state["text_tokens"]) == (0, 3, [150, 0])
+    path.write_text(json.dumps({**state, **NONSENSE[nonsense]}))
+    result = record(engine, tokens, tmp_path, options, ignore)
+    assert result.n_new_tokens == result.trace_tokens == result.profile.n_tokens == 300
+    assert [line for line in result.notices if "began again" in line]
+
+
+@pytest.mark.parametrize("broken", ["sums", "trace"])
+def test_a_state_whose_files_are_cut_off_begins_again(
+    engine, tokens, tmp_path, monkeypatch, broken
+):
+    """Cut records would be continued as zeros."""
+    monkeypatch.setattr(recorder, "SAVE_EVERY_S", 0.0)
+    options = replace(OPTIONS, trace_bytes=64 << 20)
+    with pytest.raises(KeyboardInterrupt):
+        record(engine, tokens, tmp_path, options, interrupting(4))
+    if broken == "trace":
+        with (tmp_path / "trace" / "layer_001.1.part").open("r+b") as file:
+            file.truncate(10)
+    else:
+        (tmp_path / "recording.safetensors").unlink()
+    result = record(engine, tokens, tmp_path, options, ignore)
+    assert result.n_new_tokens == 300
+    assert len(result.notices) == 1
+
+
+def test_a_sound_state_is_continued_without_a_notice(engine, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "SAVE_EVERY_S", 0.0)
+    options = replace(OPTIONS, trace_bytes=64 << 20)
+    with pytest.raises(KeyboardInterrupt):
+        record(engine, tokens, tmp_path, options, interrupting(7))
+    result = record(engine, tokens, tmp_path, options, ignore)
+    assert result.n_new_tokens == 150
+    assert result.notices == ()
 
 
 def test_a_folder_with_another_recording_is_refused(engine, tokens, tmp_path, monkeypatch):
@@ -298,6 +369,50 @@ def test_texts_are_written_without_the_models_sampling_values(tmp_path, monkeypa
     with load("stories") as engine, load(other) as greedy:
         assert greedy.default_sampling.min_p == 0.9
         assert corpus._write(greedy, "Once", 1) == corpus._write(engine, "Once", 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1, 2", "{}", "[]", "[1, true]", "[1, 1.5]", '["a"]', "[4096]", "[-1]", "[" * 100_000],
+    ids=lambda content: content[:9],
+)
+def test_a_kept_text_that_is_broken_is_written_again(engine, tmp_path, monkeypatch, content):
+    from profiler import corpus
+
+    monkeypatch.setattr(corpus, "PROMPTS", {"english": ["Once"]})
+    monkeypatch.setattr(corpus, "WRITTEN_TOKENS", 4)
+    notices = Notices()
+    (written,) = corpus.written_corpora(engine, tmp_path, ignore, notices)
+    path = tmp_path / "english_00.json"
+    before = path.read_bytes()
+    assert len(notices) == 0
+    path.write_text(content)
+    (again,) = corpus.written_corpora(engine, tmp_path, ignore, notices)
+    assert again == written
+    assert path.read_bytes() == before
+    assert [line for line in notices if line.endswith("it was written again")]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_kept_text_that_is_a_pipe_does_not_wait(engine, tmp_path, monkeypatch):
+    from profiler import corpus
+
+    monkeypatch.setattr(corpus, "PROMPTS", {"english": ["Once"]})
+    monkeypatch.setattr(corpus, "WRITTEN_TOKENS", 4)
+    os.mkfifo(tmp_path / "english_00.json")
+    notices = Notices()
+    corpus.written_corpora(engine, tmp_path, ignore, notices)
+    assert "is not a regular file but a pipe" in next(iter(notices))
+    assert (tmp_path / "english_00.json").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_tokenizer_that_became_a_pipe_is_named(engine, tokens, tmp_path):
+    path = tmp_path / "model" / "tokenizer.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(HybridError, match=r"tokenizer\.json: is not a regular file but a pipe"):
+        record(engine, tokens, tmp_path / "out", OPTIONS, ignore)
 
 
 def test_a_synthetic_model_gets_random_tokens(tmp_path, monkeypatch):

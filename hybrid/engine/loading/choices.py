@@ -55,8 +55,8 @@ def choose_orders(
 def check_context_memory(config: ModelConfig, n_context: int, n_layers: int) -> None:
     """Raise OutOfMemory if a context can never fit into this machine's memory.
 
-    It counts the rope tables, which are made in full, and the keys and values of `n_layers` layers,
-    for which the system provides memory as they are used.
+    It counts what a full context uses: the rope tables, and the keys and values of `n_layers`
+    layers. The system provides memory for both only as far as the context is used.
     """
     tables = 4 * config.head_dim
     cache = 2 * 2 * config.n_kv_heads * config.head_dim * n_layers
