@@ -11,10 +11,14 @@ import pytest
 from tiny_models import write_model
 
 import hybrid
+from hybrid.checkpoint import open_checkpoint
+from hybrid.engine.cpu.executor import CpuExecutor
 from hybrid.engine.loading import choices
 from hybrid.kernels import Format, Program
 from hybrid.kernels.reference import rope_tables
 from hybrid.model import program
+from hybrid.weights.layout import packed_layout
+from hybrid.weights.packing import pack_model
 
 LONG = 20_000_000
 IDS = np.random.default_rng(1).integers(0, 320, 150)
@@ -153,3 +157,19 @@ def test_wrong_tables_are_refused():
         Program(**common, **shape, n_filled=9, fill_rope=lambda n: n)
     with pytest.raises(ValueError, match="need fill_rope"):
         Program(**common, **shape, n_filled=4)
+
+
+def test_passes_that_run_segment_by_segment_fill_them_too(folder, monkeypatch):
+    """As sessions on a GPU do."""
+    monkeypatch.setattr(program, "_ROPE_STEP", 8)
+    with open_checkpoint(folder) as checkpoint:
+        layout = packed_layout(checkpoint.config, Format.q8)
+        model = pack_model(checkpoint, layout)
+        executors = [CpuExecutor(model, layout, n_threads=1, n_context=600) for _ in range(2)]
+    expected, session = (executor.open_session() for executor in executors)
+    for first in range(0, 32, 16):
+        expected.prefill(IDS[first : first + 16])
+        session.begin(IDS[first : first + 16], is_decode=False)
+        session.run_segment(0)
+        session.end()
+        np.testing.assert_array_equal(session.logits, expected.logits)
