@@ -91,8 +91,7 @@ def run(args: argparse.Namespace) -> int:
     with open_engine(args) as (engine, progress):
         print_notices(engine.notices)
         result = record(engine, corpora, args.out, options, progress)
-    for notice in result.notices:
-        print(f"note: {printable(notice)}", file=sys.stderr)
+    print_notices(result.notices)
     profile = result.profile
     print(f"{profile.n_tokens} tokens, {profile.sparsity.mean():.2%} of neurons inactive")
     if result.trace_tokens:
