@@ -45,12 +45,19 @@ def open_file(path: Path) -> BinaryIO:
         raise
 
 
+_PIECE_BYTES = 1 << 16
+
+
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """Read a whole file. Raises OSError, also if it has more than `max_bytes`."""
     with open_file(path) as file:
         n_bytes = os.fstat(file.fileno()).st_size
         if n_bytes <= max_bytes:
-            content = file.read(max_bytes + 1)  # the size may be wrong, such as 0 in /proc
+            # The size may be wrong, such as 0 in /proc. A read sets memory for all that it may get
+            # aside, so it asks for no more than one piece beyond the size.
+            content = file.read(n_bytes)
+            while len(content) <= max_bytes and (more := file.read(_PIECE_BYTES)):
+                content += more
             n_bytes = len(content)
     if n_bytes > max_bytes:
         what = f"has {n_bytes:,} bytes, expected at most {max_bytes:,}"
