@@ -43,7 +43,7 @@ class ModelWeights(Generic[Matrix]):
 
 # The KV cache is 16 bits wide. Typical keys and values from 2**-8 to 2**10 are left as they are.
 _LEAST_KV_EXPONENT, _MOST_KV_EXPONENT = -8, 10
-_SAMPLED_ROWS = 256
+KV_SAMPLED_ROWS = 256  # of a projection, which say how large its keys or values typically are
 # Which projection's size decides for a role, and whether the role is divided or multiplied.
 _BALANCED = {"q": ("k", 1), "k": ("k", -1), "v": ("v", -1), "o": ("v", 1)}
 
@@ -59,7 +59,9 @@ def read_balanced(read: Callable[[str, int], Array], role: str, layer: int) -> A
 
     def sample(name: str, layer: int) -> Array:
         weights = w if name == role else read(name, layer)
-        return weights[sampled_rows(len(weights))] if weights.ndim == 2 else weights
+        if weights.ndim == 1:
+            return weights
+        return weights[sampled_rows(len(weights), KV_SAMPLED_ROWS)]
 
     factor = balancing_factor(sample, role, layer)
     if factor == 1.0:
@@ -73,7 +75,7 @@ def balancing_factor(sample: Callable[[str, int], Array], role: str, layer: int)
 
     If typical keys are very small or very large, k is divided by a power of two and q multiplied by
     it, which changes no score. The same is done to v and o, which changes no output. `sample`
-    returns the `sampled_rows` of a matrix, or all of attention_norm.
+    returns KV_SAMPLED_ROWS `sampled_rows` of a matrix, or all of attention_norm.
     """
     if role not in _BALANCED:
         return 1.0
@@ -84,9 +86,9 @@ def balancing_factor(sample: Callable[[str, int], Array], role: str, layer: int)
     return float(2.0 ** (sign * power))
 
 
-def sampled_rows(n_rows: int) -> slice:
-    """Return the rows of a projection that stand for all of them."""
-    return slice(0, n_rows, max(1, n_rows // _SAMPLED_ROWS))
+def sampled_rows(n_rows: int, n_samples: int) -> slice:
+    """Return about `n_samples` evenly spread rows of a matrix, which stand for all of them."""
+    return slice(0, n_rows, max(1, n_rows // n_samples))
 
 
 def _typical_exponent(sample: Array, norm: Array) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hybrid.errors import InvalidCheckpoint
 from hybrid.kernels import Format
+from hybrid.model.weights import sampled_rows
 from hybrid.weights.formats import BLOCK, whole_blocks
 
 # Of a matrix with more rows, about so many evenly spread ones are looked at for small blocks.
@@ -58,7 +59,7 @@ def find_matrix_scale(format: Format, w: NDArray[np.float32], name: str) -> floa
     Raises InvalidCheckpoint, naming the matrix, if weights are not finite, or if they differ so
     much in size that the format cannot hold them with any scale.
     """
-    of_blocks = largest_of_blocks(w[sampled_rows(len(w))])
+    of_blocks = largest_of_blocks(w[sampled_rows(len(w), SAMPLED_ROWS)])
     return scale_for(format, Magnitudes(check_finite(w, name), of_blocks), name)
 
 
@@ -85,11 +86,6 @@ def is_usual(format: Format, of_blocks: NDArray[np.float32]) -> bool:
     """Return whether few of the blocks are too small for the format."""
     nonzero = of_blocks[of_blocks > 0]
     return bool(np.count_nonzero(nonzero < RANGES[format].least) <= USUAL_SHARE * nonzero.size)
-
-
-def sampled_rows(n_rows: int) -> slice:
-    """Return the rows of a matrix whose blocks are looked at."""
-    return slice(0, n_rows, max(1, n_rows // SAMPLED_ROWS))
 
 
 def largest_of_blocks(w: NDArray[np.float32]) -> NDArray[np.float32]:

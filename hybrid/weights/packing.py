@@ -19,19 +19,24 @@ from numpy.typing import NDArray
 
 from hybrid.kernels import Preview, Rows, _native
 from hybrid.model.config import ModelConfig
-from hybrid.model.weights import LayerWeights, ModelWeights, balancing_factor
-from hybrid.model.weights import sampled_rows as kv_sampled_rows
+from hybrid.model.weights import (
+    KV_SAMPLED_ROWS,
+    LayerWeights,
+    ModelWeights,
+    balancing_factor,
+    sampled_rows,
+)
 from hybrid.progress import Progress, ignore_progress
 from hybrid.threads import map_on_threads
 from hybrid.weights.formats import TILE_ROWS
 from hybrid.weights.layout import PackedArray, PackedLayout
 from hybrid.weights.matrix_scale import (
     RANGES,
+    SAMPLED_ROWS,
     Magnitudes,
     check_finite,
     is_usual,
     largest_of_blocks,
-    sampled_rows,
     scale_for,
 )
 from hybrid.weights.packed_rows import (
@@ -95,18 +100,16 @@ def pack_model(
     the format holds with a matrix scale.
     """
     output = buffer if buffer is not None else _native.allocate_bytes(layout.n_bytes)
-    target = output if isinstance(output, np.ndarray) else output.buffer
 
     def pack(arrays: Sequence[PackedArray]) -> int:
-        first, n_bytes = arrays[0], sum(array.n_bytes for array in arrays)
+        first = arrays[0]
         roles = [_open(source, role, first.layer, neuron_orders) for role in first.roles]
         scales = [] if first.layout == "norm" else [role.likely_scale(first) for role in roles]
         try:
-            _pack_arrays(arrays, roles, scales, output)
+            return _pack_arrays(arrays, roles, scales, output)
         except _BeyondRange:  # of a row that the likely scale does not know
             scales = [role.scale(first) for role in roles]
-            _pack_arrays(arrays, roles, scales, output)
-        return n_bytes
+            return _pack_arrays(arrays, roles, scales, output)
 
     task, done = f"packing to {layout.format.name}", 0
     progress(task, 0, layout.n_bytes)
@@ -115,7 +118,11 @@ def pack_model(
         done += n_bytes
         progress(task, done, layout.n_bytes)
     progress(task, layout.n_bytes, layout.n_bytes)
-    return view_packed(target, layout)
+    return view_packed(_buffer_of(output), layout)
+
+
+def _buffer_of(output: Buffer | Output) -> Buffer:
+    return output if isinstance(output, np.ndarray) else output.buffer
 
 
 def order_hash(neuron_orders: NeuronOrders | None) -> str:
@@ -180,7 +187,7 @@ class _Role:
         return scale_for(array.format, magnitudes, self.name)
 
     def _largest_of_blocks(self, array: PackedArray) -> NDArray[np.float32]:
-        rows = range(*sampled_rows(self.n_rows).indices(self.n_rows))
+        rows = range(*sampled_rows(self.n_rows, SAMPLED_ROWS).indices(self.n_rows))
         return np.concatenate([largest_of_blocks(w) for w in self._parts(array, rows)])
 
     def _parts(self, array: PackedArray, rows: range) -> Iterator[NDArray[np.float32]]:
@@ -213,7 +220,7 @@ def _balancing_factor(source: Source, role: str, layer: int | None) -> float:
         tensor = source.tensor(name, layer)
         if len(tensor.shape) == 1:
             return tensor.fp32()
-        return tensor.fp32((kv_sampled_rows(tensor.shape[0]),))
+        return tensor.fp32((sampled_rows(tensor.shape[0], KV_SAMPLED_ROWS),))
 
     return balancing_factor(sample, role, layer)
 
@@ -223,10 +230,13 @@ def _pack_arrays(
     roles: Sequence[_Role],
     scales: Sequence[float],
     output: Buffer | Output,
-) -> None:
-    """Pack the roles' weights into arrays that hold the same ones. Raises _BeyondRange."""
+) -> int:
+    """Pack the roles' weights into arrays that hold the same ones. Return the arrays' bytes.
+
+    Raises _BeyondRange.
+    """
     first, n_bytes = arrays[0], sum(array.n_bytes for array in arrays)
-    target = output if isinstance(output, np.ndarray) else output.buffer
+    target = _buffer_of(output)
     for array in arrays:
         array.matrix_scales(target)[:] = scales[: array.n_scales]
     for rows in _parts(first):
@@ -235,6 +245,7 @@ def _pack_arrays(
             _pack_rows(array, rows, weights, scales, target)
         if not isinstance(output, np.ndarray):
             output.written(n_bytes * (rows.stop - rows.start) // first.n_rows)
+    return n_bytes
 
 
 def _read(
