@@ -23,6 +23,7 @@ from predictors.reading import read_safetensors
 from predictors.schema import (
     Malformed,
     anything,
+    field_of,
     integer,
     list_of,
     mapping,
@@ -140,7 +141,7 @@ def load_predictor_file(path: Path) -> PredictorFile:
         if _METADATA not in metadata:
             raise PredictorError(f"{path}: is not a predictor; predictors.train makes one")
         about = parse_json(metadata[_METADATA])
-        version = about.get("version") if isinstance(about, dict) else None
+        version = field_of(about, "version")
         if version != VERSION:
             raise PredictorError(
                 f"{path}: is of version {version!r:.20}, expected {VERSION}; train it again"

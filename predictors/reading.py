@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
-from predictors.schema import parse_json
+from predictors.schema import field_of, parse_json
 
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -82,5 +82,5 @@ def read_safetensors(path: Path, max_bytes: int) -> tuple[dict[str, str], dict[s
         array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
         arrays[name] = array.reshape(entry["shape"])
     header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    metadata = field_of(header, "__metadata__")
     return metadata if isinstance(metadata, dict) else {}, arrays

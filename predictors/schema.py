@@ -47,6 +47,14 @@ def read_json(content: bytes | str, check: Check) -> Any:
     return check(parse_json(content))
 
 
+def field_of(value: Any, name: str) -> Any:
+    """Return a field of what may not be an object; None: there is none.
+
+    A file's version is read so, before the rest is checked: another version has other fields.
+    """
+    return value.get(name) if isinstance(value, dict) else None
+
+
 def anything(value: Any) -> Any:
     return value
 

@@ -22,6 +22,7 @@ from predictors.reading import read_bytes, read_safetensors
 from predictors.schema import (
     Malformed,
     anything,
+    field_of,
     integer,
     list_of,
     mapping,
@@ -124,7 +125,7 @@ def load_trace(folder: Path) -> Trace:
     path = folder / _FILE
     try:
         about = parse_json(read_bytes(path, _MAX_JSON_BYTES))
-        version = about.get("hybrid_trace") if isinstance(about, dict) else None
+        version = field_of(about, "hybrid_trace")
         if version != VERSION:
             raise PredictorError(
                 f"{path}: is of version {version!r:.20}, expected {VERSION}; record the trace again"

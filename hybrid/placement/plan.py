@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hybrid.errors import InvalidArtifact
 from hybrid.files import read_bytes, write_atomically
 from hybrid.model.config import ModelConfig
-from predictors.schema import boolean, integer, list_of, parse_json, record, text
+from predictors.schema import boolean, field_of, integer, list_of, parse_json, record, text
 
 VERSION = 2
 _MAX_BYTES = 16 << 20
@@ -144,7 +144,7 @@ def load_plan(path: Path) -> PlacementPlan:
     """Read a plan. Raises InvalidArtifact if the file is no plan, broken, or of another version."""
     try:
         fields = parse_json(read_bytes(path, _MAX_BYTES))
-        version = fields.get("version") if isinstance(fields, dict) else None
+        version = field_of(fields, "version")
         if version != VERSION:
             raise InvalidArtifact(
                 f"{path}: expected a plan of version {VERSION}, found {version!r:.20}; make a new "

@@ -20,7 +20,7 @@ from hybrid.errors import InvalidArtifact
 from hybrid.files import has_files, read_safetensors, write_atomically
 from hybrid.model.config import ModelConfig
 from hybrid.notices import Notices
-from predictors.schema import anything, integer, list_of, parse_json, record, text
+from predictors.schema import anything, field_of, integer, list_of, parse_json, record, text
 
 VERSION = 2
 _MAX_BYTES = 2 << 30
@@ -108,7 +108,7 @@ def load_profile(path: Path) -> ActivationProfile:
                 f"{path}: is not an activation profile; make one with profiler.record"
             )
         about = parse_json(metadata[_METADATA])
-        version = about.get("version") if isinstance(about, dict) else None
+        version = field_of(about, "version")
         if version != VERSION:
             raise InvalidArtifact(
                 f"{path}: expected a profile of version {VERSION}, found {version!r:.20}; record "
