@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
-
-import hybrid
+from tiny_models import STORIES
 
 torch = pytest.importorskip("torch")
 
@@ -50,9 +48,8 @@ def fold_scales(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[
 def folded_stories() -> Any:
     """Return transformers' LlamaForCausalLM with the bundled model's weights in fp32."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    folder = Path(hybrid.__file__).parent / "models" / "stories"
-    config = json.loads((folder / "config.json").read_text())
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
+    config = json.loads((STORIES / "config.json").read_text())
+    with safe_open(STORIES / "model.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118
     functions = transformers.activations.ACT2FN
     functions["fatrelu_stories"] = (FatRelu, {"threshold": config["hidden_act_param"]})

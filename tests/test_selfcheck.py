@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from slow import slow_except
-from tiny_models import ODD_SHAPES, STORIES, write_model
+from tiny_models import ODD_SHAPES, STORIES, change_json, write_model
 
 import hybrid
 from hybrid import kernels, selfcheck
@@ -39,8 +39,7 @@ def checks_of(folder: Path | str, **options: Any) -> dict[str, Check]:
 def copy_stories(folder: Path, **changes: Any) -> Path:
     """Copy the bundled model to `folder`, with `changes` in its config.json."""
     shutil.copytree(STORIES, folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    change_json(folder / "config.json", **changes)
     return folder
 
 

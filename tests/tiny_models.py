@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import hybrid
 from hybrid.kernels import reference
@@ -46,6 +46,31 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
     "hidden 100": {"hidden_size": 100, "num_attention_heads": 5, "num_key_value_heads": 1},
     "hidden 288": {"hidden_size": 288, "num_attention_heads": 9, "num_key_value_heads": 3},
 }
+
+
+def scale_weights(folder: Path, factors: dict[str, float]) -> Path:
+    """Multiply the tensors whose names contain a key by its value, in place."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for part, factor in factors.items():
+        names = [name for name in tensors if part in name]
+        assert names, part
+        for name in names:
+            tensors[name] = tensors[name].astype(np.float32) * np.float32(factor)
+    save_file(tensors, path)
+    return folder
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Replace fields of a JSON file, such as config.json, or add them."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(fields | changes), encoding="utf-8")
+
+
+def added_token(content: str, **fields: Any) -> dict[str, Any]:
+    """Return what tokenizer.json and tokenizer_config.json say about a token beside the pieces."""
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": content} | flags | fields
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:

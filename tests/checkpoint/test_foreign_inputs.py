@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_models import write_model
+from tiny_models import added_token, change_json, write_model
 
 import hybrid
 from hybrid import InvalidCheckpoint, UnsupportedModel
@@ -32,11 +32,6 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model", **LLAMA)
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def split(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -89,7 +84,7 @@ def test_a_missing_head_is_named(folder):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(InvalidCheckpoint, match=r"lm_head\.weight.*tie_word_embeddings is false"):
         open_checkpoint(folder)
-    change_config(folder, tie_word_embeddings=True)
+    change_json(folder / "config.json", tie_word_embeddings=True)
     with open_checkpoint(folder) as checkpoint:
         np.testing.assert_array_equal(checkpoint.read("head"), checkpoint.read("embedding"))
 
@@ -110,21 +105,16 @@ def test_a_missing_head_is_named(folder):
     ids=["llama3", "linear", "dynamic"],
 )
 def test_scaled_positions_are_refused(folder, scaling):
-    change_config(folder, rope_scaling=scaling)
+    change_json(folder / "config.json", rope_scaling=scaling)
     with pytest.raises(UnsupportedModel, match="plain rotary positions only"):
         open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("theta", [0.0, -1.0, "10000", True])
 def test_a_theta_that_is_no_positive_number_is_refused(folder, theta):
-    change_config(folder, rope_theta=theta)
+    change_json(folder / "config.json", rope_theta=theta)
     with pytest.raises(InvalidCheckpoint, match="rope_theta"):
         open_checkpoint(folder)
-
-
-def added_token(content: str, token: int, *, special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": token, "content": content, "special": special, **flags}
 
 
 def add_token(folder: Path, *tokens: dict[str, Any]) -> None:
@@ -136,14 +126,14 @@ def add_token(folder: Path, *tokens: dict[str, Any]) -> None:
 
 def test_a_pad_token_beyond_the_vocabulary_is_said(folder):
     expected, _ = continued(folder)
-    add_token(folder, added_token("<pad>", 4096, special=True))
+    add_token(folder, added_token("<pad>", id=4096, special=True))
     text, notices = continued(folder)
     assert text == expected
     assert any("no embedding of '<pad>'" in line for line in notices)
 
 
 def test_a_text_token_beyond_the_vocabulary_is_refused(folder):
-    add_token(folder, added_token("<PRE>", 4096, special=False))
+    add_token(folder, added_token("<PRE>", id=4096))
     with pytest.raises(InvalidCheckpoint, match="'<PRE>' has id 4096"):
         hybrid.load(folder)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import change_json
 
 from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.errors import (
@@ -68,11 +69,6 @@ def save_bin(path: Path, arrays: Arrays, dtype: str = "float32") -> None:
 
 def save_index(path: Path, weight_map: object) -> None:
     path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -192,7 +188,7 @@ def test_a_tied_model_that_torch_saved_stores_one_array_twice(model: Path, array
 
 
 def test_an_untied_head_is_its_own(model: Path, arrays: Arrays, save_safetensors: Save) -> None:
-    change_config(model, tie_word_embeddings=False)
+    change_json(model / "config.json", tie_word_embeddings=False)
     with pytest.raises(InvalidCheckpoint) as raised:
         open_checkpoint(model)
     assert "has no tensor 'lm_head.weight', and tie_word_embeddings is false" in str(raised.value)
@@ -205,9 +201,8 @@ def test_an_untied_head_is_its_own(model: Path, arrays: Arrays, save_safetensors
 def test_a_llama_with_wide_heads_is_read(
     model: Path, arrays: Arrays, save_safetensors: Save
 ) -> None:
-    change_config(
-        model, architectures=["LlamaForCausalLM"], hidden_act="relu", head_dim=16, vocab_size=12
-    )
+    changes = {"hidden_act": "relu", "head_dim": 16, "vocab_size": 12}
+    change_json(model / "config.json", architectures=["LlamaForCausalLM"], **changes)
     rng = np.random.default_rng(3)
     for name, array in arrays.items():
         shape = array.shape
@@ -339,7 +334,7 @@ def test_a_llama_with_tensors_for_its_own_code_is_refused(
     model: Path, arrays: Arrays, save_safetensors: Save, changes: dict[str, object]
 ) -> None:
     """As NOSA, whose attention has two parameters more and whose name is SparseLlama's."""
-    change_config(model, **changes, tie_word_embeddings=True)
+    change_json(model / "config.json", **changes, tie_word_embeddings=True)
     assert_reads(model, arrays)
     for layer in range(2):
         arrays[f"model.layers.{layer}.self_attn.A"] = np.ones(2, np.float32)

@@ -16,6 +16,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from slow import slow_except
+from tiny_models import change_json
 
 import hybrid
 from hybrid.checkpoint import open_checkpoint
@@ -160,9 +161,8 @@ def test_tensors_have_the_shapes_of_the_config_and_are_bf16_values(tiny):
 
 def test_a_synthetic_model_may_have_any_hidden_size(fresh, monkeypatch, format):
     """The shape of the folder changes, but not the recipe."""
-    path = fresh / "config.json"
     shape = {"hidden_size": 100, "num_attention_heads": 5, "num_key_value_heads": 1}
-    path.write_text(json.dumps(json.loads(path.read_text()) | shape | {"num_hidden_layers": 2}))
+    change_json(fresh / "config.json", **shape, num_hidden_layers=2)
     with hybrid.load(fresh, quant=format.name) as engine:
         session = engine.open_session()
         session.prefill(IDS[:128])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from slow import slow_except
-from tiny_models import STORIES, write_model
+from tiny_models import STORIES, scale_weights, write_model
 
 import hybrid
 from hybrid import NumericOverflow, eval
@@ -31,19 +31,6 @@ from hybrid.weights.packing import pack_model
 
 IDS = np.random.default_rng(1).integers(0, 320, 90).astype(np.int64)
 UNTIED = {"tie_word_embeddings": False, "hidden_act": "silu", "hidden_act_param": None}
-
-
-def scale_weights(folder: Path, factors: dict[str, float]) -> Path:
-    """Multiply the tensors whose names contain a key by its value, in place."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    for part, factor in factors.items():
-        names = [name for name in tensors if part in name]
-        assert names, part
-        for name in names:
-            tensors[name] = tensors[name].astype(np.float32) * np.float32(factor)
-    save_file(tensors, path)
-    return folder
 
 
 def copy_stories(folder: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import STORIES
 
 import hybrid
 from hybrid import InvalidOption, eval
@@ -15,7 +16,6 @@ from hybrid.evaluation.choices import answer
 from hybrid.evaluation.fp32 import Fp32Engine
 from hybrid.evaluation.likelihood import Likelihood
 
-STORIES = Path(hybrid.__file__).parent / "models" / "stories"
 HELLASWAG = {
     "activity_label": "Baking",
     "ctx_a": "A woman opens [header] an oven.",

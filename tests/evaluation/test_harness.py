@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmark_items import FORMS, write_items
-from tiny_models import write_model
+from tiny_models import STORIES, change_json, write_model
 
 import hybrid
 from hybrid import InvalidOption, SamplingParams
@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 
-STORIES = Path(hybrid.__file__).parent / "models" / "stories"
 TASKS = {"hellaswag": "hellaswag", "piqa": "piqa", "arc": "arc_easy"}  # the harness's names
 
 
@@ -250,7 +249,7 @@ def test_rolling_log_likelihoods_are_those_of_transformers(short):
 @pytest.mark.parametrize(("bos_id", "without"), [(None, 2), (0, 0)])
 def test_a_text_without_context_begins_as_the_tokenizer_says(tmp_path, bos_id, without):
     path = write_model(tmp_path / "model", vocab_size=4096) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": bos_id}))
+    change_json(path, bos_token_id=bos_id)
     for options, expected in (({}, 1), ({"add_bos": False}, without)):
         lm = HybridLM(str(path.parent), **options)
         assert lm.prefix_token_id == expected

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import write_model
+from tiny_models import change_json, write_model
 
 import hybrid
 from hybrid.errors import InvalidOption
@@ -18,7 +17,7 @@ from hybrid.evaluation.likelihood import encode_pair, prefix_token
 def model(folder: Path, **config: Any) -> Path:
     """Write a model whose tokenizer.json puts <s> (id 1) before a text."""
     path = write_model(folder / "model", vocab_size=4096) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    change_json(path, **config)
     return path.parent
 
 
@@ -36,9 +35,7 @@ def test_a_text_without_context_begins_as_an_empty_prompt(
 
 def test_a_bos_that_is_named_but_not_added_stands_for_an_empty_text(tmp_path: Path) -> None:
     folder = model(tmp_path, bos_token_id=0)
-    layout = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    layout["post_processor"] = None
-    (folder / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    change_json(folder / "tokenizer.json", post_processor=None)
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     with hybrid.load(folder, threads=1) as engine:
         assert engine.tokenizer.bos == ()

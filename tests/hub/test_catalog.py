@@ -34,7 +34,7 @@ from local_hub import (
     contents,
     spoil,
 )
-from tiny_models import STORIES, write_chat_model, write_model
+from tiny_models import STORIES, added_token, write_chat_model, write_model
 
 import hybrid
 from hybrid.checkpoint.name import model_name
@@ -203,8 +203,7 @@ def test_a_fetched_model_has_its_repositorys_name(hub: LocalHub, tmp_path: Path)
         "added_tokens.json": b'{"<extra>": 9999}',
     }
     layout = json.loads(hub.repos[REPO]["tokenizer.json"])
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    layout["added_tokens"].append({"id": 4096, "content": "<pad>", "special": True, **flags})
+    layout["added_tokens"].append(added_token("<pad>", id=4096, special=True))
     hub.repos[REPO]["tokenizer.json"] = json.dumps(layout).encode()
     with hybrid.load(REPO) as engine:
         assert engine.name == REPO

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from placement.test_solver import CONFIG, CPU_ONLY, MACHINE
+from tiny_models import change_json
 
 from hybrid.errors import InvalidArtifact
 from hybrid.placement.machine import MODELLED, load_machine, override, read_overrides
@@ -50,7 +50,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
 def test_damaged_plans_are_refused(tmp_path, change, message):
     path = tmp_path / "plan.json"
     PLAN.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    change_json(path, **change)
     if message is None:  # sound, but of another model
         with pytest.raises(InvalidArtifact, match="layers: expected 5, found 0"):
             check(load_plan(path), path)

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from predictor_files import decode_counted, trace_about
 from slow import slow_except
-from tiny_models import ODD_SHAPES, STORIES, write_model
+from text.test_bos import template
+from tiny_models import ODD_SHAPES, STORIES, change_json, write_model
 
 import hybrid
 from hybrid import HybridError, InvalidOption, load, setup
@@ -534,19 +535,7 @@ def test_a_recording_with_another_bos_is_not_continued(tmp_path, monkeypatch):
 
 def test_a_window_without_room_for_text_is_refused(tmp_path, capsys):
     model = write_model(tmp_path / "model", vocab_size=4096)
-    layout = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    special = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("<unk>", "<s>")]
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    layout["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [*special, text],
-        "pair": [*special, text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {
-            name: {"id": name, "ids": [token], "tokens": [name]}
-            for name, token in {"<unk>": 0, "<s>": 1}.items()
-        },
-    }
-    (model / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    change_json(model / "tokenizer.json", post_processor=template(["<unk>", "<s>"]))
     options = ["-m", str(model), "--text", str(TEXT), "-o", str(tmp_path / "out")]
     capsys.readouterr()
     assert main([*options, "--window", "2"]) == 2

@@ -8,26 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import STORIES
+from tiny_models import STORIES, added_token, change_json
 
 from hybrid.errors import InvalidCheckpoint
 from hybrid.text.tokenizer import Tokenizer
 
-FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 TEXTS = ["a <tool> b", "<tool>", "x<tool>y<call> z", "no tokens", "<tool><end>", "upon <call>"]
 
 
-def entry(content: str, **flags: bool) -> dict[str, Any]:
-    return {"content": content, "special": False} | FLAGS | flags
-
-
-TOOL, CALL = entry("<tool>"), entry("<call>", normalized=True, lstrip=True)
+TOOL, CALL = added_token("<tool>"), added_token("<call>", normalized=True, lstrip=True)
 FILES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "settings": ({"added_tokens_decoder": {"4097": CALL, "4096": TOOL}}, None),
     "legacy": ({}, {"<call>": 4097, "<tool>": 4096}),
     "both": ({"added_tokens_decoder": {"4096": TOOL}}, {"<call>": 4097}),
-    "a piece": ({"added_tokens_decoder": {"4095": entry("PIECE")}}, None),
-    "special": ({"added_tokens_decoder": {"4096": entry("<tool>", special=True)}}, None),
+    "a piece": ({"added_tokens_decoder": {"4095": added_token("PIECE")}}, None),
+    "special": ({"added_tokens_decoder": {"4096": added_token("<tool>", special=True)}}, None),
     "special by name": ({"pad_token": "<tool>"}, {"<tool>": 4096, "<call>": 4097}),
 }
 
@@ -94,9 +89,7 @@ def test_tokens_that_the_model_lacks_are_left_out_with_a_notice(
 def test_the_special_tokens_map_names_bos(tmp_path: Path) -> None:
     write(tmp_path, {}, None)
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "</s>"}}')
-    layout = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    layout["post_processor"] = None
-    (tmp_path / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    change_json(tmp_path / "tokenizer.json", post_processor=None)
     tokenizer = Tokenizer.from_folder(tmp_path, vocab_size=4200, bos_id=1, add_bos=True)
     assert tokenizer.bos == (2,)
 
@@ -111,7 +104,7 @@ def test_the_special_tokens_map_names_bos(tmp_path: Path) -> None:
         ({"added_tokens_decoder": {"5": {"content": ""}}}, None, "added_tokens_decoder: 5: "),
         ({}, {"<tool>": "4096"}, "added_tokens.json: <tool>: expected an added token, found '40"),
         (
-            {"added_tokens_decoder": {"4096": entry("\ud800")}},
+            {"added_tokens_decoder": {"4096": added_token("\ud800")}},
             None,
             r"added_tokens_decoder: 4096: expected an added token, found .*'\\ud800'",
         ),

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import STORIES, add_marker_pieces
+from tiny_models import STORIES, add_marker_pieces, added_token
 
 from hybrid.errors import UnsupportedModel
 from hybrid.text.tokenizer import Tokenizer
@@ -56,18 +56,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def added(id: int, content: str, **flags: bool) -> dict[str, Any]:
-    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": id, "content": content, "special": False} | usual | flags
-
-
 ADDED = [
-    added(4096, "<tool>"),
-    added(4097, "<call>", normalized=True),
-    added(4098, "<left>", lstrip=True),
-    added(4099, "<right>", rstrip=True),
-    added(4100, "word", single_word=True),
-    added(4101, "<end>", special=True),
+    added_token("<tool>", id=4096),
+    added_token("<call>", id=4097, normalized=True),
+    added_token("<left>", id=4098, lstrip=True),
+    added_token("<right>", id=4099, rstrip=True),
+    added_token("word", id=4100, single_word=True),
+    added_token("<end>", id=4101, special=True),
 ]
 FOLLOWING = st.lists(
     st.sampled_from(

@@ -19,13 +19,11 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_models import add_marker_pieces
+from tiny_models import STORIES, add_marker_pieces
 
-import hybrid
 from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
 from hybrid.text.tokenizer import ChatMessage, Tokenizer
 
-STORIES = Path(hybrid.__file__).parent / "models" / "stories"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 MINICPM = SHARED / "tokenizers" / "MiniCPM-S-1B-sft"
 VOCAB_SIZE = {STORIES: 4096, MINICPM: 73440}

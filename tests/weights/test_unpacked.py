@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from tiny_models import ODD_SHAPES, write_model
+from tiny_models import ODD_SHAPES, scale_weights, write_model
 
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
@@ -70,12 +69,8 @@ def test_reader_finds_matrices_of_any_width(format, tmp_path, shape):
 @pytest.mark.parametrize("factor", [1e-8, 1e12, 1e-30])
 def test_reader_returns_weights_with_their_matrix_scales(format, tmp_path, factor):
     """Each matrix has a scale of its own: q, k and v too, which are one array."""
-    folder = write_model(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    for name in tensors:
-        if "norm" not in name and "k_proj" not in name and "down_proj" not in name:
-            tensors[name] *= np.float32(factor)
-    save_file(tensors, folder / "model.safetensors")
+    scaled = ("embed", "q_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+    folder = scale_weights(write_model(tmp_path), dict.fromkeys(scaled, factor))
     with open_checkpoint(folder) as checkpoint:
         layout = packed_layout(checkpoint.config, format, frozenset({1}))
         check_reader(checkpoint, layout)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from slow import slow_except
-from tiny_models import ODD_SHAPES, STORIES, write_model
+from tiny_models import ODD_SHAPES, STORIES, scale_weights, write_model
 
 torch = pytest.importorskip("torch")
 
@@ -92,14 +92,9 @@ def test_models_of_any_hidden_size_run_on_both_devices(tmp_path, format, shape):
 @pytest.mark.parametrize("name", slow_except(["everything", "all"], "everything"))
 def test_matrix_scales_are_applied_on_both_devices(tmp_path, format, name):
     """What up, q and o are divided by, down, k and v are multiplied by."""
-    folder = write_model(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    small, large = ("up_proj", "q_proj", "o_proj"), ("down_proj", "k_proj", "v_proj")
-    for tensor in tensors:
-        factor = 1e-4 if any(part in tensor for part in small) else 1.0
-        tensors[tensor] *= np.float32(1e4 if any(part in tensor for part in large) else factor)
-    save_file(tensors, folder / "model.safetensors")
-    packed = PackedFolder(folder, format)
+    small = dict.fromkeys(("up_proj", "q_proj", "o_proj"), 1e-4)
+    large = dict.fromkeys(("down_proj", "k_proj", "v_proj"), 1e4)
+    packed = PackedFolder(scale_weights(write_model(tmp_path), small | large), format)
     if format is not Format.bf16:
         assert packed.model.layers[0].up.matrix_scale != 1
     ids = some_ids(packed.config, 30)
@@ -117,13 +112,9 @@ def test_matrix_scales_are_applied_on_both_devices(tmp_path, format, name):
 
 def test_a_model_with_matrix_scales_is_planned_with_them(tmp_path):
     folder = write_model(tmp_path / "plain", vocab_size=4096)
-    tensors = load_file(folder / "model.safetensors")
     with hybrid.load(folder) as engine:
         assert not engine.spec.has_matrix_scales
-    for tensor in tensors:
-        if "up_proj" in tensor or "down_proj" in tensor:
-            tensors[tensor] *= np.float32(1e-4 if "up_proj" in tensor else 1e4)
-    save_file(tensors, folder / "model.safetensors")
+    scale_weights(folder, {"up_proj": 1e-4, "down_proj": 1e4})
     with hybrid.load(folder) as engine:
         assert engine.spec.has_matrix_scales
         spec = engine.spec
