@@ -161,6 +161,9 @@ def stories() -> PackedFolder:
 
 @pytest.fixture
 def fake() -> Iterator[FakeDevice]:
+    # This thread must sum in the device thread's order, on one thread (tests/conftest.py). Numba
+    # gives the thread that first uses it as many OpenMP threads as there are processors.
+    torch.set_num_threads(1)
     device = FakeDevice()
     yield device
     device.close()
