@@ -36,8 +36,9 @@ import numpy as np
 from dense_gguf import bytes_per_token, write_dense_gguf
 
 from hybrid import active_isa, load
-from hybrid.bench import PREFILL_LENGTHS, SHORT_CONTEXT, spread
+from hybrid.bench import spread
 from hybrid.checkpoint import open_checkpoint
+from hybrid.evaluation.speed import PREFILL_LENGTHS, SHORT_CONTEXT
 from hybrid.hub.catalog import resolve
 from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from hybrid import Engine, load
-from hybrid.bench import SHORT_CONTEXT, DecodeBench, spread
+from hybrid.bench import spread
+from hybrid.evaluation.speed import SHORT_CONTEXT, DecodeBench
 from hybrid.placement.hardware import default_threads
 
 
