@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, X_Error_Code="RepoNotFound")
         if path.startswith("/api/models"):
             return self.list_files(f"{owner}/{name}", files)
-        body = files[rest[-1]]
+        body = files["/".join(rest if path.startswith("/cdn") else rest[2:])]
         if path.startswith("/cdn"):
             return self.send_large(body)
         sha256 = hashlib.sha256(body).hexdigest()
@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def spoil(file: Path) -> None:

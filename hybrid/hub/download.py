@@ -35,6 +35,7 @@ from hybrid.hub.model_files import (
     CONFIG,
     INDEX,
     OPTIONAL,
+    TEMPLATES,
     TOKENIZERS,
     WEIGHTS,
     select,
@@ -154,7 +155,8 @@ def _missing(snapshot: Path, place: _Place) -> list[str]:
 
 
 def _present(snapshot: Path) -> set[str]:
-    return {path.name for path in snapshot.iterdir() if path.is_file()}
+    templates = {f"{TEMPLATES}/{path.name}" for path in (snapshot / TEMPLATES).glob("*.jinja")}
+    return templates | {path.name for path in snapshot.iterdir() if path.is_file()}
 
 
 def _complete(snapshot: Path, place: _Place, *, is_offline: bool, notices: Notices) -> None:
@@ -316,6 +318,7 @@ def _fetch_file(file: _RemoteFile, place: _Place, tally: Tally) -> None:
             verify(file.partial, file.etag, file.name, place.cache)
             file.partial.replace(file.blob)
             stamp(file.blob, place.stamps)
+        make_folder(file.link.parent, place.cache)
         _link(file)
     tally.file_is_whole(file.name)
 

@@ -20,6 +20,9 @@ OPTIONAL = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of templates with names, such as tool_use
+_TEMPLATE = re.compile(TEMPLATES + r"/[\w-]{1,80}\.jinja")
+MAX_TEMPLATES = 20
 WEIGHTS = (  # the first that exists is used; an index names its shards
     "model.safetensors",
     "model.safetensors.index.json",
@@ -40,7 +43,8 @@ def select(available: Collection[str]) -> tuple[list[str], list[str]]:
         files += [name for name in choices if name in available][:1]
         if not set(files).intersection(choices):
             missing.append(f"{what} ({' or '.join(choices)})")
-    files[1:1] = [name for name in OPTIONAL if name in available]
+    templates = sorted(filter(_TEMPLATE.fullmatch, available))[:MAX_TEMPLATES]
+    files[1:1] = [name for name in OPTIONAL if name in available] + templates
     return files, missing
 
 
@@ -72,4 +76,6 @@ def size_limit(name: str) -> int | None:
         return MAX_VOCABULARY_BYTES
     if name.endswith(INDEX):
         return MAX_INDEX_BYTES
-    return MAX_CONFIG_BYTES if name == CONFIG or name in OPTIONAL else None
+    if name == CONFIG or name in OPTIONAL or _TEMPLATE.fullmatch(name):
+        return MAX_CONFIG_BYTES
+    return None
