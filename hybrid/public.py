@@ -28,5 +28,5 @@ from hybrid.errors import (
 from hybrid.hub.loading import load
 from hybrid.kernels import active_isa
 from hybrid.progress import Progress
+from hybrid.text.chat import ChatMessage
 from hybrid.text.sampling import Sampler, SamplingParams
-from hybrid.text.tokenizer import ChatMessage

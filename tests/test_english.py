@@ -15,7 +15,7 @@ PATTERN = re.compile(rf"(?i)(?<![a-z])({'|'.join(WORDS)}|turns|crumb)(?![a-z])|k
 SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".inl", ".md", ".toml", ".txt", ".json"}
 DATA = ("tests/data/", "hybrid/models/stories/", "LICENSE")  # texts that are not ours to change
 # This list itself, and "turns" as a key of a published data set.
-EXEMPT = {"tests/test_english.py", "tests/text/test_tokenizer.py"}
+EXEMPT = {"tests/test_english.py", "tests/text/test_tokenizer.py", "tests/text/test_chat_ids.py"}
 
 
 def files() -> list[Path]:
@@ -34,7 +34,7 @@ def test_the_words_do_not_occur():
         if not path.exists():
             continue  # removed, not yet committed
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if match := PATTERN.search(line):
+            if match := PATTERN.search(re.sub("(start|end)_of_turn", "", line)):  # Gemma's markers
                 found.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}: {line.strip()[:80]}")
     assert not found, "\n".join(found)
 

@@ -130,6 +130,24 @@ def write_chat_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+# A template of the shape that most models ship, with the tokens that it needs.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def write_chatml_model(folder: Path, template: str = CHATML, **changes: Any) -> Path:
+    """Write a random model with ChatML's two special tokens, 4096 and 4097, and a template."""
+    write_model(folder, vocab_size=4200, **changes)
+    layout = json.loads((STORIES / "tokenizer.json").read_text(encoding="utf-8"))
+    for id, content in enumerate(("<|im_start|>", "<|im_end|>"), 4096):
+        layout["added_tokens"].append(added_token(content, id=id, special=True))
+    (folder / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
 def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write a folder with TINY's config and `changes`, random weights and the bundled tokenizer.
 

@@ -125,8 +125,8 @@ def text_ids(engine: Engine) -> list[int]:
     """Return the ids of the text's first N_POSITIONS, or fewer if the context is smaller."""
     n = min(N_POSITIONS, engine.n_context)
     ids = engine.tokenizer.encode(ENGLISH)
-    if engine.tokenizer.has_chat_template and n == N_POSITIONS:  # MiniCPM's vocabulary
-        chinese = engine.tokenizer.encode(CHINESE)[len(engine.tokenizer.bos) :]
+    chinese = engine.tokenizer.encode_continuation(CHINESE)
+    if len(chinese) < len(CHINESE) and n == N_POSITIONS:  # the vocabulary has Chinese words
         ids = ids[: n - N_CHINESE] + chinese[:N_CHINESE]
     return ids[:n]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybrid.checkpoint.name import model_name
 from hybrid.engine.generation import Generation, GenerationRequest, GenerationStats
@@ -25,8 +25,8 @@ from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption, OutOfMem
 from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import last_level_cache_bytes, measure_stream_gbs
 from hybrid.placement.plan import PlacementPlan
+from hybrid.text.chat import Chat, ChatMessage
 from hybrid.text.sampling import Sampler, SamplingParams
-from hybrid.text.tokenizer import ChatMessage, check_message
 from hybrid.weights.layout import decode_bytes
 from hybrid.weights.packing import NeuronOrders
 
@@ -258,27 +258,26 @@ class Engine:
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
         session: Session | None = None,
         options: GenerationOptions | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> Generation:
         """Answer the last of `messages`, such as `[{"role": "user", "content": "Hello"}]`.
 
-        Roles are "system" (first only), "user" and "assistant". With a `session`, pass the whole
-        conversation each time: only what is new is computed. Options and errors are those of
-        `generate`. Raises InvalidOption if hybrid knows no chat template of the model.
+        The model's chat template decides which roles it knows. Contents are texts, or lists of
+        parts `{"type": "text", "text": ...}`. If the last message is the assistant's, the model
+        continues it. `tools` are JSON schemas of functions that the model may call, and `variables`
+        more of the template's variables, such as `{"enable_thinking": False}`. With a `session`,
+        pass the whole conversation each time: only what is new is computed. Options and errors are
+        those of `generate`. Raises InvalidOption if the model has no chat template, and with the
+        template's own words if it refuses the messages.
         """
         options = replace(options or GenerationOptions(), **keywords)
-        # Copy the messages, because the caller may edit the conversation in place later.
-        try:
-            messages = tuple(messages)
-        except TypeError:
-            kind = type(messages).__name__
-            raise InvalidOption(f"messages: expected a list of dicts, found {kind}") from None
-        for index, message in enumerate(messages):
-            check_message(index, message)
-        messages = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-        return self._begin(self._chat_ids(messages, session), session, options, messages)
+        # A copy of the messages, because the caller may edit the conversation in place later.
+        chat = Chat(messages, tools, variables=variables or {})
+        return self._begin(self._chat_ids(chat, session), session, options, chat)
 
     def open_session(self, *, dense: bool = False, timed: bool = False) -> Session:
         """Open a new, empty sequence with its own KV cache; weights and threads are shared.
@@ -331,7 +330,7 @@ class Engine:
         ids: list[int],
         session: Session | None,
         options: GenerationOptions,
-        messages: Sequence[ChatMessage] = (),
+        chat: Chat | None = None,
     ) -> Generation:
         executor = self._open()
         if session is not None and session._engine is not executor:
@@ -341,7 +340,7 @@ class Engine:
             self.open_session() if session is None else session,
             self.tokenizer,
             Sampler(options.sampling(self.default_sampling)),
-            GenerationRequest(ids, limits, options.logprobs, session is None, tuple(messages)),
+            GenerationRequest(ids, limits, options.logprobs, session is None, chat),
             self._count,
         )
 
@@ -358,7 +357,7 @@ class Engine:
                 decode_s=before.decode_s + ended.decode_s,
             )
 
-    def _chat_ids(self, messages: Sequence[ChatMessage], session: Session | None) -> list[int]:
+    def _chat_ids(self, chat: Chat, session: Session | None) -> list[int]:
         """Return the conversation's ids.
 
         If the conversation continues the session's last answer, only the new messages are encoded
@@ -367,10 +366,12 @@ class Engine:
         known = None if session is None else session.chat
         if known is not None:
             earlier, ids = known
-            new = tuple(messages[len(earlier) :])
-            if new and tuple(messages[: len(earlier)]) == earlier:
-                return self._checked_length(ids + self.tokenizer.encode_next_message(new))
-        return self._checked_length(self.tokenizer.encode_chat(messages))
+            n = len(earlier.messages)
+            if replace(chat, messages=chat.messages[:n]) == earlier and len(chat.messages) > n:
+                following = self.tokenizer.encode_after_answer(chat, n - 1)
+                if following is not None:
+                    return self._checked_length(ids + following)
+        return self._checked_length(self.tokenizer.encode_chat(chat))
 
     def _checked_prompt(self, prompt: str | Sequence[int], *, raw: bool) -> list[int]:
         if not isinstance(prompt, str):

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from hybrid.engine.options import AnswerLimits
 from hybrid.engine.session import Session
 from hybrid.kernels import PREFILL_CHUNK
+from hybrid.text.chat import Chat
 from hybrid.text.sampling import Sampler, log_softmax
 from hybrid.text.token_rules import TokenRules
-from hybrid.text.tokenizer import ChatMessage, Tokenizer
+from hybrid.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -74,7 +75,7 @@ class GenerationRequest:
     limits: AnswerLimits
     logprobs: int | None  # how many likeliest tokens to report with each token; None: nothing
     owns_session: bool  # close the session when the answer has ended
-    messages: tuple[ChatMessage, ...] = ()  # the conversation that this answers
+    chat: Chat | None = None  # the conversation that this answers
 
 
 class Generation:
@@ -117,13 +118,16 @@ class Generation:
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.stream(prompt)
         self.limit_is_models = limits.is_models
         self._max_tokens, self._eos_ids = limits.max_tokens, session._config.eos_ids
+        if request.chat is not None:
+            end = tokenizer.end_of_answer(request.chat)
+            self._eos_ids = (*self._eos_ids, *([] if end is None else [end]))
         self._stop, self._n_top = limits.stop, request.logprobs
         self._rules = None if limits.rules == TokenRules() else limits.rules
         self._seen = set(prompt)  # tokens that the repeat penalty applies to
         self._held = ""  # text that may be the beginning of a stop string
         self._n_neurons = session._config.n_layers * session._config.n_neurons
         self._owns_session, self._on_end = request.owns_session, on_end
-        self._messages = request.messages
+        self._chat = request.chat
         self._is_prefilled = self._is_cancelled = self._is_over = False
         self._ticket = object()
         session.hand_to(self._ticket)
@@ -192,7 +196,7 @@ class Generation:
         self._is_over = True
         if self._owns_session:
             self._session.close()
-        elif self._messages:
+        elif self._chat is not None:
             self._keep_chat()
         self._on_end(self.stats)
 
@@ -205,9 +209,8 @@ class Generation:
         """
         with self._session.step(self._ticket) as is_mine:
             said = self._tokenizer.continue_text(self.prompt, self.tokens)
-            if is_mine and said == self.text:
-                answer: ChatMessage = {"role": "assistant", "content": self.text}
-                self._session.chat = (*self._messages, answer), [*self.prompt, *self.tokens]
+            if is_mine and said == self.text and self._chat is not None:
+                self._session.chat = self._chat.answered(said), [*self.prompt, *self.tokens]
 
     def _prefill(self) -> None:
         """Run the prompt in parts, so that cancelling and Ctrl-C do not wait for all of it."""

@@ -81,6 +81,7 @@ class LoadOptions:
     vram_budget: int | None = None  # bytes
     plan: Path | None = None
     add_bos: bool | None = None  # begin texts with BOS; None: as the model's tokenizer does
+    chat_template: str | Path | None = None  # a name or a file; None: the model's own
     offline: bool = False
 
     def __post_init__(self) -> None:
@@ -91,6 +92,10 @@ class LoadOptions:
             raise InvalidOption(f"recall: expected a value between 0 and 1, found {self.recall}")
         if self.add_bos not in (None, True, False):
             raise InvalidOption(f"add_bos: expected None, True or False, found {self.add_bos!r}")
+        if self.chat_template is not None and not isinstance(self.chat_template, (str, Path)):
+            raise InvalidOption(
+                f"chat_template: expected a name or a file, found {self.chat_template!r:.60}"
+            )
         _ = self.device_request
 
     @property
@@ -176,6 +181,7 @@ class LoadKeywords(TypedDict, total=False):
     vram_budget: int | None
     plan: Path | None
     add_bos: bool | None
+    chat_template: str | Path | None
     offline: bool
 
 

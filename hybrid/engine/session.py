@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hybrid.errors import ContextOverflow, EngineClosed, NumericOverflow
 from hybrid.kernels import KvFormat
 from hybrid.model.config import ModelConfig
-from hybrid.text.tokenizer import ChatMessage
+from hybrid.text.chat import Chat
 
 
 class NativeSession(Protocol):
@@ -102,7 +102,7 @@ class Session:
         self._lock = threading.RLock()  # held during each call into the native session
         self._owner: object = None  # identifies the generation that uses this session
         # The last conversation, including its answer, and the ids that stand for it.
-        self.chat: tuple[tuple[ChatMessage, ...], list[int]] | None = None
+        self.chat: tuple[Chat, list[int]] | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:

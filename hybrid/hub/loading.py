@@ -69,6 +69,10 @@ def load(
     `add_bos` says whether a text begins with the BOS token. None does as the model's tokenizer, and
     `Engine.notices` says so where the model's files disagree. Token ids are never changed.
 
+    `chat_template` names one of the model's chat templates, a built-in one (minicpm, chatml,
+    llama-2, llama-3, mistral, zephyr, gemma, phi-3, vicuna, alpaca), or a Jinja file. None takes
+    the model's own, as transformers does.
+
     Keywords change what `options` says. `progress` is called during downloading and packing.
 
     Raises ModelNotFound, DownloadFailed, InvalidCheckpoint, InvalidArtifact, UnsupportedModel,

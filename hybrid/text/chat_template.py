@@ -1,26 +1,36 @@
 """ChatTemplate: a conversation → the text that the model was trained to continue.
 
-The template is the model's own Jinja program. It is rendered in a sandbox, with the variables that
-transformers gives it (`apply_chat_template`), so the text is the same.
+The template is a Jinja program, the model's own or a built-in one. It is rendered in a sandbox,
+with the variables that transformers gives it (`apply_chat_template`), so the text is the same.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import nodes
 
 from hybrid.errors import InvalidCheckpoint, InvalidOption
 from hybrid.text import sandbox
-from hybrid.text.markers import Markers
+from hybrid.text.chat import Chat
+from hybrid.text.markers import MarkedText, Markers
 
-_END = "\udfff"  # where an answer that the model continues ends; no text can contain it
+_END = "\udfff"  # where the text of a marked message ends; no text can contain it
+_SPACE = "\u2003"  # behind that; no template writes it, and whoever strips a text strips it
 # What templates write around messages: <|user|>, <用户>, [INST], <start_of_turn>.
 _MARKER = re.compile(r"<[^\s<>]{1,60}>|\[/?[A-Z_]{2,40}\]")
+# Methods of texts that templates find the parts of an answer with.
+_SEARCHING = frozenset(
+    ("count", "endswith", "find", "index", "lstrip", "partition", "replace", "rfind", "rpartition")
+    + ("rsplit", "rstrip", "split", "startswith", "strip")
+)
+_PROBE = "a probe of hybrid"
 _BROKEN = (
     jinja2.TemplateError,
     TypeError,
@@ -31,61 +41,150 @@ _BROKEN = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation, as templates know it. All parts are JSON's types."""
+class _Marked(NamedTuple):
+    """A rendered text, tainted, and where the text of one of its messages ends."""
 
-    messages: Sequence[Mapping[str, Any]]  # each with a role, and content as text or parts
-    tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas of functions
-    add_generation_prompt: bool = True  # end with what begins an answer
-    continues_last: bool = False  # end inside the last message, which the model continues
-    variables: Mapping[str, Any] = field(default_factory=dict)  # more of the template's variables
+    text: str
+    end: int
+    strips: bool  # whether the template strips what a message says
 
 
 class ChatTemplate:
     """A compiled template. Immutable, so threads may share it."""
 
-    def __init__(self, source: str, tokens: Mapping[str, str], name: str = "chat template") -> None:
+    def __init__(
+        self,
+        source: str,
+        tokens: Mapping[str, str] | None = None,
+        special: Sequence[str] = (),
+        ordinary: Sequence[str] = (),
+        name: str = "chat template",
+    ) -> None:
         """`tokens`: the special tokens that templates may name, such as bos_token.
 
-        Raises InvalidCheckpoint if the template is broken.
+        A message cannot spell the `special` tokens, nor what the template writes around messages.
+        What the template mentions besides or looks for in answers, such as <think>, only an answer
+        may spell, because a model writes it itself. Of the `ordinary` added tokens those count that
+        the template mentions. Raises InvalidCheckpoint if the template is broken.
         """
         self.source, self.name = source, name
-        self._tokens = dict(tokens)
+        self._tokens = dict(tokens or {})
         try:
             self._template = sandbox.compile_template(source)
         except jinja2.TemplateSyntaxError as error:
             raise InvalidCheckpoint(f"{name}: line {error.lineno}: {error.message}") from error
         except (sandbox.TemplateLimit, jinja2.TemplateError) as error:
             raise InvalidCheckpoint(f"{name}: cannot be used: {error}") from error
-        self.literals = "\0".join(_literals(source))
+        self.markers = Markers(())
+        literals, around = "\0".join(_literals(source)), "\0".join(self._probe())
+        written = {text for text in ordinary if text in literals + around and not text.isalnum()}
+        written |= {*_MARKER.findall(literals), *_MARKER.findall(around)}
+        tested = "\0".join(_tested(source))
+        own = {
+            text
+            for text in written - {*special}
+            if text not in around or text in tested or _partner(text) in tested
+        }
+        self.markers = Markers({*special, *written}, of_answers=own)
 
-    def markers(self, special: Sequence[str], ordinary: Sequence[str] = ()) -> Markers:
-        """Return the texts that a message must not forge.
+    def _probe(self) -> list[str]:
+        """Return what the template writes for some messages, such as <|user|> made of a role."""
+        answered = [_USER, {"role": "assistant", "content": _PROBE}, _USER]
+        texts = []
+        for messages in ([_USER], answered, [{"role": "system", "content": _PROBE}, *answered]):
+            with contextlib.suppress(InvalidOption):
+                texts.append(self._render(messages, Chat(messages)))
+        return texts
 
-        `special` are the vocabulary's special tokens. Of its `ordinary` added tokens those count
-        that the template writes itself.
-        """
-        written = [text for text in ordinary if text in self.literals]
-        return Markers([*special, *written, *_MARKER.findall(self.literals)])
+    @functools.cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template handles contents that are lists of parts."""
+        parts = [{"type": "text", "text": _PROBE}]
+        try:
+            text = self._render([{"role": "user", "content": parts}], Chat([_USER]))
+        except InvalidOption:
+            return False
+        return _PROBE in text and "'type'" not in text and '"type"' not in text
 
-    def render(self, chat: Chat, markers: Markers) -> str:
-        """Return the prompt, in which imitated markers are tainted (`Markers.restore`).
+    @functools.cached_property
+    def after_answer(self) -> str:
+        """The marker that the template writes behind an answer, or ""."""
+        answered = Chat([_USER, {"role": "assistant", "content": _PROBE}], None, False)
+        try:
+            marked = self._render_marked(answered, 1)
+        except InvalidOption:
+            return ""
+        if marked is None:
+            return ""
+        after = marked.text[marked.end :].lstrip()
+        return next((text for text in self.markers.texts if after.startswith(text)), "")
 
-        Raises InvalidOption if the template refuses the messages, or fails on them.
-        """
-        messages = [_plain(message, f"messages[{n}]") for n, message in enumerate(chat.messages)]
-        tools = None if chat.tools is None else _plain(chat.tools, "tools")
-        variables = _plain(chat.variables, "variables")
-        messages = [_taint_message(message, markers) for message in messages]
+    def render(self, chat: Chat) -> MarkedText:
+        """Return the prompt. Raises InvalidOption if the template refuses the messages."""
         if chat.continues_last:
-            _mark_end(messages)
+            marked = self._render_marked(chat, len(chat.messages) - 1)
+            if marked is None:
+                raise InvalidOption(
+                    f"messages: {self.name} drops the last one, so it cannot be continued"
+                )
+            text = marked.text[: marked.end]
+            # If the template strips contents, it would also have stripped what is before the mark.
+            return self.markers.read(text.rstrip() if marked.strips else text)
+        return self.markers.read(self._render(self._tainted(chat.messages), chat))
+
+    def render_after(self, chat: Chat, n: int) -> MarkedText | None:
+        """Return the part of the prompt that follows the text of the answer `messages[n]`.
+
+        None if the text up to there is not the prompt for that answer and the answer itself. Some
+        templates shorten earlier answers, for example.
+        """
+        answer = chat.messages[n].get("content")
+        marked = self._render_marked(chat, n) if isinstance(answer, str) else None
+        if marked is None or not isinstance(answer, str):
+            return None
+        earlier = replace(chat, messages=chat.messages[:n], add_generation_prompt=True)
+        before = self._render(self._tainted(earlier.messages), earlier)
+        said = self.markers.restore(marked.text[len(before) : marked.end])
+        if not marked.text.startswith(before) or said.strip() != answer.strip():
+            return None
+        return self.markers.read(marked.text[marked.end :])
+
+    def _render_marked(self, chat: Chat, n: int) -> _Marked | None:
+        """Render with the end of a message's text marked; None if the template drops the text."""
+        messages = self._tainted(chat.messages)
+        _mark_end(messages[n])
+        before, mark, after = self._render(messages, chat).rpartition(_END)
+        if not mark:
+            return None
+        # A space that the template itself writes there hides that it strips, as in transformers.
+        strips = not after.startswith((_SPACE, " "))
+        return _Marked(before + after.removeprefix(_SPACE), len(before), strips)
+
+    def _tainted(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [self._taint_message(self._fit(message)) for message in messages]
+
+    def _fit(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Join the parts of a message's content for templates that expect one text."""
+        parts = message.get("content")
+        if isinstance(parts, list) and not self.takes_parts:
+            return {**message, "content": "\n".join([part["text"] for part in parts])}
+        return message
+
+    def _taint_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Taint all texts of a message but its role, which is a name."""
+        is_answer = message["role"] == "assistant"
+        texts = {key: item for key, item in message.items() if key != "role"}
+        tainted: dict[str, Any] = self.markers.taint_all(texts, is_answer=is_answer)
+        return {"role": message["role"], **tainted}
+
+    def _render(self, messages: list[dict[str, Any]], chat: Chat) -> str:
+        """Return the tainted text for messages that are tainted. Raises InvalidOption."""
         given = {
             **self._tokens,
             "documents": None,
-            **markers.taint_all(variables),
+            **self.markers.taint_all(chat.variables),
             "messages": messages,
-            "tools": markers.taint_all(tools),
+            "tools": self.markers.taint_all(chat.tools),
             "add_generation_prompt": chat.add_generation_prompt and not chat.continues_last,
         }
         try:
@@ -106,88 +205,57 @@ class ChatTemplate:
             ) from None
         if re.search(r"\\u[dD][89a-fA-F]", text):
             raise InvalidOption(_lost("spell a marker of the chat template, and it rewrites them"))
-        return _cut(text) if chat.continues_last else text
+        return text
+
+
+_USER = {"role": "user", "content": _PROBE}
 
 
 def _lost(why: str) -> str:
     return f"messages: they {why}, so the text could not be told from a marker; remove it"
 
 
-def _plain(value: Any, name: str) -> Any:
-    """Return a copy of JSON data without keys of null. Raises InvalidOption for anything else."""
-    if value is None or type(value) in (bool, int, float):
-        return value
-    if isinstance(value, str):
-        return checked_text(value, name)
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise InvalidOption(f"{name}: expected texts as keys")
-        return {
-            checked_text(key, name): _plain(item, f"{name}: {key}")
-            for key, item in value.items()
-            if item is not None
-        }
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{name}[{n}]") for n, item in enumerate(value)]
-    raise InvalidOption(f"{name}: expected JSON's types, found {type(value).__name__}")
-
-
-def checked_text(text: object, name: str) -> str:
-    """Return a text that is valid Unicode. Raises InvalidOption."""
-    if not isinstance(text, str):
-        raise InvalidOption(f"{name}: expected a string, found {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidOption(
-            f"{name}: expected valid Unicode, found the lone surrogate {text[error.start]!a} at "
-            f"character {error.start}, which often comes from bytes that are not UTF-8"
-        ) from None
-    return text
-
-
-def _taint_message(message: dict[str, Any], markers: Markers) -> dict[str, Any]:
-    """Taint all texts of a message but its role and the types of its parts, which are names."""
-    tainted = markers.taint_all({key: item for key, item in message.items() if key != "role"})
-    tainted = {"role": message.get("role"), **tainted}
-    if isinstance(tainted.get("content"), list):
-        for part, given in zip(tainted["content"], message["content"], strict=True):
-            if isinstance(part, dict) and "type" in given:
-                part["type"] = given["type"]
-    return tainted
-
-
-def _mark_end(messages: list[dict[str, Any]]) -> None:
-    """Mark the end of the last message's text."""
-    content = messages[-1].get("content") if messages else None
+def _mark_end(message: dict[str, Any]) -> None:
+    """Mark the end of a message's text. The space behind the mark shows whether it is stripped."""
+    content = message.get("content")
     if isinstance(content, str):
-        messages[-1]["content"] = content + _END + " "
+        message["content"] = content + _END + _SPACE
         return
-    if isinstance(content, list):
-        for part in reversed(content):
-            if isinstance(part, dict) and isinstance(part.get("text"), str):
-                part["text"] += _END + " "
-                return
+    if isinstance(content, list) and content:
+        content[-1]["text"] += _END + _SPACE
+        return
     raise InvalidOption("messages: the last one has no text that could be continued")
 
 
-def _cut(text: str) -> str:
-    """Cut a rendered text where the last message ends."""
-    before, mark, after = text.rpartition(_END)
-    if not mark:
-        raise InvalidOption(
-            "messages: the chat template drops the last one, so it cannot be continued"
-        )
-    # The space behind the mark is gone if the template strips contents. Then it would also have
-    # stripped what is before the mark.
-    return before if after.startswith(" ") else before.rstrip()
+def _parse(source: str) -> nodes.Template:
+    environment = jinja2.Environment(extensions=[sandbox.GenerationTag, "jinja2.ext.loopcontrols"])
+    return environment.parse(source)
 
 
 def _literals(source: str) -> list[str]:
     """Return the texts that the template itself contains."""
-    tree = jinja2.Environment(extensions=[sandbox.GenerationTag, "jinja2.ext.loopcontrols"]).parse(
-        source
-    )
-    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
-    texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
-    return texts
+    tree = _parse(source)
+    return [node.data for node in tree.find_all(nodes.TemplateData)] + _constants(tree)
+
+
+def _tested(source: str) -> list[str]:
+    """Return the texts that the template looks for in others."""
+    tree = _parse(source)
+    places: list[nodes.Node] = [*tree.find_all(nodes.Compare)]
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEARCHING:
+            places += call.args
+    for applied in tree.find_all(nodes.Filter):
+        places += applied.args if applied.name == "replace" else []
+    return [text for place in places for text in _constants(place)]
+
+
+def _constants(tree: nodes.Node) -> list[str]:
+    found = [*tree.find_all(nodes.Const)]
+    found += [tree] if isinstance(tree, nodes.Const) else []
+    return [node.value for node in found if isinstance(node.value, str)]
+
+
+def _partner(text: str) -> str:
+    """Return the tag that ends what a tag begins, or begins what it ends."""
+    return "<" + text[2:] if text.startswith("</") else "</" + text[1:]

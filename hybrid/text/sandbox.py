@@ -17,10 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, cast
 
@@ -33,18 +30,24 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-SECONDS = 0.8  # of one rendering
-BYTES = 32 << 20  # that one rendering may make, in all its objects together
-BYTES_PER_CHARACTER = 200  # as many more for each character of the variables
-MAX_SOURCE = 1 << 20  # characters of a template
-MAX_LIST = 100_000  # elements of a list that an operator or a filter makes
-MAX_NODES = 100_000  # elements, nested ones too, of a container that is compared or written
-MAX_BITS = 4096  # of an integer
-MAX_WIDTH = 1000  # characters that a field is padded to
+from hybrid.text.budget import (
+    MAX_LIST,
+    MAX_WIDTH,
+    WIDE_BRACES,
+    WIDE_PERCENT,
+    Budget,
+    TemplateLimit,
+    check_format,
+    check_method,
+    check_power,
+    check_product,
+    current,
+    pay_for_replacement,
+)
 
-# The fields of a format whose width is given by an argument, or has four digits.
-_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)")
-_WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*(\d{4}|\{)")
+__all__ = ["GenerationTag", "TemplateLimit", "TemplateRefusal", "compile_template", "render"]
+
+MAX_SOURCE = 1 << 20  # characters of a template
 
 _FILTER_NAMES = (
     "abs attr batch capitalize center count d default dictsort e escape first float forceescape "
@@ -56,74 +59,8 @@ _WITH_WIDTH = frozenset(("batch", "center", "indent", "slice", "truncate"))
 _GROWTH = {"e": 6, "escape": 6, "forceescape": 6, "urlencode": 12, "wordcount": 32}
 
 
-class TemplateLimit(Exception):
-    """A template used up its time or its bytes."""
-
-
 class TemplateRefusal(Exception):
     """A template called `raise_exception`: it does not accept its variables."""
-
-
-class _Budget:
-    """What one rendering may still use."""
-
-    def __init__(self, variables: Mapping[str, Any]) -> None:
-        self.deadline = time.perf_counter() + SECONDS
-        self.n_bytes = BYTES
-        self.given: set[int] = (
-            set()
-        )  # ids of the variables' containers, which are known to be small
-        self.n_bytes += BYTES_PER_CHARACTER * self._note(variables)
-
-    def _note(self, value: object) -> int:
-        """Return the number of characters of a variable, and remember its containers."""
-        if isinstance(value, str):
-            return len(value)
-        items: list[object] = []
-        if isinstance(value, dict):
-            items = [*value, *value.values()]
-        elif isinstance(value, (list, tuple)):
-            items = [*value]
-        else:
-            return 1
-        self.given.add(id(value))
-        return 1 + sum(map(self._note, items))
-
-    def tick(self) -> None:
-        if time.perf_counter() > self.deadline:
-            raise TemplateLimit(f"it took longer than {SECONDS} s")
-
-    def pay(self, n_bytes: int) -> None:
-        self.n_bytes -= n_bytes
-        if self.n_bytes < 0:
-            raise TemplateLimit("it made more text than a chat can have")
-
-    def pay_for(self, value: Any) -> Any:
-        if isinstance(value, (str, bytes, list, tuple, dict)):
-            self.pay(sys.getsizeof(value))
-            if not isinstance(value, (str, bytes)) and len(value) > MAX_LIST:
-                raise TemplateLimit(f"it made a list of more than {MAX_LIST:,} elements")
-        elif isinstance(value, int) and value.bit_length() > MAX_BITS:
-            raise TemplateLimit(f"it made a number of more than {MAX_BITS:,} bits")
-        return value
-
-    def check_size(self, value: object) -> int:
-        """Return the characters of a value with all its elements, which may share parts."""
-        n_characters = n_nodes = 0
-        left = [value]
-        while left:
-            item = left.pop()
-            if isinstance(item, str):
-                n_characters += len(item)
-            elif isinstance(item, (list, tuple, dict)) and id(item) not in self.given:
-                n_nodes += len(item)
-                if n_nodes > MAX_NODES:
-                    raise TemplateLimit(f"it used a value of more than {MAX_NODES:,} elements")
-                left += [*item, *item.values()] if isinstance(item, dict) else [*item]
-        return n_characters
-
-
-_budget: ContextVar[_Budget] = ContextVar("budget")
 
 
 class _Metering(NodeTransformer):
@@ -226,14 +163,14 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _Metering().visit(tree)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        budget = _budget.get()
+        budget = current.get()
         budget.tick()
         if operator == "*":
-            _check_product(budget, left, right)
+            check_product(budget, left, right)
         elif operator == "**":
-            _check_power(left, right)
+            check_power(left, right)
         elif operator == "%" and isinstance(left, str):
-            _check_format(budget, _WIDE_PERCENT, left, right)
+            check_format(budget, WIDE_PERCENT, left, right)
         return budget.pay_for(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -244,73 +181,19 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(wrapped)
         def checked(*args: Any, **kwargs: Any) -> str:
-            _check_format(_budget.get(), _WIDE_BRACES, text, [*args, *kwargs.values()])
+            check_format(current.get(), WIDE_BRACES, text, [*args, *kwargs.values()])
             return wrapped(*args, **kwargs)
 
         return checked
 
     def call(*args: Any, **kwargs: Any) -> Any:
         function, given = args[2], list(args[3:])  # after `self` and the context
-        budget = _budget.get()
+        budget = current.get()
         budget.tick()
         text = getattr(function, "__self__", None)
         if isinstance(text, str):
-            _check_method(budget, text, function.__name__, given)
+            check_method(budget, text, function.__name__, given)
         return budget.pay_for(ImmutableSandboxedEnvironment.call(*args, **kwargs))
-
-
-def _check_product(budget: _Budget, left: Any, right: Any) -> None:
-    if isinstance(left, int) and isinstance(right, int):
-        if left.bit_length() + right.bit_length() > MAX_BITS:
-            raise TemplateLimit(f"it made a number of more than {MAX_BITS:,} bits")
-        return
-    sequence, n = (right, left) if isinstance(left, int) else (left, right)
-    if isinstance(n, int) and isinstance(sequence, (str, list, tuple)):
-        if not isinstance(sequence, str) and len(sequence) * n > MAX_LIST:
-            raise TemplateLimit(f"it made a list of more than {MAX_LIST:,} elements")
-        budget.pay(max(0, len(sequence) * n))
-
-
-def _check_power(left: Any, right: Any) -> None:
-    if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_BITS:
-        raise TemplateLimit(f"it made a number of more than {MAX_BITS:,} bits")
-
-
-def _check_format(budget: _Budget, wide: re.Pattern[str], text: str, arguments: object) -> None:
-    if wide.search(text):
-        raise TemplateLimit(f"it pads a field to more than {MAX_WIDTH:,} characters")
-    budget.pay(budget.check_size(arguments) * (1 + text.count("%") + text.count("{")))
-
-
-def _check_method(budget: _Budget, text: str, name: str, arguments: list[Any]) -> None:
-    """Pay for what a method of a string will make, before it is made."""
-    first = arguments[0] if arguments else None
-    if name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
-        if isinstance(first, int) and first > MAX_WIDTH:
-            raise TemplateLimit(f"it pads a field to more than {MAX_WIDTH:,} characters")
-    elif name in ("split", "rsplit"):
-        n = text.count(first) if isinstance(first, str) and first else len(text) // 2
-        budget.pay(64 * n)
-    elif name == "splitlines":
-        budget.pay(64 * text.count("\n"))
-    elif name == "replace" and len(arguments) >= 2:
-        _pay_for_replacement(budget, text, *arguments[:2])
-    elif name == "join":
-        _pay_for_join(budget, text, first)
-    elif name in ("translate", "encode", "maketrans"):
-        raise SecurityError(f"a chat template may not call {name}()")
-
-
-def _pay_for_replacement(budget: _Budget, text: str, old: Any, new: Any) -> None:
-    if isinstance(old, str) and isinstance(new, str):
-        budget.pay((text.count(old) if old else len(text) + 1) * len(new))
-
-
-def _pay_for_join(budget: _Budget, separator: str, items: Any) -> None:
-    if isinstance(items, (list, tuple, dict)):
-        budget.pay(budget.check_size(items) + len(separator) * len(items))
-    elif isinstance(items, str):
-        budget.pay(len(items) * (1 + len(separator)))
 
 
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -318,7 +201,7 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)  # also keeps Jinja's marks, such as that it takes the context
     def metered(*args: Any, **kwargs: Any) -> Any:
-        budget = _budget.get()
+        budget = current.get()
         budget.tick()
         given = [*args, *kwargs.values()]
         n_characters = sum(map(budget.check_size, given))
@@ -329,13 +212,13 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if name == "indent" and texts:
             budget.pay(texts[0].count("\n") * (MAX_WIDTH + sum(map(len, texts[1:]))))
         if name == "replace" and len(texts) >= 3:
-            _pay_for_replacement(budget, *texts[:3])
+            pay_for_replacement(budget, *texts[:3])
         if name == "join":
             separator = max((len(text) for text in texts), default=0)
             sizes = [len(value) for value in given if isinstance(value, (list, tuple, str))]
             budget.pay(n_characters + separator * max(sizes, default=0))
         if name == "format" and texts:
-            _check_format(budget, _WIDE_PERCENT, texts[0], given[1:])
+            check_format(budget, WIDE_PERCENT, texts[0], given[1:])
         result = function(*args, **kwargs)
         if isinstance(result, Iterator):
             return _ticking(budget, result)
@@ -350,7 +233,7 @@ def _is_wide(value: object) -> bool:
     return isinstance(value, int) and abs(value) > MAX_WIDTH
 
 
-def _ticking(budget: _Budget, items: Iterator[Any]) -> Iterator[Any]:
+def _ticking(budget: Budget, items: Iterator[Any]) -> Iterator[Any]:
     for n, item in enumerate(items):
         budget.tick()
         if n >= MAX_LIST:
@@ -359,7 +242,7 @@ def _ticking(budget: _Budget, items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _finalize(value: Any) -> Any:
-    budget = _budget.get()
+    budget = current.get()
     if isinstance(value, (list, tuple, dict)):
         budget.pay(4 * budget.check_size(value))
     elif isinstance(value, str):
@@ -368,13 +251,13 @@ def _finalize(value: Any) -> Any:
 
 
 def _count(n_characters: int) -> None:
-    budget = _budget.get()
+    budget = current.get()
     budget.tick()
     budget.pay(n_characters)
 
 
 def _concat(values: list[Any]) -> str:
-    budget = _budget.get()
+    budget = current.get()
     budget.tick()
     budget.pay(2 * budget.check_size(values))
     text: str = budget.pay_for("".join(map(str, values)))
@@ -383,12 +266,12 @@ def _concat(values: list[Any]) -> str:
 
 def _small(value: Any) -> Any:
     if isinstance(value, (list, tuple, dict)):
-        _budget.get().check_size(value)
+        current.get().check_size(value)
     return value
 
 
 def _paid(value: Any) -> Any:
-    return _budget.get().pay_for(value)
+    return current.get().pay_for(value)
 
 
 def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
@@ -412,7 +295,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    budget = _budget.get()
+    budget = current.get()
     width = indent if isinstance(indent, int) else 0
     if width > 64 or (separators is not None and sum(map(len, separators)) > 64):
         raise TemplateLimit("tojson: its indent or its separators are too long")
@@ -454,10 +337,10 @@ def render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
 
     Raises TemplateLimit, TemplateRefusal, and what Jinja or Python raise for a broken template.
     """
-    token = _budget.set(_Budget(variables))
+    token = current.set(Budget(variables))
     try:
         return "".join(template.generate(variables))
     except (RecursionError, MemoryError, OverflowError) as error:
         raise TemplateLimit(f"it needs too much ({type(error).__name__})") from None
     finally:
-        _budget.reset(token)
+        current.reset(token)

@@ -79,9 +79,8 @@ def test_a_message_costs_its_own_tokens_only(monkeypatch, chat_engine):
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": questions[0]},
     ]
-    following = [
-        tokenizer.encode_next_message([{"role": "user", "content": q}]) for q in questions[1:]
-    ]
+    said = conversation.messages
+    following = [tokenizer.encode_after_answer(said[: n + 2], n) for n in (2, 4)]
     # Each later message also prefills the last token of the answer before it, which was never run.
     assert n_prefilled == len(tokenizer.encode_chat(messages)) + sum(len(t) + 1 for t in following)
     assert [m["role"] for m in conversation.messages] == ["system"] + ["user", "assistant"] * 3

@@ -17,7 +17,7 @@ from hybrid.engine.loading import choices, pipeline
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption
 from hybrid.notices import Notices
 from hybrid.placement.profile import FILE_NAME
-from hybrid.text.tokenizer import ChatMessage
+from hybrid.text.chat import ChatMessage
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_chat_computes_each_message_once(chat_engine):
         for question in ("And you?", "<AI> is no marker <用户>"):
             before = len(session.tokens)
             messages.append(user(question))
-            message = tokenizer.encode_next_message([user(question)])
+            message = tokenizer.encode_after_answer(messages, len(messages) - 2)
             answer = chat_engine.chat(messages, session=session, **options)
             messages.append({"role": "assistant", "content": text_of(answer)})
             n_prefilled = answer.stats.prompt_tokens - answer.stats.cached_tokens

@@ -138,20 +138,26 @@ def test_a_message_has_the_same_ids_in_every_place_of_a_chat(tmp_path: Path) -> 
     chat = Tokenizer.from_folder(tmp_path, vocab_size=4200, bos_id=1)
     for content in ("<tool> one", "a <call> two", "<left><right> b", "a word"):
         earlier: list[Any] = [{"role": "user", "content": "hi"}]
-        earlier.append({"role": "assistant", "content": "yes."})
+        answer: Any = {"role": "assistant", "content": "yes."}
         message: Any = {"role": "user", "content": content}
-        whole = chat.encode_chat([*earlier, message])
-        assert whole == chat.encode_chat(earlier) + chat.encode_next_message([message])
+        whole = chat.encode_chat([*earlier, answer, message])
+        following = chat.encode_after_answer([*earlier, answer, message], 1)
+        assert following is not None
+        assert whole == chat.encode_chat([*earlier, answer]) + following
         assert any(first_id <= token < first_id + 5 for token in whole)
 
 
 def test_a_vocabulary_that_joins_everything_is_refused(tmp_path: Path) -> None:
     layout = json.loads((STORIES / "tokenizer.json").read_text(encoding="utf-8"))
     vocab, merges = layout["model"]["vocab"], layout["model"]["merges"]
-    for byte in range(0x80, 0x90):
+    for byte in range(256):
         piece = f"<0x{byte:02X}>"
+        vocab[piece + "a"] = len(vocab)
+        merges.append([piece, "a"])
+    for piece in "\n\t|~^☂":  # some are pieces
+        vocab.setdefault(piece, len(vocab))
         vocab[piece + "a"] = len(vocab)
         merges.append([piece, "a"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
     with pytest.raises(UnsupportedModel, match="puts something before every text"):
-        Tokenizer.from_folder(tmp_path, vocab_size=4200, bos_id=1)
+        Tokenizer.from_folder(tmp_path, vocab_size=5000, bos_id=1)

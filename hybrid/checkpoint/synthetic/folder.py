@@ -282,6 +282,7 @@ def _tokenizer(vocab_size: int) -> dict[str, Any]:
             "unk_token": "<unk>",
             "fuse_unk": True,
             "byte_fallback": True,
+            "ignore_merges": True,  # a model without merges means it
             "vocab": {piece: token for token, piece in enumerate(pieces)},
             "merges": [],
         },

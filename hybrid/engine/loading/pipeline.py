@@ -80,7 +80,9 @@ def load_parts(request: Request) -> Parts:
             request.folder,
             vocab_size=config.vocab_size,
             bos_id=config.bos_id,
+            eos_id=min(config.eos_ids, default=None),
             add_bos=options.add_bos,
+            chat_template=options.chat_template,
         )
         defaults = read_generation_defaults(request.folder, config.vocab_size)
         notices.add(*checkpoint.notices, *tokenizer.notices, *defaults.notices)

@@ -1,0 +1,187 @@
+"""The file of a vocabulary, tokenizer.json or tokenizer.model, opened and checked.
+
+The `tokenizers` library accepts files that cannot be meant: two pieces with one id, pieces that no
+merge makes, normalizers that double a text forty times. They are refused here, in one line each.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from hybrid.checkpoint.json_file import parse_object, read_object, read_text
+from hybrid.checkpoint.name import model_name
+from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+from hybrid.text.added_tokens import add_tokens
+from hybrid.text.sentencepiece import convert
+
+_MAX_NORMALIZERS = 64
+_MAX_GROWTH = 64  # how many times as long a normalized text may be
+
+
+class VocabularyFile(NamedTuple):
+    """A checked file, in the library."""
+
+    path: Path
+    library: tokenizers.Tokenizer
+    pieces: dict[str, int]  # all ids, those of added tokens too
+    added: dict[int, tokenizers.AddedToken]
+    decoder: Any  # as tokenizer.json has it
+    unknown: str | None  # the piece of unknown characters
+    notices: tuple[str, ...]
+
+
+def read_vocabulary(folder: Path, settings: dict[str, Any], size: int) -> VocabularyFile:
+    """Open a model's tokenizer. `settings`: of tokenizer_config.json; `size`: the model's ids.
+
+    Raises InvalidCheckpoint and UnsupportedModel.
+    """
+    path, text, layout = _read_layout(folder, settings)
+    pieces = _check_layout(path, layout, size)
+    library = _open_library(path, text)
+    legacy = read_optional(folder / "added_tokens.json")
+    notices = add_tokens(folder, library, settings, legacy, size)
+    _check_added(path, layout, library)
+    added = library.get_added_tokens_decoder()
+    pieces = pieces | {token.content: id for id, token in added.items()}
+    notices += _check_ids(path, folder, pieces, added, size)
+    unknown = _unknown_token(layout)
+    return VocabularyFile(path, library, pieces, added, layout.get("decoder"), unknown, notices)
+
+
+def read_optional(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file, or {} if there is none. Raises InvalidCheckpoint."""
+    return read_object(path, keeps_constants=True) if path.exists() else {}
+
+
+def _read_layout(folder: Path, settings: dict[str, Any]) -> tuple[Path, str, dict[str, Any]]:
+    """Return a tokenizer's file, its text as tokenizer.json has it, and its content."""
+    path = folder / "tokenizer.json"
+    if not path.exists() and (folder / "tokenizer.model").exists():
+        path = folder / "tokenizer.model"
+        text = convert(path, adds_bos=settings.get("add_bos_token") is not False)
+        return path, text, parse_object(path, text)
+    text = read_text(path)
+    return path, text, parse_object(path, text, keeps_constants=True)
+
+
+def _open_library(path: Path, text: str) -> tokenizers.Tokenizer:
+    try:
+        library = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more specific
+        raise InvalidCheckpoint(f"{path}: not a tokenizer: {error}; download it again") from error
+    library.no_truncation()
+    library.no_padding()
+    if getattr(library.model, "dropout", None) is not None:
+        library.model.dropout = None  # it is for training, and makes encoding random
+    return library
+
+
+def _check_layout(path: Path, layout: dict[str, Any], size: int) -> dict[str, int]:
+    """Return the model's pieces. Raises InvalidCheckpoint and UnsupportedModel."""
+    model = layout.get("model")
+    if not isinstance(model, dict):
+        raise InvalidCheckpoint(f"{path}: expected an object `model`, found {model!r:.40}")
+    kind = model.get("type")
+    if kind == "WordPiece" or (kind is None and "max_input_chars_per_word" in model):
+        raise UnsupportedModel(
+            f"{path}: not supported: WordPiece, a tokenizer of encoders such as BERT"
+        )
+    _check_normalizers(path, layout.get("normalizer"))
+    listed = model.get("vocab")
+    if isinstance(listed, list):
+        pieces = {str(entry[0]): id for id, entry in enumerate(listed) if entry}
+        if len(pieces) != len(listed):
+            raise InvalidCheckpoint(f"{path}: model.vocab has a piece twice, or an empty one")
+    elif isinstance(listed, dict) and all(type(id) is int and id >= 0 for id in listed.values()):
+        pieces = listed
+    else:
+        raise InvalidCheckpoint(f"{path}: model.vocab: expected pieces with their ids")
+    if not pieces:
+        raise InvalidCheckpoint(f"{path}: model.vocab has no pieces")
+    if len(set(pieces.values())) != len(pieces):
+        owner: dict[int, str] = {}
+        for piece, id in pieces.items():
+            if owner.setdefault(id, piece) != piece:
+                raise InvalidCheckpoint(
+                    f"{path}: the pieces {owner[id]!r:.40} and {piece!r:.40} have the same id {id}"
+                )
+    if len(pieces) > 4 * size + 1000:
+        raise InvalidCheckpoint(
+            f"{path}: has {len(pieces):,} pieces, but the model has {size:,} ids: the tokenizer "
+            "and the weights are of different models"
+        )
+    is_bpe = kind == "BPE" or (kind is None and "merges" in model)
+    if is_bpe and not model.get("merges") and not model.get("ignore_merges"):
+        long = next((p for p in pieces if len(p) > 1 and not re.fullmatch("<.*>", p)), None)
+        if long is not None:
+            raise InvalidCheckpoint(
+                f"{path}: has no merges, so pieces such as {long!r:.40} could never be used; "
+                "download it again"
+            )
+    return pieces
+
+
+def _check_normalizers(path: Path, normalizer: Any) -> None:
+    """Refuse normalizers that could make a text so long that it does not fit in memory."""
+    growth, left, n = 1.0, [normalizer], 0
+    while left:
+        step = left.pop()
+        if not isinstance(step, dict):
+            continue
+        n += 1
+        inner = step.get("normalizers")
+        left += inner if isinstance(inner, list) else []
+        content = str(step.get("content", step.get("prepend", "")))
+        pattern = step.get("pattern")
+        replaced = pattern.get("String") if isinstance(pattern, dict) else None
+        if step.get("type") == "Replace":  # a regular expression may match between characters
+            growth *= max(1.0, len(content) / len(replaced) if replaced else 1 + len(content))
+        if growth > _MAX_GROWTH or n > _MAX_NORMALIZERS or len(content) > _MAX_GROWTH:
+            raise InvalidCheckpoint(
+                f"{path}: its normalizers could make a text more than {_MAX_GROWTH} times as long"
+            )
+
+
+def _check_added(path: Path, layout: dict[str, Any], library: tokenizers.Tokenizer) -> None:
+    """The library gives a token another id if its own is taken."""
+    listed = layout.get("added_tokens")
+    for token in listed if isinstance(listed, list) else []:
+        id = library.token_to_id(token["content"])
+        if id != token["id"]:
+            raise InvalidCheckpoint(
+                f"{path}: the added token {token['content']!r:.60} has id {token['id']}, but the "
+                f"vocabulary gives it {id}; download it again"
+            )
+
+
+def _check_ids(
+    path: Path, folder: Path, vocab: dict[str, int], added: dict[int, Any], size: int
+) -> tuple[str, ...]:
+    """Return a notice of special tokens that the model has no embedding of."""
+    special = {token.content for token in added.values() if token.special}
+    beyond = {piece: token for piece, token in vocab.items() if token >= size}
+    for piece, token in beyond.items():
+        if piece not in special:
+            raise InvalidCheckpoint(
+                f"{path}: piece {piece!r} has id {token}, but the model's ids end at {size - 1}: "
+                "the tokenizer and the weights are of different models"
+            )
+    if not beyond:
+        return ()  # such as <pad>: no text becomes a special token, and the model cannot write it
+    names = ", ".join(f"{piece!r} (id {token})" for piece, token in beyond.items())
+    return (f"{model_name(folder)}: the model has no embedding of {names:.200}",)
+
+
+def _unknown_token(layout: dict[str, Any]) -> str | None:
+    """Return the piece of unknown characters."""
+    model = layout["model"]
+    if isinstance(model.get("unk_token"), str):
+        return str(model["unk_token"])
+    id, listed = model.get("unk_id"), model["vocab"]
+    if isinstance(id, int) and isinstance(listed, list) and 0 <= id < len(listed):
+        return str(listed[id][0])
+    return None
