@@ -44,6 +44,8 @@ from hybrid.cli.command_line import (
 from hybrid.cli.conversation import Conversation, Display, interrupts
 from hybrid.files import read_bytes
 from hybrid.hub.catalog import catalog
+from hybrid.text.built_in_templates import BUILT_IN as TEMPLATES
+from predictors.schema import Malformed, parse_json
 
 MAX_PROMPT_BYTES = 4 << 20
 
@@ -83,6 +85,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--system", help="system message at the start of a chat (default: none)")
     add(
+        "--tools",
+        metavar="FILE",
+        help="JSON file with a list of functions, as JSON schemas, that the model may call; the "
+        "text shows its calls as it writes them (default: none)",
+    )
+    add(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help=f"chat template: one that the model names, a Jinja file, or {', '.join(TEMPLATES)} "
+        "(default: the model's)",
+    )
+    add(
         "-t",
         "--threads",
         type=int,
@@ -121,6 +135,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     pairs = (
         ("raw", "chat"),
         ("raw", "system"),
+        ("raw", "tools"),
         ("json", "interactive"),
         ("logprobs", "interactive"),
     )
@@ -129,6 +144,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if all(given):
             parser.error(f"--{pair[0]} and --{pair[1]} exclude each other")
     return args
+
+
+def read_tools(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    """Return the functions of --tools. Raises InvalidOption."""
+    if args.tools is None:
+        return None
+    try:
+        tools = parse_json(read_bytes(Path(args.tools), MAX_PROMPT_BYTES))
+    except OSError as error:
+        raise InvalidOption(f"--tools {args.tools}: {error.strerror}") from error
+    except Malformed as error:
+        raise InvalidOption(f"--tools {args.tools}: {error}") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InvalidOption(
+            f"--tools {args.tools}: expected a list of JSON objects, one a function"
+        )
+    return tools
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -189,13 +221,13 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
 
 
 def begin(engine: Engine, prompt: str, args: argparse.Namespace) -> Generation:
-    if args.system is None:
+    tools = read_tools(args)
+    if args.system is None and tools is None:
         return engine.generate(prompt, raw=args.raw, options=generation_options(args))
-    messages: list[ChatMessage] = [
-        {"role": "system", "content": args.system},
-        {"role": "user", "content": prompt},
-    ]
-    return engine.chat(messages, options=generation_options(args))
+    messages: list[ChatMessage] = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return engine.chat(messages, tools=tools, options=generation_options(args))
 
 
 def answer(engine: Engine, prompt: str, args: argparse.Namespace) -> int:
@@ -253,20 +285,24 @@ def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) ->
 def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     generation_options(args)  # report a wrong value before a model is downloaded
+    tools = read_tools(args)
     with open_engine(args) as (engine, _):
         for line in notes(engine, args):
             print(f"note: {printable(line)}", file=sys.stderr)
-        if (args.chat or args.system is not None) and not engine.tokenizer.has_chat_template:
-            raise InvalidOption(
-                f"{'--chat' if args.chat else '--system'}: {args.model} has no chat template that "
-                "hybrid knows, so it can only complete text: use -p, or -i to continue it together"
-            )
+        if not engine.tokenizer.has_chat_template:
+            for option in ("chat", "system", "tools"):
+                if getattr(args, option):
+                    raise InvalidOption(
+                        f"--{option}: {args.model} has no chat template, so it can only complete "
+                        "text: use -p, or -i to continue it together, or choose a --chat-template"
+                    )
         if not args.interactive:
             return answer(engine, prompt, args)
         conversation = Conversation(
             engine,
             generation_options(args),
             system=args.system,
+            tools=tools,
             is_chat=engine.tokenizer.has_chat_template and not args.raw,
             display=Display(
                 ClosingLine(measures_bandwidth=args.verbose), not args.no_stream, args.verbose

@@ -55,7 +55,9 @@ IMPORTS_TORCH = ("hybrid.kernels.gpu.", "hybrid.engine.gpu.", "hybrid.checking.g
 _USUAL = {"hybrid", "hybrid.hub.catalog", "hybrid.cli.progress_bar", "hybrid.cli.command_line"}
 _USUAL |= {"hybrid.files"}
 FRONT_ENDS = {
-    "hybrid.run": _USUAL | {"hybrid.cli.closing_line", "hybrid.cli.conversation"},
+    "hybrid.run": _USUAL
+    | {"hybrid.cli.closing_line", "hybrid.cli.conversation", "hybrid.text.built_in_templates"}
+    | {"predictors.schema"},
     "hybrid.cli.conversation": _USUAL,
     "hybrid.bench": _USUAL | {"hybrid.evaluation.speed"},
     "hybrid.eval": _USUAL | {"hybrid.evaluation", "hybrid.notices"},

@@ -18,6 +18,7 @@ from tiny_models import STORIES, write_model
 
 from hybrid import run
 from hybrid.checkpoint.identity import ModelIdentity
+from hybrid.text.tokenizer import Tokenizer
 
 
 class Result:
@@ -225,6 +226,11 @@ def test_multi_byte_characters_are_never_split(tmp_path):
         (["-p", "a", "-f", "b"], "not allowed with"),
         (["-f", "/no/such/file"], "No such file"),
         (["-f", "/"], "directory"),
+        (["--chat-template", "chtml"], "'chtml' is neither a file nor one of minicpm, chatml"),
+        (["--tools", "/no/such/file"], "--tools /no/such/file: No such file"),
+        (["--tools", "/dev/null"], "--tools /dev/null: "),
+        (["--raw", "--tools", "a.json"], "--raw and --tools exclude each other"),
+        (["--system", "Be kind"], "--system: stories has no chat template, so it can only"),
     ],
 )
 def test_bad_options_give_one_clear_line_and_code_2(arguments, message):
@@ -525,6 +531,25 @@ def test_bos_may_be_chosen():
     }
     n_tokens = {option: stats["prompt_tokens"] for option, stats in counts.items()}
     assert n_tokens[()] == n_tokens["--bos",] == n_tokens["--no-bos",] + 1
+
+
+def test_a_chat_template_and_tools_may_be_chosen(tmp_path):
+    template, tools = tmp_path / "mine.jinja", tmp_path / "tools.json"
+    template.write_text("{{ tools | length }} {{ messages | map(attribute='role') | join(' ') }}")
+    tools.write_text('[{"name": "weather"}, {"name": "time"}]')
+    options = ("-p", "Hi", "-n", "1", "--json", "--chat-template", template)
+    given = json.loads(hybrid_run(*options, "--tools", tools, "--system", "Be kind").out)
+    stories = Tokenizer.from_folder(STORIES, vocab_size=4096, bos_id=1)
+    expected = len(stories.encode("2 system user"))
+    assert given["stats"]["prompt_tokens"] == expected
+    tools.write_text('{"name": "weather"}')
+    result = hybrid_run(*options, "--tools", tools)
+    assert result.code == 2
+    assert "expected a list of JSON objects" in result.err
+    template.write_text("{% for %}")
+    result = hybrid_run(*options)
+    assert result.code == 1
+    assert f"{template}: line 1: " in result.err
 
 
 def test_mapped_weights_write_the_same_text(tmp_path):

@@ -249,6 +249,7 @@ def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     on the CPU. `changes` are fields of LoadOptions.
     """
     names = ["threads", "quant", "kv", "recall", "preview_head", "mmap", "mlock", "offline"]
+    names += ["chat_template"]
     names += ["device", "vram_budget", "plan"] if "device" in args else []
     given: dict[str, Any] = {"device": "cpu"}
     given |= {name: getattr(args, name) for name in names if name in args}

@@ -10,10 +10,10 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -48,12 +48,13 @@ class Conversation:
         options: GenerationOptions,
         *,
         system: str | None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         is_chat: bool,
         display: Display,
     ) -> None:
         self.engine, self.options = engine, options
         self.session = engine.open_session()
-        self.is_chat, self.display = is_chat, display
+        self.is_chat, self.display, self.tools = is_chat, display, tools
         self.opening: list[ChatMessage] = []
         if system is not None:
             self.opening = [{"role": "system", "content": system}]
@@ -144,7 +145,10 @@ class Conversation:
         if self.is_chat:
             message: ChatMessage = {"role": "user", "content": line}
             return engine.chat(
-                [*self.messages, message], session=self.session, options=self.options
+                [*self.messages, message],
+                tools=self.tools,
+                session=self.session,
+                options=self.options,
             )
         ids = tokenizer.encode(line)
         if self.text_ids:
