@@ -251,7 +251,11 @@ class Engine:
         NumericOverflow if keys or values exceed the range of the KV cache.
         """
         options = replace(options or GenerationOptions(), **keywords)
-        return self._begin(self._checked_prompt(prompt, raw=raw), session, options)
+        if isinstance(prompt, str) and not raw and self.tokenizer.has_chat_template:
+            return self.chat(
+                [{"role": "user", "content": prompt}], session=session, options=options
+            )
+        return self._begin(self._checked_prompt(prompt), session, options)
 
     @spelling_out(GenerationOptions)
     def chat(
@@ -373,13 +377,11 @@ class Engine:
                     return self._checked_length(ids + following)
         return self._checked_length(self.tokenizer.encode_chat(chat))
 
-    def _checked_prompt(self, prompt: str | Sequence[int], *, raw: bool) -> list[int]:
-        if not isinstance(prompt, str):
-            ids = checked_ids(prompt, self.config.vocab_size)
-        elif raw or not self.tokenizer.has_chat_template:
+    def _checked_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt) or list(self.tokenizer.empty_text)
         else:
-            ids = self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+            ids = checked_ids(prompt, self.config.vocab_size)
         return self._checked_length(ids)
 
     def _checked_length(self, ids: list[int]) -> list[int]:

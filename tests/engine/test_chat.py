@@ -124,6 +124,9 @@ def test_an_answer_ends_at_the_templates_token(tmp_path: Path) -> None:
         text_of(raw)
         assert chat.finish_reason == "stop"
         assert chat.tokens == said.tokens[:n] == raw.tokens[:n]
+        question = engine.generate("Hello", max_tokens=30, temperature=0)
+        assert text_of(question) == chat.text
+        assert question.finish_reason == "stop"
         assert raw.tokens[n] == 4097
         assert raw.finish_reason == "length"
 
