@@ -30,6 +30,7 @@ from hybrid.cli.closing_line import ClosingLine
 from hybrid.cli.command_line import (
     MODEL_HELP,
     ArgumentParser,
+    add_activation_option,
     add_bos_option,
     add_device_options,
     add_generation_options,
@@ -113,6 +114,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_kv_option(parser)
     add_predictor_options(parser)
     add_device_options(parser)
+    add_activation_option(parser)
     add_bos_option(parser)
     add("--raw", action="store_true", help="do not apply the model's chat template")
     add("--no-stream", action="store_true", help="print the text only when it is complete")

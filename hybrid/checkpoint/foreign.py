@@ -22,7 +22,7 @@ _LORA = "a LoRA adapter"
 # The first match counts, so the certain ones come first.
 _KINDS: tuple[tuple[str, str, str], ...] = (  # pattern of a file's name, what it is, what to do
     (r"adapter_(config\.json|model\..+)", _LORA, ""),
-    (r".+\.gguf", "a GGUF model, which llama.cpp runs", _ORIGINAL),
+    (r".+\.gguf", "a GGUF model", "name the file itself"),
     (r".+\.llamafile", "a llamafile", _ORIGINAL),
     (r"quantize_config\.json|gptq_model.*", "a model quantised by GPTQ", _UNQUANTISED),
     (r"quant_config\.json", "a model quantised by AWQ", _UNQUANTISED),
@@ -41,7 +41,8 @@ _KINDS: tuple[tuple[str, str, str], ...] = (  # pattern of a file's name, what i
     (r"flax_model.*\.msgpack", "a Flax model", _ORIGINAL),
     (r".+\.(mlmodel|mlpackage|mlmodelc)", "a Core ML model", _ORIGINAL),
 )
-_MAGICS = {b"GGUF": "x.gguf", b"PWRI": "x.gguf", b"tjgg": "x.gguf", b"lmgg": "x.gguf"}
+# llama.cpp's files before 2023.
+_MAGICS = dict.fromkeys((b"tjgg", b"lmgg", b"fmgg", b"algg"), "a file of an early llama.cpp")
 # What replaces a matrix `name.weight` in weights that another tool quantised.
 _QUANTISED = {
     "qweight": "GPTQ or AWQ",
@@ -65,15 +66,29 @@ def folder_kind(folder: Path, names: Collection[str]) -> str | None:
     return None
 
 
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is a GGUF file, llama.cpp's or PowerInfer's, or a link to one."""
+    if not path.is_file():
+        return False
+    try:
+        with open_file(path) as file:
+            return file.read(4) in (b"GGUF", b"PWRI")
+    except OSError:
+        return False
+
+
 def file_kind(path: Path) -> str | None:
     """Return what a file is that was named in place of a folder, and what to do."""
     if not path.is_file():
         return None
     try:
         with open_file(path) as file:
-            name = _MAGICS.get(file.read(4), path.name)
+            kind = _MAGICS.get(file.read(4))
     except OSError:
-        name = path.name
+        kind = None
+    if kind:
+        return f"it is {kind}; {_ORIGINAL}"
+    name = path.name
     if name == "config.json" or name.endswith((".safetensors", ".bin")):
         return "name the folder that it is in"
     return folder_kind(path.parent, [name])

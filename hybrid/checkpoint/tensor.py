@@ -84,6 +84,10 @@ class Tensor:
                 return False
         return True
 
+    def bytes_of(self, rows: slice | NDArray[np.intp]) -> np.ndarray:
+        """Return rows as the file stores them, whatever they mean."""
+        return self._stored((rows,))
+
     def _stored(self, part: Part = ()) -> np.ndarray:
         """Return the values of a part as the file stores them."""
         if self.verify is not None:

@@ -29,8 +29,9 @@ from predictors.interrupts import INTERRUPTED, raising_interrupts
 
 MAX_TEXT_BYTES = 1 << 30  # of a text to measure on
 MODEL_HELP = (
-    "a model's name, a folder, or a Hugging Face repository as owner/name or hf://owner/name; what "
-    "looks like a path is never downloaded (default: stories)"
+    "a model's name, a folder, a GGUF file, or a Hugging Face repository as owner/name, "
+    "hf://owner/name or, for GGUF, owner/name:Q4_0; what looks like a path is never downloaded "
+    "(default: stories)"
 )
 
 
@@ -75,7 +76,18 @@ def add_model_options(
         help="number of threads (default: one per core that it may use)",
     )
     add("--quant", choices=quants, default="q8", help="weight format (default: q8)")
+    add_activation_option(parser)
     add("--offline", action="store_true", help="never use the network")
+
+
+def add_activation_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of every command that opens a model; `open_engine` reads it."""
+    parser.add_argument(
+        "--activation",
+        metavar="NAME",
+        help="activation of a GGUF model, which does not record it: silu, relu, or fatrelu:T with "
+        "a threshold (default: by the model's name, or silu)",
+    )
 
 
 def add_bos_option(parser: argparse.ArgumentParser) -> None:
@@ -249,7 +261,7 @@ def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     on the CPU. `changes` are fields of LoadOptions.
     """
     names = ["threads", "quant", "kv", "recall", "preview_head", "mmap", "mlock", "offline"]
-    names += ["chat_template"]
+    names += ["chat_template", "activation"]
     names += ["device", "vram_budget", "plan"] if "device" in args else []
     given: dict[str, Any] = {"device": "cpu"}
     given |= {name: getattr(args, name) for name in names if name in args}

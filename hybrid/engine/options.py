@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict, TypeVar, 
 
 import numpy as np
 
+from hybrid.checkpoint.gguf.activation import parse_activation
 from hybrid.errors import InvalidOption
 from hybrid.model.config import ModelConfig
 from hybrid.text.generation_config import GenerationDefaults
@@ -82,6 +83,7 @@ class LoadOptions:
     plan: Path | None = None
     add_bos: bool | None = None  # begin texts with BOS; None: as the model's tokenizer does
     chat_template: str | Path | None = None  # a name or a file; None: the model's own
+    activation: str | None = None  # of a GGUF file: silu, relu, fatrelu:T; None: by its name
     offline: bool = False
 
     def __post_init__(self) -> None:
@@ -92,6 +94,8 @@ class LoadOptions:
             raise InvalidOption(f"recall: expected a value between 0 and 1, found {self.recall}")
         if self.add_bos not in (None, True, False):
             raise InvalidOption(f"add_bos: expected None, True or False, found {self.add_bos!r}")
+        if self.activation is not None:
+            parse_activation(self.activation)
         if self.chat_template is not None and not isinstance(self.chat_template, (str, Path)):
             raise InvalidOption(
                 f"chat_template: expected a name or a file, found {self.chat_template!r:.60}"
@@ -182,6 +186,7 @@ class LoadKeywords(TypedDict, total=False):
     plan: Path | None
     add_bos: bool | None
     chat_template: str | Path | None
+    activation: str | None
     offline: bool
 
 

@@ -19,7 +19,7 @@ from hybrid.checkpoint.hf import read_config
 from hybrid.checkpoint.synthetic import folder as synthetic
 from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION
 from hybrid.errors import DownloadFailed, InvalidOption, ModelNotFound
-from hybrid.hub.download import fetch
+from hybrid.hub.download import fetch, fetch_gguf
 from hybrid.notices import Notices
 from hybrid.progress import Progress, ignore_progress
 from hybrid.text.tokenizer import Tokenizer
@@ -63,6 +63,7 @@ _CATALOG = (
 )
 _BY_NAME = {entry.name.casefold(): entry for entry in _CATALOG}
 _REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+_GGUF_OF_REPO = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]{1,200})", re.ASCII)
 _HUB_SCHEME = "hf://"  # as in huggingface_hub: certainly a repository, whatever folders there are
 _MAX_LISTED = 10_000  # folders that are searched for a similar name
 
@@ -131,6 +132,8 @@ def resolve(
 
     if isinstance(model, str) and text.startswith(_HUB_SCHEME):
         repo_id = text.removeprefix(_HUB_SCHEME)
+        if named := _GGUF_OF_REPO.fullmatch(repo_id):
+            return _fetch_gguf(named, offline, progress)
         if not _is_repo_id(repo_id):
             raise ModelNotFound(f"{text!r}: expected {_HUB_SCHEME}owner/name")
         return _fetch(repo_id, offline, progress, notices)
@@ -140,7 +143,14 @@ def resolve(
 
     path = _expand_user(text)
     try:
-        if path.is_dir():
+        is_folder = path.is_dir()
+        if is_folder and not (path / "config.json").exists():
+            files = _gguf_files(path)
+            if len(files) == 1:
+                return files[0]
+        if is_folder:
+            return path
+        if foreign.is_gguf(path):
             return path
         if path.exists():
             kind = foreign.file_kind(path)
@@ -156,6 +166,9 @@ def resolve(
     except ValueError as error:  # a lone surrogate
         raise ModelNotFound(f"{text!a} cannot be the name of a folder: {error}") from error
 
+    named = _GGUF_OF_REPO.fullmatch(text) if isinstance(model, str) else None
+    if named and _is_repo_id(named[1]):
+        return _fetch_gguf(named, offline, progress)
     if is_path:
         if isinstance(model, str) and _is_repo_id(text):
             with contextlib.suppress(ModelNotFound):
@@ -229,6 +242,13 @@ def _expand_user(path: str) -> Path:
         ) from error
 
 
+def _fetch_gguf(named: re.Match[str], offline: bool, progress: Progress) -> Path:
+    """Fetch owner/name:WISH."""
+    return fetch_gguf(
+        named[1], named[2], offline=offline, stamps=hybrid_home() / "verified", progress=progress
+    )
+
+
 def _is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None and "--" not in text and ".." not in text
 
@@ -239,6 +259,13 @@ def _looks_like_path(text: str) -> bool:
         return True
     first, slash, rest = text.partition("/")
     return bool(slash) and (not rest or "/" in rest or Path(first).is_dir())
+
+
+def _gguf_files(folder: Path) -> list[Path]:
+    """Return a folder's GGUF files, and of those that belong together the first. Raises OSError."""
+    later = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")
+    files = sorted(path for path in folder.glob("*.gguf") if not later.fullmatch(path.name))
+    return [path for path in files if foreign.is_gguf(path)]
 
 
 def _no_such_folder(text: str, path: Path) -> str:

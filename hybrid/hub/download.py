@@ -24,13 +24,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hybrid.checkpoint import foreign
-from hybrid.errors import DownloadFailed, InvalidCheckpoint, ModelNotFound, UnsupportedModel
-from hybrid.files import write_atomically
+from hybrid.errors import (
+    DownloadFailed,
+    InvalidCheckpoint,
+    InvalidOption,
+    ModelNotFound,
+    UnsupportedModel,
+)
+from hybrid.files import read_bytes, write_atomically
 from hybrid.hub import transfer, watch
 from hybrid.hub.cache import PartialFile, length_of_partial, make_folder
 from hybrid.hub.checksum import check, check_link, is_checksum, stamp, verify
 from hybrid.hub.download_progress import CallerRaised, Tally
 from hybrid.hub.errors import advice, hub_errors
+from hybrid.hub.gguf_files import choose, gguf_models
 from hybrid.hub.model_files import (
     CONFIG,
     INDEX,
@@ -42,7 +49,7 @@ from hybrid.hub.model_files import (
     shards_of,
     size_limit,
 )
-from hybrid.notices import Notices
+from hybrid.notices import Notices, short_list
 from hybrid.progress import Progress, ignore_progress
 
 _HOLDER_PATIENCE_S = 60.0  # until the holder of a lock must have received something
@@ -138,6 +145,68 @@ def fetch(
             f"cannot store {repo_id} in {place.cache}: {error}. Make room or grant access there, "
             "or set HF_HOME to another folder."
         ) from error
+
+
+def fetch_gguf(
+    repo_id: str, wish: str, *, offline: bool, stamps: Path, progress: Progress = ignore_progress
+) -> Path:
+    """Return a GGUF model of a repository, by its first file. Downloads what the cache lacks.
+
+    `wish` is the name of a file, or a type such as Q4_0. Files are checked as `fetch` does. Raises
+    the errors of `fetch`, and InvalidOption if there is no such model.
+    """
+    with hub_errors(repo_id, "the settings of huggingface_hub"):
+        from huggingface_hub import constants
+    place = _Place(repo_id, Path(constants.HF_HUB_CACHE), stamps)
+    try:
+        snapshot = _current(place)
+        cached = set() if snapshot is None else _present(snapshot)
+        with contextlib.suppress(InvalidOption):
+            names = choose(repo_id, cached, wish)
+            if snapshot is not None and _is_whole(names):
+                for name in names:
+                    check_link(snapshot / name, place.stamps, place.cache)
+                return snapshot / names[0]
+        if offline or constants.HF_HUB_OFFLINE:
+            raise ModelNotFound(
+                f"{repo_id}: the GGUF model {wish!r:.80} is not on this machine, and offline=True "
+                "or HF_HUB_OFFLINE forbids a download. " + advice(repo_id)
+            )
+        commit, listed = _list_files(repo_id, None, transfer.ANSWER_S)
+        snapshot = place.storage / "snapshots" / commit
+        names = choose(repo_id, listed, wish)
+        _fetch_files([_locate(place, name, snapshot) for name in names], place, progress)
+        _set_current(place, commit)
+        return snapshot / names[0]
+    except CallerRaised as raised:
+        raise raised.error from None
+    except OSError as error:
+        raise DownloadFailed(
+            f"cannot store {repo_id} in {place.cache}: {error}. Make room or grant access there, "
+            "or set HF_HOME to another folder."
+        ) from error
+
+
+def _is_whole(names: list[str]) -> bool:
+    """Return whether no file of a model in several files is missing."""
+    match = re.search(r"-of-(\d{5})\.gguf$", names[0])
+    return match is None or len(names) == int(match[1])
+
+
+def _current(place: _Place) -> Path | None:
+    """Return the folder of the cache that holds the newest copy of a repository."""
+    try:
+        commit = read_bytes(place.storage / "refs" / "main", 100).decode().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    snapshot = place.storage / "snapshots" / commit
+    return snapshot if re.fullmatch("[0-9a-f]{40}", commit) and snapshot.is_dir() else None
+
+
+def _set_current(place: _Place, commit: str) -> None:
+    ref = place.storage / "refs" / "main"
+    make_folder(ref.parent, place.cache)
+    write_atomically(ref, commit.encode())
 
 
 def _missing(snapshot: Path, place: _Place) -> list[str]:
@@ -238,6 +307,9 @@ def _download(place: _Place, progress: Progress, accept: Callable[[Path], None])
     if missing:
         is_foreign = CONFIG not in listed or listed.isdisjoint(WEIGHTS)
         if is_foreign and (kind := foreign.folder_kind(snapshot, listed)):
+            if models := gguf_models(listed):
+                kind = f"it holds GGUF models: name one as {place.repo_id}:TYPE or :FILE, of "
+                kind += short_list(list(models), 10)
             raise UnsupportedModel(f"{place.repo_id}: lacks {_some(missing)}: {kind}")
         raise InvalidCheckpoint(
             f"{place.repo_id} lacks {_some(missing)}; it holds {len(listed)} files: "
@@ -249,9 +321,7 @@ def _download(place: _Place, progress: Progress, accept: Callable[[Path], None])
     _record_absent({*OPTIONAL, TOKENIZERS[0]} - listed, absent, place.cache)
 
     # Last, because a ref to an unfinished snapshot would hide an older complete one.
-    ref = place.storage / "refs" / "main"
-    make_folder(ref.parent, place.cache)
-    write_atomically(ref, commit.encode())
+    _set_current(place, commit)
     return snapshot
 
 

@@ -20,20 +20,24 @@ from hybrid.files import read_bytes
 MAX_BYTES = 64 << 20
 MAX_PIECES = 2_000_000
 
-_UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.type
+UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
+_NORMAL, _UNKNOWN, CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.type
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
+    """A piece of a vocabulary."""
+
     text: str
     score: float
     kind: int
 
 
-class _Model(NamedTuple):
-    pieces: list[_Piece]
+class SentencePieceModel(NamedTuple):
+    """What decides how a vocabulary encodes; fields by their numbers in the protocol buffer."""
+
+    pieces: list[Piece]
     trainer: dict[int, Any]  # by field number
     normalizer: dict[int, Any]
 
@@ -57,19 +61,19 @@ def convert(path: Path, *, adds_bos: bool) -> str:
         raise InvalidCheckpoint(
             f"{path}: not a SentencePiece model ({error}); download it again"
         ) from None
-    names = {_UNIGRAM: "Unigram", _BPE: "BPE", 3: "words", 4: "characters"}
-    kind = model.trainer.get(3, _UNIGRAM)
-    if kind not in (_UNIGRAM, _BPE) or model.trainer.get(24):
+    names = {UNIGRAM: "Unigram", BPE: "BPE", 3: "words", 4: "characters"}
+    kind = model.trainer.get(3, UNIGRAM)
+    if kind not in (UNIGRAM, BPE) or model.trainer.get(24):
         raise UnsupportedModel(
             f"{path}: not supported: expected Unigram or BPE with spaces before words, found "
             f"{names.get(kind, kind)}"
         )
     if not model.pieces or len({piece.text for piece in model.pieces}) != len(model.pieces):
         raise InvalidCheckpoint(f"{path}: has a piece twice, or none; download it again")
-    return json.dumps(_layout(model, kind, adds_bos=adds_bos), ensure_ascii=False)
+    return json.dumps(layout_of(model, kind, adds_bos=adds_bos), ensure_ascii=False)
 
 
-def _layout(model: _Model, kind: int, *, adds_bos: bool) -> dict[str, Any]:
+def layout_of(model: SentencePieceModel, kind: int, *, adds_bos: bool) -> dict[str, Any]:
     pieces, normalizer = model.pieces, model.normalizer
     has_bytes = bool(model.trainer.get(35, 0))
     has_prefix, joins_spaces = normalizer.get(3, 1), normalizer.get(4, 1)
@@ -87,7 +91,7 @@ def _layout(model: _Model, kind: int, *, adds_bos: bool) -> dict[str, Any]:
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if has_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    special = [id for id, piece in enumerate(pieces) if piece.kind in (_UNKNOWN, _CONTROL)]
+    special = [id for id, piece in enumerate(pieces) if piece.kind in (_UNKNOWN, CONTROL)]
     bos = model.trainer.get(41, 1)
     begins = adds_bos and 0 <= bos < len(pieces)
     return {
@@ -99,13 +103,13 @@ def _layout(model: _Model, kind: int, *, adds_bos: bool) -> dict[str, Any]:
         ],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": _isolating(whole) if whole else None,
-        "post_processor": _beginning_with(pieces[bos].text, bos) if begins else None,
+        "post_processor": beginning_with(pieces[bos].text, bos) if begins else None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe(pieces, has_bytes=has_bytes) if kind == _BPE else _unigram(pieces, has_bytes),
+        "model": _bpe(pieces, has_bytes=has_bytes) if kind == BPE else _unigram(pieces, has_bytes),
     }
 
 
-def _bpe(pieces: list[_Piece], *, has_bytes: bool) -> dict[str, Any]:
+def _bpe(pieces: list[Piece], *, has_bytes: bool) -> dict[str, Any]:
     """SentencePiece merges the neighbours whose piece has the highest score."""
     scores = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}
     merges = [
@@ -125,7 +129,7 @@ def _bpe(pieces: list[_Piece], *, has_bytes: bool) -> dict[str, Any]:
     }
 
 
-def _unigram(pieces: list[_Piece], has_bytes: bool) -> dict[str, Any]:
+def _unigram(pieces: list[Piece], has_bytes: bool) -> dict[str, Any]:
     unknown = next((id for id, piece in enumerate(pieces) if piece.kind == _UNKNOWN), None)
     # Control pieces and unused ones must not be found in a text: no path has such a score.
     usable = (_NORMAL, _USER_DEFINED, _UNKNOWN, _BYTE)
@@ -145,7 +149,7 @@ def _isolating(whole: list[str]) -> dict[str, Any]:
     }
 
 
-def _beginning_with(text: str, id: int) -> dict[str, Any]:
+def beginning_with(text: str, id: int) -> dict[str, Any]:
     first: dict[str, Any] = {"SpecialToken": {"id": text, "type_id": 0}}
     single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
     return {
@@ -160,9 +164,9 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def _read_model(data: bytes) -> _Model:
+def _read_model(data: bytes) -> SentencePieceModel:
     """Raises ValueError, IndexError, struct.error."""
-    model = _Model([], {}, {})
+    model = SentencePieceModel([], {}, {})
     for number, value in _fields(data):
         if number == 1:
             fields = dict(_fields(_as_bytes(value)))
@@ -171,7 +175,7 @@ def _read_model(data: bytes) -> _Model:
             kind = fields.get(3, _NORMAL)
             if not isinstance(kind, int):
                 raise ValueError("a field has another type")
-            model.pieces.append(_Piece(text, score, kind))
+            model.pieces.append(Piece(text, score, kind))
             if len(model.pieces) > MAX_PIECES:
                 raise ValueError(f"more than {MAX_PIECES:,} pieces")
         elif number in (2, 3):

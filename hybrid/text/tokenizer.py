@@ -14,7 +14,7 @@ from hybrid.text.chat import Chat, ChatMessage, as_chat, checked_text
 from hybrid.text.chat_template import ChatTemplate
 from hybrid.text.template_files import Templates, choose_templates
 from hybrid.text.vocabulary import Vocabulary
-from hybrid.text.vocabulary_file import read_optional
+from hybrid.text.vocabulary_file import read_settings
 
 
 class Tokenizer:
@@ -38,6 +38,8 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read `tokenizer.json` or `tokenizer.model`, and the other files of a tokenizer.
 
+        `folder` may also be a GGUF file, which holds all of them.
+
         `bos_id` and `eos_id` are those of the config. `add_bos` says whether a text begins with
         BOS. If it is None, the post-processor in tokenizer.json decides, as in transformers 5.
         `chat_template` names one of the model's templates, a built-in one or a file.
@@ -46,15 +48,17 @@ class Tokenizer:
         InvalidOption if `add_bos` is true and the model has no BOS, or if there is no such chat
         template. Raises UnsupportedModel for kinds of tokenizers that hybrid does not run.
         """
-        settings = _read_settings(folder)
-        vocabulary = Vocabulary(folder, settings, vocab_size)
+        settings, layout = read_settings(folder)
+        vocabulary = Vocabulary(folder, settings, vocab_size, layout)
         wishes = BosWishes(bos_id, settings, add_bos)
         bos = choose_bos(folder, vocabulary.library, vocab_size, wishes)
         tokens = _named_tokens(settings, vocabulary, {"bos_token": bos_id, "eos_token": eos_id})
         templates = choose_templates(folder, settings, vocabulary, tokens, chat_template)
         self = cls(vocabulary, templates)
         self.bos, self.empty_text = bos.ids, bos.empty_text
-        self.notices = (*vocabulary.notices, *bos.notices, *templates.notices)
+        # A GGUF file says itself whether texts begin with BOS. No other file could disagree.
+        about_bos = bos.notices if layout is None else ()
+        self.notices = (*vocabulary.notices, *about_bos, *templates.notices)
         return self
 
     def __init__(self, vocabulary: Vocabulary, templates: Templates) -> None:
@@ -176,17 +180,6 @@ class StreamingDetokenizer:
             self._drops_space = False
             text = text.removeprefix(" ")
         return text
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json, or {} if the model has none.
-
-    As in transformers, special_tokens_map.json goes before it if it does not describe its tokens.
-    """
-    settings = read_optional(folder / "tokenizer_config.json")
-    if settings.get("added_tokens_decoder") is None:
-        settings |= read_optional(folder / "special_tokens_map.json")
-    return settings
 
 
 def _named_tokens(

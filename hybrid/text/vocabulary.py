@@ -36,13 +36,19 @@ class Vocabulary:
     special: tuple[str, ...]  # texts of the tokens that no text may become
     ordinary: tuple[str, ...]  # texts of the added tokens that a text does become
 
-    def __init__(self, folder: Path, settings: dict[str, Any], size: int) -> None:
-        """Read tokenizer.json, or else tokenizer.model. `settings`: of tokenizer_config.json.
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        size: int,
+        layout: dict[str, Any] | None = None,
+    ) -> None:
+        """Read tokenizer.json, or else tokenizer.model; `read_settings` gives the rest.
 
         Raises InvalidCheckpoint if a file is missing, broken or has ids that the model lacks, and
         UnsupportedModel for tokenizers of other kinds.
         """
-        file = read_vocabulary(folder, settings, size)
+        file = read_vocabulary(folder, settings, size, layout)
         library, added, unknown = file.library, file.added, file.unknown
         self.size, self._path = size, file.path
         self._decoding = read_decoding(file.path, library, file.decoder, file.pieces, size)

@@ -6,16 +6,19 @@ merge makes, normalizers that double a text forty times. They are refused here, 
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 
+from hybrid.checkpoint.foreign import is_gguf
 from hybrid.checkpoint.json_file import parse_object, read_object, read_text
 from hybrid.checkpoint.name import model_name
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.text.added_tokens import add_tokens
+from hybrid.text.gguf_vocabulary import read_gguf_tokenizer
 from hybrid.text.sentencepiece import convert
 
 _MAX_NORMALIZERS = 64
@@ -34,14 +37,18 @@ class VocabularyFile(NamedTuple):
     notices: tuple[str, ...]
 
 
-def read_vocabulary(folder: Path, settings: dict[str, Any], size: int) -> VocabularyFile:
+def read_vocabulary(
+    folder: Path, settings: dict[str, Any], size: int, layout: dict[str, Any] | None = None
+) -> VocabularyFile:
     """Open a model's tokenizer. `settings`: of tokenizer_config.json; `size`: the model's ids.
 
-    Raises InvalidCheckpoint and UnsupportedModel.
+    `layout` is the tokenizer of a GGUF file. Raises InvalidCheckpoint and UnsupportedModel.
     """
-    path, text, layout = _read_layout(folder, settings)
+    path, text = folder, ""
+    if layout is None:
+        path, text, layout = _read_layout(folder, settings)
     pieces = _check_layout(path, layout, size)
-    library = _open_library(path, text)
+    library = _open_library(path, text or layout)
     legacy = read_optional(folder / "added_tokens.json")
     notices = add_tokens(folder, library, settings, legacy, size)
     _check_added(path, layout, library)
@@ -57,6 +64,22 @@ def read_optional(path: Path) -> dict[str, Any]:
     return read_object(path, keeps_constants=True) if path.exists() else {}
 
 
+def read_settings(model: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the content of tokenizer_config.json, or {} if the model has none.
+
+    As in transformers, special_tokens_map.json goes before it if it does not describe its tokens.
+    A GGUF file has both in its metadata, and the tokenizer too: the second value is what
+    tokenizer.json would hold. Raises InvalidCheckpoint and UnsupportedModel.
+    """
+    if is_gguf(model):
+        layout, settings = read_gguf_tokenizer(model)
+        return settings, layout
+    settings = read_optional(model / "tokenizer_config.json")
+    if settings.get("added_tokens_decoder") is None:
+        settings |= read_optional(model / "special_tokens_map.json")
+    return settings, None
+
+
 def _read_layout(folder: Path, settings: dict[str, Any]) -> tuple[Path, str, dict[str, Any]]:
     """Return a tokenizer's file, its text as tokenizer.json has it, and its content."""
     path = folder / "tokenizer.json"
@@ -68,15 +91,41 @@ def _read_layout(folder: Path, settings: dict[str, Any]) -> tuple[Path, str, dic
     return path, text, parse_object(path, text, keeps_constants=True)
 
 
-def _open_library(path: Path, text: str) -> tokenizers.Tokenizer:
+def _open_library(path: Path, source: str | dict[str, Any]) -> tokenizers.Tokenizer:
+    """Open a tokenizer.json, or what it would hold."""
     try:
-        library = tokenizers.Tokenizer.from_str(text)
+        if isinstance(source, str):
+            library = tokenizers.Tokenizer.from_str(source)
+        else:
+            library = _from_layout(source)
     except Exception as error:  # the library raises nothing more specific
         raise InvalidCheckpoint(f"{path}: not a tokenizer: {error}; download it again") from error
     library.no_truncation()
     library.no_padding()
     if getattr(library.model, "dropout", None) is not None:
         library.model.dropout = None  # it is for training, and makes encoding random
+    return library
+
+
+def _from_layout(layout: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Make a BPE tokenizer. Its vocabulary is handed over as it is, not as JSON."""
+    model = dict(layout["model"])
+    vocab, merges, kind = model.pop("vocab"), model.pop("merges"), model.pop("type")
+    empty = {**model, "type": kind, "vocab": {}, "merges": []}
+    # Without a vocabulary, the library cannot look up the post-processor's tokens, and need not.
+    library = tokenizers.Tokenizer.from_str(
+        json.dumps({**layout, "model": empty, "added_tokens": []})
+    )
+    unknown = model.pop("unk_token", None)
+    options = model if unknown is None else {**model, "unk_token": unknown}
+    library.model = tokenizers.models.BPE(vocab=vocab, merges=merges, **options)
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    library.add_tokens(
+        [
+            tokenizers.AddedToken(token["content"], **{flag: token[flag] for flag in flags})
+            for token in layout["added_tokens"]
+        ]
+    )
     return library
 
 

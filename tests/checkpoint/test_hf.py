@@ -463,7 +463,7 @@ LORA = '{"base_model_name_or_path": "openbmb/MiniCPM-S-1B-sft"}'
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"model.Q4_0.gguf": "GGUF"}, "it is a GGUF model, which llama.cpp runs; get the original"),
+        ({"model.Q4_0.gguf": "GGUF"}, "it is a GGUF model; name the file itself"),
         ({"model.onnx": "", "model.onnx_data": ""}, "it is an ONNX model; get the original"),
         ({"onnx/model.onnx": ""}, "it is an ONNX model"),
         (
@@ -501,9 +501,8 @@ def test_a_folder_of_another_program_is_named(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tiny.gguf", b"GGUF\3\0\0\0", "it is a GGUF model"),
-        ("no suffix", b"GGUF\3\0\0\0", "it is a GGUF model"),
-        ("powerinfer", b"PWRI\3\0\0\0", "it is a GGUF model"),
+        ("tiny.gguf", b"", "it is a GGUF model"),
+        ("early", b"tjgg\3\0\0\0", "it is a file of an early llama.cpp"),
         ("tiny.onnx", b"", "it is an ONNX model"),
         ("model.safetensors", b"", "name the folder that it is in"),
         ("other", b"", "expected one with config.json and weights"),

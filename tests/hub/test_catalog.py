@@ -308,8 +308,8 @@ def test_a_repository_that_holds_no_whole_model_is_refused(hub: LocalHub, lackin
 @pytest.mark.parametrize(
     ("names", "kind"),
     [
-        (["tiny.Q4_K_M.gguf"], "it is a GGUF model, which llama.cpp runs; get the original"),
-        (["config.json", "tokenizer.json", "tiny.Q8_0.gguf"], "it is a GGUF model"),
+        (["tiny.Q4_K_M.gguf"], "it holds GGUF models: name one as someone/tiny:TYPE"),
+        (["config.json", "tokenizer.json", "tiny.Q8_0.gguf"], "it holds GGUF models"),
         (["config.json", "tokenizer.json", "onnx/model.onnx"], "it is an ONNX model"),
         (
             ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
@@ -1060,7 +1060,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
         ModelNotFound, match=r"model\.gguf' is a file; expected the folder"
     ) as raised:
         resolve(str(tmp_path / "model.gguf"))
-    assert "it is a GGUF model, which llama.cpp runs; get the original model" in str(raised.value)
+    assert "it is a GGUF model; name the file itself" in str(raised.value)
 
 
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def load_parts(request: Request) -> Parts:
         request.progress,
         use_mmap=use_mmap,
         hashes=hashes_folder(request.home),
+        activation=options.activation,
     ) as checkpoint:
         config = checkpoint.config
         tokenizer = Tokenizer.from_folder(

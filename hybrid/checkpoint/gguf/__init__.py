@@ -1,0 +1,78 @@
+"""GGUF: llama.cpp's format for models. A file, or several, become a config and named tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from hybrid.checkpoint.foreign import is_gguf
+from hybrid.checkpoint.gguf.activation import choose_activation
+from hybrid.checkpoint.gguf.architecture import config_of
+from hybrid.checkpoint.gguf.weights import GgufWeights, open_files
+from hybrid.checkpoint.hf import Checkpoint
+from hybrid.checkpoint.identity import ModelIdentity, SourceFile
+from hybrid.checkpoint.roles import find_tensors
+from hybrid.errors import InvalidCheckpoint
+from hybrid.kernels import Format
+from hybrid.model.families import parse_config
+from hybrid.notices import Notices
+
+__all__ = ["is_gguf", "open_gguf"]
+
+
+# Formats of ours whose values are those of a type of GGUF.
+_SAME_AS = {Format.q8: "Q8_0", Format.q4: "Q4_0", Format.bf16: "BF16"}
+
+
+def open_gguf(
+    path: Path,
+    format: Format | None,
+    *,
+    use_mmap: bool,
+    activation: str | None,
+    hashes: Path | None,
+) -> Checkpoint:
+    """Open a model. Finds every tensor and checks its type and shape before it returns.
+
+    `format` is what the weights will be packed to, `activation` the user's choice, and `hashes` the
+    folder in which the hashes of weight files are remembered. Raises InvalidCheckpoint,
+    UnsupportedModel and InvalidOption.
+    """
+    notices = Notices()
+    # Recorded before the files are read, so that old weights never get a newer file's state.
+    present = {entry: SourceFile.of(entry) for entry in path.parent.glob("*.gguf")}
+    present[path] = SourceFile.of(path)
+    files = open_files(path)
+    chosen = choose_activation(files[0], activation)
+    if chosen.notice:
+        notices.add(chosen.notice)
+    tensors = {name: info for file in files for name, info in file.tensors.items()}
+    content = config_of(replace(files[0], tensors=tensors), chosen.name, chosen.threshold)
+    config = parse_config(content, path, notices)
+    weights = GgufWeights(files, content, use_mmap=use_mmap)
+    if format is not None and (others := set(weights.types) - {_SAME_AS.get(format)}):
+        notices.add(
+            f"{path.name}: its weights are stored as {', '.join(sorted(others))} and packed to "
+            f"{format.name} (--quant)"
+        )
+    if format in (Format.q8, Format.q4) and weights.has_blocked_down:
+        notices.add(
+            f"{path.name}: ffn_down is rounded once more: its blocks run along neurons, and those "
+            "of hybrid along the other side, so that neurons can be skipped"
+        )
+    if weights.has_predictors:
+        notices.add(
+            f"{path.name}: its predictors are not used: every gate is computed, which is exact"
+        )
+    config, found, unused = find_tensors(path, config, weights, notices)
+    if missing := [part for part in weights.paths if part not in present]:
+        raise InvalidCheckpoint(f"{missing[0]}: was added while it was read; load the model again")
+    sources = tuple(present[part] for part in weights.paths)
+    return Checkpoint(
+        path,
+        config,
+        found,
+        identity=ModelIdentity(path.parent, config, sources, hashes),
+        notices=tuple(notices),
+        unused_tensors=unused,
+    )

@@ -1,0 +1,107 @@
+"""A model in GGUF files: one file, or several with names such as model-00001-of-00003.gguf."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hybrid.checkpoint.gguf.architecture import (
+    TRANSPOSED,
+    is_predictor,
+    stored_rows,
+    tensor_name,
+)
+from hybrid.checkpoint.gguf.reader import GgufFile, TensorInfo, read_gguf
+from hybrid.checkpoint.gguf.tensor import BlockTensor, open_tensor
+from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+from hybrid.notices import short_list
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+MAX_PARTS = 1000
+
+
+def open_files(path: Path) -> list[GgufFile]:
+    """Read a file and the others that belong to it, the first one first.
+
+    Raises InvalidCheckpoint if one is missing, or if they do not fit together.
+    """
+    match = _PART.fullmatch(path.name)
+    first = read_gguf(path)
+    n = first.metadata.get("split.count", 1)
+    if match is None or n == 1:
+        if isinstance(n, int) and n > 1:
+            raise InvalidCheckpoint(
+                f"{path}: is one of {n} files, but its name does not say which; name it such as "
+                "model-00001-of-00003.gguf"
+            )
+        return [first]
+    n = int(match[3])
+    if not 1 <= n <= MAX_PARTS:
+        raise InvalidCheckpoint(f"{path}: would be one of {n} files")
+    paths = [path.with_name(f"{match[1]}-{at:05}-of-{n:05}.gguf") for at in range(1, n + 1)]
+    if missing := [part.name for part in paths if not part.is_file()]:
+        raise InvalidCheckpoint(f"{path.parent}: lacks {short_list(missing)}; download them")
+    files = [read_gguf(part) for part in paths]
+    for at, file in enumerate(files):
+        if file.metadata.get("split.count") != n or file.metadata.get("split.no") != at:
+            raise InvalidCheckpoint(f"{file.path}: is not part {at + 1} of {n}, as its name says")
+    return files
+
+
+class GgufWeights:
+    """The tensors of GGUF files by Hugging Face's names. Implements `WeightFile`."""
+
+    def __init__(
+        self, files: list[GgufFile], config: dict[str, Any], *, use_mmap: bool = True
+    ) -> None:
+        """Raises InvalidCheckpoint, and UnsupportedModel for tensors of other architectures."""
+        self.paths = tuple(file.path for file in files)
+        self.notices: tuple[str, ...] = ()
+        self._config, self._use_mmap = config, use_mmap
+        self.has_predictors = False  # which are not used
+        self._found: dict[str, tuple[GgufFile, TensorInfo]] = {}
+        unknown = []
+        for file in files:
+            for info in file.tensors.values():
+                name = tensor_name(info.name)
+                if file.is_powerinfers and is_predictor(info.name):
+                    self.has_predictors = True
+                    continue
+                if name is None:
+                    unknown.append(info.name)
+                elif name in self._found:
+                    raise InvalidCheckpoint(f"{file.path}: {info.name!r} is in two files")
+                else:
+                    self._found[name] = file, info
+        if unknown:
+            raise UnsupportedModel(
+                f"{self.paths[0]}: not supported: the architecture has no tensors such as "
+                f"{short_list(unknown)}"
+            )
+        types = {info.type.name for _, info in self._found.values() if len(info.shape) > 1}
+        self.types: tuple[str, ...] = tuple(sorted(types))
+        self.has_blocked_down: bool = any(
+            name.endswith("down_proj.weight")
+            and info.type.n_values > 1
+            and not _is_transposed(info)
+            for name, (_, info) in self._found.items()
+        )
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._found.keys()
+
+    def tensor(self, name: str) -> BlockTensor:
+        if name not in self._found:
+            raise InvalidCheckpoint(f"{self.paths[0]}: has no tensor {name!r}")
+        file, info = self._found[name]
+        rows = stored_rows(name, info.shape[0], self._config)
+        tensor = open_tensor(file, info, name, rows, use_mmap=self._use_mmap)
+        return replace(tensor, is_transposed=_is_transposed(info))
+
+
+def _is_transposed(info: TensorInfo) -> bool:
+    return f".{TRANSPOSED}." in info.name

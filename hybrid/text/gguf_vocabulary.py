@@ -1,0 +1,189 @@
+"""The tokenizer in a GGUF file, as the tokenizer.json and tokenizer_config.json of the same model.
+
+The keys are llama.cpp's (`tokenizer.ggml.…`). A file holds the pieces and how they merge, but not
+the rules that split a text into words. It only names them (`tokenizer.ggml.pre`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid.checkpoint.gguf.reader import GgufFile, read_gguf
+from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+from hybrid.text.sentencepiece import (
+    BPE,
+    Piece,
+    SentencePieceModel,
+    beginning_with,
+    layout_of,
+)
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
+
+# How the authors of models split texts into words, as their tokenizer.json files say.
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+_BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_GPT_2: list[dict[str, Any]] = [_BYTES | {"use_regex": True}]
+_DIGITS: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}, *_GPT_2]
+
+
+def _by_regex(pattern: str) -> list[dict[str, Any]]:
+    split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": pattern}}
+    split |= {"behavior": "Isolated", "invert": False}
+    return [split, _BYTES | {"use_regex": False}]
+
+
+_SPLITTERS: dict[str, list[dict[str, Any]]] = {
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3"), _by_regex(_LLAMA_3)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _by_regex(_LLAMA_3)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _by_regex(_QWEN_2)),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), _GPT_2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
+}
+# Of these a text begins with BOS, unless the file says otherwise, and whole words that are pieces
+# are taken as they are.
+_AS_LLAMA_3 = ("llama3", "llama-v3", "llama-bpe", "falcon3")
+_COMPOSED = ("qwen2", "deepseek-r1-qwen")  # whose texts are normalized to NFC
+
+
+def read_gguf_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of a tokenizer.json and of a tokenizer_config.json.
+
+    Raises InvalidCheckpoint and UnsupportedModel.
+    """
+    file = read_gguf(path)
+    keys = file.metadata
+    pieces = _strings(file, "tokenizer.ggml.tokens")
+    kinds = _numbers(file, "tokenizer.ggml.token_type", len(pieces), _NORMAL).astype(int).tolist()
+    model = keys.get("tokenizer.ggml.model")
+    if model == "llama":
+        layout = _sentencepiece(file, pieces, kinds)
+    elif model == "gpt2":
+        layout = _byte_level(file, pieces, kinds)
+    else:
+        raise UnsupportedModel(
+            f"{path}: not supported: a tokenizer of kind {model!r:.60}; expected llama or gpt2"
+        )
+    return layout, _settings(file, pieces)
+
+
+def _sentencepiece(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str, Any]:
+    keys = file.metadata
+    scores = _numbers(file, "tokenizer.ggml.scores", len(pieces), 0.0).tolist()
+    listed = [Piece(*entry) for entry in zip(pieces, scores, kinds, strict=True)]
+    if len(set(pieces)) != len(pieces):
+        raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.tokens has a piece twice")
+    charsmap = keys.get("tokenizer.ggml.precompiled_charsmap")
+    bos = _special(file, "bos", len(pieces))
+    normalizer = {
+        2: b"" if charsmap is None else np.asarray(charsmap).astype(np.uint8).tobytes(),
+        3: _flag(file, "add_space_prefix", default=True),
+        4: _flag(file, "remove_extra_whitespaces", default=False),
+    }
+    trainer = {35: int(_BYTE in kinds), 41: -1 if bos is None else bos}
+    spm = SentencePieceModel(listed, trainer, normalizer)
+    return layout_of(spm, BPE, adds_bos=_flag(file, "add_bos_token", default=True))
+
+
+def _byte_level(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str, Any]:
+    name = file.metadata.get("tokenizer.ggml.pre")
+    if name not in _SPLITTERS:
+        raise UnsupportedModel(
+            f"{file.path}: not supported: texts are split into words by the rules of {name!r:.60} "
+            f"(tokenizer.ggml.pre), which hybrid does not know; it knows {', '.join(_SPLITTERS)}"
+        )
+    merges = [merge.partition(" ")[::2] for merge in _strings(file, "tokenizer.ggml.merges")]
+    if not all(right and " " not in right for _, right in merges):
+        raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.merges: expected pairs of pieces")
+    added = [
+        {"id": id, "content": pieces[id], "special": kinds[id] in (_UNKNOWN, _CONTROL)}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for id in range(len(pieces))
+        if kinds[id] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+    bos = _special(file, "bos", len(pieces))
+    adds_bos = _flag(file, "add_bos_token", default=name in _AS_LLAMA_3)
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if name in _COMPOSED else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _SPLITTERS[name]},
+        "post_processor": None if bos is None or not adds_bos else beginning_with(pieces[bos], bos),
+        "decoder": _BYTES | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "ignore_merges": name in _AS_LLAMA_3,
+            "vocab": _vocab(file, pieces),
+            "merges": merges,
+        },
+    }
+
+
+def _vocab(file: GgufFile, pieces: list[str]) -> dict[str, int]:
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.tokens has a piece twice")
+    return vocab
+
+
+def _settings(file: GgufFile, pieces: list[str]) -> dict[str, Any]:
+    """Return the names of special tokens, and the chat templates."""
+    settings: dict[str, Any] = {}
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    for key, name in names.items():
+        id = _special(file, key, len(pieces))
+        if id is not None:
+            settings[f"{name}_token"] = pieces[id]
+    templates = {}
+    for key, value in file.metadata.items():
+        if key == "tokenizer.chat_template" and isinstance(value, str):
+            templates["default"] = value
+        elif key.startswith("tokenizer.chat_template.") and isinstance(value, str):
+            templates[key.removeprefix("tokenizer.chat_template.")] = value
+    if templates:
+        entries = [{"name": name, "template": text} for name, text in templates.items()]
+        settings["chat_template"] = entries
+    return settings
+
+
+def _special(file: GgufFile, name: str, n_pieces: int) -> int | None:
+    """Return the id of a special token. Raises InvalidCheckpoint if there is no such id."""
+    id = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if id is None or id == 0xFFFFFFFF:
+        return None
+    if type(id) is not int or not 0 <= id < n_pieces:
+        raise InvalidCheckpoint(
+            f"{file.path}: tokenizer.ggml.{name}_token_id is {id!r:.40}; expected 0 to "
+            f"{n_pieces - 1}"
+        )
+    return id
+
+
+def _flag(file: GgufFile, name: str, *, default: bool) -> bool:
+    value = file.metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.{name}: expected true or false")
+    return value
+
+
+def _strings(file: GgufFile, key: str) -> list[str]:
+    values = file.metadata.get(key)
+    if not isinstance(values, list) or not values or not isinstance(values[0], str):
+        raise InvalidCheckpoint(f"{file.path}: {key}: expected an array of strings")
+    return values
+
+
+def _numbers(file: GgufFile, key: str, n: int, default: float) -> Any:
+    values = file.metadata.get(key)
+    if values is None:
+        return np.full(n, default)
+    if not isinstance(values, np.ndarray) or len(values) != n:
+        raise InvalidCheckpoint(f"{file.path}: {key}: expected {n:,} numbers, one for each piece")
+    return values
