@@ -120,7 +120,7 @@ def fetch(
         from huggingface_hub import constants, try_to_load_from_cache
     place = _Place(repo_id, Path(constants.HF_HUB_CACHE), stamps)
     is_offline = offline or bool(constants.HF_HUB_OFFLINE)
-    try:
+    with _storing(place):
         with hub_errors(repo_id, "the cached copy"):
             config = try_to_load_from_cache(repo_id, CONFIG)
         missing = [f"{CONFIG} and all other files"]
@@ -138,12 +138,19 @@ def fetch(
                 + advice(repo_id)
             )
         return _download(place, progress, accept)
+
+
+@contextlib.contextmanager
+def _storing(place: _Place) -> Iterator[None]:
+    """Raise DownloadFailed if the cache cannot be written. The caller's exceptions pass through."""
+    try:
+        yield
     except CallerRaised as raised:
         raise raised.error from None
     except OSError as error:
         raise DownloadFailed(
-            f"cannot store {repo_id} in {place.cache}: {error}. Make room or grant access there, "
-            "or set HF_HOME to another folder."
+            f"cannot store {place.repo_id} in {place.cache}: {error}. Make room or grant access "
+            "there, or set HF_HOME to another folder."
         ) from error
 
 
@@ -158,7 +165,7 @@ def fetch_gguf(
     with hub_errors(repo_id, "the settings of huggingface_hub"):
         from huggingface_hub import constants
     place = _Place(repo_id, Path(constants.HF_HUB_CACHE), stamps)
-    try:
+    with _storing(place):
         snapshot = _current(place)
         cached = set() if snapshot is None else _present(snapshot)
         with contextlib.suppress(InvalidOption):
@@ -178,13 +185,6 @@ def fetch_gguf(
         _fetch_files([_locate(place, name, snapshot) for name in names], place, progress)
         _set_current(place, commit)
         return snapshot / names[0]
-    except CallerRaised as raised:
-        raise raised.error from None
-    except OSError as error:
-        raise DownloadFailed(
-            f"cannot store {repo_id} in {place.cache}: {error}. Make room or grant access there, "
-            "or set HF_HOME to another folder."
-        ) from error
 
 
 def _is_whole(names: list[str]) -> bool:

@@ -142,7 +142,8 @@ def _check_layout(path: Path, layout: dict[str, Any], size: int) -> dict[str, in
     _check_normalizers(path, layout.get("normalizer"))
     listed = model.get("vocab")
     if isinstance(listed, list):
-        pieces = {str(entry[0]): id for id, entry in enumerate(listed) if entry}
+        entries = [entry for entry in listed if isinstance(entry, list) and entry]
+        pieces = {str(entry[0]): id for id, entry in enumerate(entries)}
         if len(pieces) != len(listed):
             raise InvalidCheckpoint(f"{path}: model.vocab has a piece twice, or an empty one")
     elif isinstance(listed, dict) and all(type(id) is int and id >= 0 for id in listed.values()):
@@ -187,6 +188,7 @@ def _check_normalizers(path: Path, normalizer: Any) -> None:
         content = str(step.get("content", step.get("prepend", "")))
         pattern = step.get("pattern")
         replaced = pattern.get("String") if isinstance(pattern, dict) else None
+        replaced = replaced if isinstance(replaced, str) else None
         if step.get("type") == "Replace":  # a regular expression may match between characters
             growth *= max(1.0, len(content) / len(replaced) if replaced else 1 + len(content))
         if growth > _MAX_GROWTH or n > _MAX_NORMALIZERS or len(content) > _MAX_GROWTH:
