@@ -222,8 +222,12 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def begin(engine: Engine, prompt: str, args: argparse.Namespace) -> Generation:
-    tools = read_tools(args)
+def begin(
+    engine: Engine,
+    prompt: str,
+    args: argparse.Namespace,
+    tools: list[dict[str, Any]] | None = None,
+) -> Generation:
     if args.system is None and tools is None:
         return engine.generate(prompt, raw=args.raw, options=generation_options(args))
     messages: list[ChatMessage] = [{"role": "user", "content": prompt}]
@@ -232,9 +236,14 @@ def begin(engine: Engine, prompt: str, args: argparse.Namespace) -> Generation:
     return engine.chat(messages, tools=tools, options=generation_options(args))
 
 
-def answer(engine: Engine, prompt: str, args: argparse.Namespace) -> int:
+def answer(
+    engine: Engine,
+    prompt: str,
+    args: argparse.Namespace,
+    tools: list[dict[str, Any]] | None = None,
+) -> int:
     """Run one generation and return the exit code."""
-    generation = begin(engine, prompt, args)
+    generation = begin(engine, prompt, args, tools)
     is_completion = args.raw or not engine.tokenizer.has_chat_template
     if is_completion and not args.json:
         write(prompt)  # prompt and completion are one text
@@ -299,7 +308,7 @@ def run(args: argparse.Namespace) -> int:
                         "text: use -p, or -i to continue it together, or choose a --chat-template"
                     )
         if not args.interactive:
-            return answer(engine, prompt, args)
+            return answer(engine, prompt, args, tools)
         conversation = Conversation(
             engine,
             generation_options(args),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybrid.checkpoint import foreign
+from hybrid.checkpoint.gguf.weights import first_part
 from hybrid.checkpoint.hf import read_config
 from hybrid.checkpoint.synthetic import folder as synthetic
 from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION
@@ -132,7 +133,8 @@ def resolve(
 
     if isinstance(model, str) and text.startswith(_HUB_SCHEME):
         repo_id = text.removeprefix(_HUB_SCHEME)
-        if named := _GGUF_OF_REPO.fullmatch(repo_id):
+        named = _GGUF_OF_REPO.fullmatch(repo_id)
+        if named and _is_repo_id(named[1]):
             return _fetch_gguf(named, offline, progress)
         if not _is_repo_id(repo_id):
             raise ModelNotFound(f"{text!r}: expected {_HUB_SCHEME}owner/name")
@@ -151,7 +153,7 @@ def resolve(
         if is_folder:
             return path
         if foreign.is_gguf(path):
-            return path
+            return first_part(path)
         if path.exists():
             kind = foreign.file_kind(path)
             raise ModelNotFound(

@@ -31,7 +31,7 @@ from hybrid.errors import (
     ModelNotFound,
     UnsupportedModel,
 )
-from hybrid.files import read_bytes, write_atomically
+from hybrid.files import write_atomically
 from hybrid.hub import transfer, watch
 from hybrid.hub.cache import PartialFile, length_of_partial, make_folder
 from hybrid.hub.checksum import check, check_link, is_checksum, stamp, verify
@@ -166,14 +166,13 @@ def fetch_gguf(
         from huggingface_hub import constants
     place = _Place(repo_id, Path(constants.HF_HUB_CACHE), stamps)
     with _storing(place):
-        snapshot = _current(place)
-        cached = set() if snapshot is None else _present(snapshot)
-        with contextlib.suppress(InvalidOption):
-            names = choose(repo_id, cached, wish)
-            if snapshot is not None and _is_whole(names):
-                for name in names:
-                    check_link(snapshot / name, place.stamps, place.cache)
-                return snapshot / names[0]
+        for snapshot in _snapshots(place):
+            with contextlib.suppress(InvalidOption):
+                names = choose(repo_id, _present(snapshot), wish)
+                if _is_whole(names):
+                    for name in names:
+                        check_link(snapshot / name, place.stamps, place.cache)
+                    return snapshot / names[0]
         if offline or constants.HF_HUB_OFFLINE:
             raise ModelNotFound(
                 f"{repo_id}: the GGUF model {wish!r:.80} is not on this machine, and offline=True "
@@ -182,8 +181,10 @@ def fetch_gguf(
         commit, listed = _list_files(repo_id, None, transfer.ANSWER_S)
         snapshot = place.storage / "snapshots" / commit
         names = choose(repo_id, listed, wish)
+        is_first = not _snapshots(place)
         _fetch_files([_locate(place, name, snapshot) for name in names], place, progress)
-        _set_current(place, commit)
+        if is_first:  # a ref to a part of a repository would hide an older complete copy
+            _set_current(place, commit)
         return snapshot / names[0]
 
 
@@ -193,14 +194,10 @@ def _is_whole(names: list[str]) -> bool:
     return match is None or len(names) == int(match[1])
 
 
-def _current(place: _Place) -> Path | None:
-    """Return the folder of the cache that holds the newest copy of a repository."""
-    try:
-        commit = read_bytes(place.storage / "refs" / "main", 100).decode().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    snapshot = place.storage / "snapshots" / commit
-    return snapshot if re.fullmatch("[0-9a-f]{40}", commit) and snapshot.is_dir() else None
+def _snapshots(place: _Place) -> list[Path]:
+    """Return the cached copies of a repository, the newest first."""
+    folders = [path for path in (place.storage / "snapshots").glob("*") if path.is_dir()]
+    return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _set_current(place: _Place, commit: str) -> None:

@@ -37,9 +37,7 @@ class Budget:
     def __init__(self, variables: Mapping[str, Any]) -> None:
         self.deadline = time.perf_counter() + SECONDS
         self.n_bytes = BYTES
-        self.given: set[int] = (
-            set()
-        )  # ids of the variables' containers, which are known to be small
+        self.given: dict[int, int] = {}  # characters of each of the variables' containers, by id
         self.n_bytes += BYTES_PER_CHARACTER * self._note(variables)
 
     def _note(self, value: object) -> int:
@@ -53,8 +51,8 @@ class Budget:
             items = [*value]
         else:
             return 1
-        self.given.add(id(value))
-        return 1 + sum(map(self._note, items))
+        self.given[id(value)] = n = 1 + sum(map(self._note, items))
+        return n
 
     def tick(self) -> None:
         if time.perf_counter() > self.deadline:
@@ -82,7 +80,9 @@ class Budget:
             item = left.pop()
             if isinstance(item, str):
                 n_characters += len(item)
-            elif isinstance(item, (list, tuple, dict)) and id(item) not in self.given:
+            elif id(item) in self.given:
+                n_characters += self.given[id(item)]
+            elif isinstance(item, (list, tuple, dict)):
                 n_nodes += len(item)
                 if n_nodes > MAX_NODES:
                     raise TemplateLimit(f"it used a value of more than {MAX_NODES:,} elements")

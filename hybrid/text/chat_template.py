@@ -30,15 +30,8 @@ _SEARCHING = frozenset(
     ("count", "endswith", "find", "index", "lstrip", "partition", "replace", "rfind", "rpartition")
     + ("rsplit", "rstrip", "split", "startswith", "strip")
 )
+_USUAL_ROLES = frozenset(("assistant", "developer", "function", "model", "system", "tool", "user"))
 _PROBE = "a probe of hybrid"
-_BROKEN = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-)
 
 
 class _Marked(NamedTuple):
@@ -73,11 +66,12 @@ class ChatTemplate:
             self._template = sandbox.compile_template(source)
         except jinja2.TemplateSyntaxError as error:
             raise InvalidCheckpoint(f"{name}: line {error.lineno}: {error.message}") from error
-        except (sandbox.TemplateLimit, jinja2.TemplateError) as error:
-            raise InvalidCheckpoint(f"{name}: cannot be used: {error}") from error
+        except Exception as error:  # Jinja makes Python code of it, which Python may refuse
+            raise InvalidCheckpoint(f"{name}: cannot be used: {error}"[:300]) from error
         self.markers = Markers(())
         literals, around = "\0".join(_literals(source)), "\0".join(self._probe())
-        written = {text for text in ordinary if text in literals + around and not text.isalnum()}
+        everything = literals + around
+        written = {text for text in ordinary if text in everything and not text.isalnum()}
         written |= {*_MARKER.findall(literals), *_MARKER.findall(around)}
         tested = "\0".join(_tested(source))
         own = {
@@ -172,9 +166,11 @@ class ChatTemplate:
 
     def _taint_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Taint all texts of a message but its role, which is a name."""
-        is_answer = message["role"] == "assistant"
+        role, is_answer = message["role"], message["role"] == "assistant"
+        if role not in _USUAL_ROLES and self.markers.has_word(role):
+            raise InvalidOption(f"messages: role {role!r}: it is a part of a control token")
         texts = {key: item for key, item in message.items() if key != "role"}
-        tainted: dict[str, Any] = self.markers.taint_all(texts, is_answer=is_answer)
+        tainted: dict[str, Any] = self.markers.taint_all(texts, is_answer=is_answer, is_said=True)
         return {"role": message["role"], **tainted}
 
     def _render(self, messages: list[dict[str, Any]], chat: Chat) -> str:
@@ -199,11 +195,11 @@ class ChatTemplate:
             raise InvalidOption(
                 _lost("spell a marker of the chat template, and it encodes them")
             ) from None
-        except _BROKEN as error:
+        except Exception as error:  # a template may raise anything
             raise InvalidOption(
                 f"messages: {self.name} fails on them: {type(error).__name__}: {error}"[:500]
             ) from None
-        if re.search(r"\\u[dD][89a-fA-F]", text):
+        if self.markers.is_escaped(text, given):
             raise InvalidOption(_lost("spell a marker of the chat template, and it rewrites them"))
         return text
 

@@ -15,6 +15,7 @@ from hybrid.checkpoint.gguf.reader import GgufFile, read_gguf
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.text.sentencepiece import (
     BPE,
+    MAX_PIECE,
     Piece,
     SentencePieceModel,
     beginning_with,
@@ -59,10 +60,15 @@ def read_gguf_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises InvalidCheckpoint and UnsupportedModel.
     """
     file = read_gguf(path)
-    keys = file.metadata
     pieces = _strings(file, "tokenizer.ggml.tokens")
-    kinds = _numbers(file, "tokenizer.ggml.token_type", len(pieces), _NORMAL).astype(int).tolist()
-    model = keys.get("tokenizer.ggml.model")
+    longest = max(map(len, pieces))
+    if longest > MAX_PIECE:
+        raise InvalidCheckpoint(f"{path}: has a piece of {longest:,} characters")
+    numbers = _numbers(file, "tokenizer.ggml.token_type", len(pieces), _NORMAL)
+    if numbers.dtype.kind not in "iu":
+        raise InvalidCheckpoint(f"{path}: tokenizer.ggml.token_type: expected integers")
+    kinds = numbers.tolist()
+    model = file.single("tokenizer.ggml.model")
     if model == "llama":
         layout = _sentencepiece(file, pieces, kinds)
     elif model == "gpt2":
@@ -75,12 +81,16 @@ def read_gguf_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _sentencepiece(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str, Any]:
-    keys = file.metadata
-    scores = _numbers(file, "tokenizer.ggml.scores", len(pieces), 0.0).tolist()
+    numbers = _numbers(file, "tokenizer.ggml.scores", len(pieces), 0.0)
+    if not np.isfinite(numbers).all():
+        raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.scores: expected finite numbers")
+    scores = numbers.tolist()
     listed = [Piece(*entry) for entry in zip(pieces, scores, kinds, strict=True)]
     if len(set(pieces)) != len(pieces):
         raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.tokens has a piece twice")
-    charsmap = keys.get("tokenizer.ggml.precompiled_charsmap")
+    charsmap = file.metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if charsmap is not None and not isinstance(charsmap, np.ndarray):
+        raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.precompiled_charsmap: no bytes")
     bos = _special(file, "bos", len(pieces))
     normalizer = {
         2: b"" if charsmap is None else np.asarray(charsmap).astype(np.uint8).tobytes(),
@@ -93,7 +103,7 @@ def _sentencepiece(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[
 
 
 def _byte_level(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str, Any]:
-    name = file.metadata.get("tokenizer.ggml.pre")
+    name = file.single("tokenizer.ggml.pre")
     if name not in _SPLITTERS:
         raise UnsupportedModel(
             f"{file.path}: not supported: texts are split into words by the rules of {name!r:.60} "
@@ -155,7 +165,7 @@ def _settings(file: GgufFile, pieces: list[str]) -> dict[str, Any]:
 
 def _special(file: GgufFile, name: str, n_pieces: int) -> int | None:
     """Return the id of a special token. Raises InvalidCheckpoint if there is no such id."""
-    id = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    id = file.single(f"tokenizer.ggml.{name}_token_id")
     if id is None or id == 0xFFFFFFFF:
         return None
     if type(id) is not int or not 0 <= id < n_pieces:

@@ -207,6 +207,10 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         n_characters = sum(map(budget.check_size, given))
         budget.pay(_GROWTH.get(name, 0) * n_characters)
         texts = [value for value in given if isinstance(value, str)]
+        if name == "round" and any(
+            isinstance(value, int) and abs(value) > 100 for value in given[1:]
+        ):
+            raise TemplateLimit("it rounds to more than 100 digits")
         if name in _WITH_WIDTH and any(_is_wide(value) for value in given):
             raise TemplateLimit(f"it gives {name} a size of more than {MAX_WIDTH:,}")
         if name == "indent" and texts:

@@ -19,6 +19,7 @@ from hybrid.files import read_bytes
 
 MAX_BYTES = 64 << 20
 MAX_PIECES = 2_000_000
+MAX_PIECE = 256  # characters; the longest published ones have 64
 
 UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
 _NORMAL, _UNKNOWN, CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.type
@@ -172,6 +173,8 @@ def _read_model(data: bytes) -> SentencePieceModel:
             fields = dict(_fields(_as_bytes(value)))
             (score,) = struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))
             text = _as_bytes(fields.get(1, b"")).decode("utf-8")
+            if len(text) > MAX_PIECE:
+                raise ValueError(f"a piece of {len(text):,} characters")
             kind = fields.get(3, _NORMAL)
             if not isinstance(kind, int):
                 raise ValueError("a field has another type")
@@ -182,6 +185,10 @@ def _read_model(data: bytes) -> SentencePieceModel:
             (model.trainer if number == 2 else model.normalizer).update(_fields(_as_bytes(value)))
     if not model.pieces:
         raise ValueError("it has no pieces")
+    for fields, numbers in ((model.trainer, (3, 24, 35, 41)), (model.normalizer, (3, 4))):
+        if not all(isinstance(fields.get(number, 0), int) for number in numbers):
+            raise ValueError("a field has another type")
+    _as_bytes(model.normalizer.get(2, b""))
     return model
 
 

@@ -19,7 +19,7 @@ from hybrid.checkpoint.name import model_name
 from hybrid.errors import InvalidOption, UnsupportedModel
 from hybrid.text.decoding import read_decoding
 from hybrid.text.markers import MarkedText, Span
-from hybrid.text.vocabulary_file import read_vocabulary
+from hybrid.text.vocabulary_file import is_library_error, read_vocabulary
 
 _MAX_ROUNDS = 8  # of finding control tokens that a text must not have
 # Characters that no piece joins with others in some vocabulary: private use, control, punctuation.
@@ -158,10 +158,12 @@ class Vocabulary:
     def _encode(self, library: tokenizers.Tokenizer, text: str) -> Any:
         try:
             return library.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library raises nothing more specific
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
             raise InvalidOption(
-                f"text: the model's tokenizer cannot encode it: {error}; it has no token for "
-                "unknown characters"
+                f"text: the model's tokenizer cannot encode it: {error!s:.200}; perhaps it has no "
+                "token for unknown characters"
             ) from None
 
     def _spell(self, text: str) -> list[int]:

@@ -6,6 +6,7 @@ merge makes, normalizers that double a text forty times. They are refused here, 
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ from hybrid.text.added_tokens import add_tokens
 from hybrid.text.gguf_vocabulary import read_gguf_tokenizer
 from hybrid.text.sentencepiece import convert
 
+_MAX_ADDED = 1000  # characters of an added token
 _MAX_NORMALIZERS = 64
 _MAX_GROWTH = 64  # how many times as long a normalized text may be
 
@@ -98,13 +100,25 @@ def _open_library(path: Path, source: str | dict[str, Any]) -> tokenizers.Tokeni
             library = tokenizers.Tokenizer.from_str(source)
         else:
             library = _from_layout(source)
-    except Exception as error:  # the library raises nothing more specific
-        raise InvalidCheckpoint(f"{path}: not a tokenizer: {error}; download it again") from error
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        raise InvalidCheckpoint(
+            f"{path}: not a tokenizer: {error!s:.300}; download it again"
+        ) from None
     library.no_truncation()
     library.no_padding()
     if getattr(library.model, "dropout", None) is not None:
         library.model.dropout = None  # it is for training, and makes encoding random
     return library
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Return whether the `tokenizers` library may have raised an exception.
+
+    It raises nothing more specific than Exception, and its own mistakes are no Exceptions at all.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _from_layout(layout: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -191,14 +205,32 @@ def _check_normalizers(path: Path, normalizer: Any) -> None:
         replaced = replaced if isinstance(replaced, str) else None
         if step.get("type") == "Replace":  # a regular expression may match between characters
             growth *= max(1.0, len(content) / len(replaced) if replaced else 1 + len(content))
-        if growth > _MAX_GROWTH or n > _MAX_NORMALIZERS or len(content) > _MAX_GROWTH:
+        if n > _MAX_NORMALIZERS:
+            raise InvalidCheckpoint(f"{path}: has more than {_MAX_NORMALIZERS} normalizers")
+        if step.get("type") == "Precompiled":
+            _check_charsmap(path, step.get("precompiled_charsmap"))
+        if growth > _MAX_GROWTH or len(content) > _MAX_GROWTH:
             raise InvalidCheckpoint(
                 f"{path}: its normalizers could make a text more than {_MAX_GROWTH} times as long"
             )
 
 
+def _check_charsmap(path: Path, text: Any) -> None:
+    """Refuse a map of characters that ends within its trie, which the library does not survive."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError):
+        data = b""
+    n = int.from_bytes(data[:4], "little")
+    if not 0 < n <= len(data) - 4 or n % 4:
+        raise InvalidCheckpoint(f"{path}: precompiled_charsmap is broken; download it again")
+
+
 def _check_added(path: Path, layout: dict[str, Any], library: tokenizers.Tokenizer) -> None:
     """The library gives a token another id if its own is taken."""
+    longest = max((len(t.content) for t in library.get_added_tokens_decoder().values()), default=0)
+    if longest > _MAX_ADDED:
+        raise InvalidCheckpoint(f"{path}: has an added token of {longest:,} characters")
     listed = layout.get("added_tokens")
     for token in listed if isinstance(listed, list) else []:
         id = library.token_to_id(token["content"])

@@ -219,6 +219,7 @@ def test_a_model_in_several_files(tmp_path: Path) -> None:
         write_gguf(tmp_path / name, model, vocabulary=vocabulary, split=(at, 3))
     first = tmp_path / "big-00001-of-00003.gguf"
     np.testing.assert_array_equal(logits(first), logits(path))
+    np.testing.assert_array_equal(logits(tmp_path / "big-00003-of-00003.gguf"), logits(path))
     (tmp_path / "big-00002-of-00003.gguf").rename(tmp_path / "other.gguf")
     with pytest.raises(InvalidCheckpoint, match=r"lacks 'big-00002-of-00003\.gguf'"):
         hybrid.load(first)
@@ -310,6 +311,36 @@ def test_an_activation_is_for_gguf_files_only() -> None:
             {"llama.attention.layer_norm_rms_epsilon": float("nan")},
             InvalidCheckpoint,
             "rms_epsilon: expected a finite number",
+        ),
+        ({"general.architecture": ["llama"]}, InvalidCheckpoint, "expected one value"),
+        ({"llama.rope.scaling.type": [1, 2]}, InvalidCheckpoint, "expected one value"),
+        ({"llama.attention.sliding_window": [0, 0]}, InvalidCheckpoint, "expected one value"),
+        ({"llama.expert_count": [1, 2]}, InvalidCheckpoint, "expected one value"),
+        ({"llama.attention.layer_norm_rms_epsilon": [1.0]}, InvalidCheckpoint, "one value"),
+        ({"split.count": [1, 1]}, InvalidCheckpoint, "expected one value"),
+        ({"split.count": "3"}, InvalidCheckpoint, "expected an integer, 1 or more"),
+        ({"tokenizer.ggml.bos_token_id": [1, 2]}, InvalidCheckpoint, "expected one value"),
+        ({"tokenizer.ggml.model": [1, 2]}, InvalidCheckpoint, "expected one value"),
+        ({"tokenizer.ggml.precompiled_charsmap": "abc"}, InvalidCheckpoint, "no bytes"),
+        (
+            {"tokenizer.ggml.precompiled_charsmap": [255, 255, 255, 127, 1, 2, 3]},
+            InvalidCheckpoint,
+            "precompiled_charsmap is broken",
+        ),
+        (
+            {"tokenizer.ggml.scores": [float("nan")] * 4096},
+            InvalidCheckpoint,
+            "expected finite numbers",
+        ),
+        (
+            {"tokenizer.ggml.token_type": [1.0] * 4096},
+            InvalidCheckpoint,
+            "token_type: expected integers",
+        ),
+        (
+            {"tokenizer.ggml.tokens": [f"p{id}" * (1 + 500 * (id == 7)) for id in range(4096)]},
+            InvalidCheckpoint,
+            "a piece of 1,002 characters",
         ),
         ({"tokenizer.ggml.model": "rwkv"}, UnsupportedModel, "tokenizer of kind 'rwkv'"),
         ({"tokenizer.ggml.scores": [0.0]}, InvalidCheckpoint, "expected 4,096 numbers"),

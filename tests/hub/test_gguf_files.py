@@ -90,6 +90,23 @@ def test_a_model_in_several_files_is_fetched_whole(hub: LocalHub, files: dict[st
     assert len(list(engine.folder.parent.iterdir())) == 2
 
 
+def test_a_fetched_model_hides_no_older_copy_of_the_repository(
+    hub: LocalHub, files: dict[str, bytes]
+) -> None:
+    path = resolve(f"{REPO}:F16")
+    ref = path.parents[2] / "refs" / "main"
+    ref.write_text("a" * 40)  # of an older copy, which is whole
+    assert len(resolve(f"{REPO}:F32").parent.name) == 40
+    assert ref.read_text() == "a" * 40
+
+
+@pytest.mark.parametrize("name", ["hf://../..:Q4_0", "hf://a--b/c:Q4_0"])
+def test_what_is_no_repository_is_never_fetched(hub: LocalHub, name: str) -> None:
+    with pytest.raises(ModelNotFound):
+        resolve(name)
+    assert hub.requests == []
+
+
 def test_a_repository_without_a_type_lists_its_models(
     hub: LocalHub, files: dict[str, bytes]
 ) -> None:

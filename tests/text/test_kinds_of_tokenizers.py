@@ -255,16 +255,35 @@ def _long_piece(layout: dict[str, Any]) -> None:
     layout["normalizer"] = {"type": "Prepend", "prepend": "x" * 1_000_000}
 
 
+def _charsmap(text: str) -> Any:
+    def change(layout: dict[str, Any]) -> None:
+        layout["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": text}
+
+    return change
+
+
+def _long_token(layout: dict[str, Any]) -> None:
+    layout["added_tokens"].append({**layout["added_tokens"][2], "id": 4096, "content": "x" * 5000})
+
+
+def _odd_vocabulary(layout: dict[str, Any]) -> None:
+    layout["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [1, 2]}
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
+        (_charsmap("/////w=="), "precompiled_charsmap is broken"),
+        (_charsmap("AAAAAAECAw=="), "precompiled_charsmap is broken"),
+        (_long_token, "an added token of 5,000 characters"),
+        (_odd_vocabulary, "piece twice, or an empty one"),
         (_double, "have the same id 300"),
         (_no_merges, "has no merges, so pieces such as"),
         (_lost_merges, "has no merges|not a tokenizer"),
         (_explode, "times as long"),
         (_explode_nested, "times as long"),
-        (_nest, "not a tokenizer|nested too deeply|times as long"),
-        (_many, "times as long"),
+        (_nest, "not a tokenizer|nested too deeply|more than 64 normalizers"),
+        (_many, "more than 64 normalizers"),
         (_added_twice, "added token '<x>' has id 7"),
         (_negative, "expected pieces with their ids"),
         (_empty, "has no pieces"),

@@ -69,6 +69,7 @@ LIMITED = {
     "equal lists": "{% set x = range(50000) | list %}{% set y = range(50000) | list %}"
     "{% for i in range(100000) %}{{ x == y }}{% endfor %}",
     "long": "x" * 2_000_000,
+    "round": "{{ 1234 | round(-30000000) }}",
     "deep": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     "deep blocks": "{% if 1 %}" * 3000,
 }
@@ -165,3 +166,10 @@ def test_json_is_as_python_writes_it():
 
 def test_a_limit_is_an_exception_of_its_own():
     assert not issubclass(TemplateLimit, jinja2.TemplateError)
+
+
+@pytest.mark.parametrize("use", ["tojson | length", "string | length", "join", "list"])
+def test_variables_count_each_time_that_they_are_used(use):
+    template = compile_template("{{ ([messages] * 9000) | " + use + " }}")
+    with pytest.raises(TemplateLimit):
+        render(template, {"messages": [{"role": "user", "content": "x" * 10_000}]})

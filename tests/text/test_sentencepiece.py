@@ -147,6 +147,9 @@ def test_a_llama_has_the_ids_of_transformers(parent: Path, tmp_path: Path) -> No
         (b"\x0a\x02\x0a\x05", "ends within a field"),
         (b"\x0a\x04\x0a\x02\xff\xfe", "not a SentencePiece model"),
         (b"\x0a\x03\x0a\x01a" * 2, "a piece twice"),
+        (b"\x0a\x03\x0a\x01a\x12\x05\x18\x02\xca\x02\x00", "another type"),
+        (b"\x0a\x03\x0a\x01a\x12\x02\x18\x02\x1a\x02\x10\x05", "another type"),
+        (b"\x0a\xab\x02\x0a\xa8\x02" + b"a" * 296, "a piece of 296 characters"),
     ],
 )
 def test_a_broken_file_is_refused(tmp_path: Path, data: bytes, problem: str) -> None:

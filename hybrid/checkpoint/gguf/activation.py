@@ -49,13 +49,13 @@ def choose_activation(file: GgufFile, wish: str | None) -> ChosenActivation:
     """Return a file's activation. Raises InvalidOption and UnsupportedModel."""
     if wish is not None:
         return ChosenActivation(*parse_activation(wish), None)
-    if file.is_powerinfers and file.metadata.get("general.architecture") == "llama":
+    if file.is_powerinfers and file.single("general.architecture") == "llama":
         notice = f"{file.path.name}: computed with relu, as PowerInfer computes such files"
         return ChosenActivation("relu", 0.0, notice)
     named = ("general.name", "general.basename", "general.finetune", "general.description")
-    values = [file.metadata.get(key) for key in named]
+    values = [file.single(key) for key in named]
     names = [file.path.stem, *[value for value in values if isinstance(value, str)]]
-    architecture = file.metadata.get("general.architecture")
+    architecture = file.single("general.architecture")
     for name in names:
         plain = re.sub(r"[\s_]+", "-", name.lower())
         for pattern, activation, threshold in _KNOWN:

@@ -159,13 +159,13 @@ class _Keys:
         self.file, self.prefix = file, ""
 
     def get(self, key: str, default: Any) -> Any:
-        return self.file.metadata.get(key, default)
+        return self.file.single(key, default)
 
     def size(self, key: str, default: int | None = None) -> int:
-        value = self.get(self.prefix + key, default)
+        value = self.file.metadata.get(self.prefix + key, default)
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()  # one for each layer, all the same
-        if isinstance(value, np.ndarray):
+        if isinstance(value, (list, np.ndarray)):
             raise UnsupportedModel(
                 f"{self.file.path}: not supported: {self.prefix}{key} differs between layers"
             )
@@ -180,7 +180,11 @@ class _Keys:
         if type(value) not in (int, float) or not math.isfinite(value):
             raise self._invalid(key, "a finite number", value)
         # The file holds a float32. Its shortest spelling is what the model's authors wrote: 1e-05.
-        return float(str(np.float32(value)))
+        with np.errstate(over="ignore"):
+            number = float(str(np.float32(value)))
+        if not math.isfinite(number):
+            raise self._invalid(key, "a finite number", value)
+        return number
 
     def _invalid(self, key: str, expected: str, found: object) -> InvalidCheckpoint:
         shown = "nothing" if found is None or found != found else f"{found!r:.60}"

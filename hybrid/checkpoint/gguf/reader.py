@@ -69,6 +69,13 @@ class GgufFile:
     metadata: dict[str, Any]  # numbers, strings, bools; arrays as NumPy arrays or lists of str
     tensors: dict[str, TensorInfo]
 
+    def single(self, key: str, default: Any = None) -> Any:
+        """Return a value that is no array. Raises InvalidCheckpoint if it is one."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, (list, np.ndarray)):
+            raise InvalidCheckpoint(f"{self.path}: {key}: expected one value, found an array")
+        return value
+
 
 def read_gguf(path: Path) -> GgufFile:
     """Read a file's structure. Raises InvalidCheckpoint, and UnsupportedModel for its version."""

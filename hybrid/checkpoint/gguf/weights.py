@@ -23,6 +23,12 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MAX_PARTS = 1000
 
 
+def first_part(path: Path) -> Path:
+    """Return the first of the files that belong together. It has the config and the tokenizer."""
+    match = _PART.fullmatch(path.name)
+    return path if match is None else path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf")
+
+
 def open_files(path: Path) -> list[GgufFile]:
     """Read a file and the others that belong to it, the first one first.
 
@@ -30,9 +36,11 @@ def open_files(path: Path) -> list[GgufFile]:
     """
     match = _PART.fullmatch(path.name)
     first = read_gguf(path)
-    n = first.metadata.get("split.count", 1)
+    n = first.single("split.count", 1)
+    if type(n) is not int or n < 1:
+        raise InvalidCheckpoint(f"{path}: split.count: expected an integer, 1 or more, found {n!r}")
     if match is None or n == 1:
-        if isinstance(n, int) and n > 1:
+        if n > 1:
             raise InvalidCheckpoint(
                 f"{path}: is one of {n} files, but its name does not say which; name it such as "
                 "model-00001-of-00003.gguf"
@@ -46,7 +54,7 @@ def open_files(path: Path) -> list[GgufFile]:
         raise InvalidCheckpoint(f"{path.parent}: lacks {short_list(missing)}; download them")
     files = [read_gguf(part) for part in paths]
     for at, file in enumerate(files):
-        if file.metadata.get("split.count") != n or file.metadata.get("split.no") != at:
+        if file.single("split.count") != n or file.single("split.no") != at:
             raise InvalidCheckpoint(f"{file.path}: is not part {at + 1} of {n}, as its name says")
     return files
 

@@ -81,7 +81,7 @@ def load_parts(request: Request) -> Parts:
             request.folder,
             vocab_size=config.vocab_size,
             bos_id=config.bos_id,
-            eos_id=min(config.eos_ids, default=None),
+            eos_id=next(iter(config.eos_ids), None),
             add_bos=options.add_bos,
             chat_template=options.chat_template,
         )
