@@ -55,7 +55,7 @@ def open_gguf(
             f"{path.name}: its weights are stored as {', '.join(sorted(others))} and packed to "
             f"{format.name} (--quant)"
         )
-    if format in (Format.q8, Format.q4) and weights.has_blocked_down:
+    if format in (Format.q8, Format.q4) and _SAME_AS[format] in weights.down_types:
         notices.add(
             f"{path.name}: ffn_down is rounded once more: its blocks run along neurons, and those "
             "of hybrid along the other side, so that neurons can be skipped"

@@ -91,12 +91,12 @@ class GgufWeights:
             )
         types = {info.type.name for _, info in self._found.values() if len(info.shape) > 1}
         self.types: tuple[str, ...] = tuple(sorted(types))
-        self.has_blocked_down: bool = any(
-            name.endswith("down_proj.weight")
-            and info.type.n_values > 1
-            and not _is_transposed(info)
+        # Types of down matrices whose rows are not those of neurons.
+        self.down_types: set[str] = {
+            info.type.name
             for name, (_, info) in self._found.items()
-        )
+            if name.endswith("down_proj.weight") and not _is_transposed(info)
+        }
 
     @property
     def names(self) -> Collection[str]:
