@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from smollm2 import write_smollm2
 from text.vocabularies import (
     BYTE_LEVEL,
     LAYOUTS,
@@ -85,6 +86,15 @@ def test_published_vocabularies_have_the_ids_of_transformers(
     parent: Path, name: str, n: int
 ) -> None:
     compare(*opened(name, parent), n, comes_back=True)
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_ids_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5")
+    n_ids = write_smollm2(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path, vocab_size=n_ids, bos_id=None, add_bos=False)
+    compare(tokenizer, reference, 2000, comes_back=True)
 
 
 @needs_shared
