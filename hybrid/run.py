@@ -302,7 +302,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"note: {printable(line)}", file=sys.stderr)
         if not engine.tokenizer.has_chat_template:
             for option in ("chat", "system", "tools"):
-                if getattr(args, option):
+                if getattr(args, option) not in (None, False):
                     raise InvalidOption(
                         f"--{option}: {args.model} has no chat template, so it can only complete "
                         "text: use -p, or -i to continue it together, or choose a --chat-template"

@@ -231,6 +231,7 @@ def test_multi_byte_characters_are_never_split(tmp_path):
         (["--tools", "/dev/null"], "--tools /dev/null: "),
         (["--raw", "--tools", "a.json"], "--raw and --tools exclude each other"),
         (["--system", "Be kind"], "--system: stories has no chat template, so it can only"),
+        (["--system", ""], "--system: stories has no chat template, so it can only"),
     ],
 )
 def test_bad_options_give_one_clear_line_and_code_2(arguments, message):
