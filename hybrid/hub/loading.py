@@ -28,7 +28,8 @@ def load(
 ) -> Engine:
     """Load a model and return its Engine.
 
-    `model` is a name from the catalog ("stories" is bundled), a Hugging Face repo id, or a folder.
+    `model` is a name from the catalog ("stories" is bundled), a Hugging Face repo id, a folder, or
+    a GGUF file. "owner/name:Q4_0" is a GGUF model of a repository.
     What looks like a path is always a folder, and "hf://owner/name" always a repo id. A model that
     is not on this machine is downloaded, unless `offline`. `threads` defaults to the physical cores
     that this process may use, or to fewer if a quota of CPU time is less than these. `context_size`
@@ -68,6 +69,10 @@ def load(
 
     `add_bos` says whether a text begins with the BOS token. None does as the model's tokenizer, and
     `Engine.notices` says so where the model's files disagree. Token ids are never changed.
+
+    `activation` is that of a GGUF model, which does not record it: "silu", "relu", or "fatrelu:T"
+    with a threshold. None knows some models by name, refuses a name that hints at ReLU, and takes
+    SiLU otherwise.
 
     `chat_template` names one of the model's chat templates, a built-in one (minicpm, chatml,
     llama-2, llama-3, mistral, zephyr, gemma, phi-3, vicuna, alpaca), or a Jinja file. None takes
