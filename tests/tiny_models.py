@@ -34,6 +34,17 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+# Changes to TINY: a Llama, whose head is a tensor of its own.
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_act_param": None,
+    "scale_emb": None,
+    "scale_depth": None,
+    "dim_model_base": None,
+    "tie_word_embeddings": False,
+}
+
 # Changes to TINY: hidden sizes and head counts that do not fill blocks of 32, nor groups of 256.
 ODD_SHAPES: dict[str, dict[str, Any]] = {
     "hidden 8": {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1},

@@ -265,8 +265,7 @@ def _looks_like_path(text: str) -> bool:
 
 def _gguf_files(folder: Path) -> list[Path]:
     """Return a folder's GGUF files, and of those that belong together the first. Raises OSError."""
-    later = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")
-    files = sorted(path for path in folder.glob("*.gguf") if not later.fullmatch(path.name))
+    files = sorted(path for path in folder.glob("*.gguf") if path == first_part(path))
     return [path for path in files if foreign.is_gguf(path)]
 
 

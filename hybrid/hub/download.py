@@ -42,7 +42,6 @@ from hybrid.hub.model_files import (
     CONFIG,
     INDEX,
     OPTIONAL,
-    TEMPLATES,
     TOKENIZERS,
     WEIGHTS,
     select,
@@ -51,6 +50,7 @@ from hybrid.hub.model_files import (
 )
 from hybrid.notices import Notices, short_list
 from hybrid.progress import Progress, ignore_progress
+from hybrid.text.template_files import NAMED
 
 _HOLDER_PATIENCE_S = 60.0  # until the holder of a lock must have received something
 _LOCK_S = 1.0  # between two looks at how far the holder of a lock is
@@ -169,10 +169,9 @@ def fetch_gguf(
         for snapshot in _snapshots(place):
             with contextlib.suppress(InvalidOption):
                 names = choose(repo_id, _present(snapshot), wish)
-                if _is_whole(names):
-                    for name in names:
-                        check_link(snapshot / name, place.stamps, place.cache)
-                    return snapshot / names[0]
+                for name in names:
+                    check_link(snapshot / name, place.stamps, place.cache)
+                return snapshot / names[0]
         if offline or constants.HF_HUB_OFFLINE:
             raise ModelNotFound(
                 f"{repo_id}: the GGUF model {wish!r:.80} is not on this machine, and offline=True "
@@ -186,12 +185,6 @@ def fetch_gguf(
         if is_first:  # a ref to a part of a repository would hide an older complete copy
             _set_current(place, commit)
         return snapshot / names[0]
-
-
-def _is_whole(names: list[str]) -> bool:
-    """Return whether no file of a model in several files is missing."""
-    match = re.search(r"-of-(\d{5})\.gguf$", names[0])
-    return match is None or len(names) == int(match[1])
 
 
 def _snapshots(place: _Place) -> list[Path]:
@@ -221,7 +214,7 @@ def _missing(snapshot: Path, place: _Place) -> list[str]:
 
 
 def _present(snapshot: Path) -> set[str]:
-    templates = {f"{TEMPLATES}/{path.name}" for path in (snapshot / TEMPLATES).glob("*.jinja")}
+    templates = {f"{NAMED}/{path.name}" for path in (snapshot / NAMED).glob("*.jinja")}
     return templates | {path.name for path in snapshot.iterdir() if path.is_file()}
 
 
@@ -333,7 +326,7 @@ def _fetch_files(
     accept: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     blobs, snapshot = files[0].blob.parent, files[0].link.parent
-    for folder in (snapshot, blobs, place.locks):
+    for folder in (*{file.link.parent for file in files}, blobs, place.locks):
         make_folder(folder, place.cache)
     needed = sum(file.size - file.present_bytes() for file in files)
     free = shutil.disk_usage(blobs).free
@@ -385,7 +378,6 @@ def _fetch_file(file: _RemoteFile, place: _Place, tally: Tally) -> None:
             verify(file.partial, file.etag, file.name, place.cache)
             file.partial.replace(file.blob)
             stamp(file.blob, place.stamps)
-        make_folder(file.link.parent, place.cache)
         _link(file)
     tally.file_is_whole(file.name)
 

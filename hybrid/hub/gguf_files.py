@@ -5,22 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from hybrid.checkpoint.gguf.weights import PART
 from hybrid.errors import InvalidOption
 from hybrid.notices import short_list
 
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-
 
 def gguf_models(listed: Collection[str]) -> dict[str, list[str]]:
-    """Return the models among a repository's files: by their first file, all files in order."""
+    """Return the models that are whole: by their first file, all files in order."""
     models: dict[str, list[str]] = {}
     for name in sorted(name for name in listed if name.endswith(".gguf") and "/" not in name):
-        match = _PART.fullmatch(name)
+        match = PART.fullmatch(name)
         if match is None:
             models[name] = [name]
         else:
             models.setdefault(f"{match[1]}-00001-of-{match[3]}.gguf", []).append(name)
-    return {first: files for first, files in models.items() if first in files}
+    return {first: files for first, files in models.items() if len(files) == _n_parts(first)}
+
+
+def _n_parts(name: str) -> int:
+    match = PART.fullmatch(name)
+    return 1 if match is None else int(match[3])
 
 
 def choose(repo_id: str, listed: Collection[str], wish: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from hybrid.checkpoint.hf import MAX_SHARDS
 from hybrid.checkpoint.json_file import read_object
 from hybrid.errors import InvalidCheckpoint
+from hybrid.text.template_files import MAX_NAMED, NAMED
 
 CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first that exists is used
@@ -20,9 +21,7 @@ OPTIONAL = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-TEMPLATES = "additional_chat_templates"  # a folder of templates with names, such as tool_use
-_TEMPLATE = re.compile(TEMPLATES + r"/[\w-]{1,80}\.jinja")
-MAX_TEMPLATES = 20
+_TEMPLATE = re.compile(NAMED + r"/[\w-]{1,80}\.jinja")
 WEIGHTS = (  # the first that exists is used; an index names its shards
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,7 +42,7 @@ def select(available: Collection[str]) -> tuple[list[str], list[str]]:
         files += [name for name in choices if name in available][:1]
         if not set(files).intersection(choices):
             missing.append(f"{what} ({' or '.join(choices)})")
-    templates = sorted(filter(_TEMPLATE.fullmatch, available))[:MAX_TEMPLATES]
+    templates = sorted(filter(_TEMPLATE.fullmatch, available))[:MAX_NAMED]
     files[1:1] = [name for name in OPTIONAL if name in available] + templates
     return files, missing
 

@@ -60,7 +60,7 @@ class ChatTemplate:
         may spell, because a model writes it itself. Of the `ordinary` added tokens those count that
         the template mentions. Raises InvalidCheckpoint if the template is broken.
         """
-        self.source, self.name = source, name
+        self.name = name
         self._tokens = dict(tokens or {})
         try:
             self._template = sandbox.compile_template(source)
@@ -69,11 +69,12 @@ class ChatTemplate:
         except Exception as error:  # Jinja makes Python code of it, which Python may refuse
             raise InvalidCheckpoint(f"{name}: cannot be used: {error}"[:300]) from error
         self.markers = Markers(())
-        literals, around = "\0".join(_literals(source)), "\0".join(self._probe())
+        tree = _parse(source)
+        literals, around = "\0".join(_literals(tree)), "\0".join(self._probe())
         everything = literals + around
         written = {text for text in ordinary if text in everything and not text.isalnum()}
         written |= {*_MARKER.findall(literals), *_MARKER.findall(around)}
-        tested = "\0".join(_tested(source))
+        tested = "\0".join(_tested(tree))
         own = {
             text
             for text in written - {*special}
@@ -171,7 +172,7 @@ class ChatTemplate:
             raise InvalidOption(f"messages: role {role!r}: it is a part of a control token")
         texts = {key: item for key, item in message.items() if key != "role"}
         tainted: dict[str, Any] = self.markers.taint_all(texts, is_answer=is_answer, is_said=True)
-        return {"role": message["role"], **tainted}
+        return {"role": role, **tainted}
 
     def _render(self, messages: list[dict[str, Any]], chat: Chat) -> str:
         """Return the tainted text for messages that are tainted. Raises InvalidOption."""
@@ -228,15 +229,13 @@ def _parse(source: str) -> nodes.Template:
     return environment.parse(source)
 
 
-def _literals(source: str) -> list[str]:
+def _literals(tree: nodes.Template) -> list[str]:
     """Return the texts that the template itself contains."""
-    tree = _parse(source)
     return [node.data for node in tree.find_all(nodes.TemplateData)] + _constants(tree)
 
 
-def _tested(source: str) -> list[str]:
+def _tested(tree: nodes.Template) -> list[str]:
     """Return the texts that the template looks for in others."""
-    tree = _parse(source)
     places: list[nodes.Node] = [*tree.find_all(nodes.Compare)]
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEARCHING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from hybrid.text.vocabulary import Vocabulary
 
 MAX_BYTES = 4 << 20  # of a template's file
 _ALONE = "chat_template.jinja"  # newer exports put templates there
-_MORE = "additional_chat_templates"
+NAMED = "additional_chat_templates"  # a folder of templates with names, such as tool_use
+MAX_NAMED = 20
 _RAW = "text is completed raw, without a template"
 
 
@@ -56,7 +57,7 @@ def choose_templates(
         ]
         return Templates(compiled(source, name), notices=tuple(notices))
     if not own:
-        return _without_own(folder, vocabulary, compiled(BUILT_IN["minicpm"].source, "minicpm"))
+        return _without_own(folder, vocabulary, compiled)
     if "default" not in own:
         names = ", ".join(sorted(own))
         return Templates(
@@ -84,7 +85,9 @@ def _wished(wish: str | Path, own: Mapping[str, str]) -> tuple[str, str, tuple[s
     return read_text(path, MAX_BYTES), str(path), ()
 
 
-def _without_own(folder: Path, vocabulary: Vocabulary, minicpm: ChatTemplate) -> Templates:
+def _without_own(
+    folder: Path, vocabulary: Vocabulary, compiled: Callable[[str, str], ChatTemplate]
+) -> Templates:
     """Choose for a model that ships no template, or say which one may fit."""
     for name, template in BUILT_IN.items():
         if template.tokens and None not in map(vocabulary.token_id, template.tokens):
@@ -94,14 +97,17 @@ def _without_own(folder: Path, vocabulary: Vocabulary, minicpm: ChatTemplate) ->
             )
             return Templates(None, notices=(notice,))
     # MiniCPM's first exports have no template. Only their vocabularies have its word for user.
-    return Templates(minicpm if vocabulary.has_piece("用户") else None)
+    if not vocabulary.has_piece("用户"):
+        return Templates(None)
+    return Templates(compiled(BUILT_IN["minicpm"].source, "minicpm"))
 
 
 def _own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the sources of the model's templates by name. Raises InvalidCheckpoint."""
     files = {"default": folder / _ALONE} if (folder / _ALONE).exists() else {}
-    if (folder / _MORE).is_dir():
-        files |= {path.stem: path for path in sorted((folder / _MORE).glob("*.jinja"))[:20]}
+    if (folder / NAMED).is_dir():
+        paths = sorted((folder / NAMED).glob("*.jinja"))[:MAX_NAMED]
+        files |= {path.stem: path for path in paths}
     if files:
         return {name: read_text(path, MAX_BYTES) for name, path in files.items()}
     template = settings.get("chat_template")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 from safetensors.numpy import load_file, save_file
 from tiny_models import added_token, change_json, write_model
 
@@ -16,16 +17,7 @@ import hybrid
 from hybrid import InvalidCheckpoint, UnsupportedModel
 from hybrid.checkpoint import open_checkpoint
 
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_act_param": None,
-    "scale_emb": None,
-    "scale_depth": None,
-    "dim_model_base": None,
-    "vocab_size": 4096,
-    "tie_word_embeddings": False,
-}
+LLAMA = tiny_models.LLAMA | {"vocab_size": 4096}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 

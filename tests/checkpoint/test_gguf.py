@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 from gguf_files import vocabulary_of, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,16 +33,7 @@ PUBLISHED = [
 ]
 LAYOUT = json.loads((STORIES / "tokenizer.json").read_text(encoding="utf-8"))
 VOCABULARY = vocabulary_of(LAYOUT)
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_act_param": None,
-    "scale_emb": None,
-    "scale_depth": None,
-    "dim_model_base": None,
-    "rope_theta": 50000.0,
-    "tie_word_embeddings": False,
-}
+LLAMA = tiny_models.LLAMA | {"rope_theta": 50000.0}
 
 
 def write_pair(folder: Path, kind: str = "F32", **changes: Any) -> tuple[Path, Path]:

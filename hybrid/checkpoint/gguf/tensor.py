@@ -68,14 +68,9 @@ class BlockTensor(Tensor):
 
 
 def open_tensor(
-    file: GgufFile,
-    info: TensorInfo,
-    name: str,
-    rows: NDArray[np.intp] | None = None,
-    *,
-    use_mmap: bool = True,
+    file: GgufFile, info: TensorInfo, name: str, *, use_mmap: bool = True
 ) -> BlockTensor:
-    """Open a tensor. `rows` says which stored row each row is.
+    """Open a tensor as it is stored.
 
     Without `use_mmap` its bytes are read from the file when they are needed.
     """
@@ -83,4 +78,4 @@ def open_tensor(
     data = np.ndarray((*info.shape[:-1], n_bytes), np.uint8, file.buffer, info.begin)
     unmapped = None if use_mmap else (file.path, info.begin, file.path.stat().st_ino)
     stored = Tensor(name, "F32", data, unmapped)
-    return BlockTensor(name, "F32", data, stored=stored, type=info.type, rows=rows)
+    return BlockTensor(name, "F32", data, stored=stored, type=info.type)

@@ -19,13 +19,13 @@ from hybrid.checkpoint.gguf.tensor import BlockTensor, open_tensor
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.notices import short_list
 
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MAX_PARTS = 1000
 
 
 def first_part(path: Path) -> Path:
     """Return the first of the files that belong together. It has the config and the tokenizer."""
-    match = _PART.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     return path if match is None else path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf")
 
 
@@ -34,7 +34,7 @@ def open_files(path: Path) -> list[GgufFile]:
 
     Raises InvalidCheckpoint if one is missing, or if they do not fit together.
     """
-    match = _PART.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     first = read_gguf(path)
     n = first.single("split.count", 1)
     if type(n) is not int or n < 1:
@@ -107,8 +107,8 @@ class GgufWeights:
             raise InvalidCheckpoint(f"{self.paths[0]}: has no tensor {name!r}")
         file, info = self._found[name]
         rows = stored_rows(name, info.shape[0], self._config)
-        tensor = open_tensor(file, info, name, rows, use_mmap=self._use_mmap)
-        return replace(tensor, is_transposed=_is_transposed(info))
+        tensor = open_tensor(file, info, name, use_mmap=self._use_mmap)
+        return replace(tensor, rows=rows, is_transposed=_is_transposed(info))
 
 
 def _is_transposed(info: TensorInfo) -> bool:
