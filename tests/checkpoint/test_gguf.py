@@ -199,7 +199,7 @@ def test_another_activation_of_powerinfers_is_named(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", vocab_size=4096, **LLAMA)
     keys = VOCABULARY | {"general.architecture": "bamboo"}
     path = write_gguf(tmp_path / "x.gguf", model, metadata=keys, predictor_ranks=(4, 4))
-    with pytest.raises(UnsupportedModel, match=r"architecture 'bamboo': not supported"):
+    with pytest.raises(UnsupportedModel, match=r"architecture 'bamboo': not supported yet: dReLU"):
         hybrid.load(path)
 
 
@@ -265,7 +265,7 @@ def test_the_activation_of_a_known_model(file: GgufFile, expected: tuple[str, fl
 )
 def test_a_name_that_hints_at_a_sparse_model_is_never_guessed(name: str) -> None:
     for file in (file_named(name), file_named("x", **{"general.name": name})):
-        with pytest.raises(UnsupportedModel, match=r"hints at ReLU: .*--activation relu"):
+        with pytest.raises(UnsupportedModel, match=r"--activation relu .*hybrid selfcheck -m"):
             choose_activation(file, None)
         assert choose_activation(file, "relu").name == "relu"
 
@@ -283,6 +283,12 @@ def test_an_activation_is_for_gguf_files_only() -> None:
         hybrid.load("stories", activation="relu")
 
 
+@pytest.mark.parametrize(("text", "name"), [("drelu", "dReLU"), ("relu2", "ReLU²")])
+def test_ffns_that_the_engine_lacks_are_refused_by_name(text: str, name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"activation: not supported yet: {name}"):
+        hybrid.load("stories", activation=text)
+
+
 # What is not supported, and what is broken
 
 
@@ -290,6 +296,7 @@ def test_an_activation_is_for_gguf_files_only() -> None:
     ("metadata", "error", "problem"),
     [
         ({"general.architecture": "qwen2"}, UnsupportedModel, "architecture 'qwen2'"),
+        ({"general.architecture": "arcee"}, UnsupportedModel, "yet: an FFN without a gate"),
         ({"llama.rope.dimension_count": 8}, UnsupportedModel, "for a part of each head"),
         ({"llama.rope.scaling.type": "yarn"}, UnsupportedModel, "scaled rotary positions"),
         ({"llama.expert_count": 8}, UnsupportedModel, "experts"),

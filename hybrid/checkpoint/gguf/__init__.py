@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hybrid.checkpoint.foreign import is_gguf
 from hybrid.checkpoint.gguf.activation import choose_activation
-from hybrid.checkpoint.gguf.architecture import config_of
+from hybrid.checkpoint.gguf.architecture import architecture_of, config_of
 from hybrid.checkpoint.gguf.weights import GgufWeights, open_files
 from hybrid.checkpoint.hf import Checkpoint
 from hybrid.checkpoint.identity import ModelIdentity, SourceFile
@@ -43,6 +43,7 @@ def open_gguf(
     present = {entry: SourceFile.of(entry) for entry in path.parent.glob("*.gguf")}
     present[path] = SourceFile.of(path)
     files = open_files(path)
+    architecture_of(files[0])  # refused before an activation is
     chosen = choose_activation(files[0], activation)
     if chosen.notice:
         notices.add(chosen.notice)
