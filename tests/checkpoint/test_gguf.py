@@ -20,7 +20,13 @@ from hybrid.checkpoint import open_checkpoint
 from hybrid.checkpoint.gguf.activation import choose_activation, parse_activation
 from hybrid.checkpoint.gguf.blocks import BLOCK_TYPES
 from hybrid.checkpoint.gguf.reader import GgufFile, read_gguf
-from hybrid.errors import HybridError, InvalidCheckpoint, InvalidOption, UnsupportedModel
+from hybrid.errors import (
+    HybridError,
+    InvalidCheckpoint,
+    InvalidOption,
+    ModelNotFound,
+    UnsupportedModel,
+)
 from hybrid.kernels import Format
 from hybrid.weights.formats import round_weights
 
@@ -227,7 +233,7 @@ def test_a_folder_of_one_file_is_that_file(tmp_path: Path) -> None:
     with hybrid.load(tmp_path / "folder", threads=1) as engine:
         assert engine.name == "tiny.gguf"
     (tmp_path / "folder" / "other.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedModel, match="it is a GGUF model; name the file itself"):
+    with pytest.raises(ModelNotFound, match=r"holds 2 GGUF models: 'other.gguf', 'tiny.gguf'"):
         hybrid.load(tmp_path / "folder")
 
 
