@@ -167,6 +167,13 @@ class TorchBin:
         return [name for name, entry in self._entries.items() if isinstance(entry, _Entry)]
 
     def tensor(self, name: str) -> Tensor:
+        described = self.entry(name)
+        member = f"{self._prefix}data/{self._entries[name].storage.key}"
+        tensor = map_tensor(self._path, self._buffer, described, use_mmap=self._use_mmap)
+        return replace(tensor, verify=partial(self._verify, member, self._locate(member)[0]))
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return what the file says of a tensor, whatever its type. Raises InvalidCheckpoint."""
         entry = self._entries.get(name)
         if not isinstance(entry, _Entry):
             raise InvalidCheckpoint(f"{self._path}: has no tensor {name!r}")
@@ -188,9 +195,7 @@ class TorchBin:
                 f"its storage claims {storage.n_elements:,} and holds {n_bytes:,} bytes"
             )
         first = begin + entry.offset * storage.itemsize
-        described = TensorEntry(name, storage.dtype, entry.shape, first, entry.strides)
-        tensor = map_tensor(self._path, self._buffer, described, use_mmap=self._use_mmap)
-        return replace(tensor, verify=partial(self._verify, member, begin))
+        return TensorEntry(name, storage.dtype, entry.shape, first, entry.strides)
 
     def _verify(self, member_name: str, begin: int) -> None:
         """Compare a member's bytes with their checksum, once. Raises InvalidCheckpoint."""

@@ -14,7 +14,7 @@ from hybrid.checkpoint.gguf.architecture import (
     stored_rows,
     tensor_name,
 )
-from hybrid.checkpoint.gguf.reader import GgufFile, TensorInfo, read_gguf
+from hybrid.checkpoint.gguf.reader import GgufFile, TensorInfo, read_gguf, unread_type
 from hybrid.checkpoint.gguf.tensor import BlockTensor, open_tensor
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.notices import short_list
@@ -78,6 +78,8 @@ class GgufWeights:
                 if file.is_powerinfers and is_predictor(info.name):
                     self.has_predictors = True
                     continue
+                if not info.type.is_read:
+                    raise unread_type(file.path, info.name, f"the type {info.type.name}")
                 if name is None:
                     unknown.append(info.name)
                 elif name in self._found:
