@@ -298,6 +298,7 @@ def test_an_activation_is_for_gguf_files_only() -> None:
         ({"llama.attention.head_count_kv": 4}, InvalidCheckpoint, "kv|key_value|heads"),
         ({"llama.embedding_length": None}, InvalidCheckpoint, "embedding_length: .* found nothing"),
         ({"llama.block_count": 3}, InvalidCheckpoint, "has no tensor"),
+        ({"llama.block_count": 2**31 - 1}, InvalidCheckpoint, "too few for the 2,147,483,647"),
         ({"llama.feed_forward_length": 100}, InvalidCheckpoint, "has shape"),
         (
             {"llama.attention.layer_norm_rms_epsilon": float("nan")},
