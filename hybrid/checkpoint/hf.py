@@ -31,7 +31,7 @@ from hybrid.errors import (
 )
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import parse_config, refuse_unused
-from hybrid.notices import Notices
+from hybrid.notices import Notices, short_list
 
 # The preferred format first: a safetensors file cannot hold a program, and all of it is validated.
 _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
@@ -227,8 +227,8 @@ class _Shards:
         missing = sorted(shards - _file_names(index.parent))
         if missing:
             raise InvalidCheckpoint(
-                f"{index}: lists files that are not in its folder: "
-                f"{', '.join(map(repr, missing[:20]))}; download them"
+                f"{index}: lists files that are not in its folder: {short_list(missing)}; download "
+                "them"
             )
         self._files = {shard: reader(index.parent / shard) for shard in shards}
         self.notices = tuple(line for file in self._files.values() for line in file.notices)

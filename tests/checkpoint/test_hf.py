@@ -585,6 +585,17 @@ def test_more_layers_than_tensors_are_refused_at_once(model: Path) -> None:
         open_checkpoint(model)
 
 
+def test_missing_shards_of_long_names_are_named_briefly(
+    sharded: tuple[Path, dict[str, str]],
+) -> None:
+    folder, weight_map = sharded
+    moved = {name: f"{at}" * 10_000 for at, name in enumerate(weight_map)}
+    save_index(folder / "model.safetensors.index.json", moved)
+    with pytest.raises(InvalidCheckpoint, match="not in its folder") as raised:
+        open_checkpoint(folder)
+    assert len(str(raised.value)) < 1000
+
+
 def test_a_missing_shard_is_refused(sharded: tuple[Path, dict[str, str]]) -> None:
     folder, _ = sharded
     (folder / "model-00002-of-00002.safetensors").unlink()
