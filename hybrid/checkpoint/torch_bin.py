@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO, cast
 import numpy as np
 
 from hybrid.checkpoint.tensor import Tensor, TensorEntry, map_file, map_tensor
-from hybrid.errors import InvalidCheckpoint
+from hybrid.errors import InvalidCheckpoint, one_line
 from hybrid.files import open_file
 from hybrid.kernels import _native
 
@@ -164,7 +164,11 @@ class TorchBin:
 
     @property
     def names(self) -> Collection[str]:
-        return [name for name, entry in self._entries.items() if isinstance(entry, _Entry)]
+        return [
+            name
+            for name, entry in self._entries.items()
+            if isinstance(name, str) and isinstance(entry, _Entry)
+        ]
 
     def tensor(self, name: str) -> Tensor:
         entry = self._entries.get(name)
@@ -240,7 +244,8 @@ class TorchBin:
                 members = archive.infolist()
         except Exception as error:  # a broken zip raises half a dozen types of errors
             raise InvalidCheckpoint(
-                f"{path}: is not the whole zip file of torch.save ({error}); download it again"
+                f"{path}: is not the whole zip file of torch.save ({one_line(error)}); download it "
+                "again"
             ) from error
         by_name = {member.filename: member for member in members}
         if len(by_name) < len(members):
@@ -293,7 +298,7 @@ def _read_pickle(pickle: bytes, path: Path) -> dict[str, Any]:
     try:
         state = _interpret(pickle, path)
     except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise InvalidCheckpoint(f"{path}: its data.pkl is broken ({error})") from error
+        raise InvalidCheckpoint(f"{path}: its data.pkl is broken ({one_line(error)})") from error
     if not isinstance(state, dict):
         raise InvalidCheckpoint(f"{path}: holds no dictionary of tensors")
     return state

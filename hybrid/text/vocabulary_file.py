@@ -17,7 +17,7 @@ import tokenizers
 from hybrid.checkpoint.foreign import is_gguf
 from hybrid.checkpoint.json_file import parse_object, read_object, read_text
 from hybrid.checkpoint.name import model_name
-from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+from hybrid.errors import InvalidCheckpoint, UnsupportedModel, one_line
 from hybrid.text.added_tokens import add_tokens
 from hybrid.text.gguf_vocabulary import read_gguf_tokenizer
 from hybrid.text.sentencepiece import convert
@@ -104,7 +104,7 @@ def _open_library(path: Path, source: str | dict[str, Any]) -> tokenizers.Tokeni
         if not is_library_error(error):
             raise
         raise InvalidCheckpoint(
-            f"{path}: not a tokenizer: {error!s:.300}; download it again"
+            f"{path}: not a tokenizer: {one_line(error)}; download it again"
         ) from None
     library.no_truncation()
     library.no_padding()
