@@ -27,7 +27,8 @@ def one_line(text: object, most: int = 300) -> str:
 
     It has no line breaks or other characters that cannot be shown, and at most `most` characters.
     """
-    shown = (character if character.isprintable() else " " for character in str(text)[: 4 * most])
+    encoded = str(text)[: 4 * most].encode(errors="backslashreplace").decode()  # lone surrogates
+    shown = (character if character.isprintable() else " " for character in encoded)
     return " ".join("".join(shown).split())[:most]
 
 
