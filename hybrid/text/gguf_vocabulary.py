@@ -22,6 +22,7 @@ from hybrid.text.sentencepiece import (
     layout_of,
 )
 
+_MAX_LISTED_PIECE = 1024  # characters, where merges are listed; Command-R has 512 spaces
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
 
 # How the authors of models split texts into words, as their tokenizer.json files say.
@@ -29,28 +30,43 @@ _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_MINICPM_5 = (r"\p{N}{1,3}", _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}+"))
 _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _GPT_2: list[dict[str, Any]] = [_BYTES | {"use_regex": True}]
 _DIGITS: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}, *_GPT_2]
 
 
-def _by_regex(pattern: str) -> list[dict[str, Any]]:
-    split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": pattern}}
-    split |= {"behavior": "Isolated", "invert": False}
-    return [split, _BYTES | {"use_regex": False}]
+def _by_regex(*patterns: str) -> list[dict[str, Any]]:
+    """Split at what a pattern matches, and what is left or matched at the next one."""
+    splits: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    return [*splits, _BYTES | {"use_regex": False}]
 
+
+# What llama.cpp does where a converter knew no better (src/llama-vocab.cpp): punctuation, the words
+# of GPT-2, and digits by three.
+_DEFAULT = (
+    r"[\p{P}$+<=>^~|]+",
+    r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"\p{N}+",
+    r"[0-9]{3}",
+)
 
 _SPLITTERS: dict[str, list[dict[str, Any]]] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3"), _by_regex(_LLAMA_3)),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _by_regex(_LLAMA_3)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _by_regex(_QWEN_2)),
+    "minicpm5": _by_regex(*_MINICPM_5),
+    "default": _by_regex(*_DEFAULT),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), _GPT_2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
 }
-# Of these a text begins with BOS, unless the file says otherwise, and whole words that are pieces
-# are taken as they are.
+# Of these a text begins with BOS, unless the file says otherwise.
 _AS_LLAMA_3 = ("llama3", "llama-v3", "llama-bpe", "falcon3")
+_WHOLE = (*_AS_LLAMA_3, "minicpm5")  # of these a whole word that is a piece is taken as it is
 _COMPOSED = ("qwen2", "deepseek-r1-qwen")  # whose texts are normalized to NFC
 
 
@@ -61,14 +77,14 @@ def read_gguf_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     file = read_gguf(path)
     pieces = _strings(file, "tokenizer.ggml.tokens")
+    model = file.single("tokenizer.ggml.model")
     longest = max(map(len, pieces))
-    if longest > MAX_PIECE:
+    if longest > (_MAX_LISTED_PIECE if model == "gpt2" else MAX_PIECE):
         raise InvalidCheckpoint(f"{path}: has a piece of {longest:,} characters")
     numbers = _numbers(file, "tokenizer.ggml.token_type", len(pieces), _NORMAL)
     if numbers.dtype.kind not in "iu":
         raise InvalidCheckpoint(f"{path}: tokenizer.ggml.token_type: expected integers")
     kinds = numbers.tolist()
-    model = file.single("tokenizer.ggml.model")
     if model == "llama":
         layout = _sentencepiece(file, pieces, kinds)
     elif model == "gpt2":
@@ -129,7 +145,7 @@ def _byte_level(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str
         "decoder": _BYTES | {"use_regex": True},
         "model": {
             "type": "BPE",
-            "ignore_merges": name in _AS_LLAMA_3,
+            "ignore_merges": name in _WHOLE,
             "vocab": _vocab(file, pieces),
             "merges": merges,
         },
