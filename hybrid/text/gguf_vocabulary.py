@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrid.checkpoint.gguf.architecture import special_token
 from hybrid.checkpoint.gguf.reader import GgufFile, read_gguf
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.text.sentencepiece import (
@@ -107,7 +108,7 @@ def _sentencepiece(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[
     charsmap = file.metadata.get("tokenizer.ggml.precompiled_charsmap")
     if charsmap is not None and not isinstance(charsmap, np.ndarray):
         raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.precompiled_charsmap: no bytes")
-    bos = _special(file, "bos", len(pieces))
+    bos = special_token(file, "bos", len(pieces))
     normalizer = {
         2: b"" if charsmap is None else np.asarray(charsmap).astype(np.uint8).tobytes(),
         3: _flag(file, "add_space_prefix", default=True),
@@ -134,7 +135,7 @@ def _byte_level(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str
         for id in range(len(pieces))
         if kinds[id] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
-    bos = _special(file, "bos", len(pieces))
+    bos = special_token(file, "bos", len(pieces))
     adds_bos = _flag(file, "add_bos_token", default=name in _AS_LLAMA_3)
     return {
         "version": "1.0",
@@ -164,7 +165,7 @@ def _settings(file: GgufFile, pieces: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     for key, name in names.items():
-        id = _special(file, key, len(pieces))
+        id = special_token(file, key, len(pieces))
         if id is not None:
             settings[f"{name}_token"] = pieces[id]
     templates = {}
@@ -177,19 +178,6 @@ def _settings(file: GgufFile, pieces: list[str]) -> dict[str, Any]:
         entries = [{"name": name, "template": text} for name, text in templates.items()]
         settings["chat_template"] = entries
     return settings
-
-
-def _special(file: GgufFile, name: str, n_pieces: int) -> int | None:
-    """Return the id of a special token. Raises InvalidCheckpoint if there is no such id."""
-    id = file.single(f"tokenizer.ggml.{name}_token_id")
-    if id is None or id == 0xFFFFFFFF:
-        return None
-    if type(id) is not int or not 0 <= id < n_pieces:
-        raise InvalidCheckpoint(
-            f"{file.path}: tokenizer.ggml.{name}_token_id is {id!r:.40}; expected 0 to "
-            f"{n_pieces - 1}"
-        )
-    return id
 
 
 def _flag(file: GgufFile, name: str, *, default: bool) -> bool:

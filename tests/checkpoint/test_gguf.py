@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+from fuzz.gguf_parts import GgufParts
 from gguf_files import vocabulary_of, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -338,6 +339,8 @@ def test_an_activation_is_for_gguf_files_only() -> None:
         ({"tokenizer.ggml.model": "rwkv"}, UnsupportedModel, "tokenizer of kind 'rwkv'"),
         ({"tokenizer.ggml.scores": [0.0]}, InvalidCheckpoint, "expected 4,096 numbers"),
         ({"tokenizer.ggml.bos_token_id": 9999}, InvalidCheckpoint, "bos_token_id is 9999"),
+        ({"tokenizer.ggml.eos_token_id": 9999}, InvalidCheckpoint, "eos_token_id is 9999"),
+        ({"tokenizer.ggml.eot_token_id": 9999}, InvalidCheckpoint, "eot_token_id is 9999"),
         ({"tokenizer.ggml.tokens": None}, InvalidCheckpoint, "tokens: expected an array"),
         (
             {"tokenizer.ggml.tokens": ["<0xZZ>" if id == 9 else f"p{id}" for id in range(4096)]},
@@ -457,6 +460,11 @@ BROKEN = {
     "dimensions": (raw(n_tensors=1, tensors=tensor(b"t", (1,) * 5)), "has 5 dimensions"),
     "no dimension": (raw(n_tensors=1, tensors=tensor(b"t", ())), "has 0 dimensions"),
     "size 0": (raw(n_tensors=1, tensors=tensor(b"t", (4, 0))), "has the shape"),
+    "negative size": (
+        raw(n_tensors=1, tensors=tensor(b"t", (4, 2**64 - 1))),
+        "has the shape",
+    ),
+    "negative counts": (raw(n_tensors=2**64 - 1, n_keys=2**64 - 1), "would have"),
     "overflow": (raw(n_tensors=1, tensors=tensor(b"t", (1 << 39,) * 4)), "has the shape"),
     "tensor's type": (raw(n_tensors=1, tensors=tensor(b"t", (4,), 99)), "type 99"),
     "half a block": (raw(n_tensors=1, tensors=tensor(b"t", (33,), 8)), "no multiple of 32"),
@@ -504,6 +512,18 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path, sound: bytes) ->
     for end in [*range(1, 200, 3), *draw.integers(200, len(sound) - 1, 100).tolist()]:
         path.write_bytes(sound[:end])
         with pytest.raises((InvalidCheckpoint, UnsupportedModel)):
+            read_gguf(path)
+
+
+def test_a_file_that_is_cut_between_sections_is_refused(tmp_path: Path, sound: bytes) -> None:
+    path = tmp_path / "x.gguf"
+    parts = GgufParts.of(sound)
+    sections = [parts.head, bytes(16), *(part.content() for part in [*parts.keys, *parts.tensors])]
+    ends = np.cumsum([len(section) for section in sections]).tolist()
+    assert len(ends) > 25
+    for end in [4, *ends, len(sound) - len(parts.data)]:
+        path.write_bytes(sound[:end])
+        with pytest.raises(InvalidCheckpoint, match="not a sound GGUF file"):
             read_gguf(path)
 
 

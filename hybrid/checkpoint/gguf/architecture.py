@@ -105,7 +105,7 @@ def config_of(file: GgufFile, activation: str, threshold: float) -> dict[str, An
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": activation,
         "bos_token_id": keys.get("tokenizer.ggml.bos_token_id", None),
-        "eos_token_id": _ends(keys),
+        "eos_token_id": _ends(file, embedding.shape[0]),
     }
     if activation == "fatrelu":
         config["hidden_act_param"] = threshold
@@ -127,11 +127,22 @@ def _minicpm_scales(keys: _Keys, hidden: int, n_layers: int) -> dict[str, float]
     return scales
 
 
-def _ends(keys: _Keys) -> list[int]:
+def _ends(file: GgufFile, n_ids: int) -> list[int]:
     """Return the tokens that end an answer."""
-    names = ("eos", "eot", "eom")
-    found = [keys.get(f"tokenizer.ggml.{name}_token_id", None) for name in names]
-    return [token for token in found if isinstance(token, int)]
+    found = [special_token(file, name, n_ids) for name in ("eos", "eot", "eom")]
+    return [token for token in found if token is not None]
+
+
+def special_token(file: GgufFile, name: str, n_ids: int) -> int | None:
+    """Return the id of a special token. Raises InvalidCheckpoint if there is no such id."""
+    id = file.single(f"tokenizer.ggml.{name}_token_id")
+    if id is None or id == 0xFFFFFFFF:
+        return None
+    if type(id) is not int or not 0 <= id < n_ids:
+        raise InvalidCheckpoint(
+            f"{file.path}: tokenizer.ggml.{name}_token_id is {id!r:.40}; expected 0 to {n_ids - 1}"
+        )
+    return id
 
 
 def _refuse_other_mathematics(keys: _Keys, head_dim: int) -> None:
