@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -28,6 +28,7 @@ from fuzz.seeds import Seed, seeds_of
 
 MAX_SECONDS = 2.0  # of processor time
 MAX_WAIT = 60.0  # seconds, for a process that waits and does not compute
+PROGRAM = Path(__file__).with_name("worker.py")
 MAX_GROWTH = 64 << 20  # bytes beyond the size of the files
 
 
@@ -66,7 +67,8 @@ class Outcome:
 class Worker:
     """A process that opens models. It is started again after each one that it does not survive."""
 
-    def __init__(self, printed: IO[str]) -> None:
+    def __init__(self, printed: IO[str], command: Sequence[str]) -> None:
+        self._command = command
         self._process: subprocess.Popen[str] | None = None
         self._printed = printed  # by libraries, and the place of a hang
 
@@ -98,9 +100,8 @@ class Worker:
         """Start the process if need be. It opens a sound model, for which it loads libraries."""
         if self._process is not None:
             return
-        command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
         self._process = subprocess.Popen(
-            command,
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._printed,
@@ -138,9 +139,9 @@ class Worker:
 
 
 @contextlib.contextmanager
-def started_worker() -> Iterator[Worker]:
+def started_worker(program: Path = PROGRAM) -> Iterator[Worker]:
     with tempfile.TemporaryFile("w+") as printed:
-        worker = Worker(printed)
+        worker = Worker(printed, [sys.executable, "-P", str(program)])
         try:
             yield worker
         finally:
