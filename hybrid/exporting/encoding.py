@@ -41,7 +41,7 @@ def encode(kind: BlockType, values: Floats, name: str) -> Bytes:
     """
     if not np.isfinite(values).all():
         raise NumericOverflow(f"tensor {name!r} has values that are not finite; it is broken")
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):  # what is not finite is found below
         data, scales = _encoded(kind, values)
     if not np.isfinite(scales).all():
         raise NumericOverflow(

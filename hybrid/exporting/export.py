@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.checkpoint.gguf.blocks import BlockType
+from hybrid.checkpoint.synthetic.folder import is_synthetic
 from hybrid.engine.loading.model_spec import hashes_folder
 from hybrid.engine.options import LoadOptions
 from hybrid.errors import InvalidOption
@@ -70,6 +71,11 @@ def export_model(request: Request, progress: Progress = ignore_progress) -> Expo
     errors of opening a model.
     """
     kind, notices = _kind(request), Notices()
+    if is_synthetic(request.folder):
+        raise InvalidOption(
+            f"{request.model}: is synthetic: its weights are made for each format when it is "
+            "opened, so there is nothing to export"
+        )
     activation = request.options.activation
     with open_checkpoint(
         request.folder, hashes=hashes_folder(hybrid_home()), activation=activation
@@ -96,11 +102,6 @@ def _kind(request: Request) -> BlockType:
 
 
 def _check(request: Request, checkpoint: Checkpoint) -> None:
-    if checkpoint.is_synthetic:
-        raise InvalidOption(
-            f"{request.model}: is synthetic: its weights are made for each format when it is "
-            "opened, so there is nothing to export"
-        )
     sources = [checkpoint.identity.folder / file.name for file in checkpoint.identity.sources]
     check_target(
         request.out,

@@ -15,9 +15,9 @@ import numpy as np
 
 from hybrid.checkpoint.gguf.reader import GgufFile
 from hybrid.errors import HybridError, InvalidCheckpoint, UnsupportedModel
-from hybrid.exporting.merge_scores import merge_scores
+from hybrid.exporting.merge_scores import merge_scores, never_made
 from hybrid.model.config import ModelConfig
-from hybrid.notices import Notices
+from hybrid.notices import Notices, short_list
 from hybrid.text.added_tokens import content_of
 from hybrid.text.gguf_vocabulary import (
     BYTE,
@@ -62,7 +62,7 @@ def tokenizer_keys(folder: Path, config: ModelConfig, notices: Notices) -> dict[
     if layout["model"].get("type", "BPE") != "BPE":
         raise _refused(folder, f"its kind is {layout['model']['type']!r:.40}")
     if layout["model"].get("byte_fallback"):
-        keys |= _scores(folder, layout, vocabulary, keys)
+        keys |= _scores(folder, layout, vocabulary, keys, notices)
     else:
         keys |= _merges(folder, layout)
     keys |= _special(vocabulary, settings, config, tokenizer.bos, notices)
@@ -96,7 +96,11 @@ def _merge_list(layout: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _scores(
-    folder: Path, layout: dict[str, Any], vocabulary: VocabularyFile, keys: dict[str, Any]
+    folder: Path,
+    layout: dict[str, Any],
+    vocabulary: VocabularyFile,
+    keys: dict[str, Any],
+    notices: Notices,
 ) -> dict[str, Any]:
     """Return the keys of SentencePiece's BPE."""
     names, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
@@ -115,9 +119,12 @@ def _scores(
         has_prefix = metaspace.get("prepend_scheme", "always") != "never"
     normal = [names[id] for id in np.flatnonzero(kinds == NORMAL)]
     _refuse_words(folder, vocabulary, splitters, normal)
-    scores, strange = merge_scores(_merge_list(layout), normal)
-    if strange is not None:
-        raise _refused(folder, f"it has the piece {strange!r:.60}, and never merges to it")
+    scores = merge_scores(_merge_list(layout), normal)
+    if strange := never_made(_merge_list(layout), normal):
+        notices.add(
+            "llama.cpp merges to pieces that this tokenizer never makes, and may read texts with "
+            f"them in another way: {short_list(strange)}"
+        )
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",

@@ -4,7 +4,7 @@ A merge list and scores say the same under two conditions. In both the neighbour
 or score are merged first. What happens within a piece's text does not depend on its neighbours, so
 if the piece comes about at all, its last merge is always the same one. The score is that merge's
 rank. The second condition: SentencePiece merges any neighbours whose joined text is a piece. So no
-piece may end as two pieces that the list does not merge.
+piece may end as two symbols that the list does not merge. `never_made` finds those that do.
 """
 
 from __future__ import annotations
@@ -18,13 +18,8 @@ import tokenizers
 Merge = tuple[str, str]
 
 
-def merge_scores(
-    merges: Sequence[Merge], pieces: Collection[str]
-) -> tuple[dict[str, float], str | None]:
-    """Return each piece's score; a higher one is merged first.
-
-    The second value is a piece that scores would make and the merges do not, or None.
-    """
+def merge_scores(merges: Sequence[Merge], pieces: Collection[str]) -> dict[str, float]:
+    """Return each piece's score; a higher one is merged first."""
     ranks = {merge: rank for rank, merge in enumerate(merges)}
     of_piece: dict[str, list[int]] = defaultdict(list)
     for (left, right), rank in ranks.items():
@@ -33,7 +28,7 @@ def merge_scores(
     for piece, found in of_piece.items():
         if piece in scores:
             scores[piece] = -float(_last_rank(piece, found, ranks))
-    return scores, _never_made(merges, pieces)
+    return scores
 
 
 def _last_rank(piece: str, found: list[int], ranks: Mapping[Merge, int]) -> int:
@@ -51,14 +46,15 @@ def _last_rank(piece: str, found: list[int], ranks: Mapping[Merge, int]) -> int:
     return ranks.get((symbols[0], symbols[-1]), min(found))
 
 
-def _never_made(merges: Sequence[Merge], pieces: Collection[str]) -> str | None:
-    """Return a piece whose text ends as two other pieces, or None."""
+def never_made(merges: Sequence[Merge], pieces: Collection[str]) -> list[str]:
+    """Return the pieces that SentencePiece would make and the merges do not.
+
+    Letters that are no pieces count as symbols, as they do there.
+    """
     letters = {letter for piece in pieces for letter in piece}
     names = dict.fromkeys([*letters, *pieces, *(left + right for left, right in merges)])
     vocab = {name: id for id, name in enumerate(names)}
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=list(merges)))
     long = [piece for piece in pieces if len(piece) > 1]
-    for piece, encoding in zip(long, library.encode_batch(long), strict=True):
-        if len(encoding.ids) == 2:
-            return piece
-    return None
+    encodings = library.encode_batch(long)
+    return [piece for piece, found in zip(long, encodings, strict=True) if len(found.ids) == 2]
