@@ -18,6 +18,7 @@ from exporting_models import (
 )
 from gguf_files import gguf_name, permuted, vocabulary_of, write_gguf
 from safetensors.numpy import load_file
+from slow import slow_except
 from tiny_models import STORIES, write_model
 
 from hybrid.checkpoint import open_checkpoint
@@ -113,7 +114,7 @@ def test_heads_of_another_size_are_said(tmp_path):
     np.testing.assert_allclose(logits, fp32_logits(model), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("kind", slow_except(["f32", "f16", "bf16"], "f16"))
 def test_hybrid_computes_the_same_with_the_file(model, tmp_path, kind):
     """The weights are bf16 values; of the three types only f16 rounds some, below 6e-5."""
     out = tmp_path / "tiny.gguf"
@@ -171,7 +172,7 @@ def test_a_file_of_the_gguf_package_is_copied_byte_by_byte(tmp_path, kind):
         np.testing.assert_array_equal(copied[name][1], data, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", slow_except(["q8_0", "q4_0"], "q4_0"))
 def test_export_after_import_gives_the_same_file(model, tmp_path, kind):
     """Byte by byte, with all keys: the vocabulary's too."""
     first, second, third = (tmp_path / f"{n}.gguf" for n in range(3))
@@ -188,7 +189,7 @@ def test_export_after_import_gives_the_same_file(model, tmp_path, kind):
         assert before == after
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", slow_except(["Q8_0", "Q4_0"], "Q4_0"))
 def test_values_survive_a_folder_in_between(tmp_path, kind):
     """Blocks are rounded to themselves: all their values are multiples of their scale."""
     model = write_model(tmp_path / "model", **LLAMA | SMALL)

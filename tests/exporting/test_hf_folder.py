@@ -11,6 +11,7 @@ import tiny_models
 from exporting_models import TEXT, config_of, export, fp32_logits, greedy
 from gguf_files import vocabulary_of, write_gguf
 from safetensors.numpy import load_file
+from slow import slow_except
 from tiny_models import STORIES, write_chatml_model, write_model
 
 from hybrid.errors import InvalidOption, NumericOverflow
@@ -35,7 +36,7 @@ def encoded(model: Path) -> list[int]:
     return tokenizer.encode(TEXT)
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("kind", slow_except(["f32", "f16", "bf16"], "bf16"))
 def test_transformers_computes_the_logits_of_a_gguf_file(tmp_path, kind):
     model = write_model(tmp_path / "model", **RELU)
     source = write_gguf(

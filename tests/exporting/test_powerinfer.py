@@ -16,6 +16,7 @@ from exporting_models import (
 )
 from predictor_files import write_predictor
 from safetensors.numpy import load_file
+from slow import slow_except
 from tiny_models import write_model
 
 import hybrid
@@ -111,7 +112,7 @@ def with_predictor(folder: Path, **changes: object) -> tuple[Path, Path]:
     return model, path
 
 
-@pytest.mark.parametrize("kind", ["f16", "q4_0"])
+@pytest.mark.parametrize("kind", slow_except(["f16", "q4_0"], "q4_0"))
 def test_the_file_is_powerinfers(tmp_path, kind):
     model, predictor = with_predictor(tmp_path)
     out = tmp_path / "tiny.powerinfer.gguf"
