@@ -24,7 +24,8 @@ from hybrid.text.sentencepiece import (
 )
 
 _MAX_LISTED_PIECE = 1024  # characters, where merges are listed; Command-R has 512 spaces
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
+# tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 # How the authors of models split texts into words, as their tokenizer.json files say.
 _LLAMA_3 = (
@@ -76,13 +77,18 @@ def read_gguf_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises InvalidCheckpoint and UnsupportedModel.
     """
-    file = read_gguf(path)
+    return tokenizer_of(read_gguf(path))
+
+
+def tokenizer_of(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Do the same for a file that is already read."""
+    path = file.path
     pieces = _strings(file, "tokenizer.ggml.tokens")
     model = file.single("tokenizer.ggml.model")
     longest = max(map(len, pieces))
     if longest > (_MAX_LISTED_PIECE if model == "gpt2" else MAX_PIECE):
         raise InvalidCheckpoint(f"{path}: has a piece of {longest:,} characters")
-    numbers = _numbers(file, "tokenizer.ggml.token_type", len(pieces), _NORMAL)
+    numbers = _numbers(file, "tokenizer.ggml.token_type", len(pieces), NORMAL)
     if numbers.dtype.kind not in "iu":
         raise InvalidCheckpoint(f"{path}: tokenizer.ggml.token_type: expected integers")
     kinds = numbers.tolist()
@@ -114,7 +120,7 @@ def _sentencepiece(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[
         3: _flag(file, "add_space_prefix", default=True),
         4: _flag(file, "remove_extra_whitespaces", default=False),
     }
-    trainer = {35: int(_BYTE in kinds), 41: -1 if bos is None else bos}
+    trainer = {35: int(BYTE in kinds), 41: -1 if bos is None else bos}
     spm = SentencePieceModel(listed, trainer, normalizer)
     return layout_of(spm, BPE, adds_bos=_flag(file, "add_bos_token", default=True))
 
@@ -130,10 +136,10 @@ def _byte_level(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str
     if not all(right and " " not in right for _, right in merges):
         raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.merges: expected pairs of pieces")
     added = [
-        {"id": id, "content": pieces[id], "special": kinds[id] in (_UNKNOWN, _CONTROL)}
+        {"id": id, "content": pieces[id], "special": kinds[id] in (UNKNOWN, CONTROL)}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for id in range(len(pieces))
-        if kinds[id] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        if kinds[id] in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     bos = special_token(file, "bos", len(pieces))
     adds_bos = _flag(file, "add_bos_token", default=name in _AS_LLAMA_3)
@@ -151,6 +157,28 @@ def _byte_level(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str
             "merges": merges,
         },
     }
+
+
+def splitter_name(layout: dict[str, Any]) -> str | None:
+    """Return a name (`tokenizer.ggml.pre`) for how a byte-level tokenizer.json splits texts.
+
+    None: there is no name for it.
+    """
+    normalizer, splitter = layout.get("normalizer"), layout.get("pre_tokenizer") or {}
+    steps = [_plain(step) for step in splitter.get("pretokenizers", [splitter])]
+    for name, known in _SPLITTERS.items():
+        same_words = [_plain(step) for step in known] == steps
+        same_merges = bool(layout["model"].get("ignore_merges")) == (name in _AS_LLAMA_3)
+        composes = {"type": "NFC"} if name in _COMPOSED else None
+        if same_words and same_merges and composes == normalizer:
+            return name
+    return None
+
+
+def _plain(step: dict[str, Any]) -> dict[str, Any]:
+    """Return a step without what concerns only the offsets of tokens."""
+    defaults = {"use_regex": True} if step.get("type") == "ByteLevel" else {}
+    return defaults | {key: value for key, value in step.items() if key != "trim_offsets"}
 
 
 def _vocab(file: GgufFile, pieces: list[str]) -> dict[str, int]:

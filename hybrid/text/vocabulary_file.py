@@ -48,7 +48,7 @@ def read_vocabulary(
     """
     path, text = folder, ""
     if layout is None:
-        path, text, layout = _read_layout(folder, settings)
+        path, text, layout = read_layout(folder, settings)
     pieces = _check_layout(path, layout, size)
     library = _open_library(path, text or layout)
     legacy = read_optional(folder / "added_tokens.json")
@@ -82,8 +82,11 @@ def read_settings(model: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return settings, None
 
 
-def _read_layout(folder: Path, settings: dict[str, Any]) -> tuple[Path, str, dict[str, Any]]:
-    """Return a tokenizer's file, its text as tokenizer.json has it, and its content."""
+def read_layout(folder: Path, settings: dict[str, Any]) -> tuple[Path, str, dict[str, Any]]:
+    """Return a tokenizer's file, its text as tokenizer.json has it, and its content.
+
+    Raises InvalidCheckpoint and UnsupportedModel.
+    """
     path = folder / "tokenizer.json"
     if not path.exists() and (folder / "tokenizer.model").exists():
         path = folder / "tokenizer.model"

@@ -23,6 +23,7 @@ _MODEL_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+DOWN = "ffn_down"
 TRANSPOSED = "ffn_down_t"  # of PowerInfer's files: a row is what a neuron adds to the output
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -33,7 +34,7 @@ _LAYER_NAMES = {
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    DOWN: "mlp.down_proj",
     TRANSPOSED: "mlp.down_proj",
 }
 # The predictors in PowerInfer's files: fc2 · relu(fc1 · x), for x before the norm.
@@ -51,6 +52,16 @@ def tensor_name(name: str) -> str | None:
     if match is None or match[2] not in _LAYER_NAMES:
         return None
     return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.weight"
+
+
+def gguf_name(name: str, down: str) -> str:
+    """Return GGUF's name of a tensor of Hugging Face. `down` is DOWN or TRANSPOSED."""
+    for stored, known in _MODEL_NAMES.items():
+        if name == known:
+            return stored
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    names = {known: stored for stored, known in _LAYER_NAMES.items()} | {"mlp.down_proj": down}
+    return f"blk.{layer}.{names[part]}.weight"
 
 
 def is_predictor(name: str) -> bool:
