@@ -376,6 +376,18 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path: Path, key: str, value:
         hybrid.load(path, activation="relu")
 
 
+@pytest.mark.parametrize("name", ["blk.0.ffn_up", "blk.0.ffn_down", "token_embd"])
+def test_blocks_whose_scale_is_no_number_are_refused(tmp_path: Path, name: str) -> None:
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 160}
+    _, path = write_pair(tmp_path, "Q8_0", **LLAMA, **shape)
+    begin = read_gguf(path).tensors[f"{name}.weight"].begin
+    with path.open("r+b") as file:
+        file.seek(begin)
+        file.write(np.float16("nan").tobytes() + b"\1")
+    with pytest.raises(InvalidCheckpoint, match="holds values that are not finite"):
+        hybrid.load(path, threads=1)
+
+
 def test_old_files_of_minicpm_have_its_usual_scales(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", vocab_size=4096)
     missing = {f"minicpm.{name}_scale": None for name in ("embedding", "residual", "logit")}
