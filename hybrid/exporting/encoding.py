@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from hybrid.checkpoint.gguf.blocks import BLOCK_TYPES, BlockType
 from hybrid.errors import NumericOverflow
+from hybrid.kernels import Format
 from hybrid.kernels.reference import bf16_bits, bf16_values
 from hybrid.weights.formats import BLOCK, quantize_q4, quantize_q8
+from hybrid.weights.matrix_scale import LARGEST_SHARE, RANGES, largest_of_blocks
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -22,6 +24,14 @@ F32, F16, BF16, Q8_0, Q4_0 = (
     BLOCK_TYPES[NUMBERS[name]] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 )
 TYPES = {kind.name.lower(): kind for kind in (BF16, F32, F16, Q8_0, Q4_0)}
+
+# A block whose largest weight is smaller loses precision, since its fp16 numbers become subnormal.
+# hybrid packs such a matrix with a scale of its own, which these files have no room for.
+_LEAST = {
+    F16.name: 2.0**-16,  # is rounded to 1/512, as in q8
+    Q8_0.name: RANGES[Format.q8].least,
+    Q4_0.name: RANGES[Format.q4].least,
+}
 
 
 def rounds(kind: BlockType, stored: str) -> bool:
@@ -70,3 +80,30 @@ def _encoded(kind: BlockType, values: Floats) -> tuple[Bytes, NDArray[np.floatin
         blocks = parts[..., 0, :] | (parts[..., 1, :] << np.uint8(4))
     head = scales.astype("<f2", copy=False)[..., None].view(np.uint8)
     return np.concatenate([head, blocks], axis=-1).reshape(len(values), -1), scales
+
+
+class SmallBlocks:
+    """Counts the blocks of a matrix that a type cannot hold because their weights are too small."""
+
+    def __init__(self, kind: BlockType, name: str) -> None:
+        self._kind, self._name = kind, name
+        self._n_lost = self._n = 0
+        self._top = 0.0
+
+    def add(self, values: Floats) -> None:
+        """Count the blocks of some rows (n, n_cols)."""
+        least = _LEAST.get(self._kind.name)
+        if least is None:
+            return
+        largest = largest_of_blocks(values)
+        self._n += np.count_nonzero(largest)
+        self._n_lost += np.count_nonzero((largest > 0) & (largest < least))
+        self._top = max(self._top, float(largest.max()))
+
+    def refuse_if_many(self) -> None:
+        """Raise NumericOverflow if most blocks are lost. A few are usual: neurons never active."""
+        if self._n_lost > LARGEST_SHARE * self._n:
+            raise NumericOverflow(
+                f"tensor {self._name!r} has weights up to {self._top:.3g}, most of them too small "
+                f"for {self._kind.name}; choose --type bf16 or f32"
+            )

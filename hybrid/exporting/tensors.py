@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hybrid.checkpoint import Checkpoint, Tensor
 from hybrid.checkpoint.gguf.blocks import BlockType
 from hybrid.checkpoint.gguf.tensor import BlockTensor
-from hybrid.exporting.encoding import F32, Bytes, Floats, encode, rounds, type_for
+from hybrid.exporting.encoding import F32, Bytes, Floats, SmallBlocks, encode, rounds, type_for
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import expected_tensors
 
@@ -60,9 +60,12 @@ class Source:
             for at in range(0, n_rows, step):
                 yield self._raw(slice(at, at + step))
             return
-        source = self._with_readable_columns()
+        source, small = self._with_readable_columns(), SmallBlocks(kind, self.tensor.name)
         for at in range(0, n_rows, step):
-            yield encode(kind, source._values(slice(at, at + step)), self.tensor.name)
+            values = source._values(slice(at, at + step))
+            small.add(values)
+            yield encode(kind, values, self.tensor.name)
+        small.refuse_if_many()
 
     def _with_readable_columns(self) -> Source:
         """Blocks run along rows, so that each column would decode all of them again."""

@@ -17,7 +17,7 @@ from exporting_models import (
     values_of,
 )
 from gguf_files import gguf_name, permuted, vocabulary_of, write_gguf
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from slow import slow_except
 from tiny_models import STORIES, write_model
 
@@ -271,6 +271,27 @@ def test_values_too_large_for_f16_are_refused_and_leave_nothing(tmp_path):
             export(model, "gguf", tmp_path / "tiny.gguf", kind)
     export(model, "gguf", tmp_path / "tiny.gguf", "bf16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tiny.gguf"]
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_values_too_small_for_fp16_are_refused_and_leave_nothing(tmp_path, kind):
+    model = write_model(tmp_path / "model", **WHOLE | SMALL)
+    tiny_models.scale_weights(model, {"layers.1.mlp.up_proj": 2.0**-20})
+    with pytest.raises(NumericOverflow, match=r"layers\.1\.mlp\.up_proj.*too small for"):
+        export(model, "gguf", tmp_path / "tiny.gguf", kind)
+    export(model, "gguf", tmp_path / "tiny.gguf", "bf16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tiny.gguf"]
+
+
+def test_a_few_neurons_with_tiny_weights_are_no_hindrance(tmp_path):
+    model = write_model(tmp_path / "model", **WHOLE | SMALL)
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][::3] *= np.float32(2.0**-20)
+    save_file(tensors, path)
+    export(model, "gguf", tmp_path / "tiny.gguf", "q8_0")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
