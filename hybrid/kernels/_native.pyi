@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray

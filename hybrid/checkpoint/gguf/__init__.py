@@ -8,6 +8,7 @@ from pathlib import Path
 from hybrid.checkpoint.foreign import is_gguf
 from hybrid.checkpoint.gguf.activation import choose_activation
 from hybrid.checkpoint.gguf.architecture import config_of
+from hybrid.checkpoint.gguf.predictors import find_predictors
 from hybrid.checkpoint.gguf.weights import GgufWeights, open_files
 from hybrid.checkpoint.hf import Checkpoint
 from hybrid.checkpoint.identity import ModelIdentity, SourceFile
@@ -60,11 +61,13 @@ def open_gguf(
             f"{path.name}: ffn_down is rounded once more: its blocks run along neurons, and those "
             "of hybrid along the other side, so that neurons can be skipped"
         )
-    if weights.has_predictors:
-        notices.add(
-            f"{path.name}: its predictors are not used: every gate is computed, which is exact"
-        )
     config, found, unused = find_tensors(path, config, weights, notices)
+    predictors = None
+    if weights.predictors:
+        predictors, tensors_of = find_predictors(
+            files[0], weights.predictors, config, use_mmap=use_mmap
+        )
+        found |= tensors_of
     if missing := [part for part in weights.paths if part not in present]:
         raise InvalidCheckpoint(f"{missing[0]}: was added while it was read; load the model again")
     sources = tuple(present[part] for part in weights.paths)
@@ -75,4 +78,5 @@ def open_gguf(
         identity=ModelIdentity(path.parent, config, sources, hashes),
         notices=tuple(notices),
         unused_tensors=unused,
+        predictors=predictors,
     )

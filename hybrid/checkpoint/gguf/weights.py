@@ -10,10 +10,10 @@ from typing import Any
 
 from hybrid.checkpoint.gguf.architecture import (
     TRANSPOSED,
-    is_predictor,
     stored_rows,
     tensor_name,
 )
+from hybrid.checkpoint.gguf.predictors import predictor_role
 from hybrid.checkpoint.gguf.reader import GgufFile, TensorInfo, read_gguf
 from hybrid.checkpoint.gguf.tensor import BlockTensor, open_tensor
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
@@ -69,14 +69,15 @@ class GgufWeights:
         self.paths = tuple(file.path for file in files)
         self.notices: tuple[str, ...] = ()
         self._config, self._use_mmap = config, use_mmap
-        self.has_predictors = False  # which are not used
+        # The tensors of predictors, by role and layer.
+        self.predictors: dict[tuple[str, int | None], tuple[GgufFile, TensorInfo]] = {}
         self._found: dict[str, tuple[GgufFile, TensorInfo]] = {}
         unknown = []
         for file in files:
             for info in file.tensors.values():
                 name = tensor_name(info.name)
-                if file.is_powerinfers and is_predictor(info.name):
-                    self.has_predictors = True
+                if role := predictor_role(info.name):
+                    self.predictors[role] = file, info
                     continue
                 if name is None:
                     unknown.append(info.name)
