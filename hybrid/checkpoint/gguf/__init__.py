@@ -9,7 +9,7 @@ from hybrid.checkpoint.foreign import is_gguf
 from hybrid.checkpoint.gguf.activation import choose_activation
 from hybrid.checkpoint.gguf.architecture import config_of
 from hybrid.checkpoint.gguf.predictors import find_predictors
-from hybrid.checkpoint.gguf.weights import GgufWeights, open_files
+from hybrid.checkpoint.gguf.weights import GgufWeights, open_files, refuse_neuron_order
 from hybrid.checkpoint.hf import Checkpoint
 from hybrid.checkpoint.identity import ModelIdentity, SourceFile
 from hybrid.checkpoint.roles import find_tensors
@@ -44,6 +44,13 @@ def open_gguf(
     present = {entry: SourceFile.of(entry) for entry in path.parent.glob("*.gguf")}
     present[path] = SourceFile.of(path)
     files = open_files(path)
+    notices.add(
+        *(
+            f"{plan.name} is not used: hybrid plans for this machine itself (hybrid plan)"
+            for plan in sorted(path.parent.glob("*.gpuidx"))
+        )
+    )
+    refuse_neuron_order(files[0])
     chosen = choose_activation(files[0], activation)
     if chosen.notice:
         notices.add(chosen.notice)
@@ -51,6 +58,7 @@ def open_gguf(
     content = config_of(replace(files[0], tensors=tensors), chosen.name, chosen.threshold)
     config = parse_config(content, path, notices)
     weights = GgufWeights(files, content, use_mmap=use_mmap)
+    notices.add(*weights.notices)
     if format is not None and (others := set(weights.types) - {_SAME_AS.get(format)}):
         notices.add(
             f"{path.name}: its weights are stored as {', '.join(sorted(others))} and packed to "

@@ -17,7 +17,11 @@ from hybrid.checkpoint.gguf.reader import GgufFile
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 
 # Architectures of GGUF that the engine runs, as the classes of transformers.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "minicpm": "MiniCPMForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "minicpm": "MiniCPMForCausalLM",
+    "prosparse-llama": "LlamaForCausalLM",  # Kairox's name of Llama with FATReLU
+}
 _MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
