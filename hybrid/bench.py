@@ -125,7 +125,7 @@ def print_table(engine: Engine, found: Measurements, copying_s: float) -> None:
         print(f"device     {engine.device_name}; {engine.plan.summary()}")
     if (prediction := engine.prediction) is not None:
         print(
-            f"predictor  recall {prediction.recall:g}: {short.predicted_fraction:.1%} of the gates "
+            f"predictor  {prediction.summary}: {short.predicted_fraction:.1%} of the gates "
             f"computed; {prediction.n_predicted_layers} of {engine.config.n_layers} layers, "
             f"{prediction.bytes_per_token / 1e6:.1f} MB/token for the predictor; it may miss "
             "neurons: measure what that costs with hybrid.eval perplexity --predictor"

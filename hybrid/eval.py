@@ -202,7 +202,8 @@ def choices(args: argparse.Namespace) -> None:
 
 
 def label(about: dict[str, Any]) -> str:
-    predictor = "" if about["predictor"] is None else f", predictor at recall {about['recall']:g}"
+    recall = "" if about["recall"] is None else f" at recall {about['recall']:g}"
+    predictor = "" if about["predictor"] is None else f", predictor{recall}"
     head = ", head previewed" if about["previews_head"] else ""
     return f"{about['model']}, {about['quant']}, KV cache {about['kv']}{predictor}{head}"
 

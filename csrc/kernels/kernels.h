@@ -161,13 +161,22 @@ struct GemmArgs {
 // biases. Neurons beyond the last are never predicted.
 constexpr int32_t kPredictTile = 16;
 constexpr int32_t kPredictLine = 4 * kPredictTile;
+//
+// Files of other engines bring predictors with a nonlinearity between the matrices: z = relu(a x +
+// bias), and a neuron is predicted if b z + bias >= threshold. Their b is kept as interleaved q8
+// rows, `second`, of which kPredictTile rows are a tile. Their input is z as a q8 vector.
 constexpr int32_t kWideRank = 4;
 struct Predictor {
-  int32_t rank;  // a multiple of 4
+  int32_t rank;  // a multiple of 4, unless `second` is in use
   const uint8_t* tiles;
+  Rows second = {};              // no rows: `tiles` are lines as above
+  const float* biases = nullptr;  // (n_neurons,) of `second`; null: zeros
+  float threshold = 0.0f;        // of `second`
 };
+static inline bool IsMlp(const Predictor& p) { return p.second.n_rows > 0; }
 static inline int32_t PredictLines(const Predictor& p) { return 1 + (p.rank - kWideRank + 7) / 8; }
 static inline int64_t PredictTileBytes(const Predictor& p) {
+  if (IsMlp(p)) return kPredictTile / kRowTile * p.second.values_stride;
   return int64_t{kPredictLine} * (PredictLines(p) + 3);
 }
 // The rank, padded so that the last line is full.
@@ -177,7 +186,9 @@ static inline int32_t PaddedRank(const Predictor& p) {
 // Bytes of a predictor's input for one token, a multiple of 4: z as int8 (PaddedRank), then its
 // fp32 scale, then two int32 corrections: -128 times the sum of the wide elements of z, and -8
 // times the sum of the others.
-static inline int64_t PredictorInputBytes(const Predictor& p) { return PaddedRank(p) + 12; }
+static inline int64_t PredictorInputBytes(const Predictor& p) {
+  return IsMlp(p) ? VectorBytes(Format::kQ8, p.rank) : PaddedRank(p) + 12;
+}
 
 // A preview is a copy of the output head in 2 bits, from which the logits of all rows are
 // estimated. The estimates say which rows are worth reading in full: the shortlist. The method is

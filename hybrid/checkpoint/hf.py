@@ -31,6 +31,7 @@ from hybrid.errors import (
 )
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import parse_config, refuse_unused
+from hybrid.model.stored_predictors import StoredPredictors
 from hybrid.notices import Notices, short_list
 
 # The preferred format first: a safetensors file cannot hold a program, and all of it is validated.
@@ -60,6 +61,7 @@ class Checkpoint:
         is_synthetic: bool = False,
         notices: tuple[str, ...] = (),
         unused_tensors: tuple[str, ...] = (),
+        predictors: StoredPredictors | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -67,6 +69,7 @@ class Checkpoint:
         self.is_synthetic = is_synthetic  # random weights, to measure speed
         self.notices = notices  # one line each, for the user
         self.unused_tensors = unused_tensors  # names in the files that the family lacks
+        self.predictors = predictors  # in the files, if any
         self._tensors: Mapping[tuple[str, int | None], Tensor | Generated] | None = tensors
 
     def read(self, role: str, layer: int | None = None) -> np.ndarray:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrid.checkpoint.tensor import Tensor, TensorEntry, map_file, map_tensor
 from hybrid.errors import InvalidCheckpoint, one_line
@@ -46,6 +47,13 @@ _STORAGES = {  # element type, bytes per element
     "torch.ByteStorage": ("U8", 1),
     "torch.BoolStorage": ("BOOL", 1),
 }
+_NUMBERS: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+}
+_LONE = ""  # the name of a tensor that is saved by itself
 _ALLOWED_GLOBALS = {
     "collections.OrderedDict",
     "torch._utils._rebuild_parameter",
@@ -171,6 +179,30 @@ class TorchBin:
         ]
 
     def tensor(self, name: str) -> Tensor:
+        described, verify = self._describe(name)
+        tensor = map_tensor(self._path, self._buffer, described, use_mmap=self._use_mmap)
+        return replace(tensor, verify=verify)
+
+    def numbers(self) -> NDArray[np.float64]:
+        """Return the values of the only tensor of a file, integers included, as a new array.
+
+        Raises InvalidCheckpoint if the file holds anything else than one tensor of numbers.
+        """
+        if list(self._entries) != [_LONE]:
+            raise InvalidCheckpoint(f"{self._path}: expected one tensor and nothing else")
+        described, verify = self._describe(_LONE)
+        dtype = _NUMBERS.get(described.dtype)
+        if dtype is None:
+            raise InvalidCheckpoint(f"{self._path}: expected numbers, found {described.dtype}")
+        if 0 in described.shape:
+            raise InvalidCheckpoint(f"{self._path}: its tensor is empty")
+        verify()
+        strides = [stride * dtype.itemsize for stride in described.strides or ()]
+        values = np.ndarray(described.shape, dtype, self._buffer, described.begin, strides)
+        return values.astype(np.float64)
+
+    def _describe(self, name: str) -> tuple[TensorEntry, Callable[[], None]]:
+        """Return where a tensor is, and what verifies its bytes. Raises InvalidCheckpoint."""
         entry = self._entries.get(name)
         if not isinstance(entry, _Entry):
             raise InvalidCheckpoint(f"{self._path}: has no tensor {name!r}")
@@ -192,9 +224,8 @@ class TorchBin:
                 f"its storage claims {storage.n_elements:,} and holds {n_bytes:,} bytes"
             )
         first = begin + entry.offset * storage.itemsize
-        described = TensorEntry(name, storage.dtype, entry.shape, first, entry.strides)
-        tensor = map_tensor(self._path, self._buffer, described, use_mmap=self._use_mmap)
-        return replace(tensor, verify=partial(self._verify, member, begin))
+        verify = partial(self._verify, member, begin)
+        return TensorEntry(name, storage.dtype, entry.shape, first, entry.strides), verify
 
     def _verify(self, member_name: str, begin: int) -> None:
         """Compare a member's bytes with their checksum, once. Raises InvalidCheckpoint."""
@@ -299,6 +330,8 @@ def _read_pickle(pickle: bytes, path: Path) -> dict[str, Any]:
         state = _interpret(pickle, path)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise InvalidCheckpoint(f"{path}: its data.pkl is broken ({one_line(error)})") from error
+    if isinstance(state, _Entry):
+        return {_LONE: state}
     if not isinstance(state, dict):
         raise InvalidCheckpoint(f"{path}: holds no dictionary of tensors")
     return state

@@ -115,8 +115,10 @@ def add_predictor_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--predictor",
         default="exact",
-        metavar="{exact,auto,FILE}",
-        help="compute every gate (exact) or those that a predictor names (default: exact)",
+        metavar="{exact,auto,own,FILE}",
+        help="compute every gate (exact) or those that a predictor names: hybrid's (auto), the "
+        "one in the model's file, as PowerInfer's and Kairox's have (own), or another file's "
+        "(default: exact)",
     )
     add(
         "--recall",
@@ -272,7 +274,7 @@ def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     for name in ("predictor", "profile"):
         if name in args:
             value = getattr(args, name)
-            given[name] = value if value in ("exact", "auto", "none") else Path(value)
+            given[name] = value if value in ("exact", "auto", "own", "none") else Path(value)
     return LoadOptions(**given | changes)
 
 

@@ -25,6 +25,7 @@ from hybrid.text.token_rules import TokenRules
 Quant = Literal["bf16", "q8", "q4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KvName = Literal["fp16", "bf16"]
+PredictorName = Path | Literal["auto", "exact", "own"]
 
 DEFAULT_CONTEXT = 4096  # positions, or the model's maximum if that is smaller
 DEFAULT_RECALL = 0.99
@@ -55,13 +56,16 @@ class DeviceRequest:
             )
         if self.device == "cpu" and (self.plan is not None or self.vram_budget):
             raise InvalidOption("device cpu takes no plan and no vram_budget")
-        if self.kv != "fp16" and (
-            self.device == "cuda" or self.plan is not None or self.vram_budget
-        ):
+        if self.kv != "fp16" and self.wants_gpu:
             raise InvalidOption(
                 f"kv {self.kv} is for the CPU, because the GPU's KV cache is fp16: it takes no "
                 "device cuda, no plan and no vram_budget"
             )
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether the user asked for a GPU, rather than taking one that is there."""
+        return self.device == "cuda" or self.plan is not None or bool(self.vram_budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,7 @@ class LoadOptions:
     mmap: bool | None = None  # None: only if the weights do not fit into memory
     mlock: bool = False
     profile: Path | Literal["auto", "none"] = "auto"
-    predictor: Path | Literal["auto", "exact"] = "exact"
+    predictor: PredictorName = "exact"
     recall: float = DEFAULT_RECALL
     preview_head: bool = False
     device: DeviceName = "auto"
@@ -100,7 +104,12 @@ class LoadOptions:
             raise InvalidOption(
                 f"chat_template: expected a name or a file, found {self.chat_template!r:.60}"
             )
-        _ = self.device_request
+        request = self.device_request
+        if self.predictor == "own" and request.wants_gpu:
+            raise InvalidOption(
+                "predictor own is for the CPU, because the GPU runs hybrid's own predictors only: "
+                "it takes no device cuda, no plan and no vram_budget"
+            )
 
     @property
     def device_request(self) -> DeviceRequest:
@@ -178,7 +187,7 @@ class LoadKeywords(TypedDict, total=False):
     mmap: bool | None
     mlock: bool
     profile: Path | Literal["auto", "none"]
-    predictor: Path | Literal["auto", "exact"]
+    predictor: PredictorName
     recall: float
     preview_head: bool
     device: DeviceName

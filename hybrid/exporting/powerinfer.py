@@ -92,7 +92,9 @@ def _predictor_file(checkpoint: Checkpoint, model: str, options: LoadOptions) ->
             "nothing to skip; export it --to gguf"
         )
     spec, _ = describe(checkpoint, options, hybrid_home(), found)
-    _, prediction = choose_predictors(spec, options, hybrid_home(), found)
+    _, prediction = choose_predictors(checkpoint, spec, options, hybrid_home(), found)
+    if prediction is not None and prediction.stored is not None:
+        raise InvalidOption(f"{model}: predictor own: only hybrid's predictors are converted")
     if prediction is None:
         why = "".join(f" ({line})" for line in found if "exact instead" in line)
         raise InvalidOption(

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +106,13 @@ class Rows:
     @property
     def memory(self) -> NDArray[np.uint8]: ...
 
+class PredictorInput(Enum):
+    normed = 0
+    residual = 1
+    previous = 2
+
 class Predictor:
+    @overload
     def __init__(
         self,
         *,
@@ -113,6 +120,17 @@ class Predictor:
         n_neurons: int,
         tiles: NDArray[np.uint8],
         first_matrix: Rows,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        *,
+        first_matrix: Rows,
+        second_matrix: Rows,
+        threshold: float,
+        input: PredictorInput,
+        first_biases: NDArray[np.float32] | None = None,
+        second_biases: NDArray[np.float32] | None = None,
     ) -> None: ...
 
 class Preview:

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
 from hybrid.kernels._native import Predictor
+from hybrid.model.config import ModelConfig
+from hybrid.model.stored_predictors import StoredPredictors
 from hybrid.weights.formats import row_bytes
 from hybrid.weights.packed_rows import pack_matrix
 from predictors.predictors import WIDE_RANK, LowRank
@@ -66,3 +68,13 @@ def predictor_bytes(format: Format, predictor: LowRank, hidden_size: int) -> int
     rank = predictor.rank
     width = sum(row_bytes(_first_format(format), hidden_size))
     return rank * width + n_tiles * TILE * (WIDE_RANK + 4 * -(-(rank - WIDE_RANK) // 8) + 12)
+
+
+def stored_predictor_bytes(stored: StoredPredictors, config: ModelConfig) -> int:
+    """Return the bytes that predicting for one token reads in all layers, for a file's own."""
+    n_rows = -(-config.n_neurons // TILE) * TILE
+    return sum(
+        rank * sum(row_bytes(Format.q8, config.hidden_size))
+        + n_rows * sum(row_bytes(Format.q8, rank))
+        for rank in stored.ranks
+    )

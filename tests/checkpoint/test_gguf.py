@@ -52,7 +52,10 @@ def logits(model: Path, **options: Any) -> np.ndarray:
 # Types of weights
 
 
-@pytest.mark.parametrize("number", BLOCK_TYPES)
+NUMBERS = [number for number, kind in BLOCK_TYPES.items() if kind.name != "I32"]  # of weights
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_blocks_have_the_values_of_the_gguf_package(number: int) -> None:
     kind = BLOCK_TYPES[number]
     draw = np.random.default_rng(number)
@@ -177,7 +180,6 @@ def test_powerinfers_files_compute_what_the_folder_does(
     with open_checkpoint(path, use_mmap=use_mmap) as found, open_checkpoint(model) as expected:
         assert found.config == expected.config
         assert any("computed with relu, as PowerInfer" in line for line in found.notices)
-        assert any("its predictors are not used" in line for line in found.notices)
         down, w = found.tensor("down", 1), expected.read("down", 1)
         assert down.shape == w.shape
         if kind == "F32":

@@ -8,7 +8,8 @@ from pathlib import Path
 from hybrid.checkpoint.foreign import is_gguf
 from hybrid.checkpoint.gguf.activation import choose_activation
 from hybrid.checkpoint.gguf.architecture import config_of
-from hybrid.checkpoint.gguf.weights import GgufWeights, open_files
+from hybrid.checkpoint.gguf.predictors import find_predictors
+from hybrid.checkpoint.gguf.weights import GgufWeights, open_files, refuse_neuron_order
 from hybrid.checkpoint.hf import Checkpoint
 from hybrid.checkpoint.identity import ModelIdentity, SourceFile
 from hybrid.checkpoint.roles import find_tensors
@@ -43,6 +44,13 @@ def open_gguf(
     present = {entry: SourceFile.of(entry) for entry in path.parent.glob("*.gguf")}
     present[path] = SourceFile.of(path)
     files = open_files(path)
+    notices.add(
+        *(
+            f"{plan.name} is not used: hybrid plans for this machine itself (hybrid plan)"
+            for plan in sorted(path.parent.glob("*.gpuidx"))
+        )
+    )
+    refuse_neuron_order(files[0])
     chosen = choose_activation(files[0], activation)
     if chosen.notice:
         notices.add(chosen.notice)
@@ -50,6 +58,7 @@ def open_gguf(
     content = config_of(replace(files[0], tensors=tensors), chosen.name, chosen.threshold)
     config = parse_config(content, path, notices)
     weights = GgufWeights(files, content, use_mmap=use_mmap)
+    notices.add(*weights.notices)
     if format is not None and (others := set(weights.types) - {_SAME_AS.get(format)}):
         notices.add(
             f"{path.name}: its weights are stored as {', '.join(sorted(others))} and packed to "
@@ -60,11 +69,13 @@ def open_gguf(
             f"{path.name}: ffn_down is rounded once more: its blocks run along neurons, and those "
             "of hybrid along the other side, so that neurons can be skipped"
         )
-    if weights.has_predictors:
-        notices.add(
-            f"{path.name}: its predictors are not used: every gate is computed, which is exact"
-        )
     config, found, unused = find_tensors(path, config, weights, notices)
+    predictors = None
+    if weights.predictors:
+        predictors, tensors_of = find_predictors(
+            files[0], weights.predictors, config, use_mmap=use_mmap
+        )
+        found |= tensors_of
     if missing := [part for part in weights.paths if part not in present]:
         raise InvalidCheckpoint(f"{missing[0]}: was added while it was read; load the model again")
     sources = tuple(present[part] for part in weights.paths)
@@ -75,4 +86,5 @@ def open_gguf(
         identity=ModelIdentity(path.parent, config, sources, hashes),
         notices=tuple(notices),
         unused_tensors=unused,
+        predictors=predictors,
     )

@@ -58,6 +58,9 @@ def choose_activation(file: GgufFile, wish: str | None) -> ChosenActivation:
     if file.is_powerinfers and file.single("general.architecture") == "llama":
         notice = f"{file.path.name}: computed with relu, as PowerInfer computes such files"
         return ChosenActivation("relu", 0.0, notice)
+    if file.single("general.architecture") == "prosparse-llama":
+        notice = f"{file.path.name}: computed with fatrelu 0.01, as Kairox computes such files"
+        return ChosenActivation("fatrelu", 0.01, notice)
     named = ("general.name", "general.basename", "general.finetune", "general.description")
     values = [file.single(key) for key in named]
     names = [file.path.stem, *[value for value in values if isinstance(value, str)]]

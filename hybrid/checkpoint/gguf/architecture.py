@@ -17,7 +17,11 @@ from hybrid.checkpoint.gguf.reader import GgufFile
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 
 # Architectures of GGUF that the engine runs, as the classes of transformers.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "minicpm": "MiniCPMForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "minicpm": "MiniCPMForCausalLM",
+    "prosparse-llama": "LlamaForCausalLM",  # Kairox's name of Llama with FATReLU
+}
 _MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -37,8 +41,6 @@ _LAYER_NAMES = {
     DOWN: "mlp.down_proj",
     TRANSPOSED: "mlp.down_proj",
 }
-# The predictors in PowerInfer's files: fc2 · relu(fc1 · x), for x before the norm.
-_PREDICTOR = re.compile(r"blk\.\d{1,5}\.fc[12]\.weight")
 _LAYER = re.compile(r"blk\.(\d{1,5})\.(\w+)\.weight")
 # What MiniCPM's files before these keys were computed with (llama.cpp, src/models/minicpm.cpp).
 _OLD_MINICPM = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256.0}
@@ -62,11 +64,6 @@ def gguf_name(name: str, down: str) -> str:
     _, _, layer, part = name.removesuffix(".weight").split(".", 3)
     names = {known: stored for stored, known in _LAYER_NAMES.items()} | {"mlp.down_proj": down}
     return f"blk.{layer}.{names[part]}.weight"
-
-
-def is_predictor(name: str) -> bool:
-    """Return whether a tensor belongs to a predictor, which the model itself does not need."""
-    return _PREDICTOR.fullmatch(name) is not None
 
 
 def stored_rows(name: str, n_rows: int, config: dict[str, Any]) -> NDArray[np.intp] | None:

@@ -45,6 +45,10 @@ def _f32(data: Bytes) -> Floats:
     return np.ascontiguousarray(data).view("<f4").astype(np.float32, copy=False)
 
 
+def _i32(data: Bytes) -> Floats:
+    return np.ascontiguousarray(data).view("<i4").astype(np.float32)
+
+
 def _bf16(data: Bytes) -> Floats:
     bits = np.ascontiguousarray(data).view("<u2").astype(np.uint32) << 16
     return bits.view(np.float32)
@@ -182,6 +186,7 @@ BLOCK_TYPES: dict[int, BlockType] = {
     14: BlockType("Q6_K", 256, 210, _q6_k),
     20: BlockType("IQ4_NL", 32, 18, _iq4_nl),
     23: BlockType("IQ4_XS", 256, 136, _iq4_xs),
+    26: BlockType("I32", 1, 4, _i32),
     30: BlockType("BF16", 1, 2, _bf16),
     39: BlockType("MXFP4", 32, 17, _mxfp4),
 }

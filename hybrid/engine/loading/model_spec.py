@@ -64,7 +64,10 @@ class ModelSpec:
     def laid_out_for(self, prediction: Prediction | None, *, has_preview: bool) -> ModelSpec:
         """Return the spec with predictors, or with a preview of the head."""
         layers = frozenset[int]() if prediction is None else prediction.predicted_layers
-        layout = packed_layout(self.config, self.format, layers, has_preview=has_preview)
+        stored = None if prediction is None else prediction.stored
+        layout = packed_layout(
+            self.config, self.format, layers, has_preview=has_preview, stored=stored
+        )
         return replace(self, layout=layout, prediction=prediction)
 
     def cpu_plan(self, *, is_named: bool = True) -> PlacementPlan:
@@ -90,7 +93,7 @@ class ModelSpec:
 
     def _predictor_costs(self) -> tuple[PredictorCost | None, ...] | None:
         prediction = self.prediction
-        if prediction is None:
+        if prediction is None or prediction.predicted is None:
             return None
         n_bytes = prediction.bytes_per_token // max(prediction.n_predicted_layers, 1)
         cost = PredictorCost(n_bytes, prediction.predicted)

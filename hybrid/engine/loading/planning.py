@@ -55,13 +55,15 @@ def decide(
     """
     on_cpu = PlanDecision(spec.cpu_plan(is_named=False))
     plan = _requested_plan(request, spec, home, notices)
-    wants_gpu = request.device == "cuda" or bool(request.vram_budget)
-    if plan is None and not wants_gpu:
+    if plan is None and not request.wants_gpu:
         return on_cpu
     if plan is not None and not plan.uses_gpu:
         return PlanDecision(plan)
     if request.kv != "fp16":
         notices.add(f"plan not used: the GPU's KV cache is fp16, and kv {request.kv} is requested")
+        return on_cpu
+    if spec.prediction is not None and spec.prediction.stored is not None:
+        notices.add("plan not used: the predictors in the model's file run on the CPU only")
         return on_cpu
     try:
         device = open_device()
