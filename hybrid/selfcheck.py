@@ -5,9 +5,10 @@
     python -m hybrid.selfcheck --gpu -o checks.json
 
 The command compares the engine with a plain NumPy computation over 64 positions. A model of 1 B
-parameters takes about a minute. With --gpu it checks and measures the GPU instead, in under eight
-minutes, and writes one JSON file. Exit codes: 0 success (also with warnings), 1 a check failed,
-2 a bad option, 130 interrupted.
+parameters takes about a minute. For a GGUF file that records no activation, it first tries silu,
+relu and fatrelu on a short text, and names the one that fits. With --gpu it checks and measures the
+GPU instead, in under eight minutes, and writes one JSON file. Exit codes: 0 success (also with
+warnings), 1 a check failed, 2 a bad option, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def show(check: Check) -> None:
             printable(check.message), WIDTH, initial_indent=first, subsequent_indent=indent
         )
     )
+    for line in check.table:
+        print(f"{indent}{printable(line)}")
     if check.advice:
         advice = printable(f"→ {check.advice}")
         print(textwrap.fill(advice, WIDTH, initial_indent=indent, subsequent_indent=indent))
@@ -116,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
             quant=args.quant,
             kv=args.kv,
             threads=args.threads,
+            activation=args.activation,
             offline=args.offline,
             progress=progress,
         ):

@@ -224,6 +224,7 @@ def check(args: argparse.Namespace) -> None:
             quant=args.quant,
             kv=args.kv,
             threads=args.threads,
+            activation=args.activation,
             offline=args.offline,
             progress=progress,
         )

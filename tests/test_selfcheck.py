@@ -380,7 +380,7 @@ def test_json_is_one_object(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"] in ("ok", "warning")
     assert report["quant"] == "bf16"
-    assert {"name", "verdict", "message", "advice", "figures"} == set(report["checks"][0])
+    assert {"name", "verdict", "message", "advice", "figures", "table"} == set(report["checks"][0])
 
 
 def test_json_has_no_nan():

@@ -1,6 +1,7 @@
 """Checks whether a model works correctly on this machine.
 
-`model` runs the checks of `setting` and `arithmetic` in order; `hybrid.selfcheck` prints them.
+`model` runs the checks of `setting`, `activations` and `arithmetic` in order; `hybrid.selfcheck`
+prints them.
 """
 
 from __future__ import annotations

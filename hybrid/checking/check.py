@@ -19,3 +19,4 @@ class Check:
     message: str  # one line of plain English
     advice: str = ""  # what to do, if the verdict is not ok
     figures: Figures = field(default_factory=dict)
+    table: tuple[str, ...] = ()  # lines to show below the message

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from hybrid.checking import arithmetic, setting
+from hybrid.checking import activations, arithmetic, setting
 from hybrid.checking.check import Check
 from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.checkpoint.name import model_name
@@ -45,22 +46,42 @@ def check_model(
     quant: Quant = "q8",
     kv: KvName = "fp16",
     threads: int | None = None,
+    activation: str | None = None,
     offline: bool = False,
     progress: Progress = ignore_progress,
 ) -> Iterator[Check]:
     """Yield each check as soon as it is done. Ends early if the model cannot be used at all.
 
+    If nothing says which activation a GGUF file has, each candidate is tried on a text. If the file
+    does not run until one is chosen, the checks go on with the one that fits. `activation` is that
+    of `hybrid.load`.
+
     Raises InvalidOption. Every other HybridError becomes a failed check.
     """
     stage = "files"
-    options = LoadOptions(quant=quant, kv=kv, threads=threads, device="cpu", offline=offline)
+    options = LoadOptions(
+        quant=quant,
+        kv=kv,
+        threads=threads,
+        activation=activation,
+        device="cpu",
+        offline=offline,
+    )
     try:
         folder = resolve(model, offline=offline)
         entry = find_entry(model, folder)
         if folder.is_dir():
             yield setting.check_files(folder)
+        stage = "activation"
+        if activations.needs_attempts(folder, activation):
+            attempts = activations.try_activations(folder, ENGLISH, options, progress)
+            yield activations.check_activation(attempts, folder, activation)
+            if activations.is_refused(folder, activation):
+                if attempts.fitting is None:
+                    return
+                options = replace(options, activation=attempts.fitting.activation)
         stage = "architecture"
-        with _open(folder, quant) as checkpoint:
+        with _open(folder, options) as checkpoint:
             config = checkpoint.config
         yield setting.check_architecture(config)
         yield setting.check_tensors(checkpoint.unused_tensors)
@@ -89,7 +110,7 @@ def check_model(
         yield arithmetic.check_text(config, run, ids, entry)
         stage = "oracle"
         started = time.perf_counter()
-        with _open(folder, quant) as checkpoint:
+        with _open(folder, options) as checkpoint:
             runs = comparison.run_oracles(
                 checkpoint, Format[quant], ids, kv=KvFormat[kv], progress=progress
             )
@@ -140,5 +161,5 @@ def _loaded(engine: Engine, told: str, seconds: float) -> Check:
     return Check("weights", "ok", message.rstrip(), figures=figures)
 
 
-def _open(folder: Path, quant: Quant) -> Checkpoint:
-    return open_checkpoint(folder, Format[quant])
+def _open(folder: Path, options: LoadOptions) -> Checkpoint:
+    return open_checkpoint(folder, Format[options.quant], activation=options.activation)

@@ -20,7 +20,7 @@ from hybrid.checkpoint.identity import ModelIdentity, SourceFile
 from hybrid.checkpoint.json_file import read_object
 from hybrid.checkpoint.roles import find_tensors
 from hybrid.checkpoint.safetensors import SafetensorsFile
-from hybrid.checkpoint.tensor import Tensor, WeightFile
+from hybrid.checkpoint.tensor import StoredWeights, Tensor, TensorEntry
 from hybrid.checkpoint.torch_bin import TorchBin
 from hybrid.errors import (
     EngineClosed,
@@ -139,7 +139,7 @@ def open_checkpoint(
     present = {path: SourceFile.of(path) for path in folder.iterdir() if path.is_file()}
     notices = Notices()
     config = read_config(folder, notices)
-    weights = _open_weights(folder, use_mmap=use_mmap)
+    weights = open_weights(folder, use_mmap=use_mmap)
     config, tensors, unused = find_tensors(folder, config, weights, notices)
     if unused:
         refuse_unused(read_object(folder / "config.json"), unused, folder)
@@ -191,7 +191,8 @@ def known_token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
     return tuple(token for token in values if type(token) is int and 0 <= token < vocab_size)
 
 
-def _open_weights(folder: Path, *, use_mmap: bool) -> WeightFile:
+def open_weights(folder: Path, *, use_mmap: bool = True) -> StoredWeights:
+    """Open a folder's files of weights. Raises InvalidCheckpoint and UnsupportedModel."""
     files = _file_names(folder)
     for name, file_type in _FORMATS:
         reader = partial(file_type, use_mmap=use_mmap)
@@ -211,7 +212,7 @@ def _open_weights(folder: Path, *, use_mmap: bool) -> WeightFile:
 class _Shards:
     """The weights of an index file, which maps each tensor's name to a file's name."""
 
-    def __init__(self, index: Path, reader: Callable[[Path], WeightFile]) -> None:
+    def __init__(self, index: Path, reader: Callable[[Path], StoredWeights]) -> None:
         self._index = index
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -247,6 +248,11 @@ class _Shards:
         if name not in self._shard_of:
             raise InvalidCheckpoint(f"{self._index}: lists no tensor {name!r}")
         return self._files[self._shard_of[name]].tensor(name)
+
+    def entry(self, name: str) -> TensorEntry:
+        if name not in self._shard_of:
+            raise InvalidCheckpoint(f"{self._index}: lists no tensor {name!r}")
+        return self._files[self._shard_of[name]].entry(name)
 
 
 def _file_names(folder: Path) -> set[str]:

@@ -90,6 +90,13 @@ class ModelIdentity:
                 self._hash = self._compute()
             return self._hash
 
+    @property
+    def is_hashed(self) -> bool:
+        """Whether the hash is known, so that no weights need be read for it."""
+        if self._hash is not None:
+            return True
+        return all(self._remembered(source) is not None for source in self.sources)
+
     @contextlib.contextmanager
     def hashing(self) -> Iterator[None]:
         """Hash in the background while the body runs. Raises what `weights_hash` raises.

@@ -59,7 +59,17 @@ class SafetensorsFile:
     def names(self) -> Collection[str]:
         return self._entries.keys() - {"__metadata__"}
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the writer of the file says about it."""
+        found = self._entries.get("__metadata__", {})
+        return dict(found) if isinstance(found, dict) else {}
+
     def tensor(self, name: str) -> Tensor:
+        return map_tensor(self._path, self._buffer, self.entry(name), use_mmap=self._use_mmap)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return what the header says of a tensor, whatever its type. Raises InvalidCheckpoint."""
         match self._entries.get(name):
             case None:
                 raise InvalidCheckpoint(f"{self._path}: has no tensor {name!r}")
@@ -70,5 +80,4 @@ class SafetensorsFile:
                     f"{self._path}: tensor {name!r}: expected an object with dtype, shape and "
                     "data_offsets in the header"
                 )
-        tensor = TensorEntry(name, dtype, tuple(sizes), begin)
-        return map_tensor(self._path, self._buffer, tensor, use_mmap=self._use_mmap)
+        return TensorEntry(name, dtype, tuple(sizes), begin)

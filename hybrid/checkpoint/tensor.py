@@ -154,6 +154,13 @@ class WeightFile(Protocol):
         """Return a tensor. Raises `InvalidCheckpoint` or `UnsupportedModel` if it is unusable."""
 
 
+class StoredWeights(WeightFile, Protocol):
+    """A file in Hugging Face's layout, or several."""
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return what the index says of a tensor, whatever its type. Raises InvalidCheckpoint."""
+
+
 def map_file(path: Path) -> mmap.mmap:
     """Map a file read-only. Raises InvalidCheckpoint if it cannot be a weight file."""
     if not path.is_file():  # a pipe or a device would block

@@ -179,9 +179,9 @@ class TorchBin:
         ]
 
     def tensor(self, name: str) -> Tensor:
-        described, verify = self._describe(name)
+        described = self.entry(name)
         tensor = map_tensor(self._path, self._buffer, described, use_mmap=self._use_mmap)
-        return replace(tensor, verify=verify)
+        return replace(tensor, verify=self._verifier(name))
 
     def numbers(self) -> NDArray[np.float64]:
         """Return the values of the only tensor of a file, integers included, as a new array.
@@ -190,19 +190,24 @@ class TorchBin:
         """
         if list(self._entries) != [_LONE]:
             raise InvalidCheckpoint(f"{self._path}: expected one tensor and nothing else")
-        described, verify = self._describe(_LONE)
+        described = self.entry(_LONE)
         dtype = _NUMBERS.get(described.dtype)
         if dtype is None:
             raise InvalidCheckpoint(f"{self._path}: expected numbers, found {described.dtype}")
         if 0 in described.shape:
             raise InvalidCheckpoint(f"{self._path}: its tensor is empty")
-        verify()
+        self._verifier(_LONE)()
         strides = [stride * dtype.itemsize for stride in described.strides or ()]
         values = np.ndarray(described.shape, dtype, self._buffer, described.begin, strides)
         return values.astype(np.float64)
 
-    def _describe(self, name: str) -> tuple[TensorEntry, Callable[[], None]]:
-        """Return where a tensor is, and what verifies its bytes. Raises InvalidCheckpoint."""
+    def _verifier(self, name: str) -> Callable[[], None]:
+        """Return what verifies a tensor's bytes. It no longer reads the mapped file's directory."""
+        member = f"{self._prefix}data/{self._entries[name].storage.key}"
+        return partial(self._verify, member, self._locate(member)[0])
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return what the file says of a tensor, whatever its type. Raises InvalidCheckpoint."""
         entry = self._entries.get(name)
         if not isinstance(entry, _Entry):
             raise InvalidCheckpoint(f"{self._path}: has no tensor {name!r}")
@@ -224,8 +229,7 @@ class TorchBin:
                 f"its storage claims {storage.n_elements:,} and holds {n_bytes:,} bytes"
             )
         first = begin + entry.offset * storage.itemsize
-        verify = partial(self._verify, member, begin)
-        return TensorEntry(name, storage.dtype, entry.shape, first, entry.strides), verify
+        return TensorEntry(name, storage.dtype, entry.shape, first, entry.strides)
 
     def _verify(self, member_name: str, begin: int) -> None:
         """Compare a member's bytes with their checksum, once. Raises InvalidCheckpoint."""

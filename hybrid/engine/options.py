@@ -64,7 +64,7 @@ class DeviceRequest:
 
     @property
     def wants_gpu(self) -> bool:
-        """Whether the user asked for a GPU, rather than taking one that is there."""
+        """Whether a GPU is requested, rather than used because it is there."""
         return self.device == "cuda" or self.plan is not None or bool(self.vram_budget)
 
 

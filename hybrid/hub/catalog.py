@@ -21,7 +21,8 @@ from hybrid.checkpoint.synthetic import folder as synthetic
 from hybrid.checkpoint.synthetic.weights import ACTIVE_FRACTION
 from hybrid.errors import DownloadFailed, InvalidOption, ModelNotFound
 from hybrid.hub.download import fetch, fetch_gguf
-from hybrid.notices import Notices
+from hybrid.hub.model_files import CONFIG, WEIGHTS
+from hybrid.notices import Notices, short_list
 from hybrid.progress import Progress, ignore_progress
 from hybrid.text.tokenizer import Tokenizer
 
@@ -98,7 +99,7 @@ def resolve(
     The meanings of a string are tried in this order:
 
     - a name of the catalog, or of a synthetic model such as "synthetic:MiniCPM-S-1B", in any case
-    - an existing folder
+    - an existing folder, or a GGUF file, whatever its name
     - a repository `owner/name` on the Hugging Face Hub
 
     So a name of the catalog wins over a folder of that name in the working directory: write
@@ -146,12 +147,8 @@ def resolve(
     path = _expand_user(text)
     try:
         is_folder = path.is_dir()
-        if is_folder and not (path / "config.json").exists():
-            files = _gguf_files(path)
-            if len(files) == 1:
-                return files[0]
         if is_folder:
-            return path
+            return _gguf_of_folder(path) or path
         if foreign.is_gguf(path):
             return first_part(path)
         if path.exists():
@@ -263,10 +260,22 @@ def _looks_like_path(text: str) -> bool:
     return bool(slash) and (not rest or "/" in rest or Path(first).is_dir())
 
 
-def _gguf_files(folder: Path) -> list[Path]:
-    """Return a folder's GGUF files, and of those that belong together the first. Raises OSError."""
-    files = sorted(path for path in folder.glob("*.gguf") if path == first_part(path))
-    return [path for path in files if foreign.is_gguf(path)]
+def _gguf_of_folder(folder: Path) -> Path | None:
+    """Return the one GGUF model of a folder that is no model in Hugging Face's layout.
+
+    Of files that belong together it is the first. Raises OSError, and ModelNotFound if the folder
+    holds several models.
+    """
+    if (folder / CONFIG).exists() and any((folder / name).exists() for name in WEIGHTS):
+        return None
+    firsts = sorted(path for path in folder.glob("*.gguf") if path == first_part(path))
+    files = [path for path in firsts if foreign.is_gguf(path)]
+    if len(files) > 1:
+        names = short_list([path.name for path in files], 20)
+        raise ModelNotFound(
+            f"{str(folder)!r} holds {len(files)} GGUF models: {names}; name the file that you want"
+        )
+    return files[0] if files else None
 
 
 def _no_such_folder(text: str, path: Path) -> str:

@@ -26,6 +26,7 @@ class Templates(NamedTuple):
     default: ChatTemplate | None
     with_tools: ChatTemplate | None = None  # for conversations with tools, if that is another one
     notices: tuple[str, ...] = ()  # one line each
+    own: tuple[str, ...] = ()  # names of the model's own
 
 
 def choose_templates(
@@ -47,6 +48,17 @@ def choose_templates(
         return ChatTemplate(source, tokens, vocabulary.special, vocabulary.ordinary, name)
 
     own = own_templates(folder, settings)
+    chosen = _choose(folder, vocabulary, own, wish, compiled)
+    return chosen._replace(own=tuple(sorted(own)))
+
+
+def _choose(
+    folder: Path,
+    vocabulary: Vocabulary,
+    own: Mapping[str, str],
+    wish: str | Path | None,
+    compiled: Callable[[str, str], ChatTemplate],
+) -> Templates:
     if wish is not None:
         source, name, needed = _wished(wish, own)
         missing = [token for token in needed if vocabulary.token_id(token) is None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrid.errors import InvalidOption
 from hybrid.text.added_tokens import content_of, is_text
@@ -15,6 +15,16 @@ from hybrid.text.chat_template import ChatTemplate
 from hybrid.text.template_files import Templates, choose_templates
 from hybrid.text.vocabulary import Vocabulary
 from hybrid.text.vocabulary_file import read_settings
+
+
+class TokenizerSummary(NamedTuple):
+    """What kind of tokenizer a model has."""
+
+    kind: str  # such as "byte-level BPE"
+    n_ids: int  # of the vocabulary with its added tokens
+    n_added: int
+    own_templates: tuple[str, ...]  # names of the model's own chat templates
+    template: str | None  # in use
 
 
 class Tokenizer:
@@ -69,6 +79,23 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._templates.default is not None
+
+    @property
+    def summary(self) -> TokenizerSummary:
+        library, template = self._vocabulary.library, self._templates.default
+        is_byte_level = "ByteLevel" in repr(library.decoder)
+        return TokenizerSummary(
+            "byte-level " * is_byte_level + type(library.model).__name__,
+            library.get_vocab_size(with_added_tokens=True),
+            len(library.get_added_tokens_decoder()),
+            self._templates.own,
+            None if template is None else template.name,
+        )
+
+    def token_text(self, token: int) -> str | None:
+        """Return how the vocabulary spells a token, or None if it has none such."""
+        spelled: str | None = self._vocabulary.library.id_to_token(token)
+        return spelled
 
     def encode(self, text: str) -> list[int]:
         """Return BOS, if the model's texts begin with it, and the text's tokens.

@@ -21,7 +21,13 @@ from hybrid.checkpoint import open_checkpoint
 from hybrid.checkpoint.gguf.activation import choose_activation, parse_activation
 from hybrid.checkpoint.gguf.blocks import BLOCK_TYPES
 from hybrid.checkpoint.gguf.reader import GgufFile, read_gguf
-from hybrid.errors import HybridError, InvalidCheckpoint, InvalidOption, UnsupportedModel
+from hybrid.errors import (
+    HybridError,
+    InvalidCheckpoint,
+    InvalidOption,
+    ModelNotFound,
+    UnsupportedModel,
+)
 from hybrid.kernels import Format
 from hybrid.weights.formats import round_weights
 
@@ -52,10 +58,7 @@ def logits(model: Path, **options: Any) -> np.ndarray:
 # Types of weights
 
 
-NUMBERS = [number for number, kind in BLOCK_TYPES.items() if kind.name != "I32"]  # of weights
-
-
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", BLOCK_TYPES)
 def test_blocks_have_the_values_of_the_gguf_package(number: int) -> None:
     kind = BLOCK_TYPES[number]
     draw = np.random.default_rng(number)
@@ -202,7 +205,7 @@ def test_another_activation_of_powerinfers_is_named(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", vocab_size=4096, **LLAMA)
     keys = VOCABULARY | {"general.architecture": "bamboo"}
     path = write_gguf(tmp_path / "x.gguf", model, metadata=keys, predictor_ranks=(4, 4))
-    with pytest.raises(UnsupportedModel, match=r"architecture 'bamboo': not supported"):
+    with pytest.raises(UnsupportedModel, match=r"architecture 'bamboo': not supported yet: dReLU"):
         hybrid.load(path)
 
 
@@ -230,7 +233,7 @@ def test_a_folder_of_one_file_is_that_file(tmp_path: Path) -> None:
     with hybrid.load(tmp_path / "folder", threads=1) as engine:
         assert engine.name == "tiny.gguf"
     (tmp_path / "folder" / "other.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedModel, match="it is a GGUF model; name the file itself"):
+    with pytest.raises(ModelNotFound, match=r"holds 2 GGUF models: 'other.gguf', 'tiny.gguf'"):
         hybrid.load(tmp_path / "folder")
 
 
@@ -268,7 +271,7 @@ def test_the_activation_of_a_known_model(file: GgufFile, expected: tuple[str, fl
 )
 def test_a_name_that_hints_at_a_sparse_model_is_never_guessed(name: str) -> None:
     for file in (file_named(name), file_named("x", **{"general.name": name})):
-        with pytest.raises(UnsupportedModel, match=r"hints at ReLU: .*--activation relu"):
+        with pytest.raises(UnsupportedModel, match=r"--activation relu .*hybrid selfcheck -m"):
             choose_activation(file, None)
         assert choose_activation(file, "relu").name == "relu"
 
@@ -286,6 +289,12 @@ def test_an_activation_is_for_gguf_files_only() -> None:
         hybrid.load("stories", activation="relu")
 
 
+@pytest.mark.parametrize(("text", "name"), [("drelu", "dReLU"), ("relu2", "ReLU²")])
+def test_ffns_that_the_engine_lacks_are_refused_by_name(text: str, name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"activation: not supported yet: {name}"):
+        hybrid.load("stories", activation=text)
+
+
 # What is not supported, and what is broken
 
 
@@ -293,6 +302,7 @@ def test_an_activation_is_for_gguf_files_only() -> None:
     ("metadata", "error", "problem"),
     [
         ({"general.architecture": "qwen2"}, UnsupportedModel, "architecture 'qwen2'"),
+        ({"general.architecture": "arcee"}, UnsupportedModel, "yet: an FFN without a gate"),
         ({"llama.rope.dimension_count": 8}, UnsupportedModel, "for a part of each head"),
         ({"llama.rope.scaling.type": "yarn"}, UnsupportedModel, "scaled rotary positions"),
         ({"llama.expert_count": 8}, UnsupportedModel, "experts"),

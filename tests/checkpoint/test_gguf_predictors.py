@@ -183,7 +183,7 @@ def test_a_files_predictors_name_what_their_engine_names(
                 n_tokens=len(ids), first_position=0, n_active=n_active, n_gates=named
             )
     expected, exact = oracle.prefill(ids)[-1], plain.prefill(ids)[-1]
-    # Rounding may turn scores near the threshold, so a few neurons may differ.
+    # Rounding may move scores near the threshold, so a few neurons may differ.
     assert abs(named - oracle.n_named) <= 0.02 * len(ids) * N_LAYERS * N_NEURONS
     assert 0.1 < oracle.n_named / (len(ids) * N_LAYERS * N_NEURONS) < 0.9
     active = np.unpackbits(masks, axis=-1, bitorder="little")[..., :N_NEURONS].astype(bool)

@@ -115,3 +115,27 @@ def test_a_repository_without_a_type_lists_its_models(
     with pytest.raises(InvalidOption, match=r"has no GGUF model 'Q2_K'; its GGUF models: 'Big-F32"):
         resolve(f"{REPO}:Q2_K")
     assert not hub.seen("GET", "/resolve/")
+
+
+def test_a_blob_of_another_programs_cache_is_a_model(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    blob = tmp_path / "blobs" / f"sha256-{'0' * 64}"
+    blob.parent.mkdir()
+    blob.write_bytes(files["Tiny.F16.gguf"])
+    assert resolve(str(blob)) == blob
+    with hybrid.load(blob, threads=1) as engine:
+        assert "".join(engine.generate("Once", max_tokens=3))
+
+
+def test_a_folder_with_several_models_is_refused_with_their_names(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "Tiny.F16.gguf").write_bytes(files["Tiny.F16.gguf"])
+    (folder / "config.json").write_text("{}")  # repositories of GGUF files often hold one
+    assert resolve(str(folder)) == folder / "Tiny.F16.gguf"
+    (folder / "other.gguf").write_bytes(files["Tiny.F16.gguf"])
+    with pytest.raises(ModelNotFound, match=r"holds 2 GGUF models: 'Tiny.F16.gguf', 'other.gguf'"):
+        resolve(str(folder))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hybrid.checkpoint.foreign import is_gguf
 from hybrid.checkpoint.gguf.activation import choose_activation
-from hybrid.checkpoint.gguf.architecture import config_of
+from hybrid.checkpoint.gguf.architecture import architecture_of, config_of
 from hybrid.checkpoint.gguf.predictors import find_predictors
 from hybrid.checkpoint.gguf.weights import GgufWeights, open_files, refuse_neuron_order
 from hybrid.checkpoint.hf import Checkpoint
@@ -51,6 +51,7 @@ def open_gguf(
         )
     )
     refuse_neuron_order(files[0])
+    architecture_of(files[0])  # refused before an activation is
     chosen = choose_activation(files[0], activation)
     if chosen.notice:
         notices.add(chosen.notice)

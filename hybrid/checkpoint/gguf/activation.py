@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from shlex import quote
 from typing import NamedTuple
 
 from hybrid.checkpoint.gguf.reader import GgufFile
@@ -24,16 +25,28 @@ _KNOWN = (
     (r"relullama-(7b|13b|70b)", "relu", 0.0),
 )
 _HINTS = re.compile("prosparse|relu|bamboo|sparse|minicpm-s|smallthinker|spif", re.IGNORECASE)
+# FFNs that this engine lacks, by the name of their activation.
+DRELU = "dReLU (ReLU on gate and up)"
+_MISSING = {
+    "drelu": DRELU,
+    "relu2": "ReLU² (the square of ReLU, in an FFN without a gate)",
+}
 
 
 class ChosenActivation(NamedTuple):
     name: str  # "silu", "relu" or "fatrelu"
     threshold: float
-    notice: str | None  # where it is known from
+    notice: str | None  # for the user
+    source: str | None = "the file's metadata"  # where it is known from; None: it is guessed
 
 
 def parse_activation(text: str) -> tuple[str, float]:
-    """Return the name and the threshold that an option names. Raises InvalidOption."""
+    """Return the name and the threshold that an option names.
+
+    Raises InvalidOption, and UnsupportedModel for an FFN that this engine lacks.
+    """
+    if text in _MISSING:
+        raise UnsupportedModel(f"activation: not supported yet: {_MISSING[text]}")
     match = _WISH.fullmatch(text)
     try:
         threshold = float(match[2]) if match and match[2] else 0.0
@@ -49,18 +62,18 @@ def parse_activation(text: str) -> tuple[str, float]:
 def choose_activation(file: GgufFile, wish: str | None) -> ChosenActivation:
     """Return a file's activation. Raises InvalidOption and UnsupportedModel."""
     if wish is not None:
-        return ChosenActivation(*parse_activation(wish), None)
+        return ChosenActivation(*parse_activation(wish), None, "--activation")
     if (own := file.single(KEY)) is not None:
         try:
-            return ChosenActivation(*parse_activation(str(own)), None)
+            return ChosenActivation(*parse_activation(str(own)), None, KEY)
         except InvalidOption as error:
             raise InvalidCheckpoint(f"{file.path}: {KEY}: {error}") from None
     if file.is_powerinfers and file.single("general.architecture") == "llama":
         notice = f"{file.path.name}: computed with relu, as PowerInfer computes such files"
-        return ChosenActivation("relu", 0.0, notice)
+        return ChosenActivation("relu", 0.0, notice, "PowerInfer's format")
     if file.single("general.architecture") == "prosparse-llama":
         notice = f"{file.path.name}: computed with fatrelu 0.01, as Kairox computes such files"
-        return ChosenActivation("fatrelu", 0.01, notice)
+        return ChosenActivation("fatrelu", 0.01, notice, "Kairox's architecture")
     named = ("general.name", "general.basename", "general.finetune", "general.description")
     values = [file.single(key) for key in named]
     names = [file.path.stem, *[value for value in values if isinstance(value, str)]]
@@ -77,10 +90,12 @@ def choose_activation(file: GgufFile, wish: str | None) -> ChosenActivation:
                     threshold,
                     f"{file.path.name}: computed with {shown}, because {name!r:.80} is known; "
                     "GGUF files do not say (--activation)",
+                    f"the name {name!r:.80}",
                 )
     if hint := next((name for name in names if _HINTS.search(name)), None):
         raise UnsupportedModel(
             f"{file.path}: GGUF files do not say which activation a model has, and {hint!r:.80} "
-            "hints at ReLU: choose it with --activation relu (or silu, or fatrelu:0.01)"
+            "hints at ReLU: choose it with --activation relu (or silu, or fatrelu:0.01); "
+            f"hybrid selfcheck -m {quote(str(file.path))} finds the one that fits"
         )
-    return ChosenActivation("silu", 0.0, None)
+    return ChosenActivation("silu", 0.0, None, None)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.checkpoint.gguf.activation import DRELU
 from hybrid.checkpoint.gguf.reader import GgufFile
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 
@@ -21,6 +22,15 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "minicpm": "MiniCPMForCausalLM",
     "prosparse-llama": "LlamaForCausalLM",  # Kairox's name of Llama with FATReLU
+}
+# FFNs of other architectures, which the engine lacks.
+_MISSING_FFNS = {
+    "bamboo": DRELU,
+    "arcee": "an FFN without a gate (ReLU²)",
+    "nemotron": "an FFN without a gate (ReLU²)",
+    "opt": "an FFN without a gate (ReLU)",
+    "falcon": "an FFN without a gate (GELU, or ReLU)",
+    "smallthinker": "experts with ReLU",
 }
 _MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -82,15 +92,22 @@ def stored_rows(name: str, n_rows: int, config: dict[str, Any]) -> NDArray[np.in
     return stored.swapaxes(1, 2).reshape(n_rows)
 
 
+def architecture_of(file: GgufFile) -> str:
+    """Return a file's architecture. Raises UnsupportedModel unless the engine runs it."""
+    name = file.single("general.architecture")
+    if name in ARCHITECTURES:
+        return str(name)
+    lacks = f" yet: {_MISSING_FFNS[name]}" if name in _MISSING_FFNS else ""
+    raise UnsupportedModel(
+        f"{file.path}: architecture {name!r:.60}: not supported{lacks}; of GGUF hybrid runs "
+        f"{', '.join(ARCHITECTURES)}"
+    )
+
+
 def config_of(file: GgufFile, activation: str, threshold: float) -> dict[str, Any]:
     """Return the content of a config.json. Raises InvalidCheckpoint and UnsupportedModel."""
+    name = architecture_of(file)
     keys = _Keys(file)
-    name = keys.get("general.architecture", None)
-    if name not in ARCHITECTURES:
-        raise UnsupportedModel(
-            f"{file.path}: architecture {name!r:.60}: not supported; of GGUF hybrid runs "
-            f"{', '.join(ARCHITECTURES)}"
-        )
     keys.prefix = f"{name}."
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:

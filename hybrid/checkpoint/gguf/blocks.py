@@ -25,6 +25,15 @@ class BlockType(NamedTuple):
     n_bytes: int  # of a block
     values: Callable[[Bytes], Floats]
 
+    @property
+    def is_read(self) -> bool:
+        """Whether hybrid knows the values of a block. Of all types it knows the size."""
+        return self.values is not _unknown_values
+
+
+def _unknown_values(data: Bytes) -> Floats:
+    raise AssertionError("a tensor of this type is refused before its values are read")
+
 
 def _fp16(data: Bytes) -> Floats:
     """Return the fp16 values (n, k) of bytes (n, 2 k)."""
@@ -43,10 +52,6 @@ def _bits(data: Bytes) -> NDArray[np.int16]:
 
 def _f32(data: Bytes) -> Floats:
     return np.ascontiguousarray(data).view("<f4").astype(np.float32, copy=False)
-
-
-def _i32(data: Bytes) -> Floats:
-    return np.ascontiguousarray(data).view("<i4").astype(np.float32)
 
 
 def _bf16(data: Bytes) -> Floats:
@@ -186,7 +191,29 @@ BLOCK_TYPES: dict[int, BlockType] = {
     14: BlockType("Q6_K", 256, 210, _q6_k),
     20: BlockType("IQ4_NL", 32, 18, _iq4_nl),
     23: BlockType("IQ4_XS", 256, 136, _iq4_xs),
-    26: BlockType("I32", 1, 4, _i32),
     30: BlockType("BF16", 1, 2, _bf16),
     39: BlockType("MXFP4", 32, 17, _mxfp4),
+}
+
+# Types whose values hybrid does not read, with the sizes of their blocks.
+UNREAD_TYPES: dict[int, BlockType] = {
+    number: BlockType(name, n_values, n_bytes, _unknown_values)
+    for number, name, n_values, n_bytes in (
+        (9, "Q8_1", 32, 36),
+        (15, "Q8_K", 256, 292),
+        (16, "IQ2_XXS", 256, 66),
+        (17, "IQ2_XS", 256, 74),
+        (18, "IQ3_XXS", 256, 98),
+        (19, "IQ1_S", 256, 50),
+        (21, "IQ3_S", 256, 110),
+        (22, "IQ2_S", 256, 82),
+        (24, "I8", 1, 1),
+        (25, "I16", 1, 2),
+        (26, "I32", 1, 4),
+        (27, "I64", 1, 8),
+        (28, "F64", 1, 8),
+        (29, "IQ1_M", 256, 56),
+        (34, "TQ1_0", 256, 54),
+        (35, "TQ2_0", 256, 66),
+    )
 }

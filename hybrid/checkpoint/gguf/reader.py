@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.checkpoint.gguf.blocks import BLOCK_TYPES, BlockType
+from hybrid.checkpoint.gguf.blocks import BLOCK_TYPES, UNREAD_TYPES, BlockType
 from hybrid.checkpoint.tensor import map_file
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 
@@ -89,6 +89,13 @@ def read_gguf(path: Path) -> GgufFile:
             f"{path}: is not a sound GGUF file: {error}; it has {len(buffer):,} bytes, perhaps cut "
             "off: download it again"
         ) from None
+
+
+def unread_type(path: Path, name: str, type: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{path}: tensor {name!r} is of {type}, which hybrid does not read; it reads "
+        f"{', '.join(kind.name for kind in BLOCK_TYPES.values())}"
+    )
 
 
 class _Malformed(Exception):
@@ -210,12 +217,9 @@ class _Parser:
         number = self.integer("<I")
         if not all(0 < size < 1 << 40 for size in sizes) or prod(sizes) >= 1 << 48:
             raise _Malformed(f"tensor {name!r} has the shape {sizes[::-1]}")
-        kind = BLOCK_TYPES.get(number)
+        kind = BLOCK_TYPES.get(number) or UNREAD_TYPES.get(number)
         if kind is None:
-            raise UnsupportedModel(
-                f"{self.path}: tensor {name!r} is of GGUF's type {number}, which hybrid does not "
-                f"read; it reads {', '.join(kind.name for kind in BLOCK_TYPES.values())}"
-            )
+            raise unread_type(self.path, name, f"GGUF's type {number}")
         if sizes[0] % kind.n_values:
             raise _Malformed(
                 f"tensor {name!r} has rows of {sizes[0]} values, no multiple of {kind.n_values}"

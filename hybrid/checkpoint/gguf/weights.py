@@ -14,7 +14,7 @@ from hybrid.checkpoint.gguf.architecture import (
     tensor_name,
 )
 from hybrid.checkpoint.gguf.predictors import predictor_role
-from hybrid.checkpoint.gguf.reader import GgufFile, TensorInfo, read_gguf
+from hybrid.checkpoint.gguf.reader import GgufFile, TensorInfo, read_gguf, unread_type
 from hybrid.checkpoint.gguf.tensor import BlockTensor, open_tensor
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.notices import short_list
@@ -91,7 +91,10 @@ class GgufWeights:
                     continue
                 if info.name.endswith(NEURON_ORDER):
                     has_order = True
-                elif name is None or info.type.name == "I32":
+                    continue
+                if not info.type.is_read:
+                    raise unread_type(file.path, info.name, f"the type {info.type.name}")
+                if name is None:
                     unknown.append(info.name)
                 elif name in self._found:
                     raise InvalidCheckpoint(f"{file.path}: {info.name!r} is in two files")
