@@ -49,7 +49,7 @@ def expect_active(monkeypatch: pytest.MonkeyPatch, fraction: float) -> None:
     monkeypatch.setattr(model, "catalog", lambda: (entry,))
 
 
-@pytest.mark.parametrize("quant", slow_except(["bf16", "q8", "q4"], "q8"))
+@pytest.mark.parametrize("quant", slow_except(["bf16", "f16", "q8", "q4"], "q8"))
 def test_the_bundled_model_passes_every_check(isa, quant):
     checks = checks_of("stories", quant=quant, threads=2)
     verdicts = {name: check.verdict for name, check in checks.items()}
@@ -119,7 +119,7 @@ def test_streamed_weights_give_the_same_logits(tmp_path, format):
             assert session.position == 20
 
 
-@pytest.mark.parametrize("quant", slow_except(["bf16", "q8", "q4"], "q8"))
+@pytest.mark.parametrize("quant", slow_except(["bf16", "f16", "q8", "q4"], "q8"))
 @pytest.mark.parametrize(
     "recorded", [{"threshold": 0.15}, {"threshold": 0.25}, {"activation": "relu"}]
 )

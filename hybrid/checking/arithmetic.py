@@ -20,8 +20,8 @@ BLUNT = 0.25  # if rounding changes logits by this share of their deviation, it 
 # If rounding the weights changes logits by these shares of their deviation, that is a warning, or a
 # failure. The bundled model and random ones of 2 to 12 layers had up to 0.003 in bf16, 0.033 in q8
 # and 0.43 in q4. Unrelated logits differ by 1.4.
-COARSE = {"bf16": 0.15, "q8": 0.15, "q4": 0.5}
-DESTRUCTIVE = {"bf16": 0.3, "q8": 0.3, "q4": 1.0}
+COARSE = {"bf16": 0.15, "f16": 0.15, "q8": 0.15, "q4": 0.5}
+DESTRUCTIVE = {"bf16": 0.3, "f16": 0.3, "q8": 0.3, "q4": 1.0}
 REPORT = (
     "Run it again with HYBRID_ISA=scalar. If all checks pass then, the kernels of this instruction "
     "set are broken; else the weights were damaged while they were loaded. Please report it in "

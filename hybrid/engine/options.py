@@ -22,7 +22,7 @@ from hybrid.text.generation_config import GenerationDefaults
 from hybrid.text.sampling import SamplingParams
 from hybrid.text.token_rules import TokenRules
 
-Quant = Literal["bf16", "q8", "q4"]
+Quant = Literal["bf16", "f16", "q8", "q4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KvName = Literal["fp16", "bf16"]
 
@@ -55,13 +55,16 @@ class DeviceRequest:
             )
         if self.device == "cpu" and (self.plan is not None or self.vram_budget):
             raise InvalidOption("device cpu takes no plan and no vram_budget")
-        if self.kv != "fp16" and (
-            self.device == "cuda" or self.plan is not None or self.vram_budget
-        ):
+        if self.kv != "fp16" and self.needs_gpu:
             raise InvalidOption(
                 f"kv {self.kv} is for the CPU, because the GPU's KV cache is fp16: it takes no "
                 "device cuda, no plan and no vram_budget"
             )
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether the user names something that only a GPU has."""
+        return self.device == "cuda" or self.plan is not None or bool(self.vram_budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +103,12 @@ class LoadOptions:
             raise InvalidOption(
                 f"chat_template: expected a name or a file, found {self.chat_template!r:.60}"
             )
-        _ = self.device_request
+        request = self.device_request
+        if self.quant == "f16" and request.needs_gpu:
+            raise InvalidOption(
+                "quant f16 is for the CPU, because the GPU has no kernels for it: it takes no "
+                "device cuda, no plan and no vram_budget; use quant bf16, q8 or q4"
+            )
 
     @property
     def device_request(self) -> DeviceRequest:
