@@ -142,7 +142,7 @@ def what(args: argparse.Namespace, engine: Engine | Fp32Engine) -> dict[str, Any
     prediction = engine.prediction if isinstance(engine, Engine) else None
     return {
         "model": args.model,
-        "quant": args.quant,
+        "quant": engine.quant if isinstance(engine, Engine) else args.quant,
         "kv": "fp32" if args.quant == "fp32" else args.kv,
         "synthetic": engine.is_synthetic,
         "predictor": None if prediction is None else str(prediction.path),

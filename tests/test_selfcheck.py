@@ -30,6 +30,7 @@ from hybrid.engine.oracle.executor import (
     stream_weights,
 )
 from hybrid.hub.catalog import CatalogEntry, catalog
+from hybrid.kernels import Format
 
 
 def checks_of(folder: Path | str, **options: Any) -> dict[str, Check]:
@@ -351,7 +352,7 @@ def test_a_short_context_is_checked_as_far_as_it_goes(tmp_path):
 def test_too_little_memory_gives_a_warning(monkeypatch):
     monkeypatch.setattr(setting, "available_memory_bytes", lambda: 1000)
     with open_checkpoint(STORIES) as checkpoint:
-        check = setting.check_memory(checkpoint.config, "q8")
+        check = setting.check_memory(checkpoint.config, Format.q8)
     assert check.verdict == "warning"
 
 

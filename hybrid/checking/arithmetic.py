@@ -7,7 +7,6 @@ import math
 import numpy as np
 
 from hybrid.checking.check import Check, Figures
-from hybrid.engine.options import Quant
 from hybrid.engine.oracle import comparison
 from hybrid.engine.oracle.comparison import Logits, OracleRuns, Run
 from hybrid.hub.catalog import CatalogEntry
@@ -94,7 +93,7 @@ def check_text(config: ModelConfig, run: Run, ids: list[int], entry: CatalogEntr
     return Check("text", "failed" if entry else "warning", message, advice, figures)
 
 
-def check_rounding(runs: OracleRuns, quant: Quant, n_neurons: int) -> Check:
+def check_rounding(runs: OracleRuns, quant: str, n_neurons: int) -> Check:
     """Compare the oracle with rounded weights and the one that rounds nothing.
 
     Weights that a format cannot hold are found here alone: engine and oracle round them alike.

@@ -82,7 +82,11 @@ def add_model_options(parser: argparse.ArgumentParser, quants: Sequence[str] = Q
 
 def add_quant_option(parser: argparse.ArgumentParser, quants: Sequence[str] = QUANTS) -> None:
     """Add the option of every command that opens a model; `open_engine` reads it."""
-    parser.add_argument("--quant", choices=quants, default="q8", help="weight format (default: q8)")
+    parser.add_argument(
+        "--quant",
+        choices=quants,
+        help="weight format (default: that of most weights of a GGUF file, else q8)",
+    )
 
 
 def add_activation_option(parser: argparse.ArgumentParser) -> None:

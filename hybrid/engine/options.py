@@ -17,6 +17,7 @@ import numpy as np
 
 from hybrid.checkpoint.gguf.activation import parse_activation
 from hybrid.errors import InvalidOption
+from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
 from hybrid.text.generation_config import GenerationDefaults
 from hybrid.text.sampling import SamplingParams
@@ -72,7 +73,7 @@ class LoadOptions:
     """How a model is loaded; `hybrid.load` describes each option. Raises InvalidOption."""
 
     threads: int | None = None  # None: one per core that the process may use
-    quant: Quant = "q8"
+    quant: Quant | None = None  # None: that of most weights of a GGUF file, else q8
     kv: KvName = "fp16"  # of the KV cache
     context_size: int | None = None  # tokens; None: 4096, or the model's maximum if that is less
     mmap: bool | None = None  # None: only if the weights do not fit into memory
@@ -92,7 +93,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.threads is not None:
             checked_count("threads", self.threads, MAX_THREADS)
-        _check_choice("quant", self.quant, get_args(Quant))
+        if self.quant is not None:
+            _check_choice("quant", self.quant, get_args(Quant))
         if not 0.0 < self.recall < 1.0:
             raise InvalidOption(f"recall: expected a value between 0 and 1, found {self.recall}")
         if self.add_bos not in (None, True, False):
@@ -109,6 +111,10 @@ class LoadOptions:
                 "quant f16 is for the CPU, because the GPU has no kernels for it: it takes no "
                 "device cuda, no plan and no vram_budget; use quant bf16, q8 or q4"
             )
+
+    @property
+    def format(self) -> Format | Literal["auto"]:
+        return "auto" if self.quant is None else Format[self.quant]
 
     @property
     def device_request(self) -> DeviceRequest:
@@ -180,7 +186,7 @@ class GenerationOptions:
 
 class LoadKeywords(TypedDict, total=False):
     threads: int | None
-    quant: Quant
+    quant: Quant | None
     kv: KvName
     context_size: int | None
     mmap: bool | None

@@ -29,6 +29,7 @@ GROUP_BLOCKS = GROUP // BLOCK
 # Candidate levels for a block's value of largest magnitude. Beyond -8 that value is clipped, but
 # the other values of the block are rounded better.
 Q4_EXTREMES = (-8, 7, -7.5, -8.5, -9)
+DEFAULT_FORMAT = Format.q8  # of models that are not stored in another one of these formats
 GPU_FORMATS = (Format.bf16, Format.q8, Format.q4)  # the GPU has kernels for these
 # Bytes of one row's values in a group.
 GROUP_VALUE_BYTES = {

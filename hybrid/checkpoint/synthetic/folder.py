@@ -165,6 +165,7 @@ def open_synthetic(
                 f"{path}: expected recipe {RECIPE}, a name and a seed, found {content!s:.100}; "
                 "remove the folder: it is made again when the model is loaded by name"
             )
+    packed = format
     if format in (None, Format.f16):
         format = Format.bf16
     bias_path = folder / f"gate_bias.{format.name}.safetensors"
@@ -192,6 +193,7 @@ def open_synthetic(
         config,
         tensors,
         identity=ModelIdentity(folder, config, (SourceFile.of(path), SourceFile.of(bias_path))),
+        format=packed,
         is_synthetic=True,
         notices=(notice,),
     )
