@@ -109,9 +109,7 @@ struct Head {
 using Op = std::variant<Embed, Qkv, Attend, Ffn, Head>;
 
 // The format of a predictor's first matrix, which is multiplied with the same vectors as the gate.
-inline Format PredictorFormat(Format format) {
-  return format == Format::kBf16 ? Format::kBf16 : Format::kQ4;
-}
+inline Format PredictorFormat(Format format) { return HasBlocks(format) ? Format::kQ4 : format; }
 
 enum class PhaseKind : int32_t {
   // decode

@@ -138,7 +138,7 @@ PyPredictor::PyPredictor(Format format, int32_t n_neurons, Bytes tiles, const Py
   Check(rows.n_rows % kRowTile == 0 && rows.n_rows <= kMaxCols &&
             first_matrix.format == PredictorFormat(format),
         "the first matrix must be (rank, hidden), with a rank that is a multiple of 4 and at most "
-        "16777216; bf16 for a bf16 model, otherwise q4");
+        "16777216; bf16 for a bf16 model, f16 for an f16 model, otherwise q4");
   Check(n_neurons > 0, "n_neurons must be positive");
   Check(tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
             tiles.shape(0) ==
@@ -191,8 +191,8 @@ std::vector<uint8_t> PyPredictor::MakeInputs(Format x_format, const Bytes& x,
   std::vector<float> z(static_cast<size_t>(n * predictor.rank));
   std::vector<uint8_t> inputs(static_cast<size_t>(n * n_bytes));
   const KernelTable& kernels = ActiveKernels();
-  kernels.gemm({rows_format, rows, 0, predictor.rank, x.data(), x.shape(1),
-                static_cast<int32_t>(n), z.data(), predictor.rank});
+  kernels.gemm({rows_format, rows, 0, predictor.rank, x.data(), x.shape(1), static_cast<int32_t>(n),
+                z.data(), predictor.rank});
   for (int64_t t = 0; t < n; ++t)
     kernels.make_predictor_input(predictor, z.data() + t * predictor.rank,
                                  inputs.data() + t * n_bytes);
@@ -266,7 +266,7 @@ void BindKernels(py::module_& m) {
                 "values and scales must be (rows, bytes of a row)");
         };
         check(values, ValueBytes(format, n_cols));
-        Check(scales.has_value() == (format != Format::kBf16), "q8 and q4 have scales, bf16 none");
+        Check(scales.has_value() == HasBlocks(format), "q8 and q4 have scales, bf16 and f16 none");
         if (scales) check(*scales, ScaleBytes(format, n_cols));
         uint8_t* value_row = values.mutable_data();
         uint8_t* scale_row = scales ? scales->mutable_data() : nullptr;

@@ -17,6 +17,7 @@ PYBIND11_MODULE(_native, m) {
       .value("bf16", Format::kBf16)
       .value("q8", Format::kQ8)
       .value("q4", Format::kQ4)
+      .value("f16", Format::kF16)
       .finalize();
   py::native_enum<Activation>(m, "Activation", "enum.Enum")
       .value("relu", Activation::kRelu)

@@ -14,8 +14,8 @@ namespace {
 // Predictors' other inputs than the operation's, for all tokens. Those of even layers and those of
 // odd layers have a place each, so that a layer can read those of the layer before.
 uint8_t* OtherInputs(const Pass& pass, int32_t layer) {
-  return pass.scratch.other_inputs + layer % 2 * int64_t{kPrefillChunk} *
-                                         VectorBytes(Format::kQ8, pass.shape().hidden_size);
+  return pass.scratch.other_inputs +
+         layer % 2 * int64_t{kPrefillChunk} * VectorBytes(Format::kQ8, pass.shape().hidden_size);
 }
 
 // Writes what a token brings to predictors as another input: its residual stream, or h.
@@ -38,8 +38,7 @@ int32_t LayerOfInput(const Ffn& op) {
 const uint8_t* PredictedFrom(const Pass& pass, const Phase& phase, int32_t piece,
                              ThreadScratch& thread) {
   const Ffn& op = pass.program.op<Ffn>(phase);
-  if (op.predictor->input == PredictorInput::kNormed)
-    return NormOnce(pass, phase, op.norm, thread);
+  if (op.predictor->input == PredictorInput::kNormed) return NormOnce(pass, phase, op.norm, thread);
   float* floats = thread.floats.get();
   const bool is_kept = LayerOfInput(op) != op.layer;
   // What the next layer reads is not read in this phase, so one thread can write it.

@@ -15,14 +15,14 @@ namespace hybrid {
 struct Scratch {
   Scratch(const Program& program, int32_t n_context);
 
-  Pages<float> x;                 // (T, hidden_size) residual stream
-  Pages<uint8_t> inputs;          // (T) quantised vectors: the operation's input, in prefill
-  Pages<float> q;                 // (T, n_heads, head_stride)
-  Pages<float> attention;         // (T, n_heads * head_dim)
-  Pages<float> span_max;          // (n_spans, n_heads)
-  Pages<float> span_sum;          // (n_spans, n_heads)
-  Pages<float> span_out;          // (n_spans, n_heads, head_stride)
-  Pages<float> z;                 // (T, rank) a predictor's first matrix times the input
+  Pages<float> x;          // (T, hidden_size) residual stream
+  Pages<uint8_t> inputs;   // (T) quantised vectors: the operation's input, in prefill
+  Pages<float> q;          // (T, n_heads, head_stride)
+  Pages<float> attention;  // (T, n_heads * head_dim)
+  Pages<float> span_max;   // (n_spans, n_heads)
+  Pages<float> span_sum;   // (n_spans, n_heads)
+  Pages<float> span_out;   // (n_spans, n_heads, head_stride)
+  Pages<float> z;          // (T, rank) a predictor's first matrix times the input
   // (2, T) q8 vectors: other inputs of predictors than the operation's. See OtherInputs.
   Pages<uint8_t> other_inputs;
   Pages<float> partials;          // (kFfnPieces, PartialStride)

@@ -29,6 +29,7 @@ from hybrid.errors import (
     ModelNotFound,
     UnsupportedModel,
 )
+from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import parse_config, refuse_unused
 from hybrid.model.stored_predictors import StoredPredictors
@@ -58,6 +59,7 @@ class Checkpoint:
         tensors: Mapping[tuple[str, int | None], Tensor | Generated],
         *,
         identity: ModelIdentity,
+        format: Format | None = None,
         is_synthetic: bool = False,
         notices: tuple[str, ...] = (),
         unused_tensors: tuple[str, ...] = (),
@@ -66,6 +68,7 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.identity = identity  # also lists the files that the weights come from
+        self.format = format  # what the weights are packed to; None: they are not
         self.is_synthetic = is_synthetic  # random weights, to measure speed
         self.notices = notices  # one line each, for the user
         self.unused_tensors = unused_tensors  # names in the files that the family lacks
@@ -119,12 +122,17 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    folder: Path, *, use_mmap: bool = True, hashes: Path | None = None
+    folder: Path,
+    format: Format | None = None,
+    *,
+    use_mmap: bool = True,
+    hashes: Path | None = None,
 ) -> Checkpoint:
     """Open a model's folder. Finds every tensor and checks its type and shape before it returns.
 
     Without `use_mmap` weights are read from the file when they are needed, and a file that shrinks
-    is an error. If a mapped file shrinks, the process ends. `hashes` is the folder in which the
+    is an error. If a mapped file shrinks, the process ends. `format` is what the weights will be
+    packed to, which changes nothing here. `hashes` is the folder in which the
     hashes of weight files are remembered.
 
     Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
@@ -158,6 +166,7 @@ def open_checkpoint(
         config,
         tensors,
         identity=ModelIdentity(folder, config, sources, hashes),
+        format=format,
         notices=tuple(notices),
         unused_tensors=unused,
     )

@@ -18,6 +18,7 @@ class Format(Enum):
     bf16 = 0
     q8 = 1
     q4 = 2
+    f16 = 3
 
 class Activation(Enum):
     relu = 0

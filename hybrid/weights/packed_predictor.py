@@ -9,7 +9,7 @@ from hybrid.kernels import Format, _native
 from hybrid.kernels._native import Predictor
 from hybrid.model.config import ModelConfig
 from hybrid.model.stored_predictors import StoredPredictors
-from hybrid.weights.formats import row_bytes
+from hybrid.weights.formats import has_blocks, row_bytes
 from hybrid.weights.packed_rows import pack_matrix
 from predictors.predictors import WIDE_RANK, LowRank
 
@@ -46,7 +46,7 @@ def pack_predictor(format: Format, predictor: LowRank, margin: float) -> Predict
 
 def _first_format(format: Format) -> Format:
     """Return the format of the first matrix. It is multiplied with the same vectors as the gate."""
-    return Format.bf16 if format is Format.bf16 else Format.q4
+    return Format.q4 if has_blocks(format) else format
 
 
 def _tiles(rows: NDArray[np.generic], fill: float) -> NDArray[np.generic]:

@@ -14,7 +14,7 @@ from fuzz.gguf_parts import GgufParts
 from gguf_files import vocabulary_of, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import STORIES, write_model
+from tiny_models import STORIES, scale_weights, write_model
 
 import hybrid
 from hybrid.checkpoint import open_checkpoint
@@ -28,8 +28,10 @@ from hybrid.errors import (
     ModelNotFound,
     UnsupportedModel,
 )
-from hybrid.kernels import Format
+from hybrid.kernels import Format, _native
 from hybrid.weights.formats import round_weights
+from hybrid.weights.layout import packed_layout
+from hybrid.weights.packing import pack_model
 
 gguf = pytest.importorskip("gguf", reason="gguf")
 
@@ -148,6 +150,44 @@ def test_stored_types_have_their_own_values(tmp_path: Path, kind: str) -> None:
             np.testing.assert_array_equal(
                 found.in_memory().fp32((slice(None), columns)), expected[:, columns]
             )
+
+
+SAME = {"F16": "f16", "BF16": "bf16", "Q8_0": "q8", "Q4_0": "q4"}
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**-12], ids=["ordinary", "small"])
+@pytest.mark.parametrize("ranks", [None, (8, 4)], ids=["llama", "powerinfer"])
+@pytest.mark.parametrize("kind", SAME)
+def test_stored_types_are_packed_to_the_bit(
+    tmp_path: Path, kind: str, ranks: tuple[int, ...] | None, size: float
+) -> None:
+    """The kernels read what the `gguf` package reads, even where matrices have a scale."""
+    shape = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 16}
+    model = write_model(tmp_path / "model", vocab_size=4096, **LLAMA, **shape)
+    scale_weights(model, dict.fromkeys(("mlp", "o_proj", "embed_tokens"), size))
+    path = write_gguf(tmp_path / "x.gguf", model, kind, predictor_ranks=ranks)
+    with open_checkpoint(path) as checkpoint:
+        packed = pack_model(checkpoint, packed_layout(checkpoint.config, Format[SAME[kind]]))
+    path.write_bytes(b"GGUF" + path.read_bytes()[4:])  # the package refuses PowerInfer's magic
+    stored = {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+    layer, blocks = packed.layers[1], "blk.1."
+    found = {
+        "token_embd": packed.embedding,
+        f"{blocks}attn_output": layer.o,
+        f"{blocks}ffn_gate": layer.gate,
+        f"{blocks}ffn_up": layer.up,
+    }
+    if ranks is not None:
+        found[f"{blocks}ffn_down_t"] = layer.down
+    elif kind in ("F16", "BF16"):
+        stored[f"{blocks}ffn_down.weight"] = stored[f"{blocks}ffn_down.weight"].T
+        found[f"{blocks}ffn_down"] = layer.down
+    for name, rows in found.items():
+        values = [_native.dequantize(rows, row) for row in range(rows.n_rows)]
+        np.testing.assert_array_equal(values, stored[f"{name}.weight"], err_msg=name)
 
 
 @pytest.mark.parametrize("quant", ["q8", "q4"])

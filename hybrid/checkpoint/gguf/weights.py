@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -109,8 +111,10 @@ class GgufWeights:
                 f"{self.paths[0]}: not supported: the architecture has no tensors such as "
                 f"{short_list(unknown)}"
             )
-        types = {info.type.name for _, info in self._found.values() if len(info.shape) > 1}
-        self.types: tuple[str, ...] = tuple(sorted(types))
+        self.n_weights: Counter[str] = Counter()  # of matrices, by the name of their type
+        for _, info in self._found.values():
+            if len(info.shape) > 1:
+                self.n_weights[info.type.name] += math.prod(info.shape)
         # Types of down matrices whose rows are not those of neurons.
         self.down_types: set[str] = {
             info.type.name

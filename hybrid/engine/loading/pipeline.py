@@ -22,7 +22,7 @@ from hybrid.engine.loading.model_spec import ModelSpec, describe, hashes_folder
 from hybrid.engine.loading.planning import decide
 from hybrid.engine.loading.prediction import choose_predictors
 from hybrid.engine.options import LoadOptions
-from hybrid.kernels import Format, check_isa_cap
+from hybrid.kernels import check_isa_cap
 from hybrid.notices import Notices
 from hybrid.placement.plan import PlacementPlan
 from hybrid.progress import Progress, ignore_progress
@@ -67,12 +67,11 @@ def load_parts(request: Request) -> Parts:
     started = time.perf_counter()
     check_isa_cap()
     options, notices = request.options, request.notices
-    format, use_mmap = Format[options.quant], options.mmap is not False
     with open_checkpoint(
         request.folder,
-        format,
+        options.format,
         request.progress,
-        use_mmap=use_mmap,
+        use_mmap=options.mmap is not False,
         hashes=hashes_folder(request.home),
         activation=options.activation,
     ) as checkpoint:
