@@ -88,6 +88,7 @@ void Program::Add(const Ffn& op) {
   const Predictor& second = op.predictor->second;
   predictor_input_bytes_ = std::max(predictor_input_bytes_, PredictorInputBytes(second));
   largest_rank_ = std::max(largest_rank_, second.rank);
+  has_other_inputs_ |= op.predictor->input != PredictorInput::kNormed;
 }
 
 void Program::CheckPredictor(const Ffn& op) const {
@@ -97,7 +98,10 @@ void Program::CheckPredictor(const Ffn& op) const {
         "gate rows that a predictor selects must be bit-reversed");
   Check(op.activation != Activation::kSilu,
         "a predictor needs an activation that can be zero: relu or fatrelu");
-  Check(rank > 0 && rank % kRowTile == 0, "the predictor's rank must be a positive multiple of 4");
+  Check(rank > 0 && (IsMlp(predictor.second) || rank % kRowTile == 0),
+        "the predictor's rank must be a positive multiple of 4");
+  Check(predictor.input == PredictorInput::kNormed || !op.split,
+        "a predictor of another input needs the whole FFN on the CPU");
   Check(predictor.first.n_rows == rank && predictor.first.n_cols == shape_.hidden_size,
         "the predictor's first matrix must be (rank, hidden_size)");
 }

@@ -59,10 +59,21 @@ struct Attend {
   int32_t layer;
 };
 
-// Names the neurons whose gates are computed, from the FFN's input h.
+// What a predictor's first matrix is multiplied with. Each file of other engines was trained for
+// one of the last two.
+enum class PredictorInput : int32_t {
+  kNormed,    // the FFN's input h
+  kResidual,  // the residual stream before the norm
+  kPrevious,  // h of the layer before; in the first layer, its own h
+};
+
+// Names the neurons whose gates are computed.
 struct FfnPredictor {
   Rows first;        // (rank, hidden_size)
-  Predictor second;  // scores every neuron from first(h)
+  Format format;     // of `first`
+  Predictor second;  // scores every neuron from first(input)
+  PredictorInput input = PredictorInput::kNormed;
+  const float* biases = nullptr;  // (rank,) of `first`; null: zeros
 };
 
 // Another device computes neurons [0, first_neuron). It also computes the norm, and the gates of
@@ -98,9 +109,7 @@ struct Head {
 using Op = std::variant<Embed, Qkv, Attend, Ffn, Head>;
 
 // The format of a predictor's first matrix, which is multiplied with the same vectors as the gate.
-inline Format PredictorFormat(Format format) {
-  return format == Format::kBf16 ? Format::kBf16 : Format::kQ4;
-}
+inline Format PredictorFormat(Format format) { return HasBlocks(format) ? Format::kQ4 : format; }
 
 enum class PhaseKind : int32_t {
   // decode
@@ -170,6 +179,8 @@ class Program {
   int32_t vocab_size() const { return vocab_size_; }
   int32_t largest_rank() const { return largest_rank_; }  // of all low-rank predictors
   int64_t predictor_input_bytes() const { return predictor_input_bytes_; }  // the largest
+  // Whether any predictor takes another input than the FFN's.
+  bool has_other_inputs() const { return has_other_inputs_; }
   bool has_preview() const { return has_preview_; }
   // The operation of a phase. T is the type that the phase's kind belongs to.
   template <typename T>
@@ -195,7 +206,7 @@ class Program {
   bool receives_x_ = false;  // of the segment that is being recorded
   int32_t n_layers_ = 0, n_neurons_ = 0, vocab_size_ = 0, largest_rank_ = 0;
   int64_t predictor_input_bytes_ = 0;
-  bool has_head_ = false, has_preview_ = false, is_sealed_ = false;
+  bool has_head_ = false, has_preview_ = false, has_other_inputs_ = false, is_sealed_ = false;
 };
 
 }  // namespace hybrid

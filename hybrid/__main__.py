@@ -17,6 +17,7 @@ COMMANDS = {
     "setup": "prepare a model once, so that it runs faster on this machine",
     "plan": "decide which part of a model goes on the GPU, and predict the speed",
     "bench": "measure how fast a model loads, prefills and decodes on this machine",
+    "export": "write a model in the format of transformers, llama.cpp or PowerInfer",
     "eval": "measure a model's perplexity, or its accuracy on multiple-choice questions",
 }
 OTHERS = {

@@ -91,7 +91,7 @@ def report(args: argparse.Namespace, engine: Engine) -> None:
         print(f"note: {printable(notice)}")
     stats = engine.stats
     kept = ("mapped" if stats.is_mapped else "in memory") + (", locked" if stats.is_locked else "")
-    print(f"model      {args.model}, {args.quant}, {stats.weight_bytes / 1e6:.0f} MB {kept}")
+    print(f"model      {args.model}, {engine.quant}, {stats.weight_bytes / 1e6:.0f} MB {kept}")
     options = SpeedOptions(args.tokens, args.runs, args.long_context, args.seed, args.stages)
     found = measure_speed(engine, options)
     print_table(engine, found, copying_s)
@@ -125,7 +125,7 @@ def print_table(engine: Engine, found: Measurements, copying_s: float) -> None:
         print(f"device     {engine.device_name}; {engine.plan.summary()}")
     if (prediction := engine.prediction) is not None:
         print(
-            f"predictor  recall {prediction.recall:g}: {short.predicted_fraction:.1%} of the gates "
+            f"predictor  {prediction.summary}: {short.predicted_fraction:.1%} of the gates "
             f"computed; {prediction.n_predicted_layers} of {engine.config.n_layers} layers, "
             f"{prediction.bytes_per_token / 1e6:.1f} MB/token for the predictor; it may miss "
             "neurons: measure what that costs with hybrid.eval perplexity --predictor"
@@ -180,7 +180,7 @@ def as_json(
     has_mbu = not (engine.fits_in_cache or engine.uses_gpu)
     summary = {
         "model": args.model,
-        "quant": args.quant,
+        "quant": engine.quant,
         "kv": args.kv,
         "threads": engine.n_threads,
         "isa": active_isa(),

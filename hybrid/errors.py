@@ -22,6 +22,16 @@ A message says what is wrong, what was expected, what was found, and what to do.
 from __future__ import annotations
 
 
+def one_line(text: object, most: int = 300) -> str:
+    """Return what a file or another library says, as a part of a message.
+
+    It has no line breaks or other characters that cannot be shown, and at most `most` characters.
+    """
+    encoded = str(text)[: 4 * most].encode(errors="backslashreplace").decode()  # lone surrogates
+    shown = (character if character.isprintable() else " " for character in encoded)
+    return " ".join("".join(shown).split())[:most]
+
+
 class HybridError(Exception):
     """The root of all exceptions that the library raises on purpose."""
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from hybrid import Engine, LoadOptions, Progress
 from hybrid.cli.command_line import (
+    QUANTS,
     ArgumentParser,
     add_bos_option,
     add_device_options,
@@ -69,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "choices", help=about, description=f"{about.capitalize()}.", allow_abbrev=False
     )
     for command in (perplexity, choices):
-        add_model_options(command, quants=("q8", "q4", "bf16", "fp32"))
+        add_model_options(command, quants=(*QUANTS, "fp32"))
         add_kv_option(command)
         add_predictor_options(command)
         add_device_options(command)
@@ -141,7 +142,7 @@ def what(args: argparse.Namespace, engine: Engine | Fp32Engine) -> dict[str, Any
     prediction = engine.prediction if isinstance(engine, Engine) else None
     return {
         "model": args.model,
-        "quant": args.quant,
+        "quant": engine.quant if isinstance(engine, Engine) else args.quant,
         "kv": "fp32" if args.quant == "fp32" else args.kv,
         "synthetic": engine.is_synthetic,
         "predictor": None if prediction is None else str(prediction.path),
@@ -202,7 +203,8 @@ def choices(args: argparse.Namespace) -> None:
 
 
 def label(about: dict[str, Any]) -> str:
-    predictor = "" if about["predictor"] is None else f", predictor at recall {about['recall']:g}"
+    recall = "" if about["recall"] is None else f" at recall {about['recall']:g}"
+    predictor = "" if about["predictor"] is None else f", predictor{recall}"
     head = ", head previewed" if about["previews_head"] else ""
     return f"{about['model']}, {about['quant']}, KV cache {about['kv']}{predictor}{head}"
 

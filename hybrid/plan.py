@@ -31,7 +31,7 @@ from hybrid.cli.command_line import (
 )
 from hybrid.cli.progress_bar import progress_bar
 from hybrid.engine.loading.model_spec import ModelSpec, read_model_spec
-from hybrid.engine.loading.planning import machine_here, solve_for
+from hybrid.engine.loading.planning import check_gpu_has, machine_here, solve_for
 from hybrid.hub.catalog import hybrid_home, resolve
 from hybrid.notices import Notices
 from hybrid.placement.machine import MODELLED, Machine, override, read_overrides
@@ -125,8 +125,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_machine(args: argparse.Namespace, spec: ModelSpec, notices: Notices) -> Machine:
-    """Return the machine to plan for."""
+    """Return the machine to plan for. Raises DeviceUnavailable."""
     name = args.hardware
+    if name is not None:
+        check_gpu_has(spec.format)
     if name in MODELLED:
         machine = MODELLED[name]()
         notices.add(f"{machine.name} is modelled, not measured")

@@ -36,6 +36,7 @@ from hybrid.cli.command_line import (
     add_generation_options,
     add_kv_option,
     add_predictor_options,
+    add_quant_option,
     decode_with_notes,
     generation_options,
     open_engine,
@@ -110,7 +111,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="context size in tokens (default: 4096, or the model's maximum if that is less)",
     )
     add_generation_options(parser)
-    add("--quant", choices=("q8", "q4", "bf16"), default="q8", help="weight format (default: q8)")
+    add_quant_option(parser)
     add_kv_option(parser)
     add_predictor_options(parser)
     add_device_options(parser)

@@ -130,7 +130,9 @@ def run(args: argparse.Namespace) -> int:
     n_failed, n_warnings = verdicts.count("failed"), verdicts.count("warning")
     verdict = "failed" if n_failed else "warning" if n_warnings else "ok"
     if args.json:
-        report = {"model": args.model, "quant": args.quant, "kv": args.kv, "verdict": verdict}
+        used = (check.figures["quant"] for check in checks if "quant" in check.figures)
+        quant = next(used, args.quant)  # None: the model could not be opened
+        report = {"model": args.model, "quant": quant, "kv": args.kv, "verdict": verdict}
         print(json.dumps(report | {"checks": [as_json(check) for check in checks]}))
     elif n_failed:
         print(

@@ -61,10 +61,10 @@ def write_gguf(
 ) -> Path:
     """Write a folder's model as a GGUF file.
 
-    `kind` is the type of the matrices. `vocabulary` are the keys of a tokenizer, `metadata` further
-    keys; a value of None removes one. `split` writes only every n-th tensor, as part i of n.
-    `predictor_ranks`, one a layer, make it PowerInfer's: another magic, transposed down matrices,
-    and predictors of these ranks.
+    `kind` is the type of the matrices, whose values are random if it is Q6_K or the like.
+    `vocabulary` are the keys of a tokenizer, `metadata` further keys; a value of None removes one.
+    `split` writes only every n-th tensor, as part i of n. `predictor_ranks`, one a layer, make it
+    PowerInfer's: another magic, transposed down matrices, and predictors of these ranks.
     """
     gguf = pytest.importorskip("gguf", reason="gguf")
     config = json.loads((model / "config.json").read_text()) | changes
@@ -110,7 +110,7 @@ def write_gguf(
         if predictor_ranks is not None and stored.endswith("ffn_down.weight"):
             w, stored = np.ascontiguousarray(w.T), stored.replace("ffn_down", "ffn_down_t")
         chosen = gguf.GGMLQuantizationType[kind if w.ndim > 1 else "F32"]
-        data = w if chosen.name == "F32" else gguf.quants.quantize(w, chosen)
+        data = w if chosen.name == "F32" else blocks_of(w, chosen)
         writer.add_tensor(stored, data, raw_dtype=chosen)
     for layer, rank in enumerate(predictor_ranks or ()):
         draw = np.random.default_rng(layer)
@@ -126,6 +126,18 @@ def write_gguf(
         with path.open("r+b") as file:
             file.write(b"PWRI")
     return path
+
+
+def blocks_of(w: np.ndarray, kind: Any) -> np.ndarray:
+    """Return the blocks of a matrix, or random ones where the package can only read the type."""
+    gguf = pytest.importorskip("gguf", reason="gguf")
+    try:
+        blocks: np.ndarray = gguf.quants.quantize(w, kind)
+        return blocks
+    except NotImplementedError:
+        n_values, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        shape = (*w.shape[:-1], w.shape[-1] // n_values * n_bytes)
+        return np.random.default_rng(0).integers(0, 64, shape, np.uint8)  # no scale is infinite
 
 
 def add_key(writer: Any, key: str, value: Any) -> None:

@@ -30,7 +30,7 @@ LAYERS = [
     ["hybrid.text"],
     ["hybrid.engine"],
     ["hybrid.hub"],
-    ["hybrid.evaluation", "hybrid.checking"],
+    ["hybrid.evaluation", "hybrid.checking", "hybrid.exporting"],
     ["hybrid", "hybrid.public"],  # the public names
     ["hybrid.cli"],
     [
@@ -41,6 +41,7 @@ LAYERS = [
         "hybrid.selfcheck",
         "hybrid.setup",
         "hybrid.plan",
+        "hybrid.export",
         "hybrid.__main__",
     ],
 ]
@@ -71,6 +72,7 @@ FRONT_ENDS = {
         "hybrid.placement.plan",
     }
     | {"hybrid.placement.solver", "hybrid.placement.time_model"},
+    "hybrid.export": _USUAL | {"hybrid.exporting", "hybrid.notices"},
     "hybrid.selfcheck": _USUAL | {"hybrid.checking", "hybrid.checking.gpu"},
 }
 

@@ -83,6 +83,10 @@ def test_a_budget_of_zero_puts_everything_on_the_cpu(capsys):
         (["--vram-budget", "much"], "expected an amount"),
         (["--vram-budget", "-1GiB"], "expected"),
         (["--hardware", "cray"], "expected a JSON file, or one of ddr4-gtx1650"),
+        (
+            ["--hardware", "ddr4-rtx3050", "--quant", "f16"],
+            "the GPU has no kernels for f16 weights",
+        ),
         (["-c", "0"], "context_size"),
         (["-m", "none/such"], "none/such"),
     ],

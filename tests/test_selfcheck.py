@@ -30,6 +30,7 @@ from hybrid.engine.oracle.executor import (
     stream_weights,
 )
 from hybrid.hub.catalog import CatalogEntry, catalog
+from hybrid.kernels import Format
 
 
 def checks_of(folder: Path | str, **options: Any) -> dict[str, Check]:
@@ -49,7 +50,7 @@ def expect_active(monkeypatch: pytest.MonkeyPatch, fraction: float) -> None:
     monkeypatch.setattr(model, "catalog", lambda: (entry,))
 
 
-@pytest.mark.parametrize("quant", slow_except(["bf16", "q8", "q4"], "q8"))
+@pytest.mark.parametrize("quant", slow_except(["bf16", "f16", "q8", "q4"], "q8"))
 def test_the_bundled_model_passes_every_check(isa, quant):
     checks = checks_of("stories", quant=quant, threads=2)
     verdicts = {name: check.verdict for name, check in checks.items()}
@@ -119,7 +120,7 @@ def test_streamed_weights_give_the_same_logits(tmp_path, format):
             assert session.position == 20
 
 
-@pytest.mark.parametrize("quant", slow_except(["bf16", "q8", "q4"], "q8"))
+@pytest.mark.parametrize("quant", slow_except(["bf16", "f16", "q8", "q4"], "q8"))
 @pytest.mark.parametrize(
     "recorded", [{"threshold": 0.15}, {"threshold": 0.25}, {"activation": "relu"}]
 )
@@ -351,7 +352,7 @@ def test_a_short_context_is_checked_as_far_as_it_goes(tmp_path):
 def test_too_little_memory_gives_a_warning(monkeypatch):
     monkeypatch.setattr(setting, "available_memory_bytes", lambda: 1000)
     with open_checkpoint(STORIES) as checkpoint:
-        check = setting.check_memory(checkpoint.config, "q8")
+        check = setting.check_memory(checkpoint.config, Format.q8)
     assert check.verdict == "warning"
 
 

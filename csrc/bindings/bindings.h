@@ -53,13 +53,20 @@ struct PyRows {
 // A predictor of one layer within NumPy arrays. The object keeps the arrays alive.
 struct PyPredictor {
   PyPredictor(Format format, int32_t n_neurons, Bytes tiles, const PyRows& first_matrix);
+  // Of another engine's file: with a nonlinearity between two q8 matrices.
+  PyPredictor(const PyRows& first_matrix, const PyRows& second_matrix, float threshold,
+              PredictorInput input, std::optional<Floats> first_biases,
+              std::optional<Floats> second_biases);
   // The predictor's inputs for (n, bytes) quantised vectors.
   std::vector<uint8_t> MakeInputs(Format x_format, const Bytes& x, int32_t n_cols) const;
   Format format;  // of the model's weights
   Predictor predictor;
   int32_t n_neurons;
   Rows rows;  // the first matrix: (rank, hidden)
-  Bytes tiles, rows_memory;
+  Format rows_format;
+  PredictorInput input = PredictorInput::kNormed;
+  const float* biases = nullptr;  // of the first matrix
+  py::list keep_alive;
 };
 
 // A preview of the head within a NumPy array. The object keeps the array alive.

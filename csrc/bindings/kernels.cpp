@@ -132,17 +132,45 @@ PyPredictor::PyPredictor(Format format, int32_t n_neurons, Bytes tiles, const Py
       predictor{first_matrix.rows.n_rows, tiles.data()},
       n_neurons(n_neurons),
       rows(first_matrix.rows),
-      tiles(tiles),
-      rows_memory(first_matrix.memory) {
+      rows_format(first_matrix.format) {
+  keep_alive.append(tiles);
+  keep_alive.append(first_matrix.memory);
   Check(rows.n_rows % kRowTile == 0 && rows.n_rows <= kMaxCols &&
             first_matrix.format == PredictorFormat(format),
         "the first matrix must be (rank, hidden), with a rank that is a multiple of 4 and at most "
-        "16777216; bf16 for a bf16 model, otherwise q4");
+        "16777216; bf16 for a bf16 model, f16 for an f16 model, otherwise q4");
   Check(n_neurons > 0, "n_neurons must be positive");
   Check(tiles.ndim() == 1 && IsAligned(tiles.data(), 4) &&
             tiles.shape(0) ==
                 (n_neurons + kPredictTile - 1) / kPredictTile * PredictTileBytes(predictor),
         "tiles must be (bytes of all tiles,)");
+}
+
+PyPredictor::PyPredictor(const PyRows& first_matrix, const PyRows& second_matrix, float threshold,
+                         PredictorInput input, std::optional<Floats> first_biases,
+                         std::optional<Floats> second_biases)
+    : format(Format::kQ8),
+      predictor{first_matrix.rows.n_rows, second_matrix.rows.scales, second_matrix.rows, nullptr,
+                threshold},
+      n_neurons(second_matrix.rows.n_rows),
+      rows(first_matrix.rows),
+      rows_format(Format::kQ8),
+      input(input) {
+  Check(first_matrix.format == Format::kQ8 && second_matrix.format == Format::kQ8 &&
+            rows.layout == RowLayout::kInterleaved &&
+            second_matrix.rows.layout == RowLayout::kInterleaved &&
+            second_matrix.rows.n_cols == rows.n_rows,
+        "the matrices must be interleaved q8: (rank, hidden) and (n_neurons, rank)");
+  const auto take = [&](const std::optional<Floats>& biases, int64_t n) -> const float* {
+    if (!biases) return nullptr;
+    Check(biases->ndim() == 1 && biases->shape(0) == n, "one bias per row of its matrix");
+    keep_alive.append(*biases);
+    return biases->data();
+  };
+  biases = take(first_biases, rows.n_rows);
+  predictor.biases = take(second_biases, n_neurons);
+  keep_alive.append(first_matrix.memory);
+  keep_alive.append(second_matrix.memory);
 }
 
 PyPreview::PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles)
@@ -156,14 +184,15 @@ PyPreview::PyPreview(int32_t n_rows, int32_t n_cols, Bytes tiles)
 
 std::vector<uint8_t> PyPredictor::MakeInputs(Format x_format, const Bytes& x,
                                              int32_t n_cols) const {
-  Check(x_format == format, "the predictor and the gate rows must have the same format");
+  Check(!IsMlp(predictor) && x_format == format,
+        "the predictor and the gate rows must have the same format");
   Check(rows.n_cols == n_cols, "the predictor and the gate rows must have the same width");
   const int64_t n = x.shape(0), n_bytes = PredictorInputBytes(predictor);
   std::vector<float> z(static_cast<size_t>(n * predictor.rank));
   std::vector<uint8_t> inputs(static_cast<size_t>(n * n_bytes));
   const KernelTable& kernels = ActiveKernels();
-  kernels.gemm({PredictorFormat(format), rows, 0, predictor.rank, x.data(), x.shape(1),
-                static_cast<int32_t>(n), z.data(), predictor.rank});
+  kernels.gemm({rows_format, rows, 0, predictor.rank, x.data(), x.shape(1), static_cast<int32_t>(n),
+                z.data(), predictor.rank});
   for (int64_t t = 0; t < n; ++t)
     kernels.make_predictor_input(predictor, z.data() + t * predictor.rank,
                                  inputs.data() + t * n_bytes);
@@ -237,7 +266,7 @@ void BindKernels(py::module_& m) {
                 "values and scales must be (rows, bytes of a row)");
         };
         check(values, ValueBytes(format, n_cols));
-        Check(scales.has_value() == (format != Format::kBf16), "q8 and q4 have scales, bf16 none");
+        Check(scales.has_value() == HasBlocks(format), "q8 and q4 have scales, bf16 and f16 none");
         if (scales) check(*scales, ScaleBytes(format, n_cols));
         uint8_t* value_row = values.mutable_data();
         uint8_t* scale_row = scales ? scales->mutable_data() : nullptr;

@@ -9,6 +9,7 @@ namespace py = pybind11;
 using hybrid::Activation;
 using hybrid::Format;
 using hybrid::KvFormat;
+using hybrid::PredictorInput;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The compiled half of hybrid: kernels, thread pool, recorded programs.";
@@ -16,6 +17,7 @@ PYBIND11_MODULE(_native, m) {
       .value("bf16", Format::kBf16)
       .value("q8", Format::kQ8)
       .value("q4", Format::kQ4)
+      .value("f16", Format::kF16)
       .finalize();
   py::native_enum<Activation>(m, "Activation", "enum.Enum")
       .value("relu", Activation::kRelu)
@@ -25,6 +27,11 @@ PYBIND11_MODULE(_native, m) {
   py::native_enum<KvFormat>(m, "KvFormat", "enum.Enum")
       .value("fp16", KvFormat::kFp16)
       .value("bf16", KvFormat::kBf16)
+      .finalize();
+  py::native_enum<PredictorInput>(m, "PredictorInput", "enum.Enum")
+      .value("normed", PredictorInput::kNormed)
+      .value("residual", PredictorInput::kResidual)
+      .value("previous", PredictorInput::kPrevious)
       .finalize();
   m.attr("BLOCK") = hybrid::kBlock;
   m.attr("GROUP") = hybrid::kGroup;

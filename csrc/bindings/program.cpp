@@ -78,7 +78,12 @@ void BindProgram(py::module_& m) {
 
   py::class_<PyPredictor>(m, "Predictor")
       .def(py::init<Format, int32_t, Bytes, const PyRows&>(), py::kw_only(), py::arg("format"),
-           py::arg("n_neurons"), py::arg("tiles"), py::arg("first_matrix"));
+           py::arg("n_neurons"), py::arg("tiles"), py::arg("first_matrix"))
+      .def(py::init<const PyRows&, const PyRows&, float, PredictorInput, std::optional<Floats>,
+                    std::optional<Floats>>(),
+           py::kw_only(), py::arg("first_matrix"), py::arg("second_matrix"), py::arg("threshold"),
+           py::arg("input"), py::arg("first_biases") = py::none(),
+           py::arg("second_biases") = py::none());
 
   py::class_<PyPreview>(m, "Preview")
       .def(py::init<int32_t, int32_t, Bytes>(), py::kw_only(), py::arg("n_rows"), py::arg("n_cols"),
@@ -148,9 +153,11 @@ void BindProgram(py::module_& m) {
             }
             if (!predictor.is_none()) {
               const PyPredictor& of = predictor.cast<const PyPredictor&>();
-              Check(of.format == p.program.shape().format && of.n_neurons == op.n_neurons(),
+              Check((IsMlp(of.predictor) || of.format == p.program.shape().format) &&
+                        of.n_neurons == op.n_neurons(),
                     "the predictor must have the program's format and one score per gate row");
-              op.predictor = FfnPredictor{of.rows, of.predictor};
+              op.predictor =
+                  FfnPredictor{of.rows, of.rows_format, of.predictor, of.input, of.biases};
               p.keep_alive.append(predictor);
             }
             p.program.Add(op);

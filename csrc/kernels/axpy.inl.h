@@ -8,12 +8,18 @@
 namespace hybrid {
 namespace {
 
-// Adds several rows at once: y[col] = (... (y[col] + a0 w0[col]) + a1 w1[col]) ... Each row is one
-// fused multiply-add, one after the other. How rows are grouped therefore changes no bit, only how
-// often y is loaded. Takes `n_groups` groups of each row. Before each group it calls `between` with
-// 2 * kRows: each neuron has an up row and a down row.
-template <int kRows, typename Between>
-inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y, Between& between) {
+// kLanes bf16 or fp16 weights.
+template <Format kFormat>
+inline F32 LoadValues(const uint16_t* p) {
+  return kFormat == Format::kBf16 ? LoadBf16(p) : LoadFp16(p);
+}
+
+// bf16 and f16. Adds several rows at once: y[col] = (... (y[col] + a0 w0[col]) + a1 w1[col]) ...
+// Each row is one fused multiply-add, one after the other. How rows are grouped therefore changes
+// no bit, only how often y is loaded. Takes `n_groups` groups of each row. Before each group it
+// calls `between` with 2 * kRows: each neuron has an up row and a down row.
+template <Format kFormat, int kRows, typename Between>
+inline void AxpyValues(RowAt* w, int32_t n_groups, const float* a, float* y, Between& between) {
   F32 factor[kRows];
   for (int r = 0; r < kRows; ++r) factor[r] = Set(a[r]);
   for (int32_t group = 0; group < n_groups; ++group, y += kBlock) {
@@ -23,7 +29,8 @@ inline void AxpyBf16(RowAt* w, int32_t n_groups, const float* a, float* y, Betwe
       F32 sum = Load(y + col);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
-        sum = Fma(factor[r], LoadBf16(reinterpret_cast<const uint16_t*>(w[r].values) + col), sum);
+        sum = Fma(factor[r],
+                  LoadValues<kFormat>(reinterpret_cast<const uint16_t*>(w[r].values) + col), sum);
       Store(y + col, sum);
     }
     for (int r = 0; r < kRows; ++r) w[r].values += w[r].values_step;
@@ -76,10 +83,10 @@ inline void AxpyRows(const Rows& rows, const int32_t* row, const float* a, float
   RowAt w[kRows];
   for (int r = 0; r < kRows; ++r) w[r] = At<kFormat>(rows, row[r]);
   const int32_t n_groups = CountGroups(kFormat, rows.n_cols);
-  if constexpr (kFormat == Format::kBf16)
-    AxpyBf16<kRows>(w, n_groups, a, y, between);
-  else
+  if constexpr (HasBlocks(kFormat))
     AxpyBlocks<kFormat, kRows>(w, n_groups, a, y, between);
+  else
+    AxpyValues<kFormat, kRows>(w, n_groups, a, y, between);
 }
 
 template <int kRows, typename Between>
@@ -87,6 +94,8 @@ inline void Axpy(Format format, const Rows& rows, const int32_t* row, const floa
                  Between& between) {
   if (format == Format::kBf16)
     AxpyRows<Format::kBf16, kRows>(rows, row, a, y, between);
+  else if (format == Format::kF16)
+    AxpyRows<Format::kF16, kRows>(rows, row, a, y, between);
   else if (format == Format::kQ8)
     AxpyRows<Format::kQ8, kRows>(rows, row, a, y, between);
   else

@@ -99,12 +99,33 @@ class OneTile {
   const uint8_t* at_;
 };
 
-// With one token, `between` is called after each row's part of a group, with the number of rows
-// (prefetch.inl.h).
-template <int kRows, int kTokens, typename Source, typename Between>
-inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
-                        Between& between) {
-  const int32_t n_groups = PaddedCols(Format::kBf16, n_cols) / kBlock;
+// bf16 and f16: one step takes a register of bf16 pairs, or a register of widened fp16 values.
+template <Format kFormat>
+constexpr int32_t kStepCols = kFormat == Format::kBf16 ? 2 * kLanes : kLanes;
+
+template <Format kFormat>
+inline auto LoadStep(const uint8_t* w, int32_t col) {
+  const uint16_t* values = reinterpret_cast<const uint16_t*>(w) + col;
+  if constexpr (kFormat == Format::kBf16)
+    return LoadBf16s(values);
+  else
+    return LoadFp16(values);
+}
+
+template <Format kFormat, typename Weights>
+inline F32 DotStep(F32 sum, const Weights& w, const uint8_t* x, int32_t col) {
+  if constexpr (kFormat == Format::kBf16)
+    return DotBf16(sum, w, LoadBf16s(reinterpret_cast<const uint16_t*>(x) + col));
+  else
+    return Fma(w, Load(reinterpret_cast<const float*>(x) + col), sum);
+}
+
+// bf16 and f16. With one token, `between` is called after each row's part of a group, with the
+// number of rows (prefetch.inl.h).
+template <Format kFormat, int kRows, int kTokens, typename Source, typename Between>
+inline void DotTileValues(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
+                          Between& between) {
+  const int32_t n_groups = PaddedCols(kFormat, n_cols) / kBlock;
   F32 sum[kRows][kTokens];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -114,13 +135,11 @@ inline void DotTileBf16(Source w, int32_t n_cols, const uint8_t* const* x, float
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int32_t col = 0; col < kBlock; col += 2 * kLanes) {
-        const Bf16s line = LoadBf16s(reinterpret_cast<const uint16_t*>(w.values(r)) + col);
+      for (int32_t col = 0; col < kBlock; col += kStepCols<kFormat>) {
+        const auto step = LoadStep<kFormat>(w.values(r), col);
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t)
-          sum[r][t] =
-              DotBf16(sum[r][t], line,
-                      LoadBf16s(reinterpret_cast<const uint16_t*>(x[t]) + group * kBlock + col));
+          sum[r][t] = DotStep<kFormat>(sum[r][t], step, x[t], group * kBlock + col);
         if constexpr (kTokens == 1) InOrder();
       }
       if constexpr (kTokens == 1) between(1);
@@ -238,10 +257,10 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
     constexpr Format kFormat = decltype(constant)::kValue;
     using Source = Select<kTake == Take::kTile, OneTile<kFormat>, AnyRows<kFormat, kRows>>;
     const auto sum = [&](auto& meanwhile) {
-      if constexpr (kFormat == Format::kBf16)
-        DotTileBf16<kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, meanwhile);
-      else
+      if constexpr (HasBlocks(kFormat))
         DotTileBlocks<kFormat, kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, meanwhile);
+      else
+        DotTileValues<kFormat, kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, meanwhile);
     };
     if constexpr (kTake != Take::kAny && kTokens == 1) {
       StreamPrefetcher<kFormat> ahead(StartOf(rows, row[0]));
@@ -252,6 +271,8 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
   };
   if (format == Format::kBf16)
     dot(FormatConstant<Format::kBf16>{});
+  else if (format == Format::kF16)
+    dot(FormatConstant<Format::kF16>{});
   else if (format == Format::kQ8)
     dot(FormatConstant<Format::kQ8>{});
   else
@@ -310,7 +331,7 @@ inline void GemmTiles(const GemmArgs& a) {
 }
 
 void Gemm(const GemmArgs& a) {
-  if (a.format == Format::kBf16)
+  if (!HasBlocks(a.format))
     GemmTiles<4>(a);
   else
     GemmTiles<2>(a);

@@ -16,7 +16,8 @@
 //   addresses then form no stream, which the hardware would go on prefetching beyond the row's end
 //   (docs/log.md).
 //
-// bf16 rows: values in order, in groups of 32. A row is padded with zeros to a multiple of 32.
+// bf16 and f16 rows: values of two bytes in order, in groups of 32. A row is padded with zeros to a
+// multiple of 32.
 //
 // q8 rows: blocks of 32 weights with one fp16 scale each (the semantics of GGUF's Q8_0). Values are
 // stored as uint8 = int8 + 128. Eight blocks (256 weights) are interleaved into a group: byte
@@ -33,6 +34,9 @@
 //
 // bf16 vectors: values rounded to bf16.
 //
+// f16 vectors: fp32 values. The only rounding is then that of the weights, and a product of an fp16
+// weight needs no other conversion.
+//
 // q8 and q4 vectors: int8 values interleaved as above, then one fp32 scale per block, then one
 // int32 correction per block. The correction is -128 times the block's sum. It undoes the +128 of
 // the weights on ISAs that multiply uint8 by int8.
@@ -42,7 +46,7 @@
 
 namespace hybrid {
 
-enum class Format : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2 };
+enum class Format : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2, kF16 = 3 };
 enum class Activation : int32_t { kRelu = 0, kFatRelu = 1, kSilu = 2 };
 enum class KvFormat : int32_t { kFp16 = 0, kBf16 = 1 };  // of keys and values in the cache
 
@@ -79,24 +83,28 @@ struct Rows {
 static inline int32_t RoundUp(int32_t n, int32_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
+// Whether a format has integers with scales of blocks. The others have values of two bytes.
+static constexpr bool HasBlocks(Format format) {
+  return format == Format::kQ8 || format == Format::kQ4;
+}
 static inline int32_t PaddedCols(Format format, int32_t n_cols) {
-  return RoundUp(n_cols, format == Format::kBf16 ? kBlock : kGroup);
+  return RoundUp(n_cols, HasBlocks(format) ? kGroup : kBlock);
 }
 // Bytes of the values of one packed row.
 static inline int64_t ValueBytes(Format format, int32_t n_cols) {
   const int64_t padded = PaddedCols(format, n_cols);
-  return format == Format::kBf16 ? padded * 2 : format == Format::kQ8 ? padded : padded / 2;
+  return !HasBlocks(format) ? padded * 2 : format == Format::kQ8 ? padded : padded / 2;
 }
 // Bytes of the scales of one packed row.
 static inline int64_t ScaleBytes(Format format, int32_t n_cols) {
-  return format == Format::kBf16 ? 0 : PaddedCols(format, n_cols) / kBlock * 2;
+  return HasBlocks(format) ? PaddedCols(format, n_cols) / kBlock * 2 : 0;
 }
 // Bytes of one group of one row.
 static constexpr int32_t GroupValueBytes(Format format) {
-  return format == Format::kBf16 ? 2 * kBlock : format == Format::kQ8 ? kGroup : kGroup / 2;
+  return !HasBlocks(format) ? 2 * kBlock : format == Format::kQ8 ? kGroup : kGroup / 2;
 }
 static constexpr int32_t GroupScaleBytes(Format format) {
-  return format == Format::kBf16 ? 0 : 2 * kGroupBlocks;
+  return HasBlocks(format) ? 2 * kGroupBlocks : 0;
 }
 static constexpr int64_t TileGroupBytes(Format format) {
   return int64_t{kRowTile} * (GroupValueBytes(format) + GroupScaleBytes(format));
@@ -129,7 +137,8 @@ static inline int32_t NextPlace(int32_t place, int32_t n_groups) {
 // Bytes of a quantised vector of n_cols elements. A multiple of 64.
 static inline int64_t VectorBytes(Format format, int32_t n_cols) {
   const int64_t padded = PaddedCols(format, n_cols);
-  return format == Format::kBf16 ? padded * 2 : padded + padded / kBlock * 8;
+  if (HasBlocks(format)) return padded + padded / kBlock * 8;
+  return padded * (format == Format::kBf16 ? 2 : 4);
 }
 
 // out[token * out_stride + row - first] = dot(row, token) for rows [first, last) and all tokens.
@@ -161,13 +170,22 @@ struct GemmArgs {
 // biases. Neurons beyond the last are never predicted.
 constexpr int32_t kPredictTile = 16;
 constexpr int32_t kPredictLine = 4 * kPredictTile;
+//
+// Files of other engines bring predictors with a nonlinearity between the matrices: z = relu(a x +
+// bias), and a neuron is predicted if b z + bias >= threshold. Their b is kept as interleaved q8
+// rows, `second`, of which kPredictTile rows are a tile. Their input is z as a q8 vector.
 constexpr int32_t kWideRank = 4;
 struct Predictor {
-  int32_t rank;  // a multiple of 4
+  int32_t rank;  // a multiple of 4, unless `second` is in use
   const uint8_t* tiles;
+  Rows second = {};               // no rows: `tiles` are lines as above
+  const float* biases = nullptr;  // (n_neurons,) of `second`; null: zeros
+  float threshold = 0.0f;         // of `second`
 };
+static inline bool IsMlp(const Predictor& p) { return p.second.n_rows > 0; }
 static inline int32_t PredictLines(const Predictor& p) { return 1 + (p.rank - kWideRank + 7) / 8; }
 static inline int64_t PredictTileBytes(const Predictor& p) {
+  if (IsMlp(p)) return kPredictTile / kRowTile * p.second.values_stride;
   return int64_t{kPredictLine} * (PredictLines(p) + 3);
 }
 // The rank, padded so that the last line is full.
@@ -177,7 +195,9 @@ static inline int32_t PaddedRank(const Predictor& p) {
 // Bytes of a predictor's input for one token, a multiple of 4: z as int8 (PaddedRank), then its
 // fp32 scale, then two int32 corrections: -128 times the sum of the wide elements of z, and -8
 // times the sum of the others.
-static inline int64_t PredictorInputBytes(const Predictor& p) { return PaddedRank(p) + 12; }
+static inline int64_t PredictorInputBytes(const Predictor& p) {
+  return IsMlp(p) ? VectorBytes(Format::kQ8, p.rank) : PaddedRank(p) + 12;
+}
 
 // A preview is a copy of the output head in 2 bits, from which the logits of all rows are
 // estimated. The estimates say which rows are worth reading in full: the shortlist. The method is
@@ -280,7 +300,7 @@ struct PartialColumn {
 // The partial sum that belongs to natural column `col` of a group, which is element 4 k + c of
 // block b.
 static constexpr PartialColumn PartialColumnOf(Format format, int32_t col) {
-  if (format == Format::kBf16) return {col, 1.0f};
+  if (!HasBlocks(format)) return {col, 1.0f};
   const int32_t fields = WordFields(format), bits = 32 / fields;
   const int32_t b = col / kBlock, k = col % kBlock / 4, c = col % 4;
   const int32_t row = format == Format::kQ8 ? k : k % 4;  // of 32 bytes; two rows make a line

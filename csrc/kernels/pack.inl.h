@@ -127,11 +127,12 @@ inline void RoundGroupQ4(const float* w, float* q, uint16_t* halves) {
 
 void PackRow(Format format, const float* w, int32_t n, uint8_t* values, uint8_t* scales) {
   const int32_t padded = PaddedCols(format, n);
-  if (format == Format::kBf16) {
-    for (int32_t i = 0; i < n; ++i) {
-      const uint16_t bits = NarrowBf16(w[i]);
-      memcpy(values + 2 * i, &bits, 2);
-    }
+  if (!HasBlocks(format)) {
+    uint16_t* bits = reinterpret_cast<uint16_t*>(values);
+    if (format == Format::kF16)
+      ToFp16(w, n, bits);
+    else
+      for (int32_t i = 0; i < n; ++i) bits[i] = NarrowBf16(w[i]);
     memset(values + 2 * n, 0, static_cast<size_t>(2 * (padded - n)));
     return;
   }

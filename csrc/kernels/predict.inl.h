@@ -64,13 +64,29 @@ inline uint32_t PredictWholeTile(const Predictor& p, const uint8_t* tile, const 
   return bits;
 }
 
+// The same for a predictor with a nonlinearity: whether b z + bias reaches the threshold. A NaN
+// counts as predicted, so that it is seen.
+inline uint32_t PredictMlpTile(const Predictor& p, int32_t index, const uint8_t* input) {
+  const int32_t first = index * kPredictTile, last = first + kPredictTile < p.second.n_rows
+                                                         ? first + kPredictTile
+                                                         : p.second.n_rows;
+  float scores[kPredictTile];
+  DotBlock<1>({Format::kQ8, p.second, first, last, input, 0, 1, scores, 0}, first, last, 0);
+  uint32_t bits = 0;
+  for (int32_t i = 0; i < last - first; ++i) {
+    const float score = p.biases == nullptr ? scores[i] : scores[i] + p.biases[first + i];
+    bits |= static_cast<uint32_t>(!(score < p.threshold)) << i;
+  }
+  return bits;
+}
+
 // Bit i: neuron kPredictTile * index + i is predicted to fire. Only neurons in [first, last) have
 // bits.
 inline uint32_t PredictTile(const SparseFfnArgs& a, int32_t index, int32_t token) {
   const Predictor& p = *a.predictor;
-  const uint8_t* tile = p.tiles + index * PredictTileBytes(p);
   const uint8_t* input = a.predictor_inputs + token * a.predictor_input_stride;
-  uint32_t bits = PredictWholeTile(p, tile, input);
+  uint32_t bits = IsMlp(p) ? PredictMlpTile(p, index, input)
+                           : PredictWholeTile(p, p.tiles + index * PredictTileBytes(p), input);
   const int32_t begin = index * kPredictTile;
   if (begin < a.first) bits &= ~0u << (a.first - begin);
   if (begin + kPredictTile > a.last) bits &= (1u << (a.last - begin)) - 1;

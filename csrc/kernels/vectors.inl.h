@@ -14,7 +14,7 @@ namespace {
 
 // The position of natural column `col` in a packed row.
 inline int32_t ColumnOrder(Format format, int32_t col) {
-  if (format == Format::kBf16) return col;
+  if (!HasBlocks(format)) return col;
   const int32_t in_group = col % kGroup, block = in_group / kBlock, element = in_group % kBlock;
   return col - in_group + element / 4 * kBlock + block * 4 + element % 4;
 }
@@ -86,6 +86,12 @@ void Quantize(Format format, const float* x, int32_t n, uint8_t* out) {
     for (int32_t i = n; i < padded; ++i) values[i] = 0;
     return;
   }
+  if (format == Format::kF16) {
+    memcpy(out, x, sizeof(float) * static_cast<size_t>(n));
+    memset(out + sizeof(float) * static_cast<size_t>(n), 0,
+           sizeof(float) * static_cast<size_t>(padded - n));
+    return;
+  }
   const int32_t n_blocks = padded / kBlock;
   float* scales = reinterpret_cast<float*>(out + padded);
   int32_t* corrections = reinterpret_cast<int32_t*>(out + padded + 4 * n_blocks);
@@ -114,22 +120,33 @@ inline void DequantizeBlocks(const Rows& rows, int32_t row, float scale, float* 
   }
 }
 
+template <Format kFormat>
+inline void DequantizeValues(const Rows& rows, int32_t row, float scale, float* out) {
+  const RowAt w = At<kFormat>(rows, row);
+  for (int32_t first = 0; first < rows.n_cols; first += kBlock) {
+    const uint16_t* values =
+        reinterpret_cast<const uint16_t*>(w.values + first / kBlock * w.values_step);
+    float block[kBlock];
+    for (int32_t col = 0; col < kBlock; col += kLanes)
+      Store(block + col, Mul(LoadValues<kFormat>(values + col), Set(scale)));
+    const int32_t n = rows.n_cols - first < kBlock ? rows.n_cols - first : kBlock;
+    memcpy(out + first, block, sizeof(float) * static_cast<size_t>(n));
+  }
+}
+
 void Dequantize(Format format, const Rows& rows, int32_t row, float scale, float* out) {
   scale *= rows.matrix_scale;
   if (format == Format::kQ8) return DequantizeBlocks<Format::kQ8>(rows, row, scale, out);
   if (format == Format::kQ4) return DequantizeBlocks<Format::kQ4>(rows, row, scale, out);
-  const RowAt w = At<Format::kBf16>(rows, row);
-  for (int32_t i = 0; i < rows.n_cols; ++i) {
-    const uint8_t* group = w.values + i / kBlock * w.values_step;
-    out[i] = WidenBf16(reinterpret_cast<const uint16_t*>(group)[i % kBlock]) * scale;
-  }
+  if (format == Format::kF16) return DequantizeValues<Format::kF16>(rows, row, scale, out);
+  DequantizeValues<Format::kBf16>(rows, row, scale, out);
 }
 
 // x[c] += scale * the sum that belongs to natural column c, for one group.
 template <Format kFormat>
 inline void AddNatural(const float* sums, int32_t n, float scale, float* x) {
   const PartialColumns& columns = kPartialColumns<kFormat>;
-  if (kFormat == Format::kBf16 || n < kGroup) {
+  if (!HasBlocks(kFormat) || n < kGroup) {
     for (int32_t i = 0; i < n; ++i) x[i] += scale * (sums[columns.index[i]] * columns.unit[i]);
     return;
   }
@@ -183,14 +200,14 @@ void AddPartials(Format format, const float* partials, int64_t stride, int32_t n
                  float scale, float* x) {
   for (int32_t group = 0; group < n; group += kGroup) {
     const int32_t n_cols = n - group < kGroup ? n - group : kGroup;
-    const int32_t n_packed = format == Format::kBf16 ? RoundUp(n_cols, kBlock) : kGroup;
+    const int32_t n_packed = HasBlocks(format) ? kGroup : RoundUp(n_cols, kBlock);
     float sums[kGroup];
     SumPartials(partials + group, stride, n_pieces, n_packed, sums);
     if (format == Format::kQ4)
       AddNatural<Format::kQ4>(sums, n_cols, scale, x + group);
     else if (format == Format::kQ8)
       AddNatural<Format::kQ8>(sums, n_cols, scale, x + group);
-    else
+    else  // f16 has the same order of partial sums
       AddNatural<Format::kBf16>(sums, n_cols, scale, x + group);
   }
 }

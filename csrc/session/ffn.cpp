@@ -11,13 +11,63 @@ namespace hybrid {
 
 namespace {
 
-// z of all tokens: one piece of the rows of a predictor's first matrix.
-void Project(const Pass& pass, const Rows& matrix, int32_t piece, const uint8_t* inputs) {
+// Predictors' other inputs than the operation's, for all tokens. Those of even layers and those of
+// odd layers have a place each, so that a layer can read those of the layer before.
+uint8_t* OtherInputs(const Pass& pass, int32_t layer) {
+  return pass.scratch.other_inputs +
+         layer % 2 * int64_t{kPrefillChunk} * VectorBytes(Format::kQ8, pass.shape().hidden_size);
+}
+
+// Writes what a token brings to predictors as another input: its residual stream, or h.
+void MakeOtherInput(const Pass& pass, const Ffn& op, int32_t token, float* floats, uint8_t* out) {
   const ProgramShape& shape = pass.shape();
+  const float* vector = pass.scratch.x + int64_t{token} * shape.hidden_size;
+  if (op.predictor->input == PredictorInput::kPrevious) {
+    pass.kernels->rms_norm(vector, op.norm, shape.hidden_size, shape.rms_norm_eps, 1.0f, floats);
+    vector = floats;
+  }
+  pass.kernels->quantize(Format::kQ8, vector, shape.hidden_size, out);
+}
+
+// The layer whose other inputs a predictor takes.
+int32_t LayerOfInput(const Ffn& op) {
+  return op.predictor->input == PredictorInput::kPrevious && op.layer > 0 ? op.layer - 1 : op.layer;
+}
+
+// Decode's input of a predictor's first matrix.
+const uint8_t* PredictedFrom(const Pass& pass, const Phase& phase, int32_t piece,
+                             ThreadScratch& thread) {
+  const Ffn& op = pass.program.op<Ffn>(phase);
+  if (op.predictor->input == PredictorInput::kNormed) return NormOnce(pass, phase, op.norm, thread);
+  float* floats = thread.floats.get();
+  const bool is_kept = LayerOfInput(op) != op.layer;
+  // What the next layer reads is not read in this phase, so one thread can write it.
+  if (op.predictor->input == PredictorInput::kPrevious && piece == 0)
+    MakeOtherInput(pass, op, 0, floats, OtherInputs(pass, op.layer));
+  if (is_kept) return OtherInputs(pass, op.layer - 1);
+  if (thread.other_serial != pass.Serial(phase)) {
+    MakeOtherInput(pass, op, 0, floats, thread.other_input.get());
+    thread.other_serial = pass.Serial(phase);
+  }
+  return thread.other_input.get();
+}
+
+// z of all tokens: one piece of the rows of a predictor's first matrix.
+void Project(const Pass& pass, const FfnPredictor& predictor, int32_t piece,
+             const uint8_t* inputs) {
+  const Rows& matrix = predictor.first;
+  const bool takes_h = predictor.input == PredictorInput::kNormed;
   const int32_t first = piece * kPredictRows, last = std::min(first + kPredictRows, matrix.n_rows);
-  pass.kernels->gemm({PredictorFormat(shape.format), matrix, first, last, inputs,
-                      VectorBytes(shape.format, matrix.n_cols), pass.n_tokens,
-                      pass.scratch.z + first, matrix.n_rows});
+  float* z = pass.scratch.z.get();
+  pass.kernels->gemm({predictor.format, matrix, first, last, inputs,
+                      VectorBytes(takes_h ? pass.shape().format : predictor.format, matrix.n_cols),
+                      pass.n_tokens, z + first, matrix.n_rows});
+  if (!IsMlp(predictor.second)) return;
+  for (int32_t t = 0; t < pass.n_tokens; ++t, z += matrix.n_rows)
+    for (int32_t i = first; i < last; ++i) {
+      if (predictor.biases != nullptr) z[i] += predictor.biases[i];
+      z[i] = z[i] < 0.0f ? 0.0f : z[i];  // a NaN stays
+    }
 }
 
 // The inputs of a predictor for all tokens. A thread makes them once per operation.
@@ -26,9 +76,13 @@ const uint8_t* PredictorInputsOnce(const Pass& pass, const Phase& phase, const P
   uint8_t* inputs = thread.predictor_inputs.get();
   if (thread.predictor_serial != pass.Serial(phase)) {
     const int64_t input_bytes = PredictorInputBytes(predictor);
-    for (int32_t t = 0; t < pass.n_tokens; ++t)
-      pass.kernels->make_predictor_input(predictor, pass.scratch.z + int64_t{t} * predictor.rank,
-                                         inputs + t * input_bytes);
+    for (int32_t t = 0; t < pass.n_tokens; ++t) {
+      const float* z = pass.scratch.z + int64_t{t} * predictor.rank;
+      if (IsMlp(predictor))
+        pass.kernels->quantize(Format::kQ8, z, predictor.rank, inputs + t * input_bytes);
+      else
+        pass.kernels->make_predictor_input(predictor, z, inputs + t * input_bytes);
+    }
     thread.predictor_serial = pass.Serial(phase);
   }
   return inputs;
@@ -130,16 +184,19 @@ void AddPartial(const Pass& pass, const Ffn& op, int32_t piece) {
 }  // namespace
 
 void RunPredict(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
-  const Ffn& op = pass.program.op<Ffn>(phase);
-  const Rows& matrix = op.predictor->first;
-  Project(pass, matrix, piece, NormOnce(pass, phase, op.norm, thread));
+  const FfnPredictor& predictor = *pass.program.op<Ffn>(phase).predictor;
+  const Rows& matrix = predictor.first;
+  Project(pass, predictor, piece, PredictedFrom(pass, phase, piece, thread));
   thread.counters.bytes[kStagePredict] +=
       std::min(kPredictRows, matrix.n_rows - piece * kPredictRows) *
-      RowBytes(matrix, PredictorFormat(pass.shape().format));
+      RowBytes(matrix, predictor.format);
 }
 
 void RunPredictTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch&) {
-  Project(pass, pass.program.op<Ffn>(phase).predictor->first, piece, pass.scratch.inputs.get());
+  const Ffn& op = pass.program.op<Ffn>(phase);
+  const bool takes_h = op.predictor->input == PredictorInput::kNormed;
+  Project(pass, *op.predictor, piece,
+          takes_h ? pass.scratch.inputs.get() : OtherInputs(pass, LayerOfInput(op)));
 }
 
 void RunFfnNormTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
@@ -148,6 +205,9 @@ void RunFfnNormTokens(const Pass& pass, const Phase& phase, int32_t piece, Threa
   const Observation* observation = pass.observation;
   const TokenRange tokens = TokensOf(pass, piece);
   for (int32_t t = tokens.first; t < tokens.last; ++t) {
+    if (op.predictor && op.predictor->input != PredictorInput::kNormed)
+      MakeOtherInput(pass, op, t, thread.floats.get(),
+                     OtherInputs(pass, op.layer) + t * VectorBytes(Format::kQ8, hidden));
     const float* h = Norm(pass, op.norm, 1.0f, t, thread.floats.get(), InputOf(pass, t, hidden));
     if (observation == nullptr || observation->inputs == nullptr) continue;
     const int64_t row = op.layer * observation->n_tokens + pass.first_observed + t;

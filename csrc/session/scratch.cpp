@@ -15,6 +15,10 @@ int64_t InputBytes(const ProgramShape& shape) {
   return VectorBytes(shape.format, std::max(shape.hidden_size, shape.n_heads * shape.head_dim));
 }
 
+int64_t OtherInputBytes(const Program& program) {
+  return program.has_other_inputs() ? VectorBytes(Format::kQ8, program.shape().hidden_size) : 0;
+}
+
 int64_t PreviewBytes(const Program& program) {
   return program.has_preview() ? PreviewInputBytes(program.shape().hidden_size) : 0;
 }
@@ -50,6 +54,7 @@ Scratch::Scratch(const Program& program, int32_t n_context)
       span_out(int64_t{CeilDiv(n_context, kSpan)} * program.shape().n_heads *
                program.head_stride()),
       z(int64_t{kPrefillChunk} * program.largest_rank()),
+      other_inputs(2 * kPrefillChunk * OtherInputBytes(program)),
       partials(kFfnPieces * PartialStride(program.shape(), kPrefillChunk)),
       logits(program.vocab_size()),
       preview_inputs(kPrefillChunk * PreviewBytes(program)),
@@ -63,6 +68,7 @@ ThreadScratch::ThreadScratch(const Program& program, int32_t n_context, bool is_
       predicted(int64_t{program.n_neurons()} + 1),
       predictor_inputs(kPrefillChunk * program.predictor_input_bytes()),
       input(InputBytes(program.shape())),
+      other_input(OtherInputBytes(program)),
       preview_input(PreviewBytes(program)),
       shortlist(program.has_preview() ? kShortlistRows + 1 : 0),
       rotated(program.shape().head_dim),

@@ -15,14 +15,16 @@ namespace hybrid {
 struct Scratch {
   Scratch(const Program& program, int32_t n_context);
 
-  Pages<float> x;                 // (T, hidden_size) residual stream
-  Pages<uint8_t> inputs;          // (T) quantised vectors: the operation's input, in prefill
-  Pages<float> q;                 // (T, n_heads, head_stride)
-  Pages<float> attention;         // (T, n_heads * head_dim)
-  Pages<float> span_max;          // (n_spans, n_heads)
-  Pages<float> span_sum;          // (n_spans, n_heads)
-  Pages<float> span_out;          // (n_spans, n_heads, head_stride)
-  Pages<float> z;                 // (T, rank) a predictor's first matrix times the input
+  Pages<float> x;          // (T, hidden_size) residual stream
+  Pages<uint8_t> inputs;   // (T) quantised vectors: the operation's input, in prefill
+  Pages<float> q;          // (T, n_heads, head_stride)
+  Pages<float> attention;  // (T, n_heads * head_dim)
+  Pages<float> span_max;   // (n_spans, n_heads)
+  Pages<float> span_sum;   // (n_spans, n_heads)
+  Pages<float> span_out;   // (n_spans, n_heads, head_stride)
+  Pages<float> z;          // (T, rank) a predictor's first matrix times the input
+  // (2, T) q8 vectors: other inputs of predictors than the operation's. See OtherInputs.
+  Pages<uint8_t> other_inputs;
   Pages<float> partials;          // (kFfnPieces, PartialStride)
   Pages<float> logits;            // (vocab_size,)
   Pages<uint8_t> preview_inputs;  // (T, PreviewInputBytes), in prefill
@@ -45,6 +47,7 @@ struct alignas(64) ThreadScratch {
   Pages<int32_t> predicted;         // predicted neurons of the FFN's pieces
   Pages<uint8_t> predictor_inputs;  // (T, PredictorInputBytes)
   Pages<uint8_t> input;             // decode's quantised vector: the operation's input
+  Pages<uint8_t> other_input;       // decode's q8 vector: another input of a predictor
   Pages<uint8_t> preview_input;     // (PreviewInputBytes,), in decode
   Pages<int32_t> shortlist;         // rows of one piece
   Pages<float> rotated;             // (head_dim,) one key, after rope
@@ -56,7 +59,7 @@ struct alignas(64) ThreadScratch {
   // What a thread computes once per operation says for which operation of which pass it holds
   // (Pass::Serial).
   uint64_t input_serial = 0;  // of `input` and `preview_input`
-  uint64_t predictor_serial = 0, likely_serial = 0;
+  uint64_t other_serial = 0, predictor_serial = 0, likely_serial = 0;
 
   Counters counters;
 };

@@ -17,7 +17,7 @@ import psutil
 
 from hybrid.checking import activations, arithmetic, setting
 from hybrid.checking.check import Check
-from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.checkpoint import open_checkpoint
 from hybrid.checkpoint.name import model_name
 from hybrid.checkpoint.roles import unused_notice
 from hybrid.engine.engine import Engine
@@ -26,7 +26,7 @@ from hybrid.engine.oracle import comparison
 from hybrid.errors import HybridError, InvalidOption
 from hybrid.hub.catalog import CatalogEntry, catalog, resolve
 from hybrid.hub.loading import load
-from hybrid.kernels import Format, KvFormat
+from hybrid.kernels import KvFormat
 from hybrid.progress import Progress, ignore_progress
 
 N_POSITIONS = 64
@@ -43,7 +43,7 @@ N_CHINESE = 20  # of the 64 positions, if the vocabulary is MiniCPM's
 def check_model(
     model: str | Path,
     *,
-    quant: Quant = "q8",
+    quant: Quant | None = None,
     kv: KvName = "fp16",
     threads: int | None = None,
     activation: str | None = None,
@@ -81,13 +81,14 @@ def check_model(
                     return
                 options = replace(options, activation=attempts.fitting.activation)
         stage = "architecture"
-        with _open(folder, options) as checkpoint:
-            config = checkpoint.config
+        with open_checkpoint(folder, options.format, activation=options.activation) as checkpoint:
+            config, format = checkpoint.config, checkpoint.format
+        assert format is not None
         yield setting.check_architecture(config)
         yield setting.check_tensors(checkpoint.unused_tensors)
         stage = "instruction set"
         yield setting.check_isa()
-        yield setting.check_memory(config, quant)
+        yield setting.check_memory(config, format)
         stage = "weights"
         started = time.perf_counter()
         with load(model, options=options, progress=progress) as engine:
@@ -110,13 +111,13 @@ def check_model(
         yield arithmetic.check_text(config, run, ids, entry)
         stage = "oracle"
         started = time.perf_counter()
-        with _open(folder, options) as checkpoint:
+        with open_checkpoint(folder, format, activation=options.activation) as checkpoint:
             runs = comparison.run_oracles(
-                checkpoint, Format[quant], ids, kv=KvFormat[kv], progress=progress
+                checkpoint, format, ids, kv=KvFormat[kv], progress=progress
             )
         seconds = time.perf_counter() - started
         yield arithmetic.check_oracle(runs, run, ids, config.n_neurons, seconds)
-        yield arithmetic.check_rounding(runs, quant, config.n_neurons)
+        yield arithmetic.check_rounding(runs, format.name, config.n_neurons)
     except InvalidOption:
         raise
     except HybridError as error:
@@ -159,7 +160,3 @@ def _loaded(engine: Engine, told: str, seconds: float) -> Check:
     message = f"Loaded in {seconds:.1f} s, memory {memory / 1e6:.0f} MB. {notices}"
     figures = {"seconds": seconds, "memory_bytes": memory}
     return Check("weights", "ok", message.rstrip(), figures=figures)
-
-
-def _open(folder: Path, options: LoadOptions) -> Checkpoint:
-    return open_checkpoint(folder, Format[options.quant], activation=options.activation)

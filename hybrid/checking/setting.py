@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid.checking.check import Check, Figures
-from hybrid.engine.options import Quant
 from hybrid.engine.oracle.comparison import oracle_bytes
 from hybrid.errors import UnsupportedIsa
 from hybrid.hub import checksum
@@ -95,14 +94,15 @@ def check_isa() -> Check:
     return Check("instruction set", "ok", f"{active}, the best that this CPU has.", figures=figures)
 
 
-def check_memory(config: ModelConfig, quant: Quant) -> Check:
-    weights, oracle = packed_layout(config, Format[quant]).n_bytes, oracle_bytes(config)
+def check_memory(config: ModelConfig, format: Format) -> Check:
+    weights, oracle = packed_layout(config, format).n_bytes, oracle_bytes(config)
     available = available_memory_bytes()
     message = (
-        f"The weights in {quant} need {weights / 1e9:.2f} GB, then the oracle needs "
+        f"The weights in {format.name} need {weights / 1e9:.2f} GB, then the oracle needs "
         f"{oracle / 1e9:.2f} GB; {available / 1e9:.1f} GB are free."
     )
     figures: Figures = {
+        "quant": format.name,
         "weight_bytes": weights,
         "oracle_bytes": oracle,
         "available_bytes": available,

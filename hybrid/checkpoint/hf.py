@@ -29,9 +29,11 @@ from hybrid.errors import (
     ModelNotFound,
     UnsupportedModel,
 )
+from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
 from hybrid.model.families import parse_config, refuse_unused
-from hybrid.notices import Notices
+from hybrid.model.stored_predictors import StoredPredictors
+from hybrid.notices import Notices, short_list
 
 # The preferred format first: a safetensors file cannot hold a program, and all of it is validated.
 _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
@@ -57,16 +59,20 @@ class Checkpoint:
         tensors: Mapping[tuple[str, int | None], Tensor | Generated],
         *,
         identity: ModelIdentity,
+        format: Format | None = None,
         is_synthetic: bool = False,
         notices: tuple[str, ...] = (),
         unused_tensors: tuple[str, ...] = (),
+        predictors: StoredPredictors | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.identity = identity  # also lists the files that the weights come from
+        self.format = format  # what the weights are packed to; None: they are not
         self.is_synthetic = is_synthetic  # random weights, to measure speed
         self.notices = notices  # one line each, for the user
         self.unused_tensors = unused_tensors  # names in the files that the family lacks
+        self.predictors = predictors  # in the files, if any
         self._tensors: Mapping[tuple[str, int | None], Tensor | Generated] | None = tensors
 
     def read(self, role: str, layer: int | None = None) -> np.ndarray:
@@ -116,12 +122,17 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    folder: Path, *, use_mmap: bool = True, hashes: Path | None = None
+    folder: Path,
+    format: Format | None = None,
+    *,
+    use_mmap: bool = True,
+    hashes: Path | None = None,
 ) -> Checkpoint:
     """Open a model's folder. Finds every tensor and checks its type and shape before it returns.
 
     Without `use_mmap` weights are read from the file when they are needed, and a file that shrinks
-    is an error. If a mapped file shrinks, the process ends. `hashes` is the folder in which the
+    is an error. If a mapped file shrinks, the process ends. `format` is what the weights will be
+    packed to, which changes nothing here. `hashes` is the folder in which the
     hashes of weight files are remembered.
 
     Raises `ModelNotFound`, `InvalidCheckpoint` or `UnsupportedModel`.
@@ -155,6 +166,7 @@ def open_checkpoint(
         config,
         tensors,
         identity=ModelIdentity(folder, config, sources, hashes),
+        format=format,
         notices=tuple(notices),
         unused_tensors=unused,
     )
@@ -228,8 +240,8 @@ class _Shards:
         missing = sorted(shards - _file_names(index.parent))
         if missing:
             raise InvalidCheckpoint(
-                f"{index}: lists files that are not in its folder: "
-                f"{', '.join(map(repr, missing[:20]))}; download them"
+                f"{index}: lists files that are not in its folder: {short_list(missing)}; download "
+                "them"
             )
         self._files = {shard: reader(index.parent / shard) for shard in shards}
         self.notices = tuple(line for file in self._files.values() for line in file.notices)

@@ -32,9 +32,15 @@ def find_tensors(
     `notices` receives a line for other names than the family's, for a tied head that is stored, and
     for tensors that are not used. Raises InvalidCheckpoint, UnsupportedModel.
     """
+    stored = weights.names
+    if config.n_layers > len(stored):  # before names are listed that would fill the memory
+        raise InvalidCheckpoint(
+            f"{folder}: has {len(stored):,} tensors, too few for the {config.n_layers:,} layers of "
+            "its config; a file is missing, or the config is of another model"
+        )
     expected = list(expected_tensors(replace(config, has_tied_head=False)))
     try:
-        names = match_names({tensor.name for tensor in expected}, weights.names)
+        names = match_names({tensor.name for tensor in expected}, stored)
     except InvalidCheckpoint as error:
         raise InvalidCheckpoint(f"{folder}: {error}") from None
     if names.renamed:

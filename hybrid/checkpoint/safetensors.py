@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hybrid.checkpoint.tensor import Tensor, TensorEntry, map_file, map_tensor
-from hybrid.errors import InvalidCheckpoint
+from hybrid.errors import InvalidCheckpoint, one_line
 from predictors.schema import Malformed, parse_json
 
 # A parsed header takes twenty times its size in memory. A header of 100,000 tensors has 10 MB.
@@ -46,7 +46,7 @@ class SafetensorsFile:
                 pass
         except (SafetensorError, OSError) as error:
             raise InvalidCheckpoint(
-                f"{path}: is not a sound safetensors file ({error}); it has "
+                f"{path}: is not a sound safetensors file ({one_line(error)}); it has "
                 f"{len(self._buffer):,} bytes, perhaps cut off: download it again"
             ) from error
         self._data_begin = 8 + n_header

@@ -11,16 +11,17 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrid.checkpoint.tensor import Tensor, TensorEntry, map_file, map_tensor
-from hybrid.errors import InvalidCheckpoint
+from hybrid.errors import InvalidCheckpoint, one_line
 from hybrid.files import open_file
 from hybrid.kernels import _native
 
@@ -46,6 +47,13 @@ _STORAGES = {  # element type, bytes per element
     "torch.ByteStorage": ("U8", 1),
     "torch.BoolStorage": ("BOOL", 1),
 }
+_NUMBERS: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+}
+_LONE = ""  # the name of a tensor that is saved by itself
 _ALLOWED_GLOBALS = {
     "collections.OrderedDict",
     "torch._utils._rebuild_parameter",
@@ -164,13 +172,39 @@ class TorchBin:
 
     @property
     def names(self) -> Collection[str]:
-        return [name for name, entry in self._entries.items() if isinstance(entry, _Entry)]
+        return [
+            name
+            for name, entry in self._entries.items()
+            if isinstance(name, str) and isinstance(entry, _Entry)
+        ]
 
     def tensor(self, name: str) -> Tensor:
         described = self.entry(name)
-        member = f"{self._prefix}data/{self._entries[name].storage.key}"
         tensor = map_tensor(self._path, self._buffer, described, use_mmap=self._use_mmap)
-        return replace(tensor, verify=partial(self._verify, member, self._locate(member)[0]))
+        return replace(tensor, verify=self._verifier(name))
+
+    def numbers(self) -> NDArray[np.float64]:
+        """Return the values of the only tensor of a file, integers included, as a new array.
+
+        Raises InvalidCheckpoint if the file holds anything else than one tensor of numbers.
+        """
+        if list(self._entries) != [_LONE]:
+            raise InvalidCheckpoint(f"{self._path}: expected one tensor and nothing else")
+        described = self.entry(_LONE)
+        dtype = _NUMBERS.get(described.dtype)
+        if dtype is None:
+            raise InvalidCheckpoint(f"{self._path}: expected numbers, found {described.dtype}")
+        if 0 in described.shape:
+            raise InvalidCheckpoint(f"{self._path}: its tensor is empty")
+        self._verifier(_LONE)()
+        strides = [stride * dtype.itemsize for stride in described.strides or ()]
+        values = np.ndarray(described.shape, dtype, self._buffer, described.begin, strides)
+        return values.astype(np.float64)
+
+    def _verifier(self, name: str) -> Callable[[], None]:
+        """Return what verifies a tensor's bytes. It no longer reads the mapped file's directory."""
+        member = f"{self._prefix}data/{self._entries[name].storage.key}"
+        return partial(self._verify, member, self._locate(member)[0])
 
     def entry(self, name: str) -> TensorEntry:
         """Return what the file says of a tensor, whatever its type. Raises InvalidCheckpoint."""
@@ -245,7 +279,8 @@ class TorchBin:
                 members = archive.infolist()
         except Exception as error:  # a broken zip raises half a dozen types of errors
             raise InvalidCheckpoint(
-                f"{path}: is not the whole zip file of torch.save ({error}); download it again"
+                f"{path}: is not the whole zip file of torch.save ({one_line(error)}); download it "
+                "again"
             ) from error
         by_name = {member.filename: member for member in members}
         if len(by_name) < len(members):
@@ -298,7 +333,9 @@ def _read_pickle(pickle: bytes, path: Path) -> dict[str, Any]:
     try:
         state = _interpret(pickle, path)
     except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise InvalidCheckpoint(f"{path}: its data.pkl is broken ({error})") from error
+        raise InvalidCheckpoint(f"{path}: its data.pkl is broken ({one_line(error)})") from error
+    if isinstance(state, _Entry):
+        return {_LONE: state}
     if not isinstance(state, dict):
         raise InvalidCheckpoint(f"{path}: holds no dictionary of tensors")
     return state

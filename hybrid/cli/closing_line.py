@@ -44,7 +44,7 @@ def closing_line(engine: Engine, generation: Generation, stream_gbs: float | Non
     if stats.active_fraction is not None:
         parts.append(f"{stats.active_fraction:.1%} of FFN neurons active")
     if engine.prediction is not None:
-        parts.append(f"predicted at recall {engine.prediction.recall:g}")
+        parts.append(f"predicted, {engine.prediction.summary}")
     if engine.previews_head:
         parts.append("head previewed")
     parts.append(f"memory {psutil.Process().memory_info().rss / 1e6:.0f} MB")

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO, get_args
 
 from hybrid import (
     Engine,
@@ -23,10 +23,12 @@ from hybrid import (
     load,
 )
 from hybrid.cli.progress_bar import progress_bar
+from hybrid.engine.options import Quant
 from hybrid.files import read_bytes
 from hybrid.text.text_file import BOM, decode_text, text_notices
 from predictors.interrupts import INTERRUPTED, raising_interrupts
 
+QUANTS: tuple[str, ...] = get_args(Quant)
 MAX_TEXT_BYTES = 1 << 30  # of a text to measure on
 MODEL_HELP = (
     "a model's name, a folder, a GGUF file, or a Hugging Face repository as owner/name, "
@@ -58,9 +60,7 @@ def printable(text: str) -> str:
     )
 
 
-def add_model_options(
-    parser: argparse.ArgumentParser, quants: Sequence[str] = ("q8", "q4", "bf16")
-) -> None:
+def add_model_options(parser: argparse.ArgumentParser, quants: Sequence[str] = QUANTS) -> None:
     """Add the options of every command that opens a model; `open_engine` reads them."""
     add = parser.add_argument
     add(
@@ -75,9 +75,18 @@ def add_model_options(
         type=int,
         help="number of threads (default: one per core that it may use)",
     )
-    add("--quant", choices=quants, default="q8", help="weight format (default: q8)")
+    add_quant_option(parser, quants)
     add_activation_option(parser)
     add("--offline", action="store_true", help="never use the network")
+
+
+def add_quant_option(parser: argparse.ArgumentParser, quants: Sequence[str] = QUANTS) -> None:
+    """Add the option of every command that opens a model; `open_engine` reads it."""
+    parser.add_argument(
+        "--quant",
+        choices=quants,
+        help="weight format (default: that of most weights of a GGUF file, else q8)",
+    )
 
 
 def add_activation_option(parser: argparse.ArgumentParser) -> None:
@@ -115,8 +124,10 @@ def add_predictor_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--predictor",
         default="exact",
-        metavar="{exact,auto,FILE}",
-        help="compute every gate (exact) or those that a predictor names (default: exact)",
+        metavar="{exact,auto,own,FILE}",
+        help="compute every gate (exact) or those that a predictor names: hybrid's (auto), the "
+        "one in the model's file, as PowerInfer's and Kairox's have (own), or another file's "
+        "(default: exact)",
     )
     add(
         "--recall",
@@ -272,7 +283,7 @@ def load_options(args: argparse.Namespace, **changes: Any) -> LoadOptions:
     for name in ("predictor", "profile"):
         if name in args:
             value = getattr(args, name)
-            given[name] = value if value in ("exact", "auto", "none") else Path(value)
+            given[name] = value if value in ("exact", "auto", "own", "none") else Path(value)
     return LoadOptions(**given | changes)
 
 

@@ -109,7 +109,7 @@ class Engine:
 
     @property
     def quant(self) -> str:
-        """The weight format: "bf16", "q8" or "q4"."""
+        """The weight format: "bf16", "f16", "q8" or "q4"."""
         return self.spec.format.name
 
     @property

@@ -17,14 +17,16 @@ import numpy as np
 
 from hybrid.checkpoint.gguf.activation import parse_activation
 from hybrid.errors import InvalidOption
+from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
 from hybrid.text.generation_config import GenerationDefaults
 from hybrid.text.sampling import SamplingParams
 from hybrid.text.token_rules import TokenRules
 
-Quant = Literal["bf16", "q8", "q4"]
+Quant = Literal["bf16", "f16", "q8", "q4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KvName = Literal["fp16", "bf16"]
+PredictorName = Path | Literal["auto", "exact", "own"]
 
 DEFAULT_CONTEXT = 4096  # positions, or the model's maximum if that is smaller
 DEFAULT_RECALL = 0.99
@@ -55,13 +57,16 @@ class DeviceRequest:
             )
         if self.device == "cpu" and (self.plan is not None or self.vram_budget):
             raise InvalidOption("device cpu takes no plan and no vram_budget")
-        if self.kv != "fp16" and (
-            self.device == "cuda" or self.plan is not None or self.vram_budget
-        ):
+        if self.kv != "fp16" and self.needs_gpu:
             raise InvalidOption(
                 f"kv {self.kv} is for the CPU, because the GPU's KV cache is fp16: it takes no "
                 "device cuda, no plan and no vram_budget"
             )
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether the user names something that only a GPU has."""
+        return self.device == "cuda" or self.plan is not None or bool(self.vram_budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +74,13 @@ class LoadOptions:
     """How a model is loaded; `hybrid.load` describes each option. Raises InvalidOption."""
 
     threads: int | None = None  # None: one per core that the process may use
-    quant: Quant = "q8"
+    quant: Quant | None = None  # None: that of most weights of a GGUF file, else q8
     kv: KvName = "fp16"  # of the KV cache
     context_size: int | None = None  # tokens; None: 4096, or the model's maximum if that is less
     mmap: bool | None = None  # None: only if the weights do not fit into memory
     mlock: bool = False
     profile: Path | Literal["auto", "none"] = "auto"
-    predictor: Path | Literal["auto", "exact"] = "exact"
+    predictor: PredictorName = "exact"
     recall: float = DEFAULT_RECALL
     preview_head: bool = False
     device: DeviceName = "auto"
@@ -89,7 +94,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.threads is not None:
             checked_count("threads", self.threads, MAX_THREADS)
-        _check_choice("quant", self.quant, get_args(Quant))
+        if self.quant is not None:
+            _check_choice("quant", self.quant, get_args(Quant))
         if not 0.0 < self.recall < 1.0:
             raise InvalidOption(f"recall: expected a value between 0 and 1, found {self.recall}")
         if self.add_bos not in (None, True, False):
@@ -100,7 +106,21 @@ class LoadOptions:
             raise InvalidOption(
                 f"chat_template: expected a name or a file, found {self.chat_template!r:.60}"
             )
-        _ = self.device_request
+        request = self.device_request
+        if self.predictor == "own" and request.needs_gpu:
+            raise InvalidOption(
+                "predictor own is for the CPU, because the GPU runs hybrid's own predictors only: "
+                "it takes no device cuda, no plan and no vram_budget"
+            )
+        if self.quant == "f16" and request.needs_gpu:
+            raise InvalidOption(
+                "quant f16 is for the CPU, because the GPU has no kernels for it: it takes no "
+                "device cuda, no plan and no vram_budget; use quant bf16, q8 or q4"
+            )
+
+    @property
+    def format(self) -> Format | Literal["auto"]:
+        return "auto" if self.quant is None else Format[self.quant]
 
     @property
     def device_request(self) -> DeviceRequest:
@@ -172,13 +192,13 @@ class GenerationOptions:
 
 class LoadKeywords(TypedDict, total=False):
     threads: int | None
-    quant: Quant
+    quant: Quant | None
     kv: KvName
     context_size: int | None
     mmap: bool | None
     mlock: bool
     profile: Path | Literal["auto", "none"]
-    predictor: Path | Literal["auto", "exact"]
+    predictor: PredictorName
     recall: float
     preview_head: bool
     device: DeviceName

@@ -34,8 +34,9 @@ def load(
     is not on this machine is downloaded, unless `offline`. `threads` defaults to the physical cores
     that this process may use, or to fewer if a quota of CPU time is less than these. `context_size`
     (in tokens) defaults to 4096, or to the length that the model was trained for if that is less.
-    `quant` is "q8", "q4" or "bf16". `kv` is what the KV cache stores: "fp16", or "bf16" for models
-    whose keys or values exceed 65504 (on the CPU only).
+    `quant` is "q8", "q4", "bf16" or "f16" (on the CPU only). None suits the type of most weights of
+    a GGUF file, as a notice says, and is "q8" for other models. `kv` is what the KV cache stores:
+    "fp16", or "bf16" for models whose keys or values exceed 65504 (on the CPU only).
 
     A large model is packed once and kept under HYBRID_HOME (default: the user's cache folder). Its
     packed file is first mapped, which takes no time, and then copied into memory while the model is

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ class Format(Enum):
     bf16 = 0
     q8 = 1
     q4 = 2
+    f16 = 3
 
 class Activation(Enum):
     relu = 0
@@ -105,7 +107,13 @@ class Rows:
     @property
     def memory(self) -> NDArray[np.uint8]: ...
 
+class PredictorInput(Enum):
+    normed = 0
+    residual = 1
+    previous = 2
+
 class Predictor:
+    @overload
     def __init__(
         self,
         *,
@@ -113,6 +121,17 @@ class Predictor:
         n_neurons: int,
         tiles: NDArray[np.uint8],
         first_matrix: Rows,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        *,
+        first_matrix: Rows,
+        second_matrix: Rows,
+        threshold: float,
+        input: PredictorInput,
+        first_biases: NDArray[np.float32] | None = None,
+        second_biases: NDArray[np.float32] | None = None,
     ) -> None: ...
 
 class Preview:

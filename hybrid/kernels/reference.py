@@ -31,12 +31,12 @@ def bf16_values(bits: NDArray[np.uint16]) -> Array:
 
 
 def round_activation(format: Format | None, x: Array) -> Array:
-    """The values of (…, n) activations after quantisation; `None` leaves them in fp32.
+    """The values of (…, n) activations after quantisation; f16 and `None` leave them in fp32.
 
     bf16: the values are rounded to bf16. q8 and q4: blocks of 32 along n, with
     int8 = round(x * 127 / max|x|) and one fp32 scale per block.
     """
-    if format is None:
+    if format is None or format is Format.f16:
         return x
     if format is Format.bf16:
         return bf16_values(bf16_bits(x))

@@ -48,7 +48,7 @@ class PlacementPlan:
 
     model_hash: str  # Checkpoint.weights_hash; empty within a load that needs no plan
     order_hash: str  # weights.packing.order_hash: the neuron order that prefixes refer to
-    quant: str  # "bf16", "q8" or "q4"
+    quant: str  # the weight format, such as "q8"
     n_context: int  # positions for which GPU layers have a KV cache
     n_neurons: int  # per layer
     layers: tuple[LayerPlacement, ...]

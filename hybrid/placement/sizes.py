@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hybrid.kernels import Format, _native
 from hybrid.model.config import ModelConfig
 from hybrid.placement.plan import LayerPlacement, PlacementPlan
-from hybrid.weights.formats import BLOCK, plain_row_bytes, whole_blocks
+from hybrid.weights.formats import BLOCK, has_blocks, plain_row_bytes, whole_blocks
 from hybrid.weights.layout import PackedArray, PackedLayout
 from hybrid.weights.preview import SHORTLISTED
 
@@ -131,6 +131,6 @@ class ModelSizes:
 
     def _plain_row(self, array: PackedArray) -> int:
         n_bytes = plain_row_bytes(array.format, array.n_cols)
-        if self.has_matrix_scales and array.format is not Format.bf16:
+        if self.has_matrix_scales and has_blocks(array.format):
             n_bytes += whole_blocks(array.n_cols) // BLOCK * 2
         return n_bytes

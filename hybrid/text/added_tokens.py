@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from hybrid.checkpoint.name import model_name
-from hybrid.errors import InvalidCheckpoint
+from hybrid.errors import InvalidCheckpoint, one_line
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -100,5 +100,6 @@ def is_text(value: object) -> bool:
 
 
 def _invalid(path: Path, name: str, found: object) -> InvalidCheckpoint:
-    name = name.encode(errors="backslashreplace").decode()  # a lone surrogate cannot be printed
-    return InvalidCheckpoint(f"{path}: {name}: expected an added token, found {found!r:.80}")
+    return InvalidCheckpoint(
+        f"{path}: {one_line(name)}: expected an added token, found {found!r:.80}"
+    )

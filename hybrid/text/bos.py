@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from hybrid.checkpoint.name import model_name
-from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
+from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel, one_line
 from hybrid.text.added_tokens import content_of, is_text
+from hybrid.text.vocabulary_file import is_library_error
 
 
 class Bos(NamedTuple):
@@ -70,7 +71,14 @@ def _added_tokens(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids that the post-processor puts before a text and after it."""
     text: list[int] = library.encode("a", add_special_tokens=False).ids
-    whole: list[int] = library.encode("a").ids
+    try:
+        whole: list[int] = library.encode("a").ids
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        raise InvalidCheckpoint(
+            f"{path}: its post_processor cannot be used: {one_line(error)}; download it again"
+        ) from None
     for n_before in range(len(whole) - len(text) + 1):
         n = n_before + len(text)
         if whole[n_before:n] == text:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import nodes
 
-from hybrid.errors import InvalidCheckpoint, InvalidOption
+from hybrid.errors import InvalidCheckpoint, InvalidOption, one_line
 from hybrid.text import sandbox
 from hybrid.text.chat import Chat
 from hybrid.text.markers import MarkedText, Markers
@@ -65,9 +65,11 @@ class ChatTemplate:
         try:
             self._template = sandbox.compile_template(source)
         except jinja2.TemplateSyntaxError as error:
-            raise InvalidCheckpoint(f"{name}: line {error.lineno}: {error.message}") from error
+            raise InvalidCheckpoint(
+                f"{name}: line {error.lineno}: {one_line(error.message)}"
+            ) from error
         except Exception as error:  # Jinja makes Python code of it, which Python may refuse
-            raise InvalidCheckpoint(f"{name}: cannot be used: {error}"[:300]) from error
+            raise InvalidCheckpoint(f"{name}: cannot be used: {one_line(error)}") from error
         self.markers = Markers(())
         tree = _parse(source)
         literals, around = "\0".join(_literals(tree)), "\0".join(self._probe())
@@ -188,7 +190,7 @@ class ChatTemplate:
             text = sandbox.render(self._template, given)
         except sandbox.TemplateRefusal as error:
             raise InvalidOption(
-                f"messages: the model's chat template refuses them: {error}"
+                f"messages: the model's chat template refuses them: {one_line(error)}"
             ) from None
         except sandbox.TemplateLimit as error:
             raise InvalidOption(f"{self.name}: was stopped: {error}") from None
@@ -198,7 +200,7 @@ class ChatTemplate:
             ) from None
         except Exception as error:  # a template may raise anything
             raise InvalidOption(
-                f"messages: {self.name} fails on them: {type(error).__name__}: {error}"[:500]
+                f"messages: {self.name} fails on them: {type(error).__name__}: {one_line(error)}"
             ) from None
         if self.markers.is_escaped(text, given):
             raise InvalidOption(_lost("spell a marker of the chat template, and it rewrites them"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrid.checkpoint.gguf.architecture import special_token
 from hybrid.checkpoint.gguf.reader import GgufFile, read_gguf
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.text.sentencepiece import (
@@ -22,35 +23,52 @@ from hybrid.text.sentencepiece import (
     layout_of,
 )
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
+_MAX_LISTED_PIECE = 1024  # characters, where merges are listed; Command-R has 512 spaces
+# tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 # How the authors of models split texts into words, as their tokenizer.json files say.
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_MINICPM_5 = (r"\p{N}{1,3}", _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}+"))
 _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _GPT_2: list[dict[str, Any]] = [_BYTES | {"use_regex": True}]
 _DIGITS: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}, *_GPT_2]
 
 
-def _by_regex(pattern: str) -> list[dict[str, Any]]:
-    split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": pattern}}
-    split |= {"behavior": "Isolated", "invert": False}
-    return [split, _BYTES | {"use_regex": False}]
+def _by_regex(*patterns: str) -> list[dict[str, Any]]:
+    """Split at what a pattern matches, and what is left or matched at the next one."""
+    splits: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    return [*splits, _BYTES | {"use_regex": False}]
 
+
+# What llama.cpp does where a converter knew no better (src/llama-vocab.cpp): punctuation, the words
+# of GPT-2, and digits by three.
+_DEFAULT = (
+    r"[\p{P}$+<=>^~|]+",
+    r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"\p{N}+",
+    r"[0-9]{3}",
+)
 
 _SPLITTERS: dict[str, list[dict[str, Any]]] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3"), _by_regex(_LLAMA_3)),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _by_regex(_LLAMA_3)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _by_regex(_QWEN_2)),
+    "minicpm5": _by_regex(*_MINICPM_5),
+    "default": _by_regex(*_DEFAULT),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), _GPT_2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
 }
-# Of these a text begins with BOS, unless the file says otherwise, and whole words that are pieces
-# are taken as they are.
+# Of these a text begins with BOS, unless the file says otherwise.
 _AS_LLAMA_3 = ("llama3", "llama-v3", "llama-bpe", "falcon3")
+_WHOLE = (*_AS_LLAMA_3, "minicpm5")  # of these a whole word that is a piece is taken as it is
 _COMPOSED = ("qwen2", "deepseek-r1-qwen")  # whose texts are normalized to NFC
 
 
@@ -59,16 +77,21 @@ def read_gguf_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises InvalidCheckpoint and UnsupportedModel.
     """
-    file = read_gguf(path)
+    return tokenizer_of(read_gguf(path))
+
+
+def tokenizer_of(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Do the same for a file that is already read."""
+    path = file.path
     pieces = _strings(file, "tokenizer.ggml.tokens")
+    model = file.single("tokenizer.ggml.model")
     longest = max(map(len, pieces))
-    if longest > MAX_PIECE:
+    if longest > (_MAX_LISTED_PIECE if model == "gpt2" else MAX_PIECE):
         raise InvalidCheckpoint(f"{path}: has a piece of {longest:,} characters")
-    numbers = _numbers(file, "tokenizer.ggml.token_type", len(pieces), _NORMAL)
+    numbers = _numbers(file, "tokenizer.ggml.token_type", len(pieces), NORMAL)
     if numbers.dtype.kind not in "iu":
         raise InvalidCheckpoint(f"{path}: tokenizer.ggml.token_type: expected integers")
     kinds = numbers.tolist()
-    model = file.single("tokenizer.ggml.model")
     if model == "llama":
         layout = _sentencepiece(file, pieces, kinds)
     elif model == "gpt2":
@@ -91,13 +114,13 @@ def _sentencepiece(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[
     charsmap = file.metadata.get("tokenizer.ggml.precompiled_charsmap")
     if charsmap is not None and not isinstance(charsmap, np.ndarray):
         raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.precompiled_charsmap: no bytes")
-    bos = _special(file, "bos", len(pieces))
+    bos = special_token(file, "bos", len(pieces))
     normalizer = {
         2: b"" if charsmap is None else np.asarray(charsmap).astype(np.uint8).tobytes(),
         3: _flag(file, "add_space_prefix", default=True),
         4: _flag(file, "remove_extra_whitespaces", default=False),
     }
-    trainer = {35: int(_BYTE in kinds), 41: -1 if bos is None else bos}
+    trainer = {35: int(BYTE in kinds), 41: -1 if bos is None else bos}
     spm = SentencePieceModel(listed, trainer, normalizer)
     return layout_of(spm, BPE, adds_bos=_flag(file, "add_bos_token", default=True))
 
@@ -113,12 +136,12 @@ def _byte_level(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str
     if not all(right and " " not in right for _, right in merges):
         raise InvalidCheckpoint(f"{file.path}: tokenizer.ggml.merges: expected pairs of pieces")
     added = [
-        {"id": id, "content": pieces[id], "special": kinds[id] in (_UNKNOWN, _CONTROL)}
+        {"id": id, "content": pieces[id], "special": kinds[id] in (UNKNOWN, CONTROL)}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for id in range(len(pieces))
-        if kinds[id] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        if kinds[id] in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    bos = _special(file, "bos", len(pieces))
+    bos = special_token(file, "bos", len(pieces))
     adds_bos = _flag(file, "add_bos_token", default=name in _AS_LLAMA_3)
     return {
         "version": "1.0",
@@ -129,11 +152,33 @@ def _byte_level(file: GgufFile, pieces: list[str], kinds: list[int]) -> dict[str
         "decoder": _BYTES | {"use_regex": True},
         "model": {
             "type": "BPE",
-            "ignore_merges": name in _AS_LLAMA_3,
+            "ignore_merges": name in _WHOLE,
             "vocab": _vocab(file, pieces),
             "merges": merges,
         },
     }
+
+
+def splitter_name(layout: dict[str, Any]) -> str | None:
+    """Return a name (`tokenizer.ggml.pre`) for how a byte-level tokenizer.json splits texts.
+
+    None: there is no name for it.
+    """
+    normalizer, splitter = layout.get("normalizer"), layout.get("pre_tokenizer") or {}
+    steps = [_plain(step) for step in splitter.get("pretokenizers", [splitter])]
+    for name, known in _SPLITTERS.items():
+        same_words = [_plain(step) for step in known] == steps
+        same_merges = bool(layout["model"].get("ignore_merges")) == (name in _AS_LLAMA_3)
+        composes = {"type": "NFC"} if name in _COMPOSED else None
+        if same_words and same_merges and composes == normalizer:
+            return name
+    return None
+
+
+def _plain(step: dict[str, Any]) -> dict[str, Any]:
+    """Return a step without what concerns only the offsets of tokens."""
+    defaults = {"use_regex": True} if step.get("type") == "ByteLevel" else {}
+    return defaults | {key: value for key, value in step.items() if key != "trim_offsets"}
 
 
 def _vocab(file: GgufFile, pieces: list[str]) -> dict[str, int]:
@@ -148,7 +193,7 @@ def _settings(file: GgufFile, pieces: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     for key, name in names.items():
-        id = _special(file, key, len(pieces))
+        id = special_token(file, key, len(pieces))
         if id is not None:
             settings[f"{name}_token"] = pieces[id]
     templates = {}
@@ -161,19 +206,6 @@ def _settings(file: GgufFile, pieces: list[str]) -> dict[str, Any]:
         entries = [{"name": name, "template": text} for name, text in templates.items()]
         settings["chat_template"] = entries
     return settings
-
-
-def _special(file: GgufFile, name: str, n_pieces: int) -> int | None:
-    """Return the id of a special token. Raises InvalidCheckpoint if there is no such id."""
-    id = file.single(f"tokenizer.ggml.{name}_token_id")
-    if id is None or id == 0xFFFFFFFF:
-        return None
-    if type(id) is not int or not 0 <= id < n_pieces:
-        raise InvalidCheckpoint(
-            f"{file.path}: tokenizer.ggml.{name}_token_id is {id!r:.40}; expected 0 to "
-            f"{n_pieces - 1}"
-        )
-    return id
 
 
 def _flag(file: GgufFile, name: str, *, default: bool) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+from hybrid.errors import InvalidCheckpoint, UnsupportedModel, one_line
 from hybrid.files import read_bytes
 
 MAX_BYTES = 64 << 20
@@ -60,7 +60,7 @@ def convert(path: Path, *, adds_bos: bool) -> str:
         model = _read_model(data)
     except (ValueError, IndexError, struct.error) as error:
         raise InvalidCheckpoint(
-            f"{path}: not a SentencePiece model ({error}); download it again"
+            f"{path}: not a SentencePiece model ({one_line(error)}); download it again"
         ) from None
     names = {UNIGRAM: "Unigram", BPE: "BPE", 3: "words", 4: "characters"}
     kind = model.trainer.get(3, UNIGRAM)

@@ -47,7 +47,7 @@ def choose_templates(
     def compiled(source: str, name: str) -> ChatTemplate:
         return ChatTemplate(source, tokens, vocabulary.special, vocabulary.ordinary, name)
 
-    own = _own_templates(folder, settings)
+    own = own_templates(folder, settings)
     chosen = _choose(folder, vocabulary, own, wish, compiled)
     return chosen._replace(own=tuple(sorted(own)))
 
@@ -114,7 +114,7 @@ def _without_own(
     return Templates(compiled(BUILT_IN["minicpm"].source, "minicpm"))
 
 
-def _own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the sources of the model's templates by name. Raises InvalidCheckpoint."""
     files = {"default": folder / _ALONE} if (folder / _ALONE).exists() else {}
     if (folder / NAMED).is_dir():

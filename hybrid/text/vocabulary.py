@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from hybrid.checkpoint.name import model_name
-from hybrid.errors import InvalidOption, UnsupportedModel
+from hybrid.errors import InvalidOption, UnsupportedModel, one_line
 from hybrid.text.decoding import read_decoding
 from hybrid.text.markers import MarkedText, Span
 from hybrid.text.vocabulary_file import is_library_error, read_vocabulary
@@ -162,8 +162,8 @@ class Vocabulary:
             if not is_library_error(error):
                 raise
             raise InvalidOption(
-                f"text: the model's tokenizer cannot encode it: {error!s:.200}; perhaps it has no "
-                "token for unknown characters"
+                f"text: the model's tokenizer cannot encode it: {one_line(error, 200)}; perhaps it "
+                "has no token for unknown characters"
             ) from None
 
     def _spell(self, text: str) -> list[int]:

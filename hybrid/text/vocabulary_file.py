@@ -17,7 +17,7 @@ import tokenizers
 from hybrid.checkpoint.foreign import is_gguf
 from hybrid.checkpoint.json_file import parse_object, read_object, read_text
 from hybrid.checkpoint.name import model_name
-from hybrid.errors import InvalidCheckpoint, UnsupportedModel
+from hybrid.errors import InvalidCheckpoint, UnsupportedModel, one_line
 from hybrid.text.added_tokens import add_tokens
 from hybrid.text.gguf_vocabulary import read_gguf_tokenizer
 from hybrid.text.sentencepiece import convert
@@ -48,7 +48,7 @@ def read_vocabulary(
     """
     path, text = folder, ""
     if layout is None:
-        path, text, layout = _read_layout(folder, settings)
+        path, text, layout = read_layout(folder, settings)
     pieces = _check_layout(path, layout, size)
     library = _open_library(path, text or layout)
     legacy = read_optional(folder / "added_tokens.json")
@@ -82,8 +82,11 @@ def read_settings(model: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return settings, None
 
 
-def _read_layout(folder: Path, settings: dict[str, Any]) -> tuple[Path, str, dict[str, Any]]:
-    """Return a tokenizer's file, its text as tokenizer.json has it, and its content."""
+def read_layout(folder: Path, settings: dict[str, Any]) -> tuple[Path, str, dict[str, Any]]:
+    """Return a tokenizer's file, its text as tokenizer.json has it, and its content.
+
+    Raises InvalidCheckpoint and UnsupportedModel.
+    """
     path = folder / "tokenizer.json"
     if not path.exists() and (folder / "tokenizer.model").exists():
         path = folder / "tokenizer.model"
@@ -104,7 +107,7 @@ def _open_library(path: Path, source: str | dict[str, Any]) -> tokenizers.Tokeni
         if not is_library_error(error):
             raise
         raise InvalidCheckpoint(
-            f"{path}: not a tokenizer: {error!s:.300}; download it again"
+            f"{path}: not a tokenizer: {one_line(error)}; download it again"
         ) from None
     library.no_truncation()
     library.no_padding()

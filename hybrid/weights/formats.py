@@ -1,6 +1,7 @@
 """Weight formats: how a matrix's values are rounded, and how their bytes are laid out in memory.
 
-bf16: values as the checkpoint stores them.
+bf16, f16: values as the checkpoint stores them, two bytes each. They are rounded only if it stores
+others.
 
 q8: blocks of 32 along a row, with int8 values and one fp16 scale per block. It has the semantics of
 GGUF's Q8_0 with another byte layout.
@@ -28,6 +29,20 @@ GROUP_BLOCKS = GROUP // BLOCK
 # Candidate levels for a block's value of largest magnitude. Beyond -8 that value is clipped, but
 # the other values of the block are rounded better.
 Q4_EXTREMES = (-8, 7, -7.5, -8.5, -9)
+DEFAULT_FORMAT = Format.q8  # of models that are not stored in another one of these formats
+GPU_FORMATS = (Format.bf16, Format.q8, Format.q4)  # the GPU has kernels for these
+# Bytes of one row's values in a group.
+GROUP_VALUE_BYTES = {
+    Format.bf16: 2 * BLOCK,
+    Format.f16: 2 * BLOCK,
+    Format.q8: GROUP,
+    Format.q4: GROUP // 2,
+}
+
+
+def has_blocks(format: Format) -> bool:
+    """Return whether weights are integers with scales of blocks, not values of two bytes."""
+    return format in (Format.q8, Format.q4)
 
 
 def quantize_q8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
@@ -104,8 +119,8 @@ def round_weights(format: Format | None, w: NDArray[np.float32]) -> NDArray[np.f
     """Return the fp32 values that (rows, n) weights have in a format. None changes nothing."""
     if format is None:
         return w
-    if format is Format.bf16:
-        return bf16_values(bf16_bits(w))
+    if not has_blocks(format):
+        return _values(format, _bits(format, w))
     if format is Format.q8:
         values, scales = quantize_q8(w)
         integers = values.astype(np.float32)
@@ -115,10 +130,24 @@ def round_weights(format: Format | None, w: NDArray[np.float32]) -> NDArray[np.f
     return _columns(_blocks(integers) * scales.astype(np.float32)[..., None], w.shape[1])
 
 
+def _bits(format: Format, w: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """fp32 → the bits of bf16 or fp16, rounded to nearest even."""
+    if format is Format.bf16:
+        return bf16_bits(w)
+    with np.errstate(over="ignore"):  # of infinite values; finite ones have a matrix scale
+        return w.astype(np.float16).view(np.uint16)
+
+
+def _values(format: Format, bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    if format is Format.bf16:
+        return bf16_values(bits)
+    return bits.view(np.float16).astype(np.float32)
+
+
 def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
     """Return the bytes of one packed row: (values, scales)."""
     padded = _native.padded_cols(format, n_cols)
-    if format is Format.bf16:
+    if not has_blocks(format):
         return 2 * padded, 0
     return padded if format is Format.q8 else padded // 2, padded // BLOCK * 2
 
@@ -126,7 +155,7 @@ def row_bytes(format: Format, n_cols: int) -> tuple[int, int]:
 def plain_row_bytes(format: Format, n_cols: int) -> int:
     """Return the bytes of one row of whole blocks, with its scales, as on the GPU."""
     n_cols = whole_blocks(n_cols)
-    if format is Format.bf16:
+    if not has_blocks(format):
         return 2 * n_cols
     values = n_cols if format is Format.q8 else n_cols // 2
     return values + n_cols // BLOCK * 2
@@ -141,9 +170,9 @@ def pack_rows(
     """
     n_rows, n_cols = w.shape
     padded = _native.padded_cols(format, n_cols)
-    if format is Format.bf16:
+    if not has_blocks(format):
         bits = np.zeros((n_rows, padded), np.uint16)
-        bits[:, :n_cols] = bf16_bits(w)
+        bits[:, :n_cols] = _bits(format, w)
         return bits.view(np.uint8), np.empty((n_rows, 0), np.uint8)
     if format is Format.q8:
         q, scales = quantize_q8(w)
@@ -171,8 +200,7 @@ def interleave(
     rows must be a multiple of four. Together with `pack_rows` this is the oracle of
     `_native.pack_interleaved`.
     """
-    group_bytes = {Format.bf16: 2 * BLOCK, Format.q8: GROUP, Format.q4: GROUP // 2}
-    n_tiles, n_groups = len(values) // TILE_ROWS, values.shape[1] // group_bytes[format]
+    n_tiles, n_groups = len(values) // TILE_ROWS, values.shape[1] // GROUP_VALUE_BYTES[format]
     parts = [
         rows.reshape(n_tiles, TILE_ROWS, n_groups, rows.shape[1] // n_groups).swapaxes(1, 2)
         for rows in (scales, values)
@@ -187,7 +215,7 @@ def partial_order(format: Format, n_cols: int) -> tuple[NDArray[np.intp], NDArra
     A column's sum is `partials[order] * unit`. `csrc/kernels/kernels.h` describes the order.
     """
     position = column_order(format, n_cols)
-    if format is Format.bf16:
+    if not has_blocks(format):
         return position, np.ones(n_cols, np.float32)
     fields = 4 if format is Format.q8 else 8
     group, in_group = np.divmod(position, GROUP)
@@ -202,7 +230,7 @@ def partial_order(format: Format, n_cols: int) -> tuple[NDArray[np.intp], NDArra
 def column_order(format: Format, n_cols: int) -> NDArray[np.intp]:
     """Return the index of each natural column in a packed row."""
     columns = np.arange(n_cols)
-    if format is Format.bf16:
+    if not has_blocks(format):
         return columns
     block, element = columns % GROUP // BLOCK, columns % BLOCK
     return columns // GROUP * GROUP + element // 4 * BLOCK + block * 4 + element % 4

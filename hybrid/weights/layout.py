@@ -15,6 +15,13 @@ from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
 from hybrid.model.config import ModelConfig
+from hybrid.model.stored_predictors import (
+    FIRST,
+    FIRST_BIAS,
+    SECOND,
+    SECOND_BIAS,
+    StoredPredictors,
+)
 from hybrid.weights.formats import row_bytes
 from hybrid.weights.packed_rows import ALIGNMENT, Buffer, bundle_bytes, matrix_bytes
 from hybrid.weights.preview import preview_bytes
@@ -104,6 +111,11 @@ class PackedLayout:
         return "preview" in self.arrays
 
     @property
+    def has_stored_predictors(self) -> bool:
+        """Whether the predictors of the model's own file are packed with it."""
+        return f"0.{FIRST}" in self.arrays
+
+    @property
     def predicted_layers(self) -> list[int]:
         """Layers whose gate rows are bit-reversed, ascending."""
         return [
@@ -119,18 +131,29 @@ def packed_layout(
     predicted_layers: Layers = frozenset(),
     *,
     has_preview: bool = False,
+    stored: StoredPredictors | None = None,
 ) -> PackedLayout:
-    """Lay out a model. `has_preview` adds a preview of the head to it."""
+    """Lay out a model.
+
+    `has_preview` adds a preview of the head to it, `stored` the predictors of its own file, which
+    then select the gates of every layer.
+    """
+    if stored is not None:
+        predicted_layers = range(config.n_layers)
     arrays: dict[str, PackedArray] = {}
     end = 0
-    for array in _arrays(config, format, predicted_layers, has_preview):
+    for array in _arrays(config, format, predicted_layers, has_preview, stored):
         arrays[array.name] = replace(array, first=end)
         end = arrays[array.name].end
     return PackedLayout(config, format, arrays)
 
 
 def _arrays(
-    config: ModelConfig, format: Format, predicted_layers: Layers, has_preview: bool
+    config: ModelConfig,
+    format: Format,
+    predicted_layers: Layers,
+    has_preview: bool,
+    stored: StoredPredictors | None,
 ) -> Iterator[PackedArray]:
     hidden, n_neurons, vocab = config.hidden_size, config.n_neurons, config.vocab_size
 
@@ -154,11 +177,28 @@ def _arrays(
             array("bundles", ("up", "down"), n_neurons, hidden, "bundles"),
         ):
             yield replace(part, name=f"{layer}.{part.name}", layer=layer)
+        if stored is not None:
+            yield from _stored_arrays(config, stored, layer)
     yield array("norm", ("norm",), 1, hidden, "norm")
     if not config.has_tied_head:
         yield array("head", ("head",), vocab, hidden, head_layout)
     if has_preview:
         yield array("preview", (head,), vocab, hidden, "preview")
+
+
+def _stored_arrays(
+    config: ModelConfig, stored: StoredPredictors, layer: int
+) -> Iterator[PackedArray]:
+    """Yield the arrays of one layer's predictor. Its matrices are q8, whatever the model's are."""
+    hidden, n_neurons, rank = config.hidden_size, config.n_neurons, stored.ranks[layer]
+    parts: list[tuple[str, int, int, RowLayout]] = [
+        (FIRST, rank, hidden, "interleaved"),
+        (SECOND, n_neurons, rank, "interleaved"),
+    ]
+    if stored.has_biases:
+        parts += [(FIRST_BIAS, 1, rank, "norm"), (SECOND_BIAS, 1, n_neurons, "norm")]
+    for role, n_rows, n_cols, layout in parts:
+        yield PackedArray(f"{layer}.{role}", layer, (role,), n_rows, n_cols, layout, Format.q8)
 
 
 def decode_bytes(

@@ -1,8 +1,9 @@
 """The scale of a whole matrix: a power of two that brings its weights into a format's range.
 
 q8 and q4 have fp16 scales of blocks. Weights below 1e-3 or so make these scales subnormal, which
-loses precision, and much smaller ones make them zero. Such a matrix is packed divided by its matrix
-scale. The kernels multiply dot products by it, which is exact. Ordinary matrices have the scale 1.
+loses precision, and much smaller ones make them zero. The same holds for fp16 weights below 6e-5,
+and those above 65504 are infinite. Such a matrix is packed divided by its matrix scale. The kernels
+multiply dot products by it, which is exact. Ordinary matrices have the scale 1.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class WeightRange(NamedTuple):
 RANGES = {
     # Far from subnormal numbers, which some instruction sets take for zero.
     Format.bf16: WeightRange(2.0**-96, 255 * 2.0**120, 0),
+    # A block's largest weight is then a normal number. What is smaller has its absolute precision.
+    # fp16 weights of any size are packed to the bit: they never get a scale above 1.
+    Format.f16: WeightRange(2.0**-14, 65504.0, 15),
     # A block's scale of 2**-16 is rounded to 1/512 of it, as finely as the block's int8 values.
     Format.q8: WeightRange(127 * 2.0**-16, 127 * 65504.0, 22),
     # The same for the scales of q4: 1/128, where the nibbles are rounded to 1/16.
@@ -77,7 +81,7 @@ def scale_for(format: Format, magnitudes: Magnitudes, name: str) -> float:
             f"much smaller that {format.name} cannot hold them"
             + ("" if format is Format.bf16 else "; load it with quant bf16")
         )
-    if top <= most and still_lost == np.count_nonzero(nonzero < least):
+    if top <= most and still_lost >= np.count_nonzero(nonzero < least):
         return 1.0
     return math.ldexp(1.0, power)
 

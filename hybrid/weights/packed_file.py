@@ -306,7 +306,9 @@ def _file_name(checkpoint: FileSource, layout: PackedLayout) -> str:
     name = re.sub(r"[^\w.-]", "_", folder.name)[:80]
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
     parts = [name, digest, layout.format.name]
-    parts += ["predicted"] * bool(layout.predicted_layers) + ["preview"] * layout.has_preview
+    if layout.predicted_layers:
+        parts.append("own-predictors" if layout.has_stored_predictors else "predicted")
+    parts += ["preview"] * layout.has_preview
     return f"{'-'.join(parts)}.safetensors"
 
 

@@ -7,7 +7,9 @@ from numpy.typing import NDArray
 
 from hybrid.kernels import Format, _native
 from hybrid.kernels._native import Predictor
-from hybrid.weights.formats import row_bytes
+from hybrid.model.config import ModelConfig
+from hybrid.model.stored_predictors import StoredPredictors
+from hybrid.weights.formats import has_blocks, row_bytes
 from hybrid.weights.packed_rows import pack_matrix
 from predictors.predictors import WIDE_RANK, LowRank
 
@@ -44,7 +46,7 @@ def pack_predictor(format: Format, predictor: LowRank, margin: float) -> Predict
 
 def _first_format(format: Format) -> Format:
     """Return the format of the first matrix. It is multiplied with the same vectors as the gate."""
-    return Format.bf16 if format is Format.bf16 else Format.q4
+    return Format.q4 if has_blocks(format) else format
 
 
 def _tiles(rows: NDArray[np.generic], fill: float) -> NDArray[np.generic]:
@@ -66,3 +68,13 @@ def predictor_bytes(format: Format, predictor: LowRank, hidden_size: int) -> int
     rank = predictor.rank
     width = sum(row_bytes(_first_format(format), hidden_size))
     return rank * width + n_tiles * TILE * (WIDE_RANK + 4 * -(-(rank - WIDE_RANK) // 8) + 12)
+
+
+def stored_predictor_bytes(stored: StoredPredictors, config: ModelConfig) -> int:
+    """Return the bytes that predicting for one token reads in all layers, for a file's own."""
+    n_rows = -(-config.n_neurons // TILE) * TILE
+    return sum(
+        rank * sum(row_bytes(Format.q8, config.hidden_size))
+        + n_rows * sum(row_bytes(Format.q8, rank))
+        for rank in stored.ranks
+    )

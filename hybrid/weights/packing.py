@@ -17,8 +17,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.kernels import Preview, Rows, _native
+from hybrid.kernels import Predictor, Preview, Rows, _native
 from hybrid.model.config import ModelConfig
+from hybrid.model.stored_predictors import (
+    FIRST,
+    FIRST_BIAS,
+    SECOND,
+    SECOND_BIAS,
+    StoredPredictors,
+)
 from hybrid.model.weights import (
     KV_SAMPLED_ROWS,
     LayerWeights,
@@ -54,6 +61,7 @@ from hybrid.weights.preview import pack_preview_into, preview_bytes
 PackedModel = ModelWeights[Rows]
 # Per layer: for each packed position, the checkpoint's index of the neuron.
 NeuronOrders = Sequence[NDArray[np.intp]]
+_BY_NEURON = ("gate", "up", "down", SECOND, SECOND_BIAS)  # roles whose rows belong to neurons
 SOURCE_ORDER = "as in the source"
 PART_BYTES = 4 << 20  # fp32 weights that a thread reads at once; packing needs little memory then
 
@@ -166,7 +174,8 @@ class _Role:
     def read(self, rows: slice) -> NDArray[np.float32]:
         """Return some rows."""
         if len(self.tensor.shape) == 1:
-            return self.tensor.fp32()
+            w = self.tensor.fp32()
+            return w if self.order is None else w[self.order]
         index = rows if self.order is None else self.order[rows]
         w = self.tensor.fp32((slice(None), index) if self.is_transposed else (index,))
         if self.factor != 1.0:
@@ -203,7 +212,7 @@ def _open(
 ) -> _Role:
     tensor = source.tensor(role, layer)
     order = None
-    if neuron_orders is not None and layer is not None and role in ("gate", "up", "down"):
+    if neuron_orders is not None and layer is not None and role in _BY_NEURON:
         order = neuron_orders[layer]
     if role == "down" or order is not None:
         tensor = tensor.in_memory()  # its parts are spread over the whole tensor
@@ -369,3 +378,37 @@ def view_packed(buffer: Buffer, layout: PackedLayout) -> PackedModel:
     head = rows(layout.head)
     embedding = head if layout.config.has_tied_head else rows(arrays["embedding"])
     return ModelWeights(embedding, tuple(layers), norm("norm"), head, preview)
+
+
+def view_predictors(
+    buffer: Buffer, layout: PackedLayout, stored: StoredPredictors
+) -> list[Predictor]:
+    """Return the predictors of the model's own file, one per layer, without a copy."""
+
+    def rows(name: str) -> Rows:
+        array = layout.arrays[name]
+        (scale,) = array.matrix_scales(buffer)
+        packed = Rows(
+            format=array.format,
+            memory=buffer,
+            n_rows=array.n_rows,
+            n_cols=array.n_cols,
+            offset=array.first,
+        )
+        return packed.scaled(float(scale))
+
+    def biases(name: str) -> NDArray[np.float32] | None:
+        array = layout.arrays.get(name)
+        return None if array is None else array.of(buffer).view(np.float32)
+
+    return [
+        Predictor(
+            first_matrix=rows(f"{layer}.{FIRST}"),
+            second_matrix=rows(f"{layer}.{SECOND}"),
+            threshold=stored.threshold,
+            input=stored.input,
+            first_biases=biases(f"{layer}.{FIRST_BIAS}"),
+            second_biases=biases(f"{layer}.{SECOND_BIAS}"),
+        )
+        for layer in range(layout.config.n_layers)
+    ]

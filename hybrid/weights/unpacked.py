@@ -16,14 +16,13 @@ from hybrid.weights.formats import (
     BLOCK,
     GROUP,
     GROUP_BLOCKS,
+    GROUP_VALUE_BYTES,
     TILE_ROWS,
     row_bytes,
     whole_blocks,
 )
 from hybrid.weights.layout import PackedArray, PackedLayout
 from hybrid.weights.packed_rows import Buffer
-
-_GROUP_VALUE_BYTES = {Format.bf16: 2 * BLOCK, Format.q8: GROUP, Format.q4: GROUP // 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,7 @@ def _scaled(rows: PlainRows, matrix_scales: NDArray[np.float32]) -> PlainRows:
 def _interleaved(array: PackedArray, buffer: Buffer, n_rows: int) -> tuple[Buffer, Buffer]:
     """Return packed values and scales (n_rows, bytes) of the first rows of interleaved tiles."""
     value_bytes, scale_bytes = row_bytes(array.format, array.n_cols)
-    n_groups = max(1, value_bytes // _GROUP_VALUE_BYTES[array.format])
+    n_groups = max(1, value_bytes // GROUP_VALUE_BYTES[array.format])
     parts = [scale_bytes // n_groups, value_bytes // n_groups]  # bytes of one row's group
     n_tiles = -(-n_rows // TILE_ROWS)
     tiles = array.of(buffer)[: n_tiles * TILE_ROWS * array.row_bytes]

@@ -579,6 +579,23 @@ def test_a_wrong_type_is_refused(model: Path, arrays: Arrays, save_safetensors: 
         open_checkpoint(model)
 
 
+def test_more_layers_than_tensors_are_refused_at_once(model: Path) -> None:
+    change_json(model / "config.json", num_hidden_layers=2**31 - 1)
+    with pytest.raises(InvalidCheckpoint, match="has 20 tensors, too few for the 2,147,483,647"):
+        open_checkpoint(model)
+
+
+def test_missing_shards_of_long_names_are_named_briefly(
+    sharded: tuple[Path, dict[str, str]],
+) -> None:
+    folder, weight_map = sharded
+    moved = {name: f"{at}" * 10_000 for at, name in enumerate(weight_map)}
+    save_index(folder / "model.safetensors.index.json", moved)
+    with pytest.raises(InvalidCheckpoint, match="not in its folder") as raised:
+        open_checkpoint(folder)
+    assert len(str(raised.value)) < 1000
+
+
 def test_a_missing_shard_is_refused(sharded: tuple[Path, dict[str, str]]) -> None:
     folder, _ = sharded
     (folder / "model-00002-of-00002.safetensors").unlink()

@@ -162,6 +162,14 @@ def test_a_tensor_that_is_unusable_spoils_only_itself(
         file.tensor("a")
 
 
+def test_the_reason_is_one_short_line(path: Path) -> None:
+    write(path, {"a": "long\n" * 3000}, 0)
+    with pytest.raises(InvalidCheckpoint, match="not a sound safetensors file") as raised:
+        SafetensorsFile(path)
+    assert len(str(raised.value)) < 1000
+    assert "\n" not in str(raised.value)
+
+
 def test_a_header_of_200_mb_is_refused_unread(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 200 << 20) + b"{")
     with path.open("r+b") as file:

@@ -66,6 +66,11 @@ def test_what_torch_saves_is_read_exactly(path: Path) -> None:
         assert [file.tensor(name).dtype for name in tensors][:3] == ["F32", "F16", "BF16"]
 
 
+def test_a_tensor_without_a_name_is_ignored(path: Path) -> None:
+    torch.save({1: torch.ones(2), "named": torch.ones(2)}, path)
+    assert TorchBin(path).names == ["named"]
+
+
 def test_a_modules_state_dict_is_read(path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     torch.save(module.state_dict(), path)

@@ -220,7 +220,7 @@ def test_broken_weights_are_an_error_that_names_them(tmp_path, quant, bad):
         hybrid.load(folder, quant=quant)
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 @pytest.mark.parametrize(
     ("name", "role"), [("model.norm", "norm"), ("model.embed_tokens", "embedding")]
 )
@@ -233,7 +233,7 @@ def test_one_weight_that_is_not_finite_is_refused(tmp_path, quant, name, role):
         hybrid.load(folder, quant=quant)
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 def test_weights_beyond_the_range_of_fp16_scales_are_loaded(tmp_path, quant):
     folder = write_model(tmp_path, vocab_size=4096)
     change_weight(folder, 1e8)

@@ -56,7 +56,7 @@ def test_keywords_change_what_options_say():
     ("call", "message"),
     [
         (lambda: LoadOptions(threads=0), "threads: expected an integer from 1"),
-        (lambda: LoadOptions(quant="q3"), "quant: expected one of bf16, q8, q4, found 'q3'"),
+        (lambda: LoadOptions(quant="q3"), "quant: expected one of bf16, f16, q8, q4, found 'q3'"),
         (lambda: LoadOptions(recall=1.0), "recall: expected a value between 0 and 1"),
         (lambda: LoadOptions(device="tpu"), "device: expected one of auto, cpu, cuda"),
         (lambda: LoadOptions(vram_budget=-1), "vram_budget: expected an integer, 0 or more"),

@@ -44,7 +44,7 @@ def previewing(monkeypatch):
     monkeypatch.setattr(preview, "LEAST_ROWS", 0)
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 def test_likely_rows_are_exact_and_the_others_are_near(tmp_path, model, quant, previewing):
     with hybrid.load(model, quant=quant) as engine:
         exact = all_logits(engine)
@@ -79,7 +79,7 @@ def test_a_small_vocabulary_gets_no_preview_but_a_notice(model):
         np.testing.assert_array_equal(all_logits(engine), exact)
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q4"])
 @pytest.mark.parametrize("predicts", [True, False], ids=["predicting", "exact"])
 def test_decode_equals_prefill_with_any_number_of_threads(
     tmp_path, model, quant, predicts, previewing
@@ -101,7 +101,7 @@ def test_decode_equals_prefill_with_any_number_of_threads(
     np.testing.assert_array_equal(*logits)
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 @pytest.mark.parametrize("predicts", [True, False], ids=["predicting", "exact"])
 def test_counted_bytes_equal_the_formula(tmp_path, model, quant, predicts, previewing):
     with hybrid.load(model, threads=3, **options_of(tmp_path, model, quant, predicts)) as engine:

@@ -162,7 +162,7 @@ def write_large_kv(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", LARGE_KV)
-@pytest.mark.parametrize("quant", slow_except(["bf16", "q8", "q4"], "q8"))
+@pytest.mark.parametrize("quant", slow_except(["bf16", "f16", "q8", "q4"], "q8"))
 def test_keys_and_values_beyond_fp16_are_an_error_that_names_the_remedy(tmp_path, kind, quant):
     folder = write_large_kv(tmp_path / "large", kind)
     with hybrid.load(folder, quant=quant) as engine:
@@ -256,9 +256,11 @@ def test_selfcheck_names_the_overflow_and_passes_with_bf16(tmp_path):
     [{"device": "cuda"}, {"vram_budget": 1 << 30}, {"plan": Path("plan.json")}, {"kv": "fp8"}],
     ids=lambda options: next(iter(options)),
 )
-def test_a_bf16_cache_is_for_the_cpu(options):
+def test_a_bf16_cache_and_f16_weights_are_for_the_cpu(options):
     with pytest.raises(hybrid.InvalidOption, match=r"^kv"):
         hybrid.LoadOptions(**({"kv": "bf16"} | options))
+    with pytest.raises(hybrid.InvalidOption, match=r"^(quant f16 is for the CPU|kv)"):
+        hybrid.LoadOptions(**({"quant": "f16"} | options))
 
 
 TEXT = "Once upon a time there was a cat. "

@@ -63,11 +63,12 @@ def assert_close_to_oracle(actual: np.ndarray, expected: np.ndarray) -> None:
     """Assert that (sequences, vocab) logits, one row per sequence, are close.
 
     Sums in another order now and then move an activation across a rounding step. This shows in the
-    logits of that sequence. In other sequences only the order of sums differs.
+    logits of that sequence. In other sequences only the order of sums differs. In f16 the steps are
+    those of the KV cache alone: they are small, and more sequences cross one.
     """
     error = np.abs(actual - expected).max(-1) / expected.std()
     assert error.max() < 0.1
-    assert np.mean(error < 1e-5) > 0.5
+    assert np.mean(error < 2e-5) > 0.5
 
 
 @pytest.mark.parametrize(

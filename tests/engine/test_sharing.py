@@ -272,7 +272,7 @@ def test_ids_that_are_not_integers_are_refused(engine):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 @pytest.mark.parametrize("has_tied_head", [False, True])
 def test_counted_bytes_equal_the_formula(tmp_path, quant, dense, has_tied_head):
     changes = {"vocab_size": 4096, "tie_word_embeddings": has_tied_head}
@@ -296,7 +296,7 @@ def test_counted_bytes_equal_the_formula(tmp_path, quant, dense, has_tied_head):
         assert all(parts.values())
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 @pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES)
 def test_counted_bytes_equal_the_formula_for_any_hidden_size(tmp_path, quant, shape):
     with hybrid.load(write_model(tmp_path, vocab_size=4096, **shape), quant=quant) as engine:

@@ -5,10 +5,13 @@ The model is teacher-forced on a story that it was not trained on.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import STORIES
 
 import hybrid
@@ -19,7 +22,7 @@ from hybrid.kernels import Format
 STORY = (Path(__file__).parents[1] / "data" / "held_out_story.txt").read_text(encoding="utf-8")
 # Largest difference of any logit from fp32, caused by rounding weights, activations and KV cache.
 # The story's logits have a standard deviation of about 3. A change beyond a bound is a regression.
-LOGIT_BOUND = {"bf16": 0.3, "q8": 0.5}
+LOGIT_BOUND = {"bf16": 0.3, "f16": 0.2, "q8": 0.5}
 N_TOKENS = 128
 
 
@@ -61,7 +64,7 @@ def test_the_model_is_sparse_and_predicts_the_story(fp32):
     assert loss < 3.5  # an untrained model: log(4096) = 8.3
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 def test_the_kernels_add_nothing_to_the_rounding_of_their_format(fp32, quant):
     """Against fp32, the engine errs as its format's oracle does, which also rounds activations."""
     ids, _, exact = fp32
@@ -76,3 +79,23 @@ def test_the_kernels_add_nothing_to_the_rounding_of_their_format(fp32, quant):
 
     assert rms(logits - exact) < 1.2 * rms(oracle - exact)
     assert rms(logits - oracle) < rms(oracle - exact)
+
+
+def test_f16_of_a_model_by_others_errs_as_its_kv_cache_does(tmp_path, shared_data):
+    """Weights that are fp16 values stay as they are. Only keys and values are rounded."""
+    folder = shared_data / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}")
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: w.astype(np.float16) for name, w in tensors.items()}, path)
+    ids = np.array(json.loads((folder / "expected.json").read_text())["ids"])
+    with open_checkpoint(tmp_path / "hf") as checkpoint:
+        weights, config = read_weights(checkpoint, Format.f16), checkpoint.config
+        exact = ReferenceSession(read_weights(checkpoint, None), config).prefill(ids)
+    first = ReferenceSession(weights, config, Format.f16).prefill(ids[:1])[0]
+    with hybrid.load(tmp_path / "hf", quant="f16") as engine:
+        logits = engine.open_session().prefill(ids, all_logits=True)
+    assert np.abs(logits - exact).max() <= 0.05  # of bf16: 0.14
+    assert np.abs(logits[0] - first).max() <= 2e-5  # later keys and values may cross a step

@@ -46,7 +46,9 @@ def test_perplexity_equals_transformers(llama, capsys, window, stride):
     assert actual == pytest.approx(perplexity_of(llama, window, stride), abs=1e-3)
 
 
-@pytest.mark.parametrize(("quant", "bound"), [("bf16", 0.01), ("q8", 0.02), ("q4", 0.10)])
+@pytest.mark.parametrize(
+    ("quant", "bound"), [("bf16", 0.01), ("f16", 0.001), ("q8", 0.02), ("q4", 0.10)]
+)
 @pytest.mark.slow
 def test_formats_are_near_fp32(capsys, quant, bound):
     found = []

@@ -21,6 +21,7 @@ from hybrid.placement.plan import PlacementPlan, cpu_plan, whole_plan
 from hybrid.placement.sizes import ModelSizes
 from hybrid.placement.solver import solve
 from hybrid.placement.time_model import TimeModel
+from hybrid.weights.formats import GPU_FORMATS
 from hybrid.weights.layout import packed_layout
 
 TOLERANCE = 1.001
@@ -44,7 +45,7 @@ def test_random_machines(machine, budget):
 SHARES = (0.1, 0.25, 0.5, 0.8)  # of the bytes that the whole model takes
 
 
-@pytest.mark.parametrize("format", slow_except(list(Format), Format.q4))
+@pytest.mark.parametrize("format", slow_except(GPU_FORMATS, Format.q4))
 @pytest.mark.parametrize("share", slow_except(SHARES, 0.25))
 def test_a_model_of_52_layers(share, format):
     config = replace(

@@ -51,7 +51,7 @@ def test_orders_are_by_falling_frequency_and_stable():
     assert order.tolist() == [1, 4, 0, 2, 3]
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 def test_the_order_of_neurons_does_not_change_the_logits(tmp_path, model, quant):
     ids = np.random.default_rng(1).integers(0, 4000, 80)
     with hybrid.load(model, quant=quant) as engine:

@@ -109,6 +109,7 @@ def test_the_special_tokens_map_names_bos(tmp_path: Path) -> None:
             r"added_tokens_decoder: 4096: expected an added token, found .*'\\ud800'",
         ),
         ({}, {"\ud800": 4096}, r"added_tokens.json: \\ud800: expected an added token, found 4096"),
+        ({}, {"a\nb": 0.5}, "added_tokens.json: a b: expected an added token, found 0.5"),
         ({}, {"<tool>": -1}, "added_tokens.json: <tool>: expected an added token, found -1"),
     ],
 )

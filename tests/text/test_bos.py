@@ -156,6 +156,12 @@ def test_a_post_processor_with_an_id_that_the_model_lacks_is_refused(tmp_path: P
         load(tmp_path)
 
 
+def test_a_post_processor_without_its_token_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, template(["<s>"]) | {"special_tokens": {}})
+    with pytest.raises(InvalidCheckpoint, match="its post_processor cannot be used"):
+        load(tmp_path)
+
+
 def test_engine_and_command_follow_the_tokenizer(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", vocab_size=4096)
     write_tokenizer(folder, None)

@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from gguf_files import vocabulary_of, write_gguf
 from smollm2 import smollm2_gguf, write_smollm2
-from text.vocabularies import LAYOUTS, SHARED, layout_of, n_ids, windows, write_layout
+from text.fetch_vocabularies import vocabularies_folder
+from text.vocabularies import (
+    LAYOUTS,
+    SHARED,
+    layout_of,
+    mixed_windows,
+    n_ids,
+    windows,
+    write_layout,
+)
 from tiny_models import CHATML, write_model
 
+from hybrid.checkpoint.gguf.reader import read_gguf
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.text.tokenizer import Tokenizer
 
@@ -75,18 +86,78 @@ def test_minicpms_vocabularies_have_their_ids(tmp_path: Path, name: str, n: int)
     found, expected = pair(tmp_path, json.loads(path.read_text(encoding="utf-8")), None)
     assert found.bos == expected.bos == (1,)
     compare(found, expected, n)
+    library = tokenizers.Tokenizer.from_file(str(path))
+    library.encode_special_tokens = True  # "<unk>" in a text is five characters
+    for text in mixed_windows(n):
+        assert found.encode(text) == library.encode(text).ids
+
+
+def compare_published(path: Path) -> None:
+    """Compare the ids of texts with those that lie beside a vocabulary."""
+    n_ids = len(read_gguf(path).metadata["tokenizer.ggml.tokens"])
+    tokenizer = Tokenizer.from_folder(path, vocab_size=n_ids, bos_id=None, add_bos=False)
+    texts = path.with_suffix(".gguf.inp").read_bytes().decode()
+    lines = path.with_suffix(".gguf.out").read_text().splitlines()
+    assert len(lines) > 40
+    for text, line in zip(texts.split("\n__ggml_vocab_test__\n"), lines, strict=False):
+        assert tokenizer.encode(text) == [int(id) for id in line.split()], text
 
 
 def test_a_published_vocabulary_has_the_published_ids() -> None:
     path = SHARED / "gguf-vocab" / "ggml-vocab-llama-spm.gguf"
     if not path.exists():
         pytest.skip("not on this machine")
-    tokenizer = Tokenizer.from_folder(path, vocab_size=32000, bos_id=1, add_bos=False)
-    texts = path.with_suffix(".gguf.inp").read_text(encoding="utf-8")
-    lines = path.with_suffix(".gguf.out").read_text().splitlines()
-    texts = texts.split("\n__ggml_vocab_test__\n")[: len(lines)]
-    for text, line in zip(texts, lines, strict=True):
-        assert tokenizer.encode(text) == [int(id) for id in line.split()]
+    compare_published(path)
+
+
+# The vocabularies that llama.cpp tests itself with, and what those are that hybrid refuses.
+READ = ["llama-spm", "phi-3", "llama-bpe", "qwen2", "gpt-2", "mpt", "starcoder", "refact"]
+READ += ["command-r"]
+REFUSED = {
+    "bert-bge": "a tokenizer of kind 'bert'",
+    "nomic-bert-moe": "a tokenizer of kind 't5'",
+    "gemma-4": "a tokenizer of kind 'gemma4'",
+    "deepseek-coder": "by the rules of 'deepseek-coder'",
+    "deepseek-llm": "by the rules of 'deepseek-llm'",
+    "falcon": "by the rules of 'falcon'",
+    "qwen35": "by the rules of 'qwen35'",
+    "gpt-neox": "by the rules of None",
+    "aquila": "by the rules of None",
+}
+
+
+def llama_cpp_vocabulary(name: str) -> Path:
+    path = vocabularies_folder() / f"ggml-vocab-{name}.gguf"
+    if not path.exists():
+        pytest.skip("needs python tests/text/fetch_vocabularies.py (77 MB)")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READ)
+def test_the_vocabularies_of_llama_cpp_have_its_ids(name: str) -> None:
+    compare_published(llama_cpp_vocabulary(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_vocabularies_of_llama_cpp_are_refused_by_name(name: str) -> None:
+    path = llama_cpp_vocabulary(name)
+    with pytest.raises(UnsupportedModel, match=REFUSED[name]):
+        Tokenizer.from_folder(path, vocab_size=300_000, bos_id=None)
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("minicpm5", ["a", " ", "123", "45", "b", " cd", "'ll", "1", ".", "\n\n", "x"]),
+        ("default", ["a", ",", " ", "123", "45", "==", "b", " cd", "'", "ll", "^", " ", " x"]),
+    ],
+)
+def test_texts_are_split_as_the_file_says(tmp_path: Path, pre: str, words: list[str]) -> None:
+    found, _ = pair(tmp_path, json.loads(layout_of("llama-3")), pre)
+    expected = [id for word in words for id in found.encode_continuation(word)]
+    assert found.encode_continuation("".join(words)) == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, (1,)), (True, (1,)), (False, ())])

@@ -649,6 +649,19 @@ def test_a_missing_byte_piece_is_refused(tmp_path: Path) -> None:
         Tokenizer.from_folder(copy_with(tmp_path, remove), vocab_size=4096, bos_id=BOS)
 
 
+def test_what_the_library_says_becomes_one_line(tmp_path: Path) -> None:
+    folder = copy_with(tmp_path, lambda layout: layout.update(version="1\n2"))
+    with pytest.raises(InvalidCheckpoint, match="Unknown tokenizer version '1 2'"):
+        Tokenizer.from_folder(folder, vocab_size=4096, bos_id=BOS)
+
+
+def test_what_a_template_says_becomes_one_line(chat_folder: Path, tmp_path: Path) -> None:
+    template = "{% if messages[1:] %}{{ raise_exception('no\nmore') }}{% endif %}"
+    tokenizer = with_template(chat_folder, tmp_path, template)
+    with pytest.raises(InvalidOption, match=r"refuses them: no more$"):
+        tokenizer.encode_chat([user("a"), user("b")])
+
+
 def test_a_merge_of_unknown_pieces_is_refused(tmp_path: Path) -> None:
     def spoil(layout: dict[str, Any]) -> None:
         layout["model"]["merges"][7] = ["no such", "piece"]

@@ -65,6 +65,37 @@ def windows(n: int, seed: int = 0) -> list[str]:
     return parts
 
 
+@functools.cache
+def kinds_of_text() -> tuple[str, ...]:
+    """Return the shared data's English, Chinese and code, and emoji: plain and joined ones."""
+    folder = SHARED / "text"
+    names = ("fairytales.txt", "chinese_mengxue.txt", "calibration/code.txt")
+    draw = random.Random(0)
+    pictures = [
+        *map(chr, range(0x1F300, 0x1F650)),
+        "👩\u200d👩\u200d👧",
+        "👍🏽",
+        "🇨🇳",
+        "☺\ufe0f",
+        " ",
+    ]
+    emoji = "".join(draw.choices(pictures, k=10_000))
+    return *[(folder / name).read_text(encoding="utf-8") for name in names], emoji
+
+
+def mixed_windows(n: int) -> list[str]:
+    """Return texts that each join parts of one to four of these kinds."""
+    draw = random.Random(1)
+    found = []
+    for _ in range(n):
+        parts = []
+        for text in draw.sample(kinds_of_text(), draw.randint(1, 4)):
+            at, length = draw.randrange(len(text)), draw.choice((5, 40, 200))
+            parts.append(text[at : at + length])
+        found.append(draw.choice(("", " ", "\n")).join(parts))
+    return found
+
+
 def byte_level(kind: str) -> dict[str, Any]:
     """Return the tokenizer.json of a byte-level BPE: gpt-2, llama-3, qwen-2 or smollm-2."""
     library = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama-3"))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hybrid.kernels import Format, _native, reference
 from hybrid.weights.formats import (
     column_order,
+    has_blocks,
     pack_rows,
     partial_order,
     quantize_q4,
@@ -40,7 +41,7 @@ def test_zeros_fill_up_the_last_block(format, n_cols):
         pack_rows(format, w), pack_rows(format, padded), width, strict=True
     ):
         assert own.shape == (5, n_bytes)
-        if format is Format.bf16:
+        if not has_blocks(format):
             np.testing.assert_array_equal(own, wide[:, :n_bytes])
 
 
@@ -63,6 +64,11 @@ def test_q8_keeps_constant_blocks(value):
 def test_bf16_of_bf16_weights_is_exact():
     w = reference.bf16_values(np.arange(0, 0x7F80, dtype=np.uint16)).reshape(-1, 32)
     np.testing.assert_array_equal(round_weights(Format.bf16, w), w)
+
+
+def test_f16_of_fp16_weights_is_exact():
+    w = np.arange(0, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32).reshape(-1, 32)
+    np.testing.assert_array_equal(round_weights(Format.f16, w), w)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -140,7 +146,7 @@ def test_partial_order_is_a_permutation(format):
     padded = _native.padded_cols(format, 512)
     order, unit = partial_order(format, padded)
     assert sorted(order) == list(range(padded))
-    units = {Format.bf16: {0}, Format.q8: {0, -8}, Format.q4: {0, -4, -8, -12}}
+    units = {Format.bf16: {0}, Format.f16: {0}, Format.q8: {0, -8}, Format.q4: {0, -4, -8, -12}}
     assert set(np.log2(unit)) == units[format]
 
 

@@ -77,6 +77,7 @@ def test_rows_are_padded_and_norms_are_not(tmp_path):
     assert (config.hidden_size, config.attention_size, config.qkv_size) == (36, 18, 54)
     for format, row_36, row_18 in (
         (Format.bf16, 2 * 64, 2 * 32),
+        (Format.f16, 2 * 64, 2 * 32),
         (Format.q8, 256 + 16, 256 + 16),
         (Format.q4, 128 + 16, 128 + 16),
     ):

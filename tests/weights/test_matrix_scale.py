@@ -51,9 +51,13 @@ def test_a_matrix_of_any_size_is_rounded_as_well_as_an_ordinary_one(format, fact
     np.testing.assert_allclose(rounding_error(format, w), expected, rtol=0.2, atol=0.002)
 
 
-@pytest.mark.parametrize("format", [Format.q8, Format.q4], ids=lambda format: format.name)
+@pytest.mark.parametrize(
+    ("format", "largest_error"),
+    [(Format.f16, 0.0005), (Format.q8, 0.01), (Format.q4, 0.12)],
+    ids=lambda value: value.name if isinstance(value, Format) else "",
+)
 @pytest.mark.parametrize("axis", ["rows", "columns"])
-def test_parts_of_a_matrix_that_are_small_are_kept(format, axis):
+def test_parts_of_a_matrix_that_are_small_are_kept(format, largest_error, axis):
     """As if the small neurons' down rows, or the norm's weights, were as much larger."""
     w = ORDINARY.copy()
     if axis == "rows":
@@ -65,7 +69,18 @@ def test_parts_of_a_matrix_that_are_small_are_kept(format, axis):
     scale = np.float32(find_matrix_scale(format, w, "w"))
     rounded = round_weights(format, small / scale) * scale
     error = np.linalg.norm(rounded - small) / np.linalg.norm(small)
-    assert error < (0.01 if format is Format.q8 else 0.12)
+    assert error < largest_error
+
+
+@pytest.mark.parametrize("largest", [65504.0, 1.0, 2.0**-12, 2.0**-20])
+@pytest.mark.parametrize("small_rows", [0, 1, 100, 290])
+def test_fp16_weights_of_any_size_are_packed_to_the_bit(largest, small_rows):
+    w = ORDINARY * np.float32(largest / np.abs(ORDINARY).max())
+    w[:small_rows] *= np.float32(2.0**-20)
+    w = w.astype(np.float16).astype(np.float32)
+    scale = np.float32(find_matrix_scale(Format.f16, w, "w"))
+    assert scale == 1.0 or largest < 65504.0
+    np.testing.assert_array_equal(round_weights(Format.f16, w / scale) * scale, w)
 
 
 def test_what_no_scale_can_hold_is_refused_by_name(format):

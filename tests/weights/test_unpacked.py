@@ -9,11 +9,22 @@ from tiny_models import ODD_SHAPES, scale_weights, write_model
 from hybrid.checkpoint.hf import open_checkpoint
 from hybrid.kernels import Format
 from hybrid.model.weights import read_balanced
-from hybrid.weights.formats import pack_rows, quantize_q4, quantize_q8, round_weights
+from hybrid.weights.formats import (
+    GPU_FORMATS,
+    pack_rows,
+    quantize_q4,
+    quantize_q8,
+    round_weights,
+)
 from hybrid.weights.layout import packed_layout
 from hybrid.weights.matrix_scale import find_matrix_scale
 from hybrid.weights.packing import pack_model
 from hybrid.weights.unpacked import PackedReader, PlainRows, unpack_rows
+
+
+@pytest.fixture(params=GPU_FORMATS, ids=lambda format: format.name)
+def format(request: pytest.FixtureRequest) -> Format:
+    return request.param
 
 
 def values_of(format: Format, rows: PlainRows) -> np.ndarray:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from hybrid.checkpoint.foreign import is_gguf
 from hybrid.checkpoint.gguf.activation import choose_activation
 from hybrid.checkpoint.gguf.architecture import architecture_of, config_of
-from hybrid.checkpoint.gguf.weights import GgufWeights, open_files
+from hybrid.checkpoint.gguf.predictors import find_predictors
+from hybrid.checkpoint.gguf.stored_types import type_notices, usual_format
+from hybrid.checkpoint.gguf.weights import GgufWeights, open_files, refuse_neuron_order
 from hybrid.checkpoint.hf import Checkpoint
 from hybrid.checkpoint.identity import ModelIdentity, SourceFile
 from hybrid.checkpoint.roles import find_tensors
@@ -20,13 +23,9 @@ from hybrid.notices import Notices
 __all__ = ["is_gguf", "open_gguf"]
 
 
-# Formats of ours whose values are those of a type of GGUF.
-_SAME_AS = {Format.q8: "Q8_0", Format.q4: "Q4_0", Format.bf16: "BF16"}
-
-
 def open_gguf(
     path: Path,
-    format: Format | None,
+    format: Format | Literal["auto"] | None,
     *,
     use_mmap: bool,
     activation: str | None,
@@ -34,8 +33,9 @@ def open_gguf(
 ) -> Checkpoint:
     """Open a model. Finds every tensor and checks its type and shape before it returns.
 
-    `format` is what the weights will be packed to, `activation` the user's choice, and `hashes` the
-    folder in which the hashes of weight files are remembered. Raises InvalidCheckpoint,
+    `format` is what the weights will be packed to: "auto" chooses by the type of most of them.
+    `activation` is the user's choice, and `hashes` the folder in which the hashes of weight files
+    are remembered. Raises InvalidCheckpoint,
     UnsupportedModel and InvalidOption.
     """
     notices = Notices()
@@ -43,6 +43,13 @@ def open_gguf(
     present = {entry: SourceFile.of(entry) for entry in path.parent.glob("*.gguf")}
     present[path] = SourceFile.of(path)
     files = open_files(path)
+    notices.add(
+        *(
+            f"{plan.name} is not used: hybrid plans for this machine itself (hybrid plan)"
+            for plan in sorted(path.parent.glob("*.gpuidx"))
+        )
+    )
+    refuse_neuron_order(files[0])
     architecture_of(files[0])  # refused before an activation is
     chosen = choose_activation(files[0], activation)
     if chosen.notice:
@@ -51,21 +58,17 @@ def open_gguf(
     content = config_of(replace(files[0], tensors=tensors), chosen.name, chosen.threshold)
     config = parse_config(content, path, notices)
     weights = GgufWeights(files, content, use_mmap=use_mmap)
-    if format is not None and (others := set(weights.types) - {_SAME_AS.get(format)}):
-        notices.add(
-            f"{path.name}: its weights are stored as {', '.join(sorted(others))} and packed to "
-            f"{format.name} (--quant)"
-        )
-    if format in (Format.q8, Format.q4) and _SAME_AS[format] in weights.down_types:
-        notices.add(
-            f"{path.name}: ffn_down is rounded once more: its blocks run along neurons, and those "
-            "of hybrid along the other side, so that neurons can be skipped"
-        )
-    if weights.has_predictors:
-        notices.add(
-            f"{path.name}: its predictors are not used: every gate is computed, which is exact"
-        )
+    notices.add(*weights.notices)
     config, found, unused = find_tensors(path, config, weights, notices)
+    predictors = None
+    if weights.predictors:
+        predictors, tensors_of = find_predictors(
+            files[0], weights.predictors, config, use_mmap=use_mmap
+        )
+        found |= tensors_of
+    packed = usual_format(weights.n_weights) if format == "auto" else format
+    if packed is not None:
+        notices.add(*type_notices(weights, config, packed, is_chosen=format != "auto"))
     if missing := [part for part in weights.paths if part not in present]:
         raise InvalidCheckpoint(f"{missing[0]}: was added while it was read; load the model again")
     sources = tuple(present[part] for part in weights.paths)
@@ -74,6 +77,8 @@ def open_gguf(
         config,
         found,
         identity=ModelIdentity(path.parent, config, sources, hashes),
+        format=packed,
         notices=tuple(notices),
         unused_tensors=unused,
+        predictors=predictors,
     )

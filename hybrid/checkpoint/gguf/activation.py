@@ -1,8 +1,8 @@
 """The activation that a model meant. GGUF files do not record it, and other engines compute SiLU.
 
 A model that was trained with ReLU writes nonsense with SiLU, fluently. So the activation is taken
-from the user, or from the name of a known model, and a name that hints at a sparse model is refused
-rather than guessed.
+from the user, from a key of our own, or from the name of a known model, and a name that hints at a
+sparse model is refused rather than guessed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from shlex import quote
 from typing import NamedTuple
 
 from hybrid.checkpoint.gguf.reader import GgufFile
-from hybrid.errors import InvalidOption, UnsupportedModel
+from hybrid.errors import InvalidCheckpoint, InvalidOption, UnsupportedModel
 
+KEY = "hybrid.activation"  # such as "fatrelu:0.03", in the files that hybrid writes
 _WISH = re.compile(r"(silu|relu)|fatrelu:([0-9.eE+-]+)")
 # Names of published models, and what their config.json says.
 _KNOWN = (
@@ -62,9 +63,17 @@ def choose_activation(file: GgufFile, wish: str | None) -> ChosenActivation:
     """Return a file's activation. Raises InvalidOption and UnsupportedModel."""
     if wish is not None:
         return ChosenActivation(*parse_activation(wish), None, "--activation")
+    if (own := file.single(KEY)) is not None:
+        try:
+            return ChosenActivation(*parse_activation(str(own)), None, KEY)
+        except InvalidOption as error:
+            raise InvalidCheckpoint(f"{file.path}: {KEY}: {error}") from None
     if file.is_powerinfers and file.single("general.architecture") == "llama":
         notice = f"{file.path.name}: computed with relu, as PowerInfer computes such files"
         return ChosenActivation("relu", 0.0, notice, "PowerInfer's format")
+    if file.single("general.architecture") == "prosparse-llama":
+        notice = f"{file.path.name}: computed with fatrelu 0.01, as Kairox computes such files"
+        return ChosenActivation("fatrelu", 0.01, notice, "Kairox's architecture")
     named = ("general.name", "general.basename", "general.finetune", "general.description")
     values = [file.single(key) for key in named]
     names = [file.path.stem, *[value for value in values if isinstance(value, str)]]

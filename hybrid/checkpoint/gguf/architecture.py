@@ -18,7 +18,11 @@ from hybrid.checkpoint.gguf.reader import GgufFile
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 
 # Architectures of GGUF that the engine runs, as the classes of transformers.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "minicpm": "MiniCPMForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "minicpm": "MiniCPMForCausalLM",
+    "prosparse-llama": "LlamaForCausalLM",  # Kairox's name of Llama with FATReLU
+}
 # FFNs of other architectures, which the engine lacks.
 _MISSING_FFNS = {
     "bamboo": DRELU,
@@ -33,6 +37,7 @@ _MODEL_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+DOWN = "ffn_down"
 TRANSPOSED = "ffn_down_t"  # of PowerInfer's files: a row is what a neuron adds to the output
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -43,11 +48,9 @@ _LAYER_NAMES = {
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    DOWN: "mlp.down_proj",
     TRANSPOSED: "mlp.down_proj",
 }
-# The predictors in PowerInfer's files: fc2 · relu(fc1 · x), for x before the norm.
-_PREDICTOR = re.compile(r"blk\.\d{1,5}\.fc[12]\.weight")
 _LAYER = re.compile(r"blk\.(\d{1,5})\.(\w+)\.weight")
 # What MiniCPM's files before these keys were computed with (llama.cpp, src/models/minicpm.cpp).
 _OLD_MINICPM = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256.0}
@@ -63,9 +66,14 @@ def tensor_name(name: str) -> str | None:
     return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.weight"
 
 
-def is_predictor(name: str) -> bool:
-    """Return whether a tensor belongs to a predictor, which the model itself does not need."""
-    return _PREDICTOR.fullmatch(name) is not None
+def gguf_name(name: str, down: str) -> str:
+    """Return GGUF's name of a tensor of Hugging Face. `down` is DOWN or TRANSPOSED."""
+    for stored, known in _MODEL_NAMES.items():
+        if name == known:
+            return stored
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    names = {known: stored for stored, known in _LAYER_NAMES.items()} | {"mlp.down_proj": down}
+    return f"blk.{layer}.{names[part]}.weight"
 
 
 def stored_rows(name: str, n_rows: int, config: dict[str, Any]) -> NDArray[np.intp] | None:
@@ -122,7 +130,7 @@ def config_of(file: GgufFile, activation: str, threshold: float) -> dict[str, An
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": activation,
         "bos_token_id": keys.get("tokenizer.ggml.bos_token_id", None),
-        "eos_token_id": _ends(keys),
+        "eos_token_id": _ends(file, embedding.shape[0]),
     }
     if activation == "fatrelu":
         config["hidden_act_param"] = threshold
@@ -144,11 +152,22 @@ def _minicpm_scales(keys: _Keys, hidden: int, n_layers: int) -> dict[str, float]
     return scales
 
 
-def _ends(keys: _Keys) -> list[int]:
+def _ends(file: GgufFile, n_ids: int) -> list[int]:
     """Return the tokens that end an answer."""
-    names = ("eos", "eot", "eom")
-    found = [keys.get(f"tokenizer.ggml.{name}_token_id", None) for name in names]
-    return [token for token in found if isinstance(token, int)]
+    found = [special_token(file, name, n_ids) for name in ("eos", "eot", "eom")]
+    return [token for token in found if token is not None]
+
+
+def special_token(file: GgufFile, name: str, n_ids: int) -> int | None:
+    """Return the id of a special token. Raises InvalidCheckpoint if there is no such id."""
+    id = file.single(f"tokenizer.ggml.{name}_token_id")
+    if id is None or id == 0xFFFFFFFF:
+        return None
+    if type(id) is not int or not 0 <= id < n_ids:
+        raise InvalidCheckpoint(
+            f"{file.path}: tokenizer.ggml.{name}_token_id is {id!r:.40}; expected 0 to {n_ids - 1}"
+        )
+    return id
 
 
 def _refuse_other_mathematics(keys: _Keys, head_dim: int) -> None:

@@ -9,7 +9,7 @@ file's length: counts, lengths of strings and arrays, offsets.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from mmap import mmap
 from pathlib import Path
@@ -68,6 +68,8 @@ class GgufFile:
     is_powerinfers: bool
     metadata: dict[str, Any]  # numbers, strings, bools; arrays as NumPy arrays or lists of str
     tensors: dict[str, TensorInfo]
+    # Where a key's value is in the buffer, with the number of its type before it.
+    spans: dict[str, slice] = field(default_factory=dict)
 
     def single(self, key: str, default: Any = None) -> Any:
         """Return a value that is no array. Raises InvalidCheckpoint if it is one."""
@@ -119,11 +121,14 @@ class _Parser:
         if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
             raise _Malformed(f"it would have {n_tensors:,} tensors and {n_keys:,} keys")
         metadata: dict[str, Any] = {}
+        spans = {}
         for _ in range(n_keys):
             key = self.string(_MAX_KEY)
             if not key or key in metadata:
                 raise _Malformed(f"the key {key[:60]!r} is empty, or there twice")
+            begin = self.at
             metadata[key] = self.value(self.integer("<I"), key)
+            spans[key] = slice(begin, self.at)
         infos = [self.tensor() for _ in range(n_tensors)]
         return GgufFile(
             self.path,
@@ -132,6 +137,7 @@ class _Parser:
             magic == _POWERINFER,
             metadata,
             self.located(infos, _alignment(metadata)),
+            spans,
         )
 
     def bytes(self, n: int) -> bytes:

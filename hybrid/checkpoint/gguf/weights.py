@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +12,16 @@ from typing import Any
 
 from hybrid.checkpoint.gguf.architecture import (
     TRANSPOSED,
-    is_predictor,
     stored_rows,
     tensor_name,
 )
+from hybrid.checkpoint.gguf.predictors import predictor_role
 from hybrid.checkpoint.gguf.reader import GgufFile, TensorInfo, read_gguf, unread_type
 from hybrid.checkpoint.gguf.tensor import BlockTensor, open_tensor
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel
 from hybrid.notices import short_list
 
+NEURON_ORDER = ".ffn_reorder_perms"  # of Kairox's files
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MAX_PARTS = 1000
 
@@ -59,6 +62,15 @@ def open_files(path: Path) -> list[GgufFile]:
     return files
 
 
+def refuse_neuron_order(file: GgufFile) -> None:
+    """Raise UnsupportedModel for a file that holds only how Kairox groups a model's neurons."""
+    if file.tensors and all(name.endswith(NEURON_ORDER) for name in file.tensors):
+        raise UnsupportedModel(
+            f"{file.path}: says in which groups Kairox caches a model's neurons, and holds no "
+            "model; load the model's own file"
+        )
+
+
 class GgufWeights:
     """The tensors of GGUF files by Hugging Face's names. Implements `WeightFile`."""
 
@@ -69,14 +81,18 @@ class GgufWeights:
         self.paths = tuple(file.path for file in files)
         self.notices: tuple[str, ...] = ()
         self._config, self._use_mmap = config, use_mmap
-        self.has_predictors = False  # which are not used
+        # The tensors of predictors, by role and layer.
+        self.predictors: dict[tuple[str, int | None], tuple[GgufFile, TensorInfo]] = {}
         self._found: dict[str, tuple[GgufFile, TensorInfo]] = {}
-        unknown = []
+        unknown, has_order = [], False
         for file in files:
             for info in file.tensors.values():
                 name = tensor_name(info.name)
-                if file.is_powerinfers and is_predictor(info.name):
-                    self.has_predictors = True
+                if role := predictor_role(info.name):
+                    self.predictors[role] = file, info
+                    continue
+                if info.name.endswith(NEURON_ORDER):
+                    has_order = True
                     continue
                 if not info.type.is_read:
                     raise unread_type(file.path, info.name, f"the type {info.type.name}")
@@ -86,13 +102,19 @@ class GgufWeights:
                     raise InvalidCheckpoint(f"{file.path}: {info.name!r} is in two files")
                 else:
                     self._found[name] = file, info
+        if has_order:
+            # Gate, up, down and predictor have their rows in one order, and any order computes the
+            # same.
+            self.notices = (f"{self.paths[0].name}: its order of neurons for a cache is not used",)
         if unknown:
             raise UnsupportedModel(
                 f"{self.paths[0]}: not supported: the architecture has no tensors such as "
                 f"{short_list(unknown)}"
             )
-        types = {info.type.name for _, info in self._found.values() if len(info.shape) > 1}
-        self.types: tuple[str, ...] = tuple(sorted(types))
+        self.n_weights: Counter[str] = Counter()  # of matrices, by the name of their type
+        for _, info in self._found.values():
+            if len(info.shape) > 1:
+                self.n_weights[info.type.name] += math.prod(info.shape)
         # Types of down matrices whose rows are not those of neurons.
         self.down_types: set[str] = {
             info.type.name

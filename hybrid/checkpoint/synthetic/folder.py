@@ -146,8 +146,9 @@ def is_synthetic(folder: Path) -> bool:
 def open_synthetic(
     folder: Path, format: Format | None = None, progress: Progress = ignore_progress
 ) -> Checkpoint:
-    """Open a synthetic model for a format (None means bf16). Calibrates it first if necessary.
+    """Open a synthetic model for a format. Calibrates it first if necessary.
 
+    None means bf16, and f16 uses the biases of bf16: both hold these weights almost exactly.
     A bias file that is broken or of another recipe is made again, with the same biases. Raises
     InvalidCheckpoint if another file of the folder is broken, and ModelNotFound if the folder
     cannot be written.
@@ -164,7 +165,9 @@ def open_synthetic(
                 f"{path}: expected recipe {RECIPE}, a name and a seed, found {content!s:.100}; "
                 "remove the folder: it is made again when the model is loaded by name"
             )
-    format = format or Format.bf16
+    packed = format
+    if format in (None, Format.f16):
+        format = Format.bf16
     bias_path = folder / f"gate_bias.{format.name}.safetensors"
     identity = {"recipe": RECIPE, "seed": seed, "format": format.name}
     calibration = _read_bias(bias_path, identity, config)
@@ -190,6 +193,7 @@ def open_synthetic(
         config,
         tensors,
         identity=ModelIdentity(folder, config, (SourceFile.of(path), SourceFile.of(bias_path))),
+        format=packed,
         is_synthetic=True,
         notices=(notice,),
     )

@@ -14,6 +14,7 @@ from hybrid.errors import OutOfMemory
 from hybrid.kernels import active_isa, available_isas
 from hybrid.model.config import ModelConfig
 from hybrid.notices import Notices
+from hybrid.placement.activation_counts import read_counts
 from hybrid.placement.hardware import available_memory_bytes, total_memory_bytes
 from hybrid.placement.profile import check_profile, find_profile, load_profile
 from hybrid.weights import preview
@@ -41,6 +42,9 @@ def choose_orders(
     config = checkpoint.config
     if profile == "none":
         return None, None
+    if (counts := _foreign_counts(checkpoint, profile, notices)) is not None:
+        orders = [np.argsort(-layer, kind="stable") for layer in counts]
+        return orders, np.take_along_axis(counts / counts.max(), np.stack(orders), 1)
     if profile == "auto":
         found = find_profile(checkpoint.folder, home, checkpoint.identity, config, notices)
     else:
@@ -50,6 +54,24 @@ def choose_orders(
         return None, None
     orders = found.neuron_orders()
     return orders, np.take_along_axis(found.frequency, np.stack(orders), 1)
+
+
+def _foreign_counts(
+    checkpoint: Checkpoint, profile: Path | Literal["auto"], notices: Notices
+) -> NDArray[np.float64] | None:
+    """Return the activation counts of a folder of PowerInfer's, if the user named one.
+
+    Of how many tokens they are is not recorded. The neuron that fired most is taken to have fired
+    for all of them.
+    """
+    if profile == "auto" or not Path(profile).is_dir():
+        return None
+    counts = read_counts(Path(profile), checkpoint.config)
+    notices.add(
+        f"{profile}: its counts order the neurons; how many tokens they are of is not recorded, so "
+        "frequencies are relative to the neuron that fired most"
+    )
+    return counts
 
 
 def check_context_memory(config: ModelConfig, n_context: int, n_layers: int) -> None:

@@ -64,7 +64,10 @@ class ModelSpec:
     def laid_out_for(self, prediction: Prediction | None, *, has_preview: bool) -> ModelSpec:
         """Return the spec with predictors, or with a preview of the head."""
         layers = frozenset[int]() if prediction is None else prediction.predicted_layers
-        layout = packed_layout(self.config, self.format, layers, has_preview=has_preview)
+        stored = None if prediction is None else prediction.stored
+        layout = packed_layout(
+            self.config, self.format, layers, has_preview=has_preview, stored=stored
+        )
         return replace(self, layout=layout, prediction=prediction)
 
     def cpu_plan(self, *, is_named: bool = True) -> PlacementPlan:
@@ -90,7 +93,7 @@ class ModelSpec:
 
     def _predictor_costs(self) -> tuple[PredictorCost | None, ...] | None:
         prediction = self.prediction
-        if prediction is None:
+        if prediction is None or prediction.predicted is None:
             return None
         n_bytes = prediction.bytes_per_token // max(prediction.n_predicted_layers, 1)
         cost = PredictorCost(n_bytes, prediction.predicted)
@@ -110,12 +113,13 @@ def describe(
     Raises InvalidOption, OutOfMemory, and InvalidArtifact for a given profile.
     """
     n_context = checked_context(options.context_size, checkpoint.config)
+    assert checkpoint.format is not None
     # At once, before minutes of packing. Layers on a GPU keep their keys and values there.
     n_cpu_layers = checkpoint.config.n_layers if options.device == "cpu" else 0
     check_context_memory(checkpoint.config, n_context, n_cpu_layers)
     orders, frequencies = choose_orders(checkpoint, options.profile, home, notices)
     spec = ModelSpec(
-        layout=packed_layout(checkpoint.config, Format[options.quant]),
+        layout=packed_layout(checkpoint.config, checkpoint.format),
         n_context=n_context,
         n_threads=options.threads or default_threads(),
         identity=checkpoint.identity,
@@ -139,7 +143,12 @@ def read_model_spec(
     `notices` receives what the checkpoint has to say, and what loading would say so far.
     Raises the errors that loading the same folder with the same options raises.
     """
-    format, hashes = Format[options.quant], hashes_folder(home)
-    with open_checkpoint(folder, format, progress, hashes=hashes) as checkpoint:
+    with open_checkpoint(
+        folder,
+        options.format,
+        progress,
+        hashes=hashes_folder(home),
+        activation=options.activation,
+    ) as checkpoint:
         notices.add(*checkpoint.notices)
         return describe(checkpoint, options, home, notices)[0]

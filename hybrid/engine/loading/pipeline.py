@@ -22,14 +22,14 @@ from hybrid.engine.loading.model_spec import ModelSpec, describe, hashes_folder
 from hybrid.engine.loading.planning import decide
 from hybrid.engine.loading.prediction import choose_predictors
 from hybrid.engine.options import LoadOptions
-from hybrid.kernels import Format, check_isa_cap
+from hybrid.kernels import check_isa_cap
 from hybrid.notices import Notices
 from hybrid.placement.plan import PlacementPlan
 from hybrid.progress import Progress, ignore_progress
 from hybrid.text.generation_config import GenerationDefaults, read_generation_defaults
 from hybrid.text.tokenizer import Tokenizer
 from hybrid.weights.packed_file import LoadedModel, load_packed
-from hybrid.weights.packing import NeuronOrders
+from hybrid.weights.packing import NeuronOrders, view_predictors
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,11 @@ def load_parts(request: Request) -> Parts:
     started = time.perf_counter()
     check_isa_cap()
     options, notices = request.options, request.notices
-    format, use_mmap = Format[options.quant], options.mmap is not False
     with open_checkpoint(
         request.folder,
-        format,
+        options.format,
         request.progress,
-        use_mmap=use_mmap,
+        use_mmap=options.mmap is not False,
         hashes=hashes_folder(request.home),
         activation=options.activation,
     ) as checkpoint:
@@ -88,11 +87,14 @@ def load_parts(request: Request) -> Parts:
         defaults = read_generation_defaults(request.folder, config.vocab_size)
         notices.add(*checkpoint.notices, *tokenizer.notices, *defaults.notices)
         spec, orders = describe(checkpoint, options, request.home, notices)
-        predictors, prediction = choose_predictors(spec, options, request.home, notices)
+        predictors, prediction = choose_predictors(checkpoint, spec, options, request.home, notices)
         has_preview = choose_preview(options.preview_head, config.vocab_size, notices)
         spec = spec.laid_out_for(prediction, has_preview=has_preview)
         loaded = pack(checkpoint, spec, orders, request)
         spec = replace(spec, has_matrix_scales=loaded.has_matrix_scales)
+        if prediction is not None and prediction.stored is not None:
+            memory = loaded.model.embedding.memory
+            predictors = view_predictors(memory, spec.layout, prediction.stored)
     decision = decide(options.device_request, spec, request.home, notices)
     executor, plan = open_executor(
         decision, spec, Weights(loaded.model, predictors), request.home, notices

@@ -16,7 +16,7 @@ from hybrid.engine.loading.model_spec import ModelSpec
 from hybrid.engine.options import DeviceRequest
 from hybrid.errors import DeviceUnavailable, InvalidArtifact
 from hybrid.files import has_files
-from hybrid.kernels import ThreadPool
+from hybrid.kernels import Format, ThreadPool
 from hybrid.notices import Notices
 from hybrid.placement.disturbance import OtherLoad
 from hybrid.placement.machine import Machine
@@ -28,6 +28,7 @@ from hybrid.placement.measurement import (
 )
 from hybrid.placement.plan import PlacementPlan, check_plan, load_plan
 from hybrid.placement.solver import solve
+from hybrid.weights.formats import GPU_FORMATS
 
 if TYPE_CHECKING:
     from hybrid.engine.gpu.device import Device
@@ -55,16 +56,18 @@ def decide(
     """
     on_cpu = PlanDecision(spec.cpu_plan(is_named=False))
     plan = _requested_plan(request, spec, home, notices)
-    wants_gpu = request.device == "cuda" or bool(request.vram_budget)
-    if plan is None and not wants_gpu:
+    if plan is None and not request.needs_gpu:
         return on_cpu
     if plan is not None and not plan.uses_gpu:
         return PlanDecision(plan)
     if request.kv != "fp16":
         notices.add(f"plan not used: the GPU's KV cache is fp16, and kv {request.kv} is requested")
         return on_cpu
+    if spec.prediction is not None and spec.prediction.stored is not None:
+        notices.add("plan not used: the predictors in the model's file run on the CPU only")
+        return on_cpu
     try:
-        device = open_device()
+        device = device_for(spec.format)
     except DeviceUnavailable as error:
         if request.device == "cuda":
             raise DeviceUnavailable(f"device cuda: {error}; use device cpu") from error
@@ -155,6 +158,21 @@ def _notice_other_contexts(path: Path, spec: ModelSpec, notices: Notices) -> Non
         )
 
 
+def device_for(format: Format) -> Device:
+    """Open this machine's GPU for weights in a format. Raises DeviceUnavailable."""
+    check_gpu_has(format)
+    return open_device()
+
+
+def check_gpu_has(format: Format) -> None:
+    """Raise DeviceUnavailable if the GPU has no kernels for a format."""
+    if format not in GPU_FORMATS:
+        names = ", ".join(known.name for known in GPU_FORMATS)
+        raise DeviceUnavailable(
+            f"the GPU has no kernels for {format.name} weights, only for {names} (--quant)"
+        )
+
+
 def open_device() -> Device:
     """Open this machine's GPU. Raises DeviceUnavailable."""
     try:
@@ -213,7 +231,7 @@ def measured_gpu(
 def machine_here(spec: ModelSpec, home: Path | None, notices: Notices) -> Machine:
     """Measure this machine, with its GPU if it has one."""
     try:
-        device = open_device()
+        device = device_for(spec.format)
     except DeviceUnavailable as error:
         notices.add(str(error))
         pool = ThreadPool(spec.n_threads)

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hybrid.checkpoint import Checkpoint
 from hybrid.engine.options import LoadOptions
 from hybrid.errors import InvalidArtifact, InvalidOption
 from hybrid.files import has_files
 from hybrid.kernels import Predictor
+from hybrid.model.stored_predictors import StoredPredictors
 from hybrid.notices import Notices
-from hybrid.weights.packed_predictor import pack_predictor, predictor_bytes
+from hybrid.weights.packed_predictor import (
+    pack_predictor,
+    predictor_bytes,
+    stored_predictor_bytes,
+)
 from predictors.errors import PredictorError
 from predictors.file import PredictorFile, load_predictor_file
 
@@ -27,14 +33,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The predictors in use, with the quality that was measured when they were trained."""
+    """The predictors in use, with the quality that was measured when they were trained.
+
+    Of those in a model's own file (`stored`) nothing was measured, so that quality is None.
+    """
 
     path: Path
-    recall: float  # the requested recall of each layer
-    kinds: tuple[str, ...]  # per layer: "exact", or "lowrank" with its rank
-    worst_recall: float  # lowest recall of any layer, on held-out tokens
-    predicted: float  # share of the neurons whose gates are computed, on held-out tokens
+    recall: float | None  # the requested recall of each layer
+    kinds: tuple[str, ...]  # per layer: "exact", or "lowrank" or "mlp" with its rank
+    worst_recall: float | None  # lowest recall of any layer, on held-out tokens
+    predicted: float | None  # share of the neurons whose gates are computed, on held-out tokens
     bytes_per_token: int  # of the predictors themselves
+    stored: StoredPredictors | None = None
+
+    @property
+    def summary(self) -> str:
+        """Whose predictors these are, or how good."""
+        if self.stored is not None:
+            return f"{self.stored.maker}'s predictors"
+        return f"recall {self.recall:g}"
 
     @property
     def predicted_layers(self) -> frozenset[int]:
@@ -52,17 +69,30 @@ def predictor_path(home: Path, model_hash: str, quant: str) -> Path:
 
 
 def choose_predictors(
-    spec: ModelSpec, options: LoadOptions, home: Path | None, notices: Notices
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    options: LoadOptions,
+    home: Path | None,
+    notices: Notices,
 ) -> tuple[Sequence[Predictor | None] | None, Prediction | None]:
     """Return native predictors per layer and their description; None and None compute every gate.
 
     "exact" uses no predictor. "auto" falls back to exact, with a notice, if this model has no
-    usable predictor. Raises InvalidArtifact if a given file is broken or of another model or neuron
-    order. Raises InvalidOption if a given file was not made for the requested recall.
+    usable predictor. "own" uses those in the model's own file, whose native form is None: they are
+    packed with the model. Raises InvalidArtifact if a given file is broken or of another model or
+    neuron order. Raises InvalidOption if a given file was not made for the requested recall, or if
+    there are no predictors of the model's own.
     """
     config, format, is_auto = spec.config, spec.format, options.predictor == "auto"
     if options.predictor == "exact":
+        if checkpoint.predictors is not None:
+            notices.add(
+                f"{checkpoint.folder.name}: its predictors are not used: every gate is computed, "
+                "which is exact; --predictor own uses them"
+            )
         return None, None
+    if options.predictor == "own":
+        return None, _own(checkpoint)
     if not config.is_sparse:
         if is_auto:
             return None, None
@@ -118,6 +148,30 @@ def choose_predictors(
         for choice, layer in selected
     ]
     return natives, prediction
+
+
+def _own(checkpoint: Checkpoint) -> Prediction:
+    """Describe the predictors in a model's own file. Raises InvalidOption if it has none."""
+    stored, config = checkpoint.predictors, checkpoint.config
+    if stored is None:
+        raise InvalidOption(
+            f"predictor own: {checkpoint.folder} brings no predictors; they are in GGUF files of "
+            "PowerInfer and Kairox"
+        )
+    if not config.is_sparse:
+        raise InvalidOption(
+            f"predictor own: with activation {config.activation} every neuron fires, so there is "
+            "nothing to predict; use predictor exact"
+        )
+    return Prediction(
+        path=checkpoint.folder,
+        recall=None,
+        kinds=tuple(f"mlp{rank}" for rank in stored.ranks),
+        worst_recall=None,
+        predicted=None,
+        bytes_per_token=stored_predictor_bytes(stored, config),
+        stored=stored,
+    )
 
 
 def _check(file: PredictorFile, path: Path, spec: ModelSpec) -> None:

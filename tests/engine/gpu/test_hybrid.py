@@ -39,13 +39,13 @@ from hybrid.kernels import Format, KvFormat, ThreadPool  # noqa: E402
 from hybrid.kernels.gpu.torch_kernels import TorchKernels  # noqa: E402
 from hybrid.placement.machine import MODELLED  # noqa: E402
 from hybrid.placement.sizes import ModelSizes  # noqa: E402
-from hybrid.weights.formats import BLOCK, whole_blocks  # noqa: E402
+from hybrid.weights.formats import BLOCK, GPU_FORMATS, whole_blocks  # noqa: E402
 from hybrid.weights.layout import packed_layout  # noqa: E402
 
 PLANS = list(PackedFolder(STORIES, Format.q8).plans())
 
 
-@pytest.fixture(scope="module", params=list(Format), ids=lambda f: f.name)
+@pytest.fixture(scope="module", params=GPU_FORMATS, ids=lambda f: f.name)
 def packed(request: pytest.FixtureRequest) -> PackedFolder:
     return PackedFolder(STORIES, request.param)
 

@@ -35,7 +35,7 @@ def prefill(engine: hybrid.Engine) -> np.ndarray:
     return logits
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 def test_a_predictor_that_names_all_neurons_changes_no_bit(tmp_path, model, quant):
     with hybrid.load(model, quant=quant) as engine:
         expected = prefill(engine)
@@ -45,7 +45,7 @@ def test_a_predictor_that_names_all_neurons_changes_no_bit(tmp_path, model, quan
         assert engine.prediction.kinds == ("lowrank12",) * 2
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 @pytest.mark.parametrize("model", SIZES.values(), ids=SIZES, indirect=True)
 def test_decode_equals_prefill_and_no_inactive_neuron_is_added(tmp_path, model, quant):
     with hybrid.load(model, quant=quant) as engine:
@@ -68,7 +68,7 @@ def test_decode_equals_prefill_and_no_inactive_neuron_is_added(tmp_path, model, 
     assert (masks[0] != exact[0]).any()
 
 
-@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("quant", ["bf16", "f16", "q8", "q4"])
 @pytest.mark.parametrize("model", SIZES.values(), ids=SIZES, indirect=True)
 @pytest.mark.parametrize("kinds", [("lowrank", "lowrank"), ("exact", "lowrank")], ids="-".join)
 def test_counted_bytes_equal_the_formula(tmp_path, model, quant, kinds):

@@ -80,7 +80,12 @@ def test_any_hidden_size_matches_transformers(tmp_path, shape):
     assert np.abs(reference_logits(folder) - expected).max() <= LOGIT_BOUND
     with Fp32Engine(folder).open_session() as session:
         assert np.abs(session.prefill(IDS) - expected).max() <= LOGIT_BOUND
-    for quant, bound in (("bf16", 0.02), ("q8", 0.05), ("q4", 0.5)):  # of the logits' deviation
+    for quant, bound in (
+        ("bf16", 0.02),
+        ("f16", 0.002),
+        ("q8", 0.05),
+        ("q4", 0.5),
+    ):  # of the logits' deviation
         with hybrid.load(folder, quant=quant) as engine:
             actual = engine.open_session().prefill(IDS, all_logits=True)
         rms = np.sqrt(np.mean(np.square(actual - expected)))
