@@ -14,6 +14,7 @@ from predictors import interrupts
 COMMANDS = {
     "run": "generate text: one answer, a chat, or a text that you and the model write together",
     "selfcheck": "check that a model computes correct results on this machine",
+    "inspect": "say what a model is, and whether and how it runs on this machine",
     "setup": "prepare a model once, so that it runs faster on this machine",
     "plan": "decide which part of a model goes on the GPU, and predict the speed",
     "bench": "measure how fast a model loads, prefills and decodes on this machine",

@@ -30,7 +30,7 @@ LAYERS = [
     ["hybrid.text"],
     ["hybrid.engine"],
     ["hybrid.hub"],
-    ["hybrid.evaluation", "hybrid.checking", "hybrid.exporting"],
+    ["hybrid.evaluation", "hybrid.checking", "hybrid.exporting", "hybrid.inspecting"],
     ["hybrid", "hybrid.public"],  # the public names
     ["hybrid.cli"],
     [
@@ -42,6 +42,7 @@ LAYERS = [
         "hybrid.setup",
         "hybrid.plan",
         "hybrid.export",
+        "hybrid.inspect",
         "hybrid.__main__",
     ],
 ]
@@ -73,6 +74,7 @@ FRONT_ENDS = {
     }
     | {"hybrid.placement.solver", "hybrid.placement.time_model"},
     "hybrid.export": _USUAL | {"hybrid.exporting", "hybrid.notices"},
+    "hybrid.inspect": _USUAL | {"hybrid.inspecting"},
     "hybrid.selfcheck": _USUAL | {"hybrid.checking", "hybrid.checking.gpu"},
 }
 

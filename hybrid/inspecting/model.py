@@ -24,7 +24,7 @@ from hybrid.checkpoint.safetensors import SafetensorsFile
 from hybrid.checkpoint.synthetic.folder import is_synthetic
 from hybrid.engine.loading.choices import WORKING_BYTES
 from hybrid.engine.loading.model_spec import hashes_folder
-from hybrid.engine.options import LoadOptions, checked_context
+from hybrid.engine.options import checked_context
 from hybrid.errors import HybridError, ModelNotFound
 from hybrid.files import has_files
 from hybrid.hub.catalog import CatalogEntry, catalog, resolve
@@ -42,6 +42,7 @@ from hybrid.placement.profile import find_profile
 from hybrid.progress import Progress, ignore_progress
 from hybrid.text.generation_config import read_generation_defaults
 from hybrid.text.tokenizer import Tokenizer
+from hybrid.weights.formats import DEFAULT_FORMAT
 from hybrid.weights.layout import packed_layout
 
 _QUICK_BYTES = 256 << 20  # files that are hashed only to find what belongs to the model
@@ -219,7 +220,8 @@ def _as_loaded(
     refused = refused or problem
     report = replace(report, tokenizer=tokenizer, refused=refused, notices=tuple(notices))
     if refused is None and config is not None:
-        report = replace(report, running=_running(report, path, config))
+        format = DEFAULT_FORMAT if checkpoint is None else checkpoint.format or DEFAULT_FORMAT
+        report = replace(report, running=_running(report, format.name, config))
     return report
 
 
@@ -230,7 +232,7 @@ def _opened(
     try:
         if is_synthetic(path):  # opening it would take a minute
             return read_config(path), None, None
-        checkpoint = open_checkpoint(path, hashes=hashes_folder(home))
+        checkpoint = open_checkpoint(path, "auto", hashes=hashes_folder(home))
         notices.add(*checkpoint.notices)
         return checkpoint.config, checkpoint, None
     except HybridError as error:
@@ -310,17 +312,16 @@ def _spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(tokenizer.token_text(id) or str(id) for id in ids)
 
 
-def _running(report: Report, path: Path, config: ModelConfig) -> Running:
-    options = LoadOptions()
+def _running(report: Report, quant: str, config: ModelConfig) -> Running:
     context = checked_context(None, config)
     assert report.kv_bytes_per_1000_tokens is not None
     cache = report.kv_bytes_per_1000_tokens * context // 1000
     has_template = report.tokenizer is not None and report.tokenizer.template is not None
     command = f"hybrid run -m {shlex.quote(report.model)}" + " --chat" * has_template
     return Running(
-        options.quant,
+        quant,
         context,
-        report.packed_bytes[options.quant] + cache + WORKING_BYTES,
+        report.packed_bytes[quant] + cache + WORKING_BYTES,
         available_memory_bytes(),
         command if has_template else f'{command} -p "Once upon a time"',
     )

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid.checkpoint.gguf.reader import GgufFile, TensorInfo
+from hybrid.checkpoint.gguf.predictors import predictor_role
+from hybrid.checkpoint.gguf.reader import GgufFile
 from hybrid.engine.loading.prediction import predictor_path
 from hybrid.inspecting.report import PredictorRanks
 from hybrid.kernels import Format
+from hybrid.model.stored_predictors import FIRST
 from predictors.errors import PredictorError
 from predictors.file import load_predictor_file
 
-# The first matrix of a layer's predictor has one row for each rank.
-_FIRST = {
-    "PowerInfer's": re.compile(r"blk\.(\d{1,5})\.fc1\.weight"),
-    "Kairox's": re.compile(r"blk\.(\d{1,5})\.ffn_pred_up\.weight"),
-}
-
 
 def stored_predictors(files: Sequence[GgufFile]) -> tuple[PredictorRanks, ...]:
-    """Return the predictors in GGUF files."""
-    tensors = [info for file in files for info in file.tensors.values()]
-    found = [_ranks(source, pattern, tensors) for source, pattern in _FIRST.items()]
-    return tuple(ranks for ranks in found if ranks is not None)
-
-
-def _ranks(
-    source: str, pattern: re.Pattern[str], tensors: Sequence[TensorInfo]
-) -> PredictorRanks | None:
+    """Return the predictors in GGUF files, if there are any."""
     found = {}
-    for info in tensors:
-        match = pattern.fullmatch(info.name)
-        if match is not None and len(info.shape) == 2:
-            found[int(match[1])] = info.shape[0]
+    for file in files:
+        for info in file.tensors.values():
+            role = predictor_role(info.name)
+            if role is not None and role[0] == FIRST:
+                found[role[1]] = info.shape[0]  # one row for each rank
     if not found:
-        return None
-    n_layers = max(found) + 1
-    return PredictorRanks(f"{source} format", tuple(found.get(at, 0) for at in range(n_layers)))
+        return ()
+    maker = "PowerInfer's" if files[0].is_powerinfers else "Kairox's"
+    ranks = tuple(found.get(layer, 0) for layer in range(max(found) + 1))
+    return (PredictorRanks(f"{maker} format", ranks),)
 
 
 def trained_predictors(home: Path, model_hash: str) -> tuple[PredictorRanks, ...]:

@@ -65,5 +65,9 @@ def raw_config_shapes(content: Mapping[str, Any]) -> Shapes:
 
 
 def _raw(keys: Mapping[str, str], content: Mapping[str, Any]) -> Shapes:
-    values = {name: content.get(key) for name, key in keys.items()}
-    return {name: value for name, value in values.items() if type(value) in (int, float)}
+    found: Shapes = {}
+    for name, key in keys.items():
+        value = content.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[name] = value
+    return found
