@@ -76,9 +76,13 @@ def export_model(request: Request, progress: Progress = ignore_progress) -> Expo
             f"{request.model}: is synthetic: its weights are made for each format when it is "
             "opened, so there is nothing to export"
         )
-    activation = request.options.activation
+    options = request.options
     with open_checkpoint(
-        request.folder, hashes=hashes_folder(hybrid_home()), activation=activation
+        request.folder,
+        # A predictor belongs to weights in a format. Otherwise nothing is packed.
+        options.format if request.target == "powerinfer" else None,
+        hashes=hashes_folder(hybrid_home()),
+        activation=options.activation,
     ) as checkpoint:
         _check(request, checkpoint)
         config = _config(request, checkpoint.config)

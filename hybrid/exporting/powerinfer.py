@@ -98,8 +98,8 @@ def _predictor_file(checkpoint: Checkpoint, model: str, options: LoadOptions) ->
     if prediction is None:
         why = "".join(f" ({line})" for line in found if "exact instead" in line)
         raise InvalidOption(
-            f"{model}: it has no predictor of {options.quant} weights, and PowerInfer needs one; "
-            f"make it with: hybrid setup -m {model} --quant {options.quant}{why}"
+            f"{model}: it has no predictor of {spec.format.name} weights, and PowerInfer needs "
+            f"one; make it with: hybrid setup -m {model} --quant {spec.format.name}{why}"
         )
     return prediction.path
 
