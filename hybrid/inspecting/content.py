@@ -50,7 +50,7 @@ def _read(stored: StoredTensor) -> TensorContent:
     if stored.raw is not None:
         return TensorContent(stored.name, hashlib.sha256(stored.raw).hexdigest(), None)
     try:
-        tensor = stored.open()
+        tensor = stored.read()
     except UnsupportedModel:
         return TensorContent(stored.name, None, None)
     if not tensor.shape:

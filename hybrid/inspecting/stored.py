@@ -22,7 +22,7 @@ class StoredTensor:
     type: str
     shape: tuple[int, ...]
     n_bytes: int
-    open: Callable[[], Tensor]  # raises UnsupportedModel for a type that is not read
+    read: Callable[[], Tensor]  # raises UnsupportedModel for a type that is not read
     raw: memoryview | None = None  # its bytes, if hybrid reads no values of the type
 
     @property
