@@ -203,8 +203,9 @@ def choices(args: argparse.Namespace) -> None:
 
 
 def label(about: dict[str, Any]) -> str:
-    recall = "" if about["recall"] is None else f" at recall {about['recall']:g}"
-    predictor = "" if about["predictor"] is None else f", predictor{recall}"
+    predictor = "" if about["predictor"] is None else ", the predictor of the model's file"
+    if about["recall"] is not None:
+        predictor = f", predictor at recall {about['recall']:g}"
     head = ", head previewed" if about["previews_head"] else ""
     return f"{about['model']}, {about['quant']}, KV cache {about['kv']}{predictor}{head}"
 

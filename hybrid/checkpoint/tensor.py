@@ -62,6 +62,20 @@ class Tensor:
             return bits.view(np.float32)
         return np.require(data, np.float32, ["C", "A"])
 
+    def release(self) -> None:
+        """Let the system take back the memory of what was read of the mapped file.
+
+        What is read later is read from the file again.
+        """
+        buffer = self.data.base
+        if not isinstance(buffer, mmap.mmap) or not hasattr(buffer, "madvise"):
+            return
+        begin = self.data.ctypes.data - np.frombuffer(buffer, np.uint8).ctypes.data
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (begin + self.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            buffer.madvise(mmap.MADV_DONTNEED, first, last - first)
+
     def in_memory(self) -> Tensor:
         """Return the tensor itself if it is mapped. If not, return one with the values read."""
         if self.unmapped is None:

@@ -73,6 +73,7 @@ class SourceTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     def fp32(self, part: tuple[slice | NDArray[np.intp], ...] = ()) -> NDArray[np.float32]: ...
     def in_memory(self) -> SourceTensor: ...
+    def release(self) -> None: ...
 
 
 class Source(Protocol):
@@ -118,6 +119,9 @@ def pack_model(
         except _BeyondRange:  # of a row that the likely scale does not know
             scales = [role.scale(first) for role in roles]
             return _pack_arrays(arrays, roles, scales, output)
+        finally:
+            for role in roles:
+                role.stored.release()
 
     task, done = f"packing to {layout.format.name}", 0
     progress(task, 0, layout.n_bytes)
@@ -160,6 +164,7 @@ class _Role:
     """A role's rows in packed order."""
 
     tensor: SourceTensor
+    stored: SourceTensor  # the same in its file
     name: str
     # Neuron-major: row j is what neuron j adds to the output.
     is_transposed: bool
@@ -210,7 +215,7 @@ class _Role:
 def _open(
     source: Source, role: str, layer: int | None, neuron_orders: NeuronOrders | None
 ) -> _Role:
-    tensor = source.tensor(role, layer)
+    tensor = stored = source.tensor(role, layer)
     order = None
     if neuron_orders is not None and layer is not None and role in _BY_NEURON:
         order = neuron_orders[layer]
@@ -218,7 +223,7 @@ def _open(
         tensor = tensor.in_memory()  # its parts are spread over the whole tensor
     name = role if layer is None else f"{role} of layer {layer}"
     factor = _balancing_factor(source, role, layer)
-    return _Role(tensor, name, role == "down", order, factor)
+    return _Role(tensor, stored, name, role == "down", order, factor)
 
 
 def _balancing_factor(source: Source, role: str, layer: int | None) -> float:
