@@ -128,7 +128,7 @@ def open_any(args: argparse.Namespace) -> Iterator[tuple[Engine | Fp32Engine, Pr
     notices = Notices()
     with progress_bar() as progress:
         folder = resolve(args.model, offline=args.offline, progress=progress, notices=notices)
-        reference = Fp32Engine(folder, add_bos=args.bos)
+        reference = Fp32Engine(folder, add_bos=args.bos, activation=args.activation)
         show_notices((*notices, *reference.notices))
         yield reference, progress
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from hybrid.model.config import ModelConfig
 from hybrid.model.families import parse_config, refuse_unused
 from hybrid.model.stored_predictors import StoredPredictors
 from hybrid.notices import Notices, short_list
+
+if TYPE_CHECKING:
+    from hybrid.checkpoint.gguf.reader import GgufFile
 
 # The preferred format first: a safetensors file cannot hold a program, and all of it is validated.
 _FORMATS: tuple[tuple[str, type[SafetensorsFile] | type[TorchBin]], ...] = (
@@ -64,6 +67,7 @@ class Checkpoint:
         notices: tuple[str, ...] = (),
         unused_tensors: tuple[str, ...] = (),
         predictors: StoredPredictors | None = None,
+        gguf: GgufFile | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -73,6 +77,7 @@ class Checkpoint:
         self.notices = notices  # one line each, for the user
         self.unused_tensors = unused_tensors  # names in the files that the family lacks
         self.predictors = predictors  # in the files, if any
+        self.gguf = gguf  # the GGUF file that also has the tokenizer, if there is one
         self._tensors: Mapping[tuple[str, int | None], Tensor | Generated] | None = tensors
 
     def read(self, role: str, layer: int | None = None) -> np.ndarray:

@@ -58,19 +58,21 @@ class Fp32Engine:
 
     is_synthetic = False
 
-    def __init__(self, folder: Path, *, add_bos: bool | None = None) -> None:
-        """Read the weights and the tokenizer; `add_bos` is that of `hybrid.load`.
+    def __init__(
+        self, folder: Path, *, add_bos: bool | None = None, activation: str | None = None
+    ) -> None:
+        """Read the weights and the tokenizer. The options are those of `hybrid.load`.
 
         Raises what `open_checkpoint` and `Tokenizer.from_folder` raise, and InvalidCheckpoint for
         weights that are not finite.
         """
-        with open_checkpoint(folder) as checkpoint:
+        with open_checkpoint(folder, activation=activation) as checkpoint:
             self.config = checkpoint.config
             self.is_synthetic = checkpoint.is_synthetic
             self.weights = read_weights(checkpoint, None)
         self.n_context = min(self.config.max_context, DEFAULT_CONTEXT)
         self.tokenizer = Tokenizer.from_folder(
-            folder,
+            checkpoint.gguf or folder,
             vocab_size=self.config.vocab_size,
             bos_id=self.config.bos_id,
             add_bos=add_bos,

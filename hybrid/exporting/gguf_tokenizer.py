@@ -26,8 +26,8 @@ from hybrid.text.gguf_vocabulary import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    read_gguf_tokenizer,
     splitter_name,
-    tokenizer_of,
 )
 from hybrid.text.template_files import own_templates
 from hybrid.text.tokenizer import Tokenizer
@@ -208,7 +208,7 @@ def _compare(
     """Raise UnsupportedModel if the keys encode a text in another way than the original does."""
     file = GgufFile(folder, None, 3, False, keys, {})  # type: ignore[arg-type]
     try:
-        layout, settings = tokenizer_of(file)
+        layout, settings = read_gguf_tokenizer(file)
         result = read_vocabulary(folder / "GGUF", settings, size, layout)
     except HybridError as error:
         raise InvalidCheckpoint(f"{error}; {_ADVICE}") from error

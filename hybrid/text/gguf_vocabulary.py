@@ -72,16 +72,12 @@ _WHOLE = (*_AS_LLAMA_3, "minicpm5")  # of these a whole word that is a piece is 
 _COMPOSED = ("qwen2", "deepseek-r1-qwen")  # whose texts are normalized to NFC
 
 
-def read_gguf_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_gguf_tokenizer(source: Path | GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the content of a tokenizer.json and of a tokenizer_config.json.
 
     Raises InvalidCheckpoint and UnsupportedModel.
     """
-    return tokenizer_of(read_gguf(path))
-
-
-def tokenizer_of(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Do the same for a file that is already read."""
+    file = read_gguf(source) if isinstance(source, Path) else source
     path = file.path
     pieces = _strings(file, "tokenizer.ggml.tokens")
     model = file.single("tokenizer.ggml.model")

@@ -114,8 +114,8 @@ def _bpe(pieces: list[Piece], *, has_bytes: bool) -> dict[str, Any]:
     """SentencePiece merges the neighbours whose piece has the highest score."""
     scores = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}
     merges = [
-        (-score, rank, text[:at], text[at:])
-        for rank, (text, score) in enumerate(scores.items())
+        (text[:at], text[at:])
+        for text in sorted(scores, key=lambda text: -scores[text])
         for at in range(1, len(text))
         if text[:at] in scores and text[at:] in scores
     ]
@@ -126,7 +126,7 @@ def _bpe(pieces: list[Piece], *, has_bytes: bool) -> dict[str, Any]:
         "byte_fallback": has_bytes,
         "ignore_merges": any(piece.kind == _USER_DEFINED for piece in pieces),
         "vocab": {piece.text: id for id, piece in enumerate(pieces)},
-        "merges": [(left, right) for _, _, left, right in sorted(merges)],
+        "merges": merges,
     }
 
 

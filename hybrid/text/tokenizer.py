@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hybrid.checkpoint.gguf.reader import GgufFile
 from hybrid.errors import InvalidOption
 from hybrid.text.added_tokens import content_of, is_text
 from hybrid.text.bos import BosWishes, choose_bos
@@ -38,7 +39,7 @@ class Tokenizer:
     @classmethod
     def from_folder(
         cls,
-        folder: Path,
+        source: Path | GgufFile,
         *,
         vocab_size: int,
         bos_id: int | None,
@@ -48,7 +49,7 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read `tokenizer.json` or `tokenizer.model`, and the other files of a tokenizer.
 
-        `folder` may also be a GGUF file, which holds all of them.
+        `source` is the model's folder, or a GGUF file, which holds all of them.
 
         `bos_id` and `eos_id` are those of the config. `add_bos` says whether a text begins with
         BOS. If it is None, the post-processor in tokenizer.json decides, as in transformers 5.
@@ -58,7 +59,8 @@ class Tokenizer:
         InvalidOption if `add_bos` is true and the model has no BOS, or if there is no such chat
         template. Raises UnsupportedModel for kinds of tokenizers that hybrid does not run.
         """
-        settings, layout = read_settings(folder)
+        settings, layout = read_settings(source)
+        folder = source if isinstance(source, Path) else source.path
         vocabulary = Vocabulary(folder, settings, vocab_size, layout)
         wishes = BosWishes(bos_id, settings, add_bos)
         bos = choose_bos(folder, vocabulary.library, vocab_size, wishes)

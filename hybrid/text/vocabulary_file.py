@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from hybrid.checkpoint.foreign import is_gguf
+from hybrid.checkpoint.gguf.reader import GgufFile
 from hybrid.checkpoint.json_file import parse_object, read_object, read_text
 from hybrid.checkpoint.name import model_name
 from hybrid.errors import InvalidCheckpoint, UnsupportedModel, one_line
@@ -66,14 +67,14 @@ def read_optional(path: Path) -> dict[str, Any]:
     return read_object(path, keeps_constants=True) if path.exists() else {}
 
 
-def read_settings(model: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def read_settings(model: Path | GgufFile) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return the content of tokenizer_config.json, or {} if the model has none.
 
     As in transformers, special_tokens_map.json goes before it if it does not describe its tokens.
     A GGUF file has both in its metadata, and the tokenizer too: the second value is what
     tokenizer.json would hold. Raises InvalidCheckpoint and UnsupportedModel.
     """
-    if is_gguf(model):
+    if not isinstance(model, Path) or is_gguf(model):
         layout, settings = read_gguf_tokenizer(model)
         return settings, layout
     settings = read_optional(model / "tokenizer_config.json")

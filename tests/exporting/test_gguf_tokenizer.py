@@ -25,7 +25,7 @@ from hybrid.errors import UnsupportedModel
 from hybrid.exporting.gguf_tokenizer import tokenizer_keys
 from hybrid.exporting.merge_scores import merge_scores, never_made
 from hybrid.notices import Notices
-from hybrid.text.gguf_vocabulary import tokenizer_of
+from hybrid.text.gguf_vocabulary import read_gguf_tokenizer
 from hybrid.text.vocabulary_file import read_settings, read_vocabulary
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -45,7 +45,7 @@ def keys_of(folder: Path, size: int, **config: Any) -> tuple[dict[str, Any], Not
 
 def compare(folder: Path, keys: dict[str, Any], size: int, n: int = 300) -> None:
     """Encode parts of texts with both tokenizers."""
-    layout, settings = tokenizer_of(GgufFile(folder, None, 3, False, keys, {}))  # type: ignore[arg-type]
+    layout, settings = read_gguf_tokenizer(GgufFile(folder, None, 3, False, keys, {}))  # type: ignore[arg-type]
     result = read_vocabulary(folder, settings, size, layout).library
     original = read_vocabulary(folder, read_settings(folder)[0], size).library
     for text in windows(n):

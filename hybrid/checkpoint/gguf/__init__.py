@@ -81,4 +81,5 @@ def open_gguf(
         notices=tuple(notices),
         unused_tensors=unused,
         predictors=predictors,
+        gguf=files[0],
     )

@@ -26,6 +26,8 @@ ARCHITECTURES = {
 # FFNs of other architectures, which the engine lacks.
 _MISSING_FFNS = {
     "bamboo": DRELU,
+    "sparse-qwen2": DRELU,  # this and the next are names of Kairox
+    "relu-falcon": "an FFN without a gate (ReLU)",
     "arcee": "an FFN without a gate (ReLU²)",
     "nemotron": "an FFN without a gate (ReLU²)",
     "opt": "an FFN without a gate (ReLU)",

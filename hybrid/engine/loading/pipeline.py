@@ -77,7 +77,7 @@ def load_parts(request: Request) -> Parts:
     ) as checkpoint:
         config = checkpoint.config
         tokenizer = Tokenizer.from_folder(
-            request.folder,
+            checkpoint.gguf or request.folder,
             vocab_size=config.vocab_size,
             bos_id=config.bos_id,
             eos_id=next(iter(config.eos_ids), None),
