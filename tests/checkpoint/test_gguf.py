@@ -241,11 +241,18 @@ def test_powerinfers_files_compute_what_the_folder_does(
             assert not any("rounded once more" in line for line in found.notices)
 
 
-def test_another_activation_of_powerinfers_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "ffn"),
+    [("bamboo", "dReLU"), ("sparse-qwen2", "dReLU"), ("relu-falcon", "an FFN without a gate")],
+)
+def test_another_ffn_of_powerinfers_or_kairoxs_is_named(
+    tmp_path: Path, architecture: str, ffn: str
+) -> None:
     model = write_model(tmp_path / "model", vocab_size=4096, **LLAMA)
-    keys = VOCABULARY | {"general.architecture": "bamboo"}
+    keys = VOCABULARY | {"general.architecture": architecture}
     path = write_gguf(tmp_path / "x.gguf", model, metadata=keys, predictor_ranks=(4, 4))
-    with pytest.raises(UnsupportedModel, match=r"architecture 'bamboo': not supported yet: dReLU"):
+    expected = f"architecture '{architecture}': not supported yet: {ffn}"
+    with pytest.raises(UnsupportedModel, match=expected):
         hybrid.load(path)
 
 

@@ -59,16 +59,19 @@ VARIANTS = {
 }
 
 
-def assert_close_to_oracle(actual: np.ndarray, expected: np.ndarray) -> None:
+def assert_close_to_oracle(actual: np.ndarray, expected: np.ndarray, format: Format) -> None:
     """Assert that (sequences, vocab) logits, one row per sequence, are close.
 
     Sums in another order now and then move an activation across a rounding step. This shows in the
     logits of that sequence. In other sequences only the order of sums differs. In f16 the steps are
-    those of the KV cache alone: they are small, and more sequences cross one.
+    those of the KV cache alone: they are small, and most sequences cross one.
     """
     error = np.abs(actual - expected).max(-1) / expected.std()
-    assert error.max() < 0.1
-    assert np.mean(error < 2e-5) > 0.5
+    if format is Format.f16:
+        assert error.max() < 1e-3
+    else:
+        assert error.max() < 0.1
+        assert np.mean(error < 2e-5) > 0.5
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_logits_match_the_format_oracle(tmp_path, isa, format, variant):
             session = executor.open_session()
             session.prefill(ids)
             actual.append(session.logits.copy())
-    assert_close_to_oracle(np.array(actual), np.array(expected))
+    assert_close_to_oracle(np.array(actual), np.array(expected), format)
 
 
 @pytest.mark.parametrize("n", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 150])
@@ -152,7 +155,7 @@ def test_the_order_of_neurons_does_not_change_the_logits(tmp_path, format):
             session = executor.open_session()
             session.prefill(ids)
             logits.append(session.logits.copy())
-    assert_close_to_oracle(np.array(actual), np.array(expected))
+    assert_close_to_oracle(np.array(actual), np.array(expected), format)
 
 
 def test_active_counts_match_the_oracle(tmp_path, format):

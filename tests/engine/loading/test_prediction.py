@@ -196,7 +196,7 @@ def test_the_command_line_reports_the_predictor_in_use(tmp_path, capsys):
     arguments = ["--predictor", str(path), "-p", "Once", "-n", "4", "--seed", "1"]
     assert run(arguments) == 0
     captured = capsys.readouterr()
-    assert "predicted at recall 0.99" in captured.err
+    assert "predicted, recall 0.99" in captured.err
     assert "2 of 6 layers are exact" in captured.err
     assert run([*arguments, "--recall", "0.5"]) == 2
     assert bench(["--predictor", str(path), "-n", "4", "--runs", "1", "--stages"]) == 0
