@@ -132,12 +132,12 @@ void BindDevice(py::module_& m) {
             s.Admit(&token, 1);
             Check(l.link.n_slots() == static_cast<int32_t>(s.program.segments().size()),
                   "the link must have one slot for every segment");
-            Check(s.session.exchange().x == l.link.exchange().x,
+            Check(s.session.runner().exchange().x == l.link.exchange().x,
                   "the session is connected to another link: call meet first");
             bool is_served = false;
             WithoutGil([&] {
               const int32_t id = static_cast<int32_t>(token);
-              s.session.Begin(&id, 1, true, nullptr, true);
+              s.session.Begin(&id, 1, true, nullptr);
               is_served = l.link.Serve(s.session);
               if (is_served) s.session.End();
             });
@@ -158,7 +158,7 @@ void BindDevice(py::module_& m) {
               "the link's x must have hidden_size columns");
         Check(exchange.n_neurons >= s.program.n_neurons(),
               "the link's gates must have at least n_neurons columns");
-        s.session.SetExchange(exchange);
+        s.session.runner().SetExchange(exchange);
         s.keep_link = link;
       },
       py::arg("session"), py::arg("link"));

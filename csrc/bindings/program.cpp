@@ -55,6 +55,46 @@ double ReadMemory(ThreadPool& pool, const Floats& memory) {
 
 }  // namespace
 
+namespace {
+
+// What a session's or a batch's passes counted.
+template <typename Owner>
+void BindCounts(py::class_<Owner>& owner) {
+  owner
+      .def_property_readonly("active_counts",
+                             [](const Owner& o) { return o.runner().Count().n_active; })
+      .def_property_readonly("predicted_counts",
+                             [](const Owner& o) { return o.runner().Count().n_predicted; })
+      .def_property_readonly("shortlisted_count",
+                             [](const Owner& o) { return o.runner().Count().n_shortlisted; })
+      .def_property_readonly("decode_bytes",
+                             [](Owner& o) {
+                               ExclusiveUse use(o);
+                               const Counters counted = o.runner().Count();
+                               py::dict bytes;
+                               for (int32_t stage = 0; stage < kStages; ++stage)
+                                 bytes[kStageNames[stage]] = counted.bytes[stage];
+                               return bytes;
+                             })
+      .def_property_readonly(
+          "stage_seconds",
+          [](Owner& o) {
+            ExclusiveUse use(o);
+            const Counters counted = o.runner().Count();
+            py::dict seconds;
+            for (int32_t stage = 0; stage < kStages; ++stage)
+              seconds[kStageNames[stage]] = 1e-9 * static_cast<double>(counted.nanoseconds[stage]);
+            seconds["waiting"] = 1e-9 * static_cast<double>(o.runner().waiting_nanoseconds());
+            return seconds;
+          })
+      .def("reset_counts", [](Owner& o) {
+        ExclusiveUse use(o);
+        o.runner().ResetCounts();
+      });
+}
+
+}  // namespace
+
 void BindProgram(py::module_& m) {
   py::class_<PyRows>(m, "Rows")
       .def(py::init<Format, Bytes, int32_t, int32_t, int64_t, std::optional<int64_t>, int64_t,
@@ -186,7 +226,8 @@ void BindProgram(py::module_& m) {
       .def_property_readonly("max_context",
                              [](const PyProgram& p) { return p.program.shape().max_context; });
 
-  py::class_<PySession>(m, "Session")
+  py::class_<PySession> session(m, "Session");
+  session
       .def(py::init<py::object, py::object, int32_t, bool, bool, KvFormat>(), py::arg("program"),
            py::arg("pool"), py::arg("n_context"), py::arg("is_dense") = false,
            py::arg("is_timed") = false, py::arg("kv") = KvFormat::kFp16)
@@ -243,7 +284,7 @@ void BindProgram(py::module_& m) {
                     "logits must be (n, vocab_size)");
               out = logits->mutable_data();
             }
-            s.session.Begin(ids.data(), static_cast<int32_t>(ids.size()), is_decode, out, true);
+            s.session.Begin(ids.data(), static_cast<int32_t>(ids.size()), is_decode, out);
             s.keep_logits = logits ? py::object(*logits) : py::none();
             s.next_segment = 0;
           },
@@ -289,37 +330,23 @@ void BindProgram(py::module_& m) {
       .def_property_readonly("position", [](const PySession& s) { return s.session.position(); })
       .def_property_readonly("n_context", [](const PySession& s) { return s.session.n_context(); })
       .def_property_readonly("kv", [](const PySession& s) { return s.session.kv(); })
-      .def_property_readonly("largest_kv", [](const PySession& s) { return s.session.LargestKv(); })
-      .def_property_readonly("active_counts",
-                             [](const PySession& s) { return s.session.Count().n_active; })
-      .def_property_readonly("predicted_counts",
-                             [](const PySession& s) { return s.session.Count().n_predicted; })
-      .def_property_readonly("shortlisted_count",
-                             [](const PySession& s) { return s.session.Count().n_shortlisted; })
-      .def_property_readonly("decode_bytes",
-                             [](PySession& s) {
-                               ExclusiveUse use(s);
-                               const Counters counted = s.session.Count();
-                               py::dict bytes;
-                               for (int32_t stage = 0; stage < kStages; ++stage)
-                                 bytes[kStageNames[stage]] = counted.bytes[stage];
-                               return bytes;
-                             })
-      .def_property_readonly(
-          "stage_seconds",
-          [](PySession& s) {
-            ExclusiveUse use(s);
-            const Counters counted = s.session.Count();
-            py::dict seconds;
-            for (int32_t stage = 0; stage < kStages; ++stage)
-              seconds[kStageNames[stage]] = 1e-9 * static_cast<double>(counted.nanoseconds[stage]);
-            seconds["waiting"] = 1e-9 * static_cast<double>(s.session.waiting_nanoseconds());
-            return seconds;
-          })
-      .def("reset_counts", [](PySession& s) {
-        ExclusiveUse use(s);
-        s.session.ResetCounts();
-      });
+      .def_property_readonly("largest_kv",
+                             [](const PySession& s) { return s.session.largest_kv(); });
+  BindCounts(session);
+
+  py::class_<PyBatch> batch(m, "Batch");
+  batch
+      .def(py::init<py::object, py::object, int32_t, bool>(), py::arg("program"), py::arg("pool"),
+           py::arg("n_context"), py::arg("is_timed") = false)
+      // Appends tokens to sessions, in one pass. wants_logits[i] says whether session i's logits
+      // must become those of its last token.
+      .def(
+          "run",
+          [](PyBatch& b, const std::vector<py::object>& sessions,
+             const std::vector<std::vector<int64_t>>& tokens,
+             const std::vector<bool>& wants_logits) { b.Run(sessions, tokens, wants_logits); },
+          py::arg("sessions"), py::arg("tokens"), py::arg("wants_logits"));
+  BindCounts(batch);
 }
 
 }  // namespace hybrid

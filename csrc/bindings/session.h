@@ -1,9 +1,10 @@
-// Programs and sessions as Python holds them, together with the objects that their pointers lead
-// to.
+// Programs, sessions and batches as Python holds them, together with the objects that their
+// pointers lead to.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 
 #include "bindings/bindings.h"
 #include "platform.h"
@@ -106,9 +107,12 @@ struct PySession {
           "the program has hand-offs: call begin, run_segment and end instead");
   }
   void CheckExchange() const {
-    Check(session.exchange().x != nullptr || program.segments().size() == 1,
+    Check(session.runner().exchange().x != nullptr || program.segments().size() == 1,
           "the program has hand-offs, but the session has no link: call meet first");
   }
+
+  Runner& runner() { return session.runner(); }
+  const Runner& runner() const { return session.runner(); }
 
   py::object keep_program, keep_pool;  // declared first: they must outlive the session
   py::object keep_link = py::none(), keep_logits = py::none();
@@ -120,23 +124,73 @@ struct PySession {
   std::atomic<bool> is_busy{false};
 };
 
-// Holds a session for one call. Throws ValueError if another thread holds it. Throws RuntimeError
-// in a process that was forked after the session was opened: at that moment another thread may have
-// held a lock of the pool.
+// Holds a session or a batch for one call. Throws ValueError if another thread holds it. Throws
+// RuntimeError in a process that was forked after it was opened: at that moment another thread may
+// have held a lock of the pool.
 class ExclusiveUse {
  public:
-  explicit ExclusiveUse(PySession& s) : s_(s) {
-    if (platform::ProcessId() != s.pool.process_id())
+  template <typename Owner>
+  explicit ExclusiveUse(Owner& owner) : is_busy_(owner.is_busy) {
+    if (platform::ProcessId() != owner.pool.process_id())
       throw std::runtime_error(
           "the session was opened before a fork; load the model again in this process");
-    Check(!s.is_busy.exchange(true), "the session is in use by another thread");
+    Check(!is_busy_.exchange(true), "the session is in use by another thread");
   }
-  ~ExclusiveUse() { s_.is_busy.store(false); }
+  ~ExclusiveUse() { is_busy_.store(false); }
   ExclusiveUse(const ExclusiveUse&) = delete;
   ExclusiveUse& operator=(const ExclusiveUse&) = delete;
 
  private:
-  PySession& s_;
+  std::atomic<bool>& is_busy_;
+};
+
+// A batch, and what it points to.
+struct PyBatch {
+  PyBatch(py::object program, py::object pool, int32_t n_context, bool is_timed)
+      : keep_program(program),
+        keep_pool(pool),
+        program(program.cast<PyProgram&>().program),
+        pool(pool.cast<ThreadPool&>()),
+        n_context(PySession::CheckContext(this->program, n_context)),
+        batch(this->program, this->pool, n_context, is_timed) {}
+  Runner& runner() { return batch.runner(); }
+  const Runner& runner() const { return batch.runner(); }
+
+  void Run(const std::vector<py::object>& sessions, const std::vector<std::vector<int64_t>>& tokens,
+           const std::vector<bool>& wants_logits) {
+    Check(!sessions.empty() && sessions.size() == tokens.size() &&
+              sessions.size() == wants_logits.size(),
+          "sessions, tokens and wants_logits must have the same length, 1 or more");
+    const ExclusiveUse use(*this);
+    std::deque<ExclusiveUse> uses;
+    std::vector<Part> parts;
+    std::vector<std::vector<int32_t>> ids;
+    size_t n_tokens = 0;
+    for (const std::vector<int64_t>& of : tokens) {
+      Check(!of.empty(), "every session needs at least one token");
+      n_tokens += of.size();
+      ids.emplace_back(of.begin(), of.end());
+    }
+    Check(n_tokens <= kPrefillChunk, "a pass takes at most PREFILL_CHUNK tokens");
+    for (size_t i = 0; i < sessions.size(); ++i) {
+      PySession& s = sessions[i].cast<PySession&>();
+      uses.emplace_back(s);  // a session that occurs twice is in use
+      s.CheckAlone();
+      Check(&s.program == &program, "a session belongs to another program");
+      Check(s.session.n_context() <= n_context, "a session's context is larger than the batch's");
+      s.Admit(tokens[i].data(), static_cast<int64_t>(tokens[i].size()));
+      parts.push_back({&s.session.sequence(), ids[i].data(), static_cast<int32_t>(ids[i].size()),
+                       nullptr, wants_logits[i]});
+    }
+    WithoutGil([&] { batch.Run(parts); });
+  }
+
+  py::object keep_program, keep_pool;  // declared first: they must outlive the batch
+  Program& program;
+  ThreadPool& pool;
+  int32_t n_context;
+  Batch batch;
+  std::atomic<bool> is_busy{false};
 };
 
 }  // namespace hybrid

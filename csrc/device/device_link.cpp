@@ -60,7 +60,7 @@ void DeviceLink::Arm() {
 }
 
 bool DeviceLink::Serve(Session& session) {
-  const AwakePool awake(session.pool());
+  const AwakePool awake(session.runner().pool());
   for (int32_t slot = 0; slot < n_slots_; ++slot) {
     if (!AwaitRequest(slot)) return false;
     session.RunSegment(slot);

@@ -120,8 +120,8 @@ inline F32 DotStep(F32 sum, const Weights& w, const uint8_t* x, int32_t col) {
     return Fma(w, Load(reinterpret_cast<const float*>(x) + col), sum);
 }
 
-// bf16 and f16. With one token, `between` is called after each row's part of a group, with the
-// number of rows (prefetch.inl.h).
+// bf16 and f16. `between` is called after each row's part of a group or, with several tokens, after
+// a group, with the number of rows (prefetch.inl.h).
 template <Format kFormat, int kRows, int kTokens, typename Source, typename Between>
 inline void DotTileValues(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
                           Between& between) {
@@ -144,6 +144,7 @@ inline void DotTileValues(Source w, int32_t n_cols, const uint8_t* const* x, flo
       }
       if constexpr (kTokens == 1) between(1);
     }
+    if constexpr (kTokens > 1) between(kRows);
     w.Next();
   }
 #pragma GCC unroll 8
@@ -214,6 +215,7 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
         between(1);
       }
     } else {
+      between(kRows);
 #pragma GCC unroll 8
       for (int line = 0; line < kLines; ++line) {
         decltype(LoadWeights<kFormat>(nullptr)) w_line[kRows];
@@ -244,10 +246,15 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
     for (int t = 0; t < kTokens; ++t) out[r][t] = AddBlocks(sum[r][t]);
 }
 
-// Which rows a computation takes. kAny: any rows. kNeighbours: row[0] and the rows behind it; for
-// one token, the memory behind them is prefetched. kTile: as kNeighbours, and the rows are one
-// tile.
-enum class Take { kAny, kNeighbours, kTile };
+// Which rows a computation takes: any, or those of one tile.
+enum class Take { kAny, kTile };
+
+// A `between` that prefetches the memory behind the rows.
+struct Behind {};
+template <typename Between>
+constexpr bool kIsBehind = false;
+template <>
+constexpr bool kIsBehind<Behind> = true;
 
 // Dot products of kRows rows with kTokens tokens.
 template <int kRows, int kTokens, Take kTake, typename Between>
@@ -262,7 +269,7 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
       else
         DotTileValues<kFormat, kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, meanwhile);
     };
-    if constexpr (kTake != Take::kAny && kTokens == 1) {
+    if constexpr (kIsBehind<Between>) {
       StreamPrefetcher<kFormat> ahead(StartOf(rows, row[0]));
       sum(ahead);
     } else {
@@ -283,58 +290,96 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
 }
 
 // Dot products of kRows rows with kTokens tokens from `token` on, stored in a.out.
-template <int kRows, int kTokens, Take kTake>
-inline void DotTokens(const GemmArgs& a, int32_t first, int32_t token) {
+template <int kRows, int kTokens, Take kTake, typename Between>
+inline void DotTokens(const GemmArgs& a, int32_t first, int32_t token, Between& between) {
   const uint8_t* x[kTokens];
   float dots[kRows][kTokens];
   int32_t row[kRows];
-  Nothing nothing;
   for (int r = 0; r < kRows; ++r) row[r] = first + r;
   for (int t = 0; t < kTokens; ++t) x[t] = a.x + (token + t) * a.x_stride;
-  DotTile<kRows, kTokens, kTake>(a.format, a.rows, row, x, dots, nothing);
+  DotTile<kRows, kTokens, kTake>(a.format, a.rows, row, x, dots, between);
   for (int t = 0; t < kTokens; ++t)
     for (int r = 0; r < kRows; ++r)
       a.out[(token + t) * a.out_stride + first - a.first + r] = dots[r][t];
 }
 
-template <int kTokens>
-inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token) {
+// Rows [row, last) with kTokens tokens from `token` on.
+template <int kTokens, typename Between>
+inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token,
+                     Between& between) {
   const bool is_interleaved = a.rows.layout == RowLayout::kInterleaved;
   while (row < last) {
     const bool is_whole = row + kRowTile <= last && (!is_interleaved || row % kRowTile == 0);
     if (is_whole && is_interleaved)
-      DotTokens<kRowTile, kTokens, Take::kTile>(a, row, token);
+      DotTokens<kRowTile, kTokens, Take::kTile>(a, row, token, between);
     else if (is_whole)
-      DotTokens<kRowTile, kTokens, Take::kNeighbours>(a, row, token);
+      DotTokens<kRowTile, kTokens, Take::kAny>(a, row, token, between);
     else
-      DotTokens<1, kTokens, Take::kAny>(a, row, token);
+      DotTokens<1, kTokens, Take::kAny>(a, row, token, between);
     row += is_whole ? kRowTile : 1;
   }
 }
 
-// Blocks of rows that stay in L1 while all tokens pass. q8 and q4 take two tokens per tile: their
-// integers, scales and sums then fit the registers.
+// Tokens that are computed at once: the integers, scales and sums of a tile then fit the registers.
+inline constexpr int TokensAtOnce(bool has_blocks) { return has_blocks ? 2 : 4; }
+
+// How often the rows are computed until all tokens have passed.
 template <int kTokens>
-inline void GemmTiles(const GemmArgs& a) {
+inline int32_t CountPasses(int32_t n_tokens) {
+  return n_tokens / kTokens + n_tokens % kTokens;
+}
+
+// Many tokens: blocks of rows stay in L1 while all tokens pass.
+template <int kTokens>
+inline void GemmBlocks(const GemmArgs& a) {
   const int32_t block = a.format == Format::kQ4 ? 16 : 8;
+  Nothing nothing;
   for (int32_t row = a.first; row < a.last;) {
     const int32_t end = (row / block + 1) * block, last = end < a.last ? end : a.last;
     BlockPrefetcher next(a.rows, end, end + block, a.n_tokens / kTokens);
     int32_t token = 0;
     for (; token + kTokens <= a.n_tokens; token += kTokens) {
       next();
-      DotBlock<kTokens>(a, row, last, token);
+      DotBlock<kTokens>(a, row, last, token, nothing);
     }
-    for (; token < a.n_tokens; ++token) DotBlock<1>(a, row, last, token);
+    for (; token < a.n_tokens; ++token) DotBlock<1>(a, row, last, token, nothing);
     row = last;
   }
 }
 
+// Few tokens: memory still matters most. Each tile of rows passes all tokens, while `between`
+// prefetches. After a tile, `done(first, last)` is called with its rows.
+template <int kTokens, typename Between, typename Done>
+inline void GemmFew(const GemmArgs& a, Between& between, const Done& done) {
+  for (int32_t row = a.first; row < a.last;) {
+    const int32_t end = (row / kRowTile + 1) * kRowTile, last = end < a.last ? end : a.last;
+    int32_t token = 0;
+    for (; token + kTokens <= a.n_tokens; token += kTokens)
+      DotBlock<kTokens>(a, row, last, token, between);
+    for (; token < a.n_tokens; ++token) DotBlock<1>(a, row, last, token, between);
+    done(row, last);
+    row = last;
+  }
+}
+
+template <int kTokens>
+inline void GemmAs(const GemmArgs& a) {
+  if (a.n_tokens == 1) {
+    Behind behind;
+    DotBlock<1>(a, a.first, a.last, 0, behind);
+  } else if (a.n_tokens <= kFewTokens) {
+    SharedStream stream(a.format, StartOf(a.rows, a.first), CountPasses<kTokens>(a.n_tokens));
+    GemmFew<kTokens>(a, stream, [](int32_t, int32_t) {});
+  } else {
+    GemmBlocks<kTokens>(a);
+  }
+}
+
 void Gemm(const GemmArgs& a) {
-  if (!HasBlocks(a.format))
-    GemmTiles<4>(a);
+  if (HasBlocks(a.format))
+    GemmAs<TokensAtOnce(true)>(a);
   else
-    GemmTiles<2>(a);
+    GemmAs<TokensAtOnce(false)>(a);
 }
 
 }  // namespace

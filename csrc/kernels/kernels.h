@@ -276,12 +276,15 @@ struct SparseFfnArgs {
   int64_t piece_stride = 0;             // floats from one piece's partial sums to the next
 };
 
-// Counts of (neuron, token) pairs, except for n_prefetched.
 struct ActiveCounts {
-  int32_t n_listed;      // pairs in the list
-  int64_t n_active;      // pairs that fire
-  int64_t n_predicted;   // pairs whose gate was computed
-  int32_t n_prefetched;  // bundles at the list's start that are already prefetched into L2
+  // (neuron, token) pairs:
+  int32_t n_listed;     // pairs in the list
+  int64_t n_active;     // pairs that fire
+  int64_t n_predicted;  // pairs whose gate was computed
+  // Neurons:
+  int32_t n_gate_rows;   // whose gate row was read
+  int32_t n_bundles;     // that are listed for any token
+  int32_t n_prefetched;  // at the list's start whose bundles are already prefetched into L2
 };
 
 // The order of partial sums. Over q8 and q4 rows, sums are kept in the order in which the rows'

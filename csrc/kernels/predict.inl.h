@@ -71,7 +71,8 @@ inline uint32_t PredictMlpTile(const Predictor& p, int32_t index, const uint8_t*
                                                          ? first + kPredictTile
                                                          : p.second.n_rows;
   float scores[kPredictTile];
-  DotBlock<1>({Format::kQ8, p.second, first, last, input, 0, 1, scores, 0}, first, last, 0);
+  Behind behind;
+  DotBlock<1>({Format::kQ8, p.second, first, last, input, 0, 1, scores, 0}, first, last, 0, behind);
   uint32_t bits = 0;
   for (int32_t i = 0; i < last - first; ++i) {
     const float score = p.biases == nullptr ? scores[i] : scores[i] + p.biases[first + i];

@@ -21,8 +21,9 @@
 // Pages. As soon as a row is known, its first line is prefetched, of a bundle also the last one.
 // The pages are then looked up long before the row is prefetched line by line.
 //
-// Several tokens. Prefill computes more than it reads. Only the next block of rows is prefetched,
-// in equal shares between the computations of this block.
+// Several tokens. For few tokens, the passes over a tile share the prefetching of what follows.
+// With more, prefill computes more than it reads. Only the next block of rows is prefetched, in
+// equal shares between the computations of this block.
 //
 // docs/experiments has the measurements (memory-bandwidth.md, scattered-row-reads.md). Take new
 // ones from memory: from the cache nothing of this shows.
@@ -35,6 +36,7 @@ namespace hybrid {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
+constexpr int32_t kFewTokens = 16;  // up to so many tokens, reading takes longer than computing
 constexpr int64_t kStreamAhead = 6 << 10;  // bytes between a stream's prefetch and its use
 
 // A `between` that prefetches nothing.
@@ -57,6 +59,25 @@ class StreamPrefetcher {
  private:
   const uint8_t* at_;
   int32_t credit_ = 0;  // bytes
+};
+
+// A `between` for a stream that several passes over each tile share: each pass prefetches its part
+// of what follows.
+class SharedStream {
+ public:
+  SharedStream(Format format, const uint8_t* rows, int32_t n_passes)
+      : at_(rows + kStreamAhead),
+        row_bytes_(static_cast<int32_t>(TileGroupBytes(format) / kRowTile)),
+        line_credit_(static_cast<int32_t>(kCacheLine) * n_passes) {}
+  void operator()(int32_t n_rows) {
+    credit_ += n_rows * row_bytes_;
+    for (; credit_ > 0; credit_ -= line_credit_, at_ += kCacheLine) PrefetchL2(at_);
+  }
+
+ private:
+  const uint8_t* at_;
+  const int32_t row_bytes_, line_credit_;
+  int32_t credit_ = 0;  // bytes times passes
 };
 
 // How many lines may be prefetched after the parts of a group of some rows were computed.

@@ -158,7 +158,7 @@ ActiveCounts FindPredicted(const SparseFfnArgs& a) {
   }
   prefetcher.Allow(n, Least(list.n_listed, prefetcher.n_ahead()));
   prefetcher.Finish();
-  return {list.n_listed, list.n_active, n, prefetcher.next_bundle()};
+  return {list.n_listed, list.n_active, n, n, list.n_listed, prefetcher.next_bundle()};
 }
 
 ActiveCounts FindActive(const SparseFfnArgs& a);
@@ -166,7 +166,7 @@ ActiveCounts FindActive(const SparseFfnArgs& a);
 // Lists the neurons whose gates are given, then computes the gates of the neurons behind them.
 ActiveCounts FindGiven(const SparseFfnArgs& a) {
   const int32_t last = a.n_given < a.last ? a.n_given : a.last;
-  ActiveCounts counts = {0, 0, 0, 0};
+  ActiveCounts counts = {};
   for (int32_t token = 0; token < a.n_tokens; ++token) {
     const float* gates = a.given_gates + token * a.given_stride;
     for (int32_t neuron = a.first; neuron < last; ++neuron) {
@@ -176,13 +176,162 @@ ActiveCounts FindGiven(const SparseFfnArgs& a) {
       counts.n_active += fires;
     }
   }
+  counts.n_bundles = counts.n_listed;  // for one token
   if (last == a.last) return counts;
   SparseFfnArgs rest = a;
   rest.first = last;
   rest.n_given = 0;
   rest.active += counts.n_listed;
   const ActiveCounts found = FindActive(rest);
-  return {counts.n_listed + found.n_listed, counts.n_active + found.n_active, found.n_predicted, 0};
+  return {counts.n_listed + found.n_listed,
+          counts.n_active + found.n_active,
+          found.n_predicted,
+          found.n_gate_rows,
+          counts.n_bundles + found.n_bundles,
+          0};
+}
+
+// Prefetches for a few tokens: the stream of gate rows or, with a predictor, the rows of a list,
+// and then the bundle of each neuron that is active for any token.
+class SharedPrefetcher {
+ public:
+  explicit SharedPrefetcher(const SparseFfnArgs& a, int32_t n_passes)
+      : a_(a),
+        bundle_bytes_(2 * RowBytes(a.up, a.format)),
+        stream_(a.format, StartOf(a.gate, a.first), n_passes),
+        bundles_(bundle_bytes_, 0) {}
+  // Announces a neuron that is active. What L2 cannot hold is not prefetched.
+  void Add(int32_t neuron) {
+    if (n_ < kMost && n_ * bundle_bytes_ < kMostBytes) neurons_[n_++] = neuron;
+  }
+  void operator()(int32_t n_rows) {
+    stream_(n_rows);
+    Prefetch(2 * n_rows);
+  }
+  void Prefetch(int64_t n_lines) {
+    bundles_.Prefetch(n_lines, n_,
+                      [&](int32_t i) { return a_.up.values + neurons_[i] * a_.up.values_stride; });
+  }
+
+ private:
+  static constexpr int32_t kMost = 512;
+  static constexpr int64_t kMostBytes = 256 << 10;
+  const SparseFfnArgs& a_;
+  const int64_t bundle_bytes_;
+  SharedStream stream_;
+  RowWalk bundles_;
+  int32_t n_ = 0;
+  int32_t neurons_[kMost];
+};
+
+// Gates of one block of neurons for a few tokens, and which of them were computed: bit t of
+// named[i] belongs to token t and the block's neuron i.
+struct GateBlock {
+  float gates[kFewTokens][kGateBlock];
+  uint32_t named[kGateBlock];
+};
+
+// Without a predictor: all gates of neurons [first, last). Returns how many rows it read.
+template <int kTokens>
+int32_t ComputeGates(const SparseFfnArgs& a, int32_t first, int32_t last, GateBlock& block,
+                     SharedPrefetcher& prefetcher) {
+  const uint32_t all = ~0u >> (32 - a.n_tokens);
+  const GemmArgs gemm = {a.format,   a.gate,     first,          last,      a.x,
+                         a.x_stride, a.n_tokens, block.gates[0], kGateBlock};
+  GemmFew<kTokens>(gemm, prefetcher, [&](int32_t begin, int32_t end) {
+    for (int32_t neuron = begin; neuron < end; ++neuron) {
+      const int32_t i = neuron - first;
+      block.named[i] = all;
+      bool fires = a.computes_all;
+      for (int32_t token = 0; token < a.n_tokens; ++token)
+        fires |= Fires(a.activation, block.gates[token][i], a.threshold);
+      if (fires) prefetcher.Add(neuron);
+    }
+  });
+  return last - first;
+}
+
+// The gates of one neuron for kTokens of `tokens`, from the first on.
+template <int kTokens>
+inline void ComputeGate(const SparseFfnArgs& a, int32_t neuron, const int32_t* tokens, int32_t i,
+                        GateBlock& block) {
+  const uint8_t* x[kTokens];
+  float gates[1][kTokens];
+  for (int t = 0; t < kTokens; ++t) x[t] = a.x + tokens[t] * a.x_stride;
+  Nothing nothing;
+  DotTile<1, kTokens, Take::kAny>(a.format, a.gate, &neuron, x, gates, nothing);
+  for (int t = 0; t < kTokens; ++t) block.gates[tokens[t]][i] = gates[0][t];
+}
+
+// With a predictor: the gates that it names. A row is read once for all tokens that need it.
+int32_t ComputeNamedGates(const SparseFfnArgs& a, int32_t first, int32_t last, GateBlock& block,
+                          SharedPrefetcher& prefetcher) {
+  int32_t rows[kGateBlock], n = 0;
+  for (int32_t tile = first / kPredictTile; tile * kPredictTile < last; ++tile) {
+    uint32_t bits[kFewTokens];
+    for (int32_t token = 0; token < a.n_tokens; ++token) bits[token] = PredictTile(a, tile, token);
+    for (int32_t i = 0; i < kPredictTile; ++i) {
+      const int32_t neuron = tile * kPredictTile + i;
+      if (neuron < first || neuron >= last) continue;
+      uint32_t named = 0;
+      for (int32_t token = 0; token < a.n_tokens; ++token) named |= (bits[token] >> i & 1) << token;
+      block.named[neuron - first] = named;
+      rows[n] = neuron;
+      n += named != 0;
+    }
+  }
+  const int64_t row_bytes = RowBytes(a.gate, a.format);
+  RowWalk ahead(row_bytes, 0);
+  for (int32_t row = 0; row < n; ++row) {
+    ahead.Prefetch(2 * row_bytes / kCacheLine, Least(row + kRowsAhead, n),
+                   [&](int32_t i) { return a.gate.values + rows[i] * a.gate.values_stride; });
+    prefetcher.Prefetch(2 * row_bytes / kCacheLine);
+    const int32_t neuron = rows[row], i = neuron - first;
+    int32_t tokens[kFewTokens], n_tokens = 0;
+    for (int32_t token = 0; token < a.n_tokens; ++token) {
+      tokens[n_tokens] = token;
+      n_tokens += static_cast<int32_t>(block.named[i] >> token & 1);
+    }
+    int32_t token = 0;
+    for (; token + 4 <= n_tokens; token += 4) ComputeGate<4>(a, neuron, tokens + token, i, block);
+    for (; token + 2 <= n_tokens; token += 2) ComputeGate<2>(a, neuron, tokens + token, i, block);
+    for (; token < n_tokens; ++token) ComputeGate<1>(a, neuron, tokens + token, i, block);
+    bool fires = false;
+    for (token = 0; token < n_tokens; ++token)
+      fires |= Fires(a.activation, block.gates[tokens[token]][i], a.threshold);
+    if (fires) prefetcher.Add(neuron);
+  }
+  return n;
+}
+
+// For a few tokens. What several of them need is read from memory once, and what is found to be
+// active is prefetched meanwhile.
+template <int kTokens>
+ActiveCounts FindFew(const SparseFfnArgs& a) {
+  ActiveList list{a};
+  SharedPrefetcher prefetcher(a, CountPasses<kTokens>(a.n_tokens));
+  GateBlock block;
+  ActiveCounts counts = {};
+  for (int32_t first = a.first, last; first < a.last; first = last) {
+    last = Least(first + kGateBlock, a.last);
+    counts.n_gate_rows += a.predictor != nullptr
+                              ? ComputeNamedGates(a, first, last, block, prefetcher)
+                              : ComputeGates<kTokens>(a, first, last, block, prefetcher);
+    bool is_listed[kGateBlock] = {};
+    for (int32_t token = 0; token < a.n_tokens; ++token)
+      for (int32_t i = 0; i < last - first; ++i) {
+        if ((block.named[i] >> token & 1) == 0) continue;
+        const int32_t before = list.n_listed;
+        list.Take(first + i, token, block.gates[token][i]);
+        is_listed[i] |= list.n_listed > before;
+        ++counts.n_predicted;
+      }
+    for (int32_t i = 0; i < last - first; ++i) counts.n_bundles += is_listed[i];
+  }
+  prefetcher.Prefetch(INT32_MAX);
+  counts.n_listed = list.n_listed;
+  counts.n_active = list.n_active;
+  return counts;
 }
 
 // For one token, gate rows are computed in tiles. For several tokens they are computed in blocks,
@@ -191,6 +340,8 @@ ActiveCounts FindGiven(const SparseFfnArgs& a) {
 ActiveCounts FindActive(const SparseFfnArgs& a) {
   if (a.n_given > a.first) return FindGiven(a);
   if (a.predictor != nullptr && a.n_tokens == 1) return FindPredicted(a);
+  if (a.n_tokens > 1 && a.n_tokens <= kFewTokens)
+    return HasBlocks(a.format) ? FindFew<TokensAtOnce(true)>(a) : FindFew<TokensAtOnce(false)>(a);
   ActiveList list{a};
   FfnPrefetcher prefetcher(a, 0);
   float gates[kTokenTile * kGateBlock];
@@ -223,7 +374,9 @@ ActiveCounts FindActive(const SparseFfnArgs& a) {
     prefetcher.Allow(0, Least(list.n_listed, prefetcher.n_ahead()));
     prefetcher.Finish();
   }
-  return {list.n_listed, list.n_active, n_predicted, prefetcher.next_bundle()};
+  // With many tokens, nearly every bundle is read.
+  const int32_t n_rows = a.last - a.first, n_bundles = Least(list.n_listed, n_rows);
+  return {list.n_listed, list.n_active, n_predicted, n_rows, n_bundles, prefetcher.next_bundle()};
 }
 
 inline int32_t PieceEnd(const SparseFfnArgs& a, int32_t piece) {

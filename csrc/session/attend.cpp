@@ -2,7 +2,7 @@
 //
 // The context is cut into spans of kSpan positions. Each span has a softmax relative to its own
 // maximum, and the spans of a head are merged in order. In decode a piece of attention is one span
-// of one KV head. In prefill it is all spans of one KV head, for a few tokens.
+// of one KV head. In prefill it is all spans of one KV head, for a group of tokens of one sequence.
 
 #include <algorithm>
 
@@ -38,11 +38,11 @@ SpanResults DecodeResults(const Pass& pass, int32_t head) {
 }
 
 int32_t SpansOf(const Pass& pass, int32_t token) {
-  return CeilDiv(pass.position + token + 1, kSpan);
+  return CeilDiv(pass.tokens[token].position + 1, kSpan);
 }
 
 int32_t PositionsIn(const Pass& pass, int32_t token, int32_t span) {
-  return std::min(kSpan, pass.position + token + 1 - span * kSpan);
+  return std::min(kSpan, pass.tokens[token].position + 1 - span * kSpan);
 }
 
 // Attends with the query heads of a KV head. `next`: see AttendSpanArgs.
@@ -50,12 +50,13 @@ void AttendSpan(const Pass& pass, const SpanAt& at, const void* next, const Span
                 ThreadScratch& thread) {
   const int32_t head_stride = pass.program.head_stride();
   const int64_t row = int64_t{at.span} * to.n_heads;
+  const KvCache& kv = *pass.tokens[at.token].kv;
   AttendSpanArgs args;
-  args.kv = pass.kv.format();
+  args.kv = kv.format();
   args.n_group = pass.HeadsPerKvHead();
   args.q = pass.QueryOf(at.token, at.kv_head * args.n_group);
-  args.k = pass.kv.KvSpan(at.layer, at.kv_head, at.span);
-  args.v = pass.kv.ValuesOf(args.k);
+  args.k = kv.KvSpan(at.layer, at.kv_head, at.span);
+  args.v = kv.ValuesOf(args.k);
   args.head_stride = head_stride;
   args.n = PositionsIn(pass, at.token, at.span);
   args.next = next;
@@ -85,6 +86,7 @@ void AddOutput(const Pass& pass, const Attend& op, int32_t piece, const uint8_t*
     for (int32_t row = first; row < last; ++row)
       x[row] += op.scale * dots[t * kOutputRows + row - first];
   }
+  Read(pass, thread, kStageOutput, (last - first) * RowBytes(op.o, shape.format));
 }
 
 }  // namespace
@@ -97,29 +99,37 @@ void RunAttend(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratc
   // thread's.
   const void* next_bytes = op.o.values;
   if (next < CountPieces(pass, phase))
-    next_bytes = pass.kv.KvSpan(op.layer, next % n_kv_heads, next / n_kv_heads);
+    next_bytes = pass.tokens[0].kv->KvSpan(op.layer, next % n_kv_heads, next / n_kv_heads);
   AttendSpan(pass, {op.layer, kv_head, span, 0}, next_bytes,
              DecodeResults(pass, kv_head * pass.HeadsPerKvHead()), thread);
-  thread.counters.bytes[kStageAttend] += pass.kv.Bytes(PositionsIn(pass, 0, span));
+  Read(pass, thread, kStageAttend, pass.tokens[0].kv->Bytes(PositionsIn(pass, 0, span)));
 }
 
 void RunAttendTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
   const ProgramShape& shape = pass.shape();
   const Attend& op = pass.program.op<Attend>(phase);
   const int32_t kv_head = piece % shape.n_kv_heads, group = pass.HeadsPerKvHead();
-  const TokenRange tokens = TokensOf(pass, piece / shape.n_kv_heads);
-  for (int32_t t = tokens.first; t < tokens.last; ++t) {
+  const int32_t *bounds = pass.groups + piece / shape.n_kv_heads, first = bounds[0],
+                last = bounds[1];
+  for (int32_t t = first; t < last; ++t) {
     const int32_t n_spans = SpansOf(pass, t);
     const int64_t n_results = int64_t{n_spans} * group;
     float* floats = thread.floats.get();
     const SpanResults results = {floats, floats + n_results, floats + 2 * n_results, group};
-    for (int32_t span = 0; span < n_spans; ++span)  // all is in the cache: no next bytes
-      AttendSpan(pass, {op.layer, kv_head, span, t}, nullptr, results, thread);
+    for (int32_t span = 0; span < n_spans; ++span) {
+      // What the first token has read is in the cache for the others.
+      const void* next = nullptr;
+      if (t == first && span + 1 < n_spans)
+        next = pass.tokens[t].kv->KvSpan(op.layer, kv_head, span + 1);
+      AttendSpan(pass, {op.layer, kv_head, span, t}, next, results, thread);
+    }
     float* attention = pass.AttentionOf(t) + int64_t{kv_head} * group * shape.head_dim;
     for (int32_t head = 0; head < group; ++head)
       MergeSpans(pass, FromHead(pass, results, head), n_spans,
                  attention + int64_t{head} * shape.head_dim);
   }
+  const Token& longest = pass.tokens[last - 1];
+  Read(pass, thread, kStageAttend, longest.kv->Bytes(longest.position + 1));
 }
 
 void RunOutput(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
@@ -133,8 +143,6 @@ void RunOutput(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratc
     pass.kernels->quantize(shape.format, attention, op.o.n_cols, thread.input.get());
   });
   AddOutput(pass, op, piece, x, thread);
-  thread.counters.bytes[kStageOutput] +=
-      std::min(kOutputRows, op.o.n_rows - piece * kOutputRows) * RowBytes(op.o, shape.format);
 }
 
 void RunQuantizeTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch&) {

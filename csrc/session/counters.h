@@ -1,4 +1,4 @@
-// What one thread of a session counts and times. A session adds up its threads' counters.
+// What one thread of a runner counts and times. A runner adds up its threads' counters.
 #pragma once
 
 #include <cstdint>
@@ -33,10 +33,10 @@ struct Counters {
   std::vector<int64_t> n_active, n_predicted;
   // Rows of the head that were computed in full because they were on a preview's shortlist.
   int64_t n_shortlisted = 0;
-  // Bytes of packed rows and of the KV cache that decode has read. The head's bytes include the
-  // token's embedding row.
+  // Bytes of packed rows and of KV caches that passes have read, if they count them. What several
+  // tokens need counts once. The head's bytes include the embedding rows.
   int64_t bytes[kStages] = {};
-  int64_t nanoseconds[kStages] = {};  // of a timed session
+  int64_t nanoseconds[kStages] = {};  // of a timed runner
 
   // Start begins to measure. Tick adds the time since Start, or since the last Tick, to a stage.
   void Start() {

@@ -13,7 +13,7 @@ namespace {
 
 void EmbedToken(const Pass& pass, const Embed& op, int32_t token) {
   const ProgramShape& shape = pass.shape();
-  pass.kernels->dequantize(shape.format, op.embedding, pass.tokens[token], op.scale,
+  pass.kernels->dequantize(shape.format, op.embedding, pass.tokens[token].id, op.scale,
                            pass.scratch.x + int64_t{token} * shape.hidden_size);
 }
 
@@ -30,7 +30,9 @@ void FinishHead(const Pass& pass, const Qkv& op, int32_t head, int32_t token, co
                 ThreadScratch& thread) {
   const ProgramShape& shape = pass.shape();
   const KernelTable& kernels = *pass.kernels;
-  const int32_t position = pass.position + token, head_dim = shape.head_dim, half = head_dim / 2;
+  const KvCache& kv = *pass.tokens[token].kv;
+  const int32_t position = pass.tokens[token].position, head_dim = shape.head_dim,
+                half = head_dim / 2;
   const float* cos = shape.rope_cos + int64_t{position} * half;
   const float* sin = shape.rope_sin + int64_t{position} * half;
   if (head < shape.n_heads) {
@@ -40,14 +42,15 @@ void FinishHead(const Pass& pass, const Qkv& op, int32_t head, int32_t token, co
   }
   const int32_t kv_head = (head - shape.n_heads) % shape.n_kv_heads;
   const auto store = [&](const float* x, uint16_t* out) {
-    const float largest = kernels.to_kv(pass.kv.format(), x, head_dim, out);
-    thread.largest_kv = std::max(thread.largest_kv, largest);  // a NaN changes nothing
+    const float largest = kernels.to_kv(kv.format(), x, head_dim, out);
+    float& so_far = thread.largest_kv[token];
+    so_far = std::max(so_far, largest);  // a NaN changes nothing
   };
   if (head >= shape.n_heads + shape.n_kv_heads)
-    return store(values, pass.kv.ValueAt(op.layer, kv_head, position));
+    return store(values, kv.ValueAt(op.layer, kv_head, position));
   kernels.rotate(values, cos, sin, half, 1.0f, thread.rotated.get());
   store(thread.rotated.get(), thread.key.get());
-  uint16_t* key = pass.kv.KeyAt(op.layer, kv_head, position);
+  uint16_t* key = kv.KeyAt(op.layer, kv_head, position);
   for (int32_t i = 0; i < head_dim; ++i) key[i * kKeyTile] = thread.key[i];
 }
 
@@ -56,13 +59,15 @@ void FinishHead(const Pass& pass, const Qkv& op, int32_t head, int32_t token, co
 void RunEmbed(const Pass& pass, const Phase& phase, int32_t, ThreadScratch& thread) {
   const Embed& op = pass.program.op<Embed>(phase);
   EmbedToken(pass, op, 0);
-  thread.counters.bytes[kStageHead] += RowBytes(op.embedding, pass.shape().format);
+  Read(pass, thread, kStageHead, RowBytes(op.embedding, pass.shape().format));
 }
 
-void RunEmbedTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch&) {
+void RunEmbedTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
+  const Embed& op = pass.program.op<Embed>(phase);
   const TokenRange tokens = TokensOf(pass, piece);
-  for (int32_t t = tokens.first; t < tokens.last; ++t)
-    EmbedToken(pass, pass.program.op<Embed>(phase), t);
+  for (int32_t t = tokens.first; t < tokens.last; ++t) EmbedToken(pass, op, t);
+  Read(pass, thread, kStageHead,
+       (tokens.last - tokens.first) * RowBytes(op.embedding, pass.shape().format));
 }
 
 // A piece of q, k and v is one head.
@@ -76,7 +81,7 @@ void RunQkv(const Pass& pass, const Phase& phase, int32_t head, ThreadScratch& t
   pass.kernels->gemm(
       {format, RowsOf(pass, op, head), head * head_dim, (head + 1) * head_dim, x, 0, 1, values, 0});
   FinishHead(pass, op, head, 0, values, thread);
-  thread.counters.bytes[kStageQkv] += head_dim * RowBytes(op.rows, format);
+  Read(pass, thread, kStageQkv, head_dim * RowBytes(op.rows, format));
 }
 
 void RunQkvNormTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
@@ -96,6 +101,7 @@ void RunQkvTokens(const Pass& pass, const Phase& phase, int32_t head, ThreadScra
                       values, head_dim});
   for (int32_t t = 0; t < pass.n_tokens; ++t)
     FinishHead(pass, op, head, t, values + t * head_dim, thread);
+  Read(pass, thread, kStageQkv, head_dim * RowBytes(op.rows, format));
 }
 
 }  // namespace hybrid

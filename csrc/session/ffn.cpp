@@ -53,8 +53,8 @@ const uint8_t* PredictedFrom(const Pass& pass, const Phase& phase, int32_t piece
 }
 
 // z of all tokens: one piece of the rows of a predictor's first matrix.
-void Project(const Pass& pass, const FfnPredictor& predictor, int32_t piece,
-             const uint8_t* inputs) {
+void Project(const Pass& pass, const FfnPredictor& predictor, int32_t piece, const uint8_t* inputs,
+             ThreadScratch& thread) {
   const Rows& matrix = predictor.first;
   const bool takes_h = predictor.input == PredictorInput::kNormed;
   const int32_t first = piece * kPredictRows, last = std::min(first + kPredictRows, matrix.n_rows);
@@ -62,6 +62,7 @@ void Project(const Pass& pass, const FfnPredictor& predictor, int32_t piece,
   pass.kernels->gemm({predictor.format, matrix, first, last, inputs,
                       VectorBytes(takes_h ? pass.shape().format : predictor.format, matrix.n_cols),
                       pass.n_tokens, z + first, matrix.n_rows});
+  Read(pass, thread, kStagePredict, (last - first) * RowBytes(matrix, predictor.format));
   if (!IsMlp(predictor.second)) return;
   for (int32_t t = 0; t < pass.n_tokens; ++t, z += matrix.n_rows)
     for (int32_t i = first; i < last; ++i) {
@@ -101,9 +102,25 @@ void ObserveActive(const Pass& pass, const Ffn& op, const Active* active, int32_
   }
 }
 
+// Counts what the neurons of a computation were and what was read for them.
+void Count(const Pass& pass, const Ffn& op, const SparseFfnArgs& args, const ActiveCounts& counts,
+           ThreadScratch& thread) {
+  const int32_t first = std::max(args.first, op.n_given());
+  int64_t tiles = 0;
+  if (args.predictor != nullptr && args.last > first)
+    tiles = (CeilDiv(args.last, kPredictTile) - CeilDiv(first, kPredictTile)) *
+            PredictTileBytes(*args.predictor);
+  Read(pass, thread, kStageGate, tiles + counts.n_gate_rows * RowBytes(op.gate, args.format));
+  Read(pass, thread, kStageUpDown,
+       counts.n_bundles * (RowBytes(op.up, args.format) + RowBytes(op.down, args.format)));
+  const size_t layer = static_cast<size_t>(op.layer);
+  thread.counters.n_active[layer] += counts.n_active;
+  thread.counters.n_predicted[layer] += counts.n_predicted;
+}
+
 // Partial sums of pieces [first_piece, end_piece), for all tokens.
-ActiveCounts ComputePieces(const Pass& pass, const Phase& phase, int32_t first_piece,
-                           int32_t end_piece, const uint8_t* x, ThreadScratch& thread) {
+void ComputePieces(const Pass& pass, const Phase& phase, int32_t first_piece, int32_t end_piece,
+                   const uint8_t* x, ThreadScratch& thread) {
   const ProgramShape& shape = pass.shape();
   const Ffn& op = pass.program.op<Ffn>(phase);
   const int64_t stride = PartialStride(shape, pass.n_tokens);
@@ -144,10 +161,7 @@ ActiveCounts ComputePieces(const Pass& pass, const Phase& phase, int32_t first_p
   if (pass.observation != nullptr) ObserveActive(pass, op, args.active, counts.n_listed);
   if (pass.n_tokens == 1) PrefetchNextNorm(pass, phase);
   pass.kernels->add_active(args, counts);
-  const size_t layer = static_cast<size_t>(op.layer);
-  thread.counters.n_active[layer] += counts.n_active;
-  thread.counters.n_predicted[layer] += counts.n_predicted;
-  return counts;
+  Count(pass, op, args, counts, thread);
 }
 
 // Adds the partial sums of some places to a token's result: the residual stream or, if the FFN is
@@ -185,18 +199,14 @@ void AddPartial(const Pass& pass, const Ffn& op, int32_t piece) {
 
 void RunPredict(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
   const FfnPredictor& predictor = *pass.program.op<Ffn>(phase).predictor;
-  const Rows& matrix = predictor.first;
-  Project(pass, predictor, piece, PredictedFrom(pass, phase, piece, thread));
-  thread.counters.bytes[kStagePredict] +=
-      std::min(kPredictRows, matrix.n_rows - piece * kPredictRows) *
-      RowBytes(matrix, predictor.format);
+  Project(pass, predictor, piece, PredictedFrom(pass, phase, piece, thread), thread);
 }
 
-void RunPredictTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch&) {
+void RunPredictTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
   const Ffn& op = pass.program.op<Ffn>(phase);
   const bool takes_h = op.predictor->input == PredictorInput::kNormed;
   Project(pass, *op.predictor, piece,
-          takes_h ? pass.scratch.inputs.get() : OtherInputs(pass, LayerOfInput(op)));
+          takes_h ? pass.scratch.inputs.get() : OtherInputs(pass, LayerOfInput(op)), thread);
 }
 
 void RunFfnNormTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
@@ -217,20 +227,11 @@ void RunFfnNormTokens(const Pass& pass, const Phase& phase, int32_t piece, Threa
 
 // In decode a piece of the phase is a run of pieces of the FFN.
 void RunFfn(const Pass& pass, const Phase& phase, int32_t run, ThreadScratch& thread) {
-  const Format format = pass.shape().format;
   const Ffn& op = pass.program.op<Ffn>(phase);
   const int32_t first_piece = pass.ffn_runs[static_cast<size_t>(run)],
                 end_piece = pass.ffn_runs[static_cast<size_t>(run) + 1];
   const uint8_t* x = NormOnce(pass, phase, op.norm, thread);
-  const ActiveCounts counts = ComputePieces(pass, phase, first_piece, end_piece, x, thread);
-  const int32_t first = std::max(FirstNeuron(op, first_piece), op.n_given()),
-                last = FirstNeuron(op, end_piece);
-  int64_t* bytes = thread.counters.bytes;
-  if (op.predictor && !pass.is_dense && last > first)
-    bytes[kStageGate] += (CeilDiv(last, kPredictTile) - CeilDiv(first, kPredictTile)) *
-                         PredictTileBytes(op.predictor->second);
-  bytes[kStageGate] += counts.n_predicted * RowBytes(op.gate, format);
-  bytes[kStageUpDown] += counts.n_listed * (RowBytes(op.up, format) + RowBytes(op.down, format));
+  ComputePieces(pass, phase, first_piece, end_piece, x, thread);
   for (int32_t piece = first_piece; piece < end_piece; ++piece) AddPartial(pass, op, piece);
 }
 

@@ -1,7 +1,7 @@
 // The head. With a preview, all logits are estimated first, and only the shortlist's rows are
 // computed in full.
 //
-// Prefill computes the logits of all tokens if the caller wants them, otherwise those of the last.
+// Prefill computes the logits of the tokens whose logits are wanted. It numbers these tokens anew.
 
 #include <algorithm>
 #include <functional>
@@ -36,14 +36,10 @@ const uint8_t* NormHeadOnce(const Pass& pass, const Phase& phase, ThreadScratch&
 struct Logits {
   float *rows, *tile_maxima;
 };
-// Those of decode's token, or of prefill's last one.
-Logits LastLogits(const Pass& pass) {
-  return {pass.scratch.logits.get(), pass.scratch.tile_maxima.get()};
-}
-// Those of any token, if the caller wants all.
-Logits LogitsOf(const Pass& pass, const Head& op, int32_t token) {
-  return {pass.all_logits + int64_t{token} * op.rows.n_rows,
-          pass.scratch.tile_maxima + token * CountTiles(*op.preview)};
+Logits LogitsOf(const Pass& pass, const Head& op, int32_t wanted) {
+  const int32_t n_tiles = op.preview ? CountTiles(*op.preview) : 0;
+  return {pass.tokens[pass.wanted[wanted]].logits,
+          pass.scratch.tile_maxima + int64_t{wanted} * n_tiles};
 }
 
 // Estimates a piece's logits of one token.
@@ -56,28 +52,28 @@ void PreviewRows(const Pass& pass, const Preview& preview, int32_t piece, const 
 }
 
 void PreviewTokens(const Pass& pass, const Head& op, int32_t piece) {
-  const auto preview = [&](int32_t token, const Logits& logits) {
-    const uint8_t* input =
-        pass.scratch.preview_inputs + token * PreviewInputBytes(pass.shape().hidden_size);
-    PreviewRows(pass, *op.preview, piece, input, logits);
-  };
-  if (pass.all_logits == nullptr) return preview(pass.n_tokens - 1, LastLogits(pass));
-  for (int32_t t = 0; t < pass.n_tokens; ++t) preview(t, LogitsOf(pass, op, t));
+  for (int32_t i = 0; i < pass.n_wanted; ++i)
+    PreviewRows(pass, *op.preview, piece,
+                pass.scratch.preview_inputs + i * PreviewInputBytes(pass.shape().hidden_size),
+                LogitsOf(pass, op, i));
 }
 
-void ComputeTokens(const Pass& pass, const Head& op, int32_t piece) {
+void ComputeTokens(const Pass& pass, const Head& op, int32_t piece, ThreadScratch& thread) {
   const Format format = pass.shape().format;
-  const int32_t n_cols = op.rows.n_cols, n_rows = op.rows.n_rows, final_token = pass.n_tokens - 1;
-  const int32_t first = piece * kHeadRows, last = std::min(first + kHeadRows, n_rows);
-  if (pass.all_logits == nullptr) {
-    pass.kernels->gemm({format, op.rows, first, last, InputOf(pass, final_token, n_cols), 0, 1,
-                        pass.scratch.logits + first, 0});
-    return;
-  }
+  const int32_t first = piece * kHeadRows, last = std::min(first + kHeadRows, op.rows.n_rows);
+  float* dots = thread.floats.get();
   pass.kernels->gemm({format, op.rows, first, last, pass.scratch.inputs.get(),
-                      VectorBytes(format, n_cols), pass.n_tokens, pass.all_logits + first, n_rows});
-  const float* row = pass.all_logits + int64_t{final_token} * n_rows;
-  if (pass.wants_logits) std::copy(row + first, row + last, pass.scratch.logits + first);
+                      VectorBytes(format, op.rows.n_cols), pass.n_wanted, dots, kHeadRows});
+  for (int32_t i = 0; i < pass.n_wanted; ++i)
+    std::copy_n(dots + i * kHeadRows, last - first, LogitsOf(pass, op, i).rows + first);
+}
+
+// Counts rows [first, last), or what the preview has of them.
+void ReadRows(const Pass& pass, const Head& op, int32_t first, int32_t last,
+              ThreadScratch& thread) {
+  Read(pass, thread, kStageHead,
+       Previews(pass, op) ? CeilDiv(last - first, kPredictTile) * PreviewTileBytes(*op.preview)
+                          : (last - first) * RowBytes(op.rows, pass.shape().format));
 }
 
 // The shortlist's limit: the logit that one of kShortlistShare tiles reaches. It is found from
@@ -92,20 +88,19 @@ float LikelyLogit(const Preview& preview, const Logits& logits, ThreadScratch& t
   return *nth;
 }
 
-// The limit for the last token. A thread finds it once per operation.
+// The limit, if only one token's logits are wanted. A thread finds it once per operation.
 float LikelyOnce(const Pass& pass, const Phase& phase, ThreadScratch& thread) {
   if (thread.likely_serial != pass.Serial(phase)) {
-    const Preview& preview = *pass.program.op<Head>(phase).preview;
-    thread.likely = LikelyLogit(preview, LastLogits(pass), thread);
+    const Head& op = pass.program.op<Head>(phase);
+    thread.likely = LikelyLogit(*op.preview, LogitsOf(pass, op, 0), thread);
     thread.likely_serial = pass.Serial(phase);
   }
   return thread.likely;
 }
 
-// Computes in full those of a piece's rows whose previewed logit is at least `likely`. Returns how
-// many.
-int64_t Shortlist(const Pass& pass, const Head& op, int32_t piece, float likely, const uint8_t* x,
-                  const Logits& logits, ThreadScratch& thread) {
+// Computes in full those of a piece's rows whose previewed logit is at least `likely`.
+void Shortlist(const Pass& pass, const Head& op, int32_t piece, float likely, const uint8_t* x,
+               const Logits& logits, ThreadScratch& thread) {
   const int32_t first = piece * kShortlistRows,
                 last = std::min(first + kShortlistRows, op.rows.n_rows);
   int32_t* rows = thread.shortlist.get();
@@ -120,7 +115,7 @@ int64_t Shortlist(const Pass& pass, const Head& op, int32_t piece, float likely,
   }
   pass.kernels->gather_dots(pass.shape().format, op.rows, rows, n, x, logits.rows);
   thread.counters.n_shortlisted += n;
-  return n;
+  Read(pass, thread, kStageHead, n * RowBytes(op.rows, pass.shape().format));
 }
 
 }  // namespace
@@ -130,57 +125,50 @@ void RunHead(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch&
   const Format format = pass.shape().format;
   const uint8_t* x = NormHeadOnce(pass, phase, thread);
   const int32_t first = piece * kHeadRows, last = std::min(first + kHeadRows, op.rows.n_rows);
-  if (Previews(pass, op)) {
-    PreviewRows(pass, *op.preview, piece, thread.preview_input.get(), LastLogits(pass));
-    thread.counters.bytes[kStageHead] +=
-        CeilDiv(last - first, kPredictTile) * PreviewTileBytes(*op.preview);
-    return;
-  }
-  pass.kernels->gemm({format, op.rows, first, last, x, 0, 1, pass.scratch.logits + first, 0});
-  thread.counters.bytes[kStageHead] += (last - first) * RowBytes(op.rows, format);
+  const Logits logits = LogitsOf(pass, op, 0);
+  if (Previews(pass, op))
+    PreviewRows(pass, *op.preview, piece, thread.preview_input.get(), logits);
+  else
+    pass.kernels->gemm({format, op.rows, first, last, x, 0, 1, logits.rows + first, 0});
+  ReadRows(pass, op, first, last, thread);
 }
 
 void RunHeadNormTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
   const int32_t hidden = pass.shape().hidden_size;
-  const TokenRange tokens = TokensOf(pass, piece);
-  for (int32_t t = tokens.first; t < tokens.last; ++t)
-    NormHead(pass, pass.program.op<Head>(phase), t, InputOf(pass, t, hidden),
-             pass.scratch.preview_inputs + t * PreviewInputBytes(hidden), thread);
+  NormHead(pass, pass.program.op<Head>(phase), pass.wanted[piece], InputOf(pass, piece, hidden),
+           pass.scratch.preview_inputs + piece * PreviewInputBytes(hidden), thread);
 }
 
-void RunHeadTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch&) {
+void RunHeadTokens(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
   const Head& op = pass.program.op<Head>(phase);
   if (Previews(pass, op))
     PreviewTokens(pass, op, piece);
   else
-    ComputeTokens(pass, op, piece);
+    ComputeTokens(pass, op, piece, thread);
+  const int32_t first = piece * kHeadRows;
+  ReadRows(pass, op, first, std::min(first + kHeadRows, op.rows.n_rows), thread);
 }
 
 void RunShortlist(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
   const Head& op = pass.program.op<Head>(phase);
   const float likely = LikelyOnce(pass, phase, thread);
   const uint8_t* x = NormHeadOnce(pass, phase, thread);
-  const int64_t n = Shortlist(pass, op, piece, likely, x, LastLogits(pass), thread);
-  thread.counters.bytes[kStageHead] += n * RowBytes(op.rows, pass.shape().format);
+  Shortlist(pass, op, piece, likely, x, LogitsOf(pass, op, 0), thread);
 }
 
-// A piece is a range of rows for the last token, or one token if all logits are wanted.
+// A piece is one token or, if the logits of only one token are wanted, a range of rows.
 void RunShortlistTokens(const Pass& pass, const Phase& phase, int32_t piece,
                         ThreadScratch& thread) {
   const Head& op = pass.program.op<Head>(phase);
-  const int32_t n_rows = op.rows.n_rows, final_token = pass.n_tokens - 1;
-  if (pass.all_logits == nullptr) {
-    const uint8_t* x = InputOf(pass, final_token, op.rows.n_cols);
-    Shortlist(pass, op, piece, LikelyOnce(pass, phase, thread), x, LastLogits(pass), thread);
-    return;
-  }
-  const int32_t token = piece;
-  const Logits logits = LogitsOf(pass, op, token);
+  const bool is_alone = pass.n_wanted == 1;
+  const int32_t wanted = is_alone ? 0 : piece;
+  const uint8_t* x = InputOf(pass, wanted, op.rows.n_cols);
+  const Logits logits = LogitsOf(pass, op, wanted);
+  if (is_alone)
+    return Shortlist(pass, op, piece, LikelyOnce(pass, phase, thread), x, logits, thread);
   const float likely = LikelyLogit(*op.preview, logits, thread);
-  for (int32_t rows = 0; rows < CeilDiv(n_rows, kShortlistRows); ++rows)
-    Shortlist(pass, op, rows, likely, InputOf(pass, token, op.rows.n_cols), logits, thread);
-  if (pass.wants_logits && token == final_token)
-    std::copy_n(logits.rows, n_rows, pass.scratch.logits.get());
+  for (int32_t rows = 0; rows < CeilDiv(op.rows.n_rows, kShortlistRows); ++rows)
+    Shortlist(pass, op, rows, likely, x, logits, thread);
 }
 
 }  // namespace hybrid

@@ -17,8 +17,8 @@ struct TokenRange {
   int32_t first, last;
 };
 inline TokenRange TokensOf(const Pass& pass, int32_t piece) {
-  const int32_t first = piece * kTokensPerPiece;
-  return {first, std::min(first + kTokensPerPiece, pass.n_tokens)};
+  const int32_t n = TokensPerPiece(pass.n_tokens), first = piece * n;
+  return {first, std::min(first + n, pass.n_tokens)};
 }
 
 // Prefill's input for a token, in `inputs`.

@@ -1,5 +1,6 @@
-// A pass takes the tokens of one call, up to kPrefillChunk, through the program: one token in
-// decode, several in prefill. Pass holds what all pieces of all phases see.
+// A pass takes tokens, up to kPrefillChunk, through the program: one token in decode, several in
+// prefill. Several tokens may belong to several sequences. Pass holds what all pieces of all phases
+// see.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +32,16 @@ struct Observation {
   uint16_t* inputs;  // fp16 (n_layers, n_tokens, hidden_size), the FFN's normed input; or null
 };
 
+// A token: where it stands in its sequence, and where its logits go (null: they are not wanted).
+struct Token {
+  int32_t id = 0, position = 0;
+  const KvCache* kv = nullptr;
+  float* logits = nullptr;
+};
+
 struct Pass {
-  // Of the session.
+  // Of the runner.
   const Program& program;
-  const KvCache& kv;
   Scratch& scratch;
   const bool is_dense;                  // no neuron is skipped, no preview used
   const std::vector<int32_t> ffn_runs;  // see FfnRuns
@@ -43,11 +50,16 @@ struct Pass {
   // Of this pass.
   const KernelTable* kernels = nullptr;
   const std::vector<Phase>* phases = nullptr;  // the program's, for decode or for prefill
-  int32_t position = 0;                        // of the first token
   int32_t n_tokens = 0;
-  int32_t tokens[kPrefillChunk] = {};
-  float* all_logits = nullptr;  // (n_tokens, vocab_size), or null
-  bool wants_logits = true;     // of the last token
+  Token tokens[kPrefillChunk] = {};
+  // The tokens whose logits are wanted.
+  int32_t n_wanted = 0;
+  int32_t wanted[kPrefillChunk] = {};
+  // Group i is tokens [groups[i], groups[i + 1]), of one sequence: what they attend to is read once
+  // for all of them.
+  int32_t n_groups = 0;
+  int32_t groups[kPrefillChunk + 1] = {};
+  bool counts_bytes = false;
   const Observation* observation = nullptr;
   int32_t first_observed = 0;  // the pass's first token within the observation
   uint64_t first_serial = 0;
@@ -59,6 +71,16 @@ struct Pass {
   }
   float* AttentionOf(int32_t token) const {
     return scratch.attention + int64_t{token} * shape().n_heads * shape().head_dim;
+  }
+  void Clear() { n_tokens = n_wanted = n_groups = 0; }
+  void Append(const Token& token) {
+    constexpr int32_t kLargestGroup = 8;
+    const int32_t begin = groups[n_groups > 0 ? n_groups - 1 : 0];
+    if (n_tokens == 0 || token.kv != tokens[n_tokens - 1].kv || n_tokens - begin == kLargestGroup)
+      groups[n_groups++] = n_tokens;
+    if (token.logits != nullptr) wanted[n_wanted++] = n_tokens;
+    tokens[n_tokens++] = token;
+    groups[n_groups] = n_tokens;
   }
   bool is_decode() const { return phases == &program.decode_phases(); }
   // Every operation of every pass has a number of its own.

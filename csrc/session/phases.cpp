@@ -72,8 +72,8 @@ void RunPiece(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch
 int32_t CountPieces(const Pass& pass, const Phase& phase) {
   const Program& program = pass.program;
   const ProgramShape& shape = program.shape();
-  const int32_t token_pieces = CeilDiv(pass.n_tokens, kTokensPerPiece);
-  const bool wants_head = pass.wants_logits || pass.all_logits != nullptr;
+  const int32_t token_pieces = CeilDiv(pass.n_tokens, TokensPerPiece(pass.n_tokens));
+  const bool wants_head = pass.n_wanted > 0;
   switch (phase.kind) {
     case PhaseKind::kEmbed:
       return 1;
@@ -87,9 +87,9 @@ int32_t CountPieces(const Pass& pass, const Phase& phase) {
     case PhaseKind::kQkvTokens:
       return shape.n_heads + 2 * shape.n_kv_heads;
     case PhaseKind::kAttend:
-      return shape.n_kv_heads * CeilDiv(pass.position + 1, kSpan);
+      return shape.n_kv_heads * CeilDiv(pass.tokens[0].position + 1, kSpan);
     case PhaseKind::kAttendTokens:
-      return shape.n_kv_heads * token_pieces;
+      return shape.n_kv_heads * pass.n_groups;
     case PhaseKind::kOutput:
     case PhaseKind::kOutputTokens:
       return CeilDiv(shape.hidden_size, kOutputRows);
@@ -104,7 +104,7 @@ int32_t CountPieces(const Pass& pass, const Phase& phase) {
     case PhaseKind::kHead:
       return CeilDiv(program.vocab_size(), kHeadRows);
     case PhaseKind::kHeadNormTokens:
-      return wants_head ? token_pieces : 0;
+      return pass.n_wanted;
     case PhaseKind::kHeadTokens:
       return wants_head ? CeilDiv(program.vocab_size(), kHeadRows) : 0;
     case PhaseKind::kShortlist:
@@ -112,8 +112,7 @@ int32_t CountPieces(const Pass& pass, const Phase& phase) {
       return CeilDiv(program.vocab_size(), kShortlistRows);
     case PhaseKind::kShortlistTokens:
       if (!wants_head || !Previews(pass, program.op<Head>(phase))) return 0;
-      return pass.all_logits == nullptr ? CeilDiv(program.vocab_size(), kShortlistRows)
-                                        : pass.n_tokens;
+      return pass.n_wanted == 1 ? CeilDiv(program.vocab_size(), kShortlistRows) : pass.n_wanted;
   }
   return 0;
 }

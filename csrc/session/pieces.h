@@ -1,5 +1,5 @@
-// How the work of a phase is cut into pieces. The sizes are constants, independent of the number of
-// threads, since they fix the order of every sum.
+// How the work of a phase is cut into pieces. Sizes that fix the order of a sum are constants,
+// independent of the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@ namespace hybrid {
 
 inline int32_t CeilDiv(int32_t n, int32_t d) { return (n + d - 1) / d; }
 
-constexpr int32_t kTokensPerPiece = 8;
+// Tokens per piece, where each token is computed by itself.
+inline int32_t TokensPerPiece(int32_t n_tokens) { return n_tokens <= 16 ? 1 : 8; }
 constexpr int32_t kOutputRows = 32;  // rows per piece of the output projection
 constexpr int32_t kPredictRows = 8;  // rows per piece of a low-rank predictor's first matrix
 constexpr int32_t kHeadRows = 256;   // rows per piece of the head

@@ -56,7 +56,6 @@ Scratch::Scratch(const Program& program, int32_t n_context)
       z(int64_t{kPrefillChunk} * program.largest_rank()),
       other_inputs(2 * kPrefillChunk * OtherInputBytes(program)),
       partials(kFfnPieces * PartialStride(program.shape(), kPrefillChunk)),
-      logits(program.vocab_size()),
       preview_inputs(kPrefillChunk * PreviewBytes(program)),
       tile_maxima(program.has_preview()
                       ? int64_t{kPrefillChunk} * CeilDiv(program.vocab_size(), kPredictTile)

@@ -1,4 +1,4 @@
-// The scratch memory of a session: what all threads share, and what each thread has for itself.
+// The scratch memory of a runner: what all threads share, and what each thread has for itself.
 #pragma once
 
 #include <atomic>
@@ -26,7 +26,6 @@ struct Scratch {
   // (2, T) q8 vectors: other inputs of predictors than the operation's. See OtherInputs.
   Pages<uint8_t> other_inputs;
   Pages<float> partials;          // (kFfnPieces, PartialStride)
-  Pages<float> logits;            // (vocab_size,)
   Pages<uint8_t> preview_inputs;  // (T, PreviewInputBytes), in prefill
   Pages<float> tile_maxima;       // (T, tiles of the preview); decode uses the first row
 
@@ -54,8 +53,9 @@ struct alignas(64) ThreadScratch {
   Pages<uint16_t> key;              // (head_dim,) the same key as the cache stores it
   float scores[kHeadTile * kSpan];
 
-  float largest_kv = 0.0f;  // the largest magnitude that was rounded for the KV cache
-  float likely = 0.0f;      // the least logit on the shortlist
+  // Per token of the pass: the largest magnitude that was rounded for the KV cache.
+  float largest_kv[kPrefillChunk] = {};
+  float likely = 0.0f;  // the least logit on the shortlist
   // What a thread computes once per operation says for which operation of which pass it holds
   // (Pass::Serial).
   uint64_t input_serial = 0;  // of `input` and `preview_input`

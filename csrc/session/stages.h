@@ -16,6 +16,11 @@ int32_t CountPieces(const Pass& pass, const Phase& phase);
 // phases.cpp: runs one piece and adds its time to the phase's stage.
 void RunPiece(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread);
 
+// Counts what a piece has read of weights or of KV caches.
+inline void Read(const Pass& pass, ThreadScratch& thread, Stage stage, int64_t n_bytes) {
+  if (pass.counts_bytes) thread.counters.bytes[stage] += n_bytes;
+}
+
 // One piece of the phase of that name.
 using PhaseCode = void(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread);
 PhaseCode RunEmbed, RunEmbedTokens;

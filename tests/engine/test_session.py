@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 from slow import slow_except
+from tiny_executors import VARIANTS, open_executor
 from tiny_models import ODD_SHAPES, write_model
 
 from hybrid.checkpoint import open_checkpoint
 from hybrid.engine.cpu.executor import CpuExecutor
 from hybrid.engine.oracle.executor import ReferenceSession, read_weights
 from hybrid.kernels import Format, Program, Session, ThreadPool, _native
-from hybrid.weights.layout import packed_layout
 from hybrid.weights.packed_rows import pack_matrix
-from hybrid.weights.packing import pack_model
 
 IDS = np.random.default_rng(1).integers(0, 320, 150).astype(np.int32)
 CHUNK = _native.PREFILL_CHUNK
-
-
-def open_executor(
-    folder: Path, format: Format, n_threads: int = 2, n_context: int = 600, orders=None
-) -> CpuExecutor:
-    with open_checkpoint(folder) as checkpoint:
-        layout = packed_layout(checkpoint.config, format)
-        model = pack_model(checkpoint, layout, neuron_orders=orders)
-        return CpuExecutor(model, layout, n_threads=n_threads, n_context=n_context)
 
 
 def decode_all(executor: CpuExecutor, ids: np.ndarray) -> np.ndarray:
@@ -38,25 +27,6 @@ def decode_all(executor: CpuExecutor, ids: np.ndarray) -> np.ndarray:
         session.decode(int(token))
         logits.append(session.logits.copy())
     return np.array(logits)
-
-
-VARIANTS = {
-    "minicpm": {},
-    "relu": {"hidden_act": "relu", "hidden_act_param": None},
-    "silu": {"hidden_act": "silu", "hidden_act_param": None},
-    "untied": {"tie_word_embeddings": False},
-    "mha": {"num_key_value_heads": 6},
-    "odd sizes": {"head_dim": 48, "intermediate_size": 131, "vocab_size": 333},
-    "few neurons": {"intermediate_size": 7},
-    "llama": {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "relu",
-        "hidden_act_param": None,
-        "hidden_size": 256,
-        "num_attention_heads": 4,
-    },
-    **ODD_SHAPES,
-}
 
 
 def assert_close_to_oracle(actual: np.ndarray, expected: np.ndarray, format: Format) -> None:
