@@ -51,9 +51,11 @@ class Session {
 
   int32_t position() const { return pass_.position; }  // of the next token
   int32_t n_context() const { return kv_.n_context(); }
-  // Forgets all tokens from `position` on.
+  // Forgets all tokens from `position` on. A position beyond the session's says that the KV cache
+  // has been filled up to there.
   void Truncate(int32_t position);
   KvFormat kv() const { return kv_.format(); }
+  const KvCache& kv_cache() const { return kv_; }
   // The largest magnitude of the keys and values that were stored since the last Truncate.
   float LargestKv() const;
 
