@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +45,7 @@ from hybrid.cli.command_line import (
     run_command,
 )
 from hybrid.cli.conversation import Conversation, Display, interrupts
+from hybrid.cli.kept_session import KeptSession
 from hybrid.files import read_bytes
 from hybrid.hub.catalog import catalog
 from hybrid.text.built_in_templates import BUILT_IN as TEMPLATES
@@ -117,6 +119,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_device_options(parser)
     add_activation_option(parser)
     add_bos_option(parser)
+    add(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="begin with the tokens, keys and values in this file, if it exists, and save them "
+        "there at the end, so that a prompt's known beginning is not computed again "
+        "(default: none)",
+    )
     add("--raw", action="store_true", help="do not apply the model's chat template")
     add("--no-stream", action="store_true", help="print the text only when it is complete")
     add("--json", action="store_true", help="print one JSON object instead of the text")
@@ -224,27 +234,28 @@ def notes(engine: Engine, args: argparse.Namespace) -> list[str]:
 
 
 def begin(
-    engine: Engine,
+    kept: KeptSession,
     prompt: str,
     args: argparse.Namespace,
     tools: list[dict[str, Any]] | None = None,
 ) -> Generation:
+    engine, session, options = kept.engine, kept.session, generation_options(args)
     if args.system is None and tools is None:
-        return engine.generate(prompt, raw=args.raw, options=generation_options(args))
+        return engine.generate(prompt, session=session, raw=args.raw, options=options)
     messages: list[ChatMessage] = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
-    return engine.chat(messages, tools=tools, options=generation_options(args))
+    return engine.chat(messages, tools=tools, session=session, options=options)
 
 
 def answer(
-    engine: Engine,
+    kept: KeptSession,
     prompt: str,
     args: argparse.Namespace,
     tools: list[dict[str, Any]] | None = None,
 ) -> int:
     """Run one generation and return the exit code."""
-    generation = begin(engine, prompt, args, tools)
+    engine, generation = kept.engine, begin(kept, prompt, args, tools)
     is_completion = args.raw or not engine.tokenizer.has_chat_template
     if is_completion and not args.json:
         write(prompt)  # prompt and completion are one text
@@ -264,6 +275,7 @@ def answer(
             print(f"{entry.logprob:9.4f} {entry.text!r:16} {likeliest}".rstrip(), file=sys.stderr)
         describe = ClosingLine(measures_bandwidth=args.verbose)
         print(describe(engine, generation), file=sys.stderr)
+    kept.tell(generation)
     return 130 if generation.finish_reason == "cancelled" else 0
 
 
@@ -294,8 +306,16 @@ def as_json(engine: Engine, generation: Generation, args: argparse.Namespace) ->
     return summary
 
 
+def checked_session(args: argparse.Namespace) -> Path | None:
+    """Return the file of --session. Raises InvalidOption if its folder does not exist."""
+    file: Path | None = args.session
+    if file is not None and not os.path.isdir(file.parent):  # noqa: PTH112 - never raises
+        raise InvalidOption(f"--session {file}: there is no folder {file.parent}")
+    return file
+
+
 def run(args: argparse.Namespace) -> int:
-    prompt = read_prompt(args)
+    prompt, file = read_prompt(args), checked_session(args)
     generation_options(args)  # report a wrong value before a model is downloaded
     tools = read_tools(args)
     with open_engine(args) as (engine, _):
@@ -308,20 +328,21 @@ def run(args: argparse.Namespace) -> int:
                         f"--{option}: {args.model} has no chat template, so it can only complete "
                         "text: use -p, or -i to continue it together, or choose a --chat-template"
                     )
-        if not args.interactive:
-            return answer(engine, prompt, args, tools)
-        conversation = Conversation(
-            engine,
-            generation_options(args),
-            system=args.system,
-            tools=tools,
-            is_chat=engine.tokenizer.has_chat_template and not args.raw,
-            display=Display(
-                ClosingLine(measures_bandwidth=args.verbose), not args.no_stream, args.verbose
-            ),
-        )
-        conversation.run(first=prompt)
-        return 0
+        with KeptSession(engine, file) as kept:
+            if not args.interactive:
+                return answer(kept, prompt, args, tools)
+            conversation = Conversation(
+                kept,
+                generation_options(args),
+                system=args.system,
+                tools=tools,
+                is_chat=engine.tokenizer.has_chat_template and not args.raw,
+                display=Display(
+                    ClosingLine(measures_bandwidth=args.verbose), not args.no_stream, args.verbose
+                ),
+            )
+            conversation.run(first=prompt)
+            return 0
 
 
 def write(text: str) -> None:

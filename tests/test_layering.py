@@ -59,8 +59,9 @@ _USUAL |= {"hybrid.files"}
 FRONT_ENDS = {
     "hybrid.run": _USUAL
     | {"hybrid.cli.closing_line", "hybrid.cli.conversation", "hybrid.text.built_in_templates"}
-    | {"predictors.schema"},
-    "hybrid.cli.conversation": _USUAL,
+    | {"hybrid.cli.kept_session", "predictors.schema"},
+    "hybrid.cli.conversation": _USUAL | {"hybrid.cli.kept_session"},
+    "hybrid.cli.kept_session": _USUAL,
     "hybrid.bench": _USUAL | {"hybrid.evaluation.speed"},
     "hybrid.eval": _USUAL | {"hybrid.evaluation", "hybrid.notices"},
     "hybrid.lm_eval": _USUAL | {"hybrid.evaluation.harness", "predictors.interrupts"},

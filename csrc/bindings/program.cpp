@@ -318,6 +318,51 @@ void BindProgram(py::module_& m) {
             s.session.Truncate(position);
           },
           py::arg("position"))
+      .def(
+          "copy_prefix",
+          [](PySession& s, PySession& source, int32_t n) {
+            const ExclusiveUse use(s), use_source(source);
+            s.CheckAlone();
+            Check(&s.program == &source.program && s.session.kv() == source.session.kv(),
+                  "the sessions must have one program, and one format of the KV cache");
+            Check(n >= 0 && n <= source.session.position() && n <= s.session.n_context(),
+                  "n is negative, or beyond the source's position or the context");
+            WithoutGil([&] { s.session.kv_cache().CopyPrefix(source.session.kv_cache(), n); });
+            s.session.Truncate(n);
+          },
+          py::arg("source"), py::arg("n"))
+      // Keys and values as (n, n_layers, n_kv_heads, 2, head_dim), key before value.
+      .def(
+          "read_kv",
+          [](PySession& s, int32_t first, int32_t last) {
+            const ExclusiveUse use(s);
+            s.CheckAlone();
+            Check(first >= 0 && first <= last && last <= s.session.position(),
+                  "first and last must be positions of the session, in order");
+            Halves array(s.KvShape(last - first));
+            uint16_t* out = array.mutable_data();
+            const int32_t head_dim = s.program.shape().head_dim;
+            WithoutGil([&] { s.session.kv_cache().Read(first, last, head_dim, out); });
+            return array;
+          },
+          py::arg("first"), py::arg("last"))
+      .def(
+          "append_kv",
+          [](PySession& s, const Halves& array) {
+            const ExclusiveUse use(s);
+            s.CheckAlone();
+            const std::vector<py::ssize_t> shape(array.shape(), array.shape() + array.ndim());
+            Check(!shape.empty() && shape == s.KvShape(shape[0]),
+                  "keys and values must be (n, n_layers, n_kv_heads, 2, head_dim)");
+            const int32_t first = s.session.position();
+            Check(shape[0] <= s.session.n_context() - first, "the context is full");
+            const int32_t last = first + static_cast<int32_t>(shape[0]);
+            const uint16_t* in = array.data();
+            const int32_t head_dim = s.program.shape().head_dim;
+            WithoutGil([&] { s.session.kv_cache().Write(first, last, head_dim, in); });
+            s.session.Truncate(last);
+          },
+          py::arg("array").noconvert())
       // A view of the session's own memory. The next call overwrites it.
       .def_property_readonly("logits",
                              [](py::object self) {

@@ -101,6 +101,12 @@ struct PySession {
     return {n, masks.mutable_data(), inputs ? inputs->mutable_data() : nullptr};
   }
 
+  // The shape of the keys and values of `n` positions.
+  std::vector<py::ssize_t> KvShape(py::ssize_t n) const {
+    const ProgramShape& shape = program.shape();
+    return {n, program.n_layers(), shape.n_kv_heads, 2, shape.head_dim};
+  }
+
   // For calls that run the whole program at once.
   void CheckAlone() const {
     Check(program.segments().size() == 1 && !program.segments()[0].sends_x,

@@ -8,6 +8,7 @@
 // d + 1. The values of the span follow them, one row of head_stride elements per position.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/kernels.h"
@@ -53,10 +54,52 @@ class KvCache {
            int64_t{kSpan + position % kSpan} * head_stride_;
   }
 
+  // Takes over the first `n` positions of a cache of the same shape. Both have as many.
+  void CopyPrefix(const KvCache& from, int32_t n) const {
+    const int32_t n_whole = n / kSpan, n_rest = n % kSpan;
+    std::copy_n(from.KvSpan(0, 0, 0), KvSpan(0, 0, n_whole) - KvSpan(0, 0, 0), KvSpan(0, 0, 0));
+    if (n_rest == 0) return;  // there may be no further span
+    const int64_t n_keys = int64_t{CeilDiv(n_rest, kKeyTile)} * kKeyTile * head_stride_;
+    for (int32_t layer = 0; layer < n_layers_; ++layer)
+      for (int32_t head = 0; head < n_kv_heads_; ++head) {
+        const uint16_t* span = from.KvSpan(layer, head, n_whole);
+        uint16_t* to = KvSpan(layer, head, n_whole);
+        std::copy_n(span, n_keys, to);
+        std::copy_n(ValuesOf(span), int64_t{n_rest} * head_stride_, to + (ValuesOf(span) - span));
+      }
+  }
+
+  // Copies positions [first, last) to or from an array (positions, n_layers, n_kv_heads, 2,
+  // head_dim): a key, and its value behind it.
+  void Read(int32_t first, int32_t last, int32_t head_dim, uint16_t* out) const {
+    VisitPositions(first, last, [&](int64_t index, const uint16_t* key, const uint16_t* value) {
+      uint16_t* to = out + index * 2 * head_dim;
+      for (int32_t i = 0; i < head_dim; ++i) to[i] = key[i * kKeyTile];
+      std::copy_n(value, head_dim, to + head_dim);
+    });
+  }
+  void Write(int32_t first, int32_t last, int32_t head_dim, const uint16_t* in) const {
+    VisitPositions(first, last, [&](int64_t index, uint16_t* key, uint16_t* value) {
+      const uint16_t* from = in + index * 2 * head_dim;
+      for (int32_t i = 0; i < head_dim; ++i) key[i * kKeyTile] = from[i];
+      std::copy_n(from + head_dim, head_dim, value);
+    });
+  }
+
   // Bytes of the keys and values of `n` positions of one head.
   int64_t Bytes(int32_t n) const { return 2 * int64_t{sizeof(uint16_t)} * head_stride_ * n; }
 
  private:
+  // Positions come last, because neighbouring keys share cache lines.
+  template <typename Visit>
+  void VisitPositions(int32_t first, int32_t last, const Visit& visit) const {
+    for (int32_t layer = 0; layer < n_layers_; ++layer)
+      for (int32_t head = 0; head < n_kv_heads_; ++head)
+        for (int32_t position = first; position < last; ++position)
+          visit((int64_t{position - first} * n_layers_ + layer) * n_kv_heads_ + head,
+                KeyAt(layer, head, position), ValueAt(layer, head, position));
+  }
+
   const KvFormat format_;
   const int32_t n_context_, n_layers_, n_kv_heads_, head_stride_;
   Pages<uint16_t> kv_;

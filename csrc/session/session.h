@@ -27,11 +27,13 @@ class Session {
   KvFormat kv() const { return sequence_.kv.format(); }
   float largest_kv() const { return sequence_.largest_kv; }
   const float* logits() const { return sequence_.logits.get(); }
+  const KvCache& kv_cache() const { return sequence_.kv; }
   Sequence& sequence() { return sequence_; }
   Runner& runner() { return runner_; }
   const Runner& runner() const { return runner_; }
 
-  // Forgets all tokens from `position` on.
+  // Forgets all tokens from `position` on. A position beyond the session's says that the KV cache
+  // has been filled up to there.
   void Truncate(int32_t position);
 
   // Append tokens. The caller guarantees position() + n <= n_context() and 0 <= token < vocab_size.

@@ -25,6 +25,7 @@ from hybrid import (
     GenerationOptions,
     InvalidOption,
 )
+from hybrid.cli.kept_session import KeptSession
 
 HELP = """\
 /reset  start again         /stats  show tokens, speeds and memory
@@ -44,7 +45,7 @@ class Conversation:
 
     def __init__(
         self,
-        engine: Engine,
+        kept: KeptSession,
         options: GenerationOptions,
         *,
         system: str | None,
@@ -52,8 +53,8 @@ class Conversation:
         is_chat: bool,
         display: Display,
     ) -> None:
-        self.engine, self.options = engine, options
-        self.session = engine.open_session()
+        self.kept, self.engine, self.session = kept, kept.engine, kept.session
+        self.options = options
         self.is_chat, self.display, self.tools = is_chat, display, tools
         self.opening: list[ChatMessage] = []
         if system is not None:
@@ -137,6 +138,7 @@ class Conversation:
             own = f"{n} tokens, the model's own limit; -n changes it"
             limit = own if generation.limit_is_models else f"--max-tokens {n}"
             print(f"(stopped after {limit})", file=sys.stderr)
+        self.kept.tell(generation)
         if self.display.is_verbose:
             print(self.display.describe(self.engine, generation), file=sys.stderr)
 

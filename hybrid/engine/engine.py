@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hybrid.checkpoint.name import model_name
-from hybrid.engine.generation import Generation, GenerationRequest, GenerationStats
+from hybrid.engine.generation import (
+    EngineStats,
+    Generation,
+    GenerationRequest,
+    GenerationStats,
+)
 from hybrid.engine.loading.executors import Executor
 from hybrid.engine.loading.pipeline import Parts
 from hybrid.engine.loading.prediction import Prediction
@@ -21,6 +27,7 @@ from hybrid.engine.options import (
     spelling_out,
 )
 from hybrid.engine.session import Session
+from hybrid.engine.session_file import Origin
 from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption, OutOfMemory
 from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import last_level_cache_bytes, measure_stream_gbs
@@ -32,23 +39,6 @@ from hybrid.weights.packing import NeuronOrders
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counts and times since an engine was loaded. A generation counts once it has ended."""
-
-    load_s: float = 0.0
-    weight_bytes: int = 0  # of the packed weights
-    is_mapped: bool = False  # some weights are in a mapped file, not yet in memory of our own
-    is_copying: bool = False  # mapped weights are being copied into memory in the background
-    is_locked: bool = False  # the system cannot move the weights out of memory
-    n_generations: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # prompt tokens that a session's KV cache already held
-    generated_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
 
 
 class Engine:
@@ -283,22 +273,30 @@ class Engine:
         chat = Chat(messages, tools, variables=variables or {})
         return self._begin(self._chat_ids(chat, session), session, options, chat)
 
-    def open_session(self, *, dense: bool = False, timed: bool = False) -> Session:
+    def open_session(
+        self, file: Path | str | None = None, *, dense: bool = False, timed: bool = False
+    ) -> Session:
         """Open a new, empty sequence with its own KV cache; weights and threads are shared.
+
+        With the `file` of `Session.save`, it begins with the saved tokens, and continues with the
+        same bits as the session that was saved. Its `logits` are zeros until it appends a token.
 
         `dense` computes all neurons and gives the same results, to show what skipping saves.
         `timed` measures where time goes (`Session.stage_seconds`) and costs one percent of time.
-        Raises OutOfMemory, EngineClosed, InvalidArtifact.
+        Raises OutOfMemory, EngineClosed, InvalidArtifact. For a file also InvalidOption if a plan
+        uses the GPU, and ContextOverflow.
         """
+        origin = Origin(self.spec, ignores_predictor=dense and self.prediction is not None)
         try:
             executor = self._open()
             native = executor.open_session(is_dense=dense, is_timed=timed, kv=self.spec.kv)
-            return Session(native, self.config, executor, self._background)
+            session = Session(native, self.config, executor, self._background, origin)
         except MemoryError:
             raise OutOfMemory(
                 f"a context of {self.n_context} tokens does not fit into memory; "
                 "choose a smaller context_size"
             ) from None
+        return session if file is None else session.filled_from(Path(file))
 
     def close(self) -> None:
         """Free weights and threads as soon as running generations have ended."""
@@ -350,16 +348,7 @@ class Engine:
 
     def _count(self, ended: GenerationStats) -> None:
         with self._stats_lock:
-            before = self._stats
-            self._stats = replace(
-                before,
-                n_generations=before.n_generations + 1,
-                prompt_tokens=before.prompt_tokens + ended.prompt_tokens,
-                cached_tokens=before.cached_tokens + ended.cached_tokens,
-                generated_tokens=before.generated_tokens + ended.generated_tokens,
-                prefill_s=before.prefill_s + ended.prefill_s,
-                decode_s=before.decode_s + ended.decode_s,
-            )
+            self._stats = self._stats.with_generation(ended)
 
     def _chat_ids(self, chat: Chat, session: Session | None) -> list[int]:
         """Return the conversation's ids.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -55,6 +55,35 @@ class GenerationStats:
     def decode_gbs(self) -> float:
         """GB (1e9 bytes) of weights and KV cache read per second of decode."""
         return self.decode_bytes / self.decode_s / 1e9 if self.decode_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts and times since an engine was loaded. A generation counts once it has ended."""
+
+    load_s: float = 0.0
+    weight_bytes: int = 0  # of the packed weights
+    is_mapped: bool = False  # some weights are in a mapped file, not yet in memory of our own
+    is_copying: bool = False  # mapped weights are being copied into memory in the background
+    is_locked: bool = False  # the system cannot move the weights out of memory
+    n_generations: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens that a session's KV cache already held
+    generated_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def with_generation(self, ended: GenerationStats) -> EngineStats:
+        """Return the counts with those of a generation that has ended."""
+        return replace(
+            self,
+            n_generations=self.n_generations + 1,
+            prompt_tokens=self.prompt_tokens + ended.prompt_tokens,
+            cached_tokens=self.cached_tokens + ended.cached_tokens,
+            generated_tokens=self.generated_tokens + ended.generated_tokens,
+            prefill_s=self.prefill_s + ended.prefill_s,
+            decode_s=self.decode_s + ended.decode_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.errors import ContextOverflow, EngineClosed, NumericOverflow
+from hybrid.engine.session_file import Origin, read_session, write_session
+from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption, NumericOverflow
 from hybrid.kernels import KvFormat
+from hybrid.kernels import Session as CpuSession
 from hybrid.model.config import ModelConfig
 from hybrid.text.chat import Chat
 
@@ -92,11 +95,15 @@ class Session:
         config: ModelConfig,
         engine: object = None,
         weights: WeightsCheck | None = None,
+        origin: Origin | None = None,
     ) -> None:
-        """`weights` are still being checked, or None if they are sound."""
+        """`weights` are still being checked, or None if they are sound.
+
+        `origin` is what computes: without it the session can neither be saved nor copied.
+        """
         self._native: NativeSession | None = native
         self._config = config
-        self._weights = weights
+        self._weights, self._origin = weights, origin
         self._engine = engine  # the executor that owns the weights; compared by identity
         self._tokens: list[int] = []
         self._lock = threading.RLock()  # held during each call into the native session
@@ -191,6 +198,54 @@ class Session:
             self._owner = self.chat = None
             self.truncate(0)
 
+    def copy_prefix(self, source: Session, n: int) -> None:
+        """Hold the first `n` tokens of `source`, with their keys and values, and no others.
+
+        This forgets the conversation, and a generation that uses this session ends. `logits` are
+        not updated. Raises EngineClosed, and InvalidOption if `source` has fewer tokens, is a
+        session of another engine, or differs in whether a predictor is used (`dense`), or if a
+        plan uses the GPU.
+        """
+        first, second = sorted((self, source), key=id)  # one order, so that nobody waits forever
+        with first._lock, second._lock:
+            mine, own = self._with_kv()
+            theirs, other = source._with_kv()
+            if source._engine is not self._engine or other != own:
+                raise InvalidOption("source: belongs to another engine, or computes otherwise")
+            if not 0 <= n <= source.position:
+                raise InvalidOption(f"n: expected 0 to {source.position} tokens, found {n}")
+            tokens = source._tokens[:n]
+            self._owner, self.chat, self._tokens = None, None, []  # an interruption leaves no token
+            if source is self:
+                mine.truncate(n)
+            else:
+                mine.copy_prefix(theirs, n)
+            self._tokens = tokens
+
+    def save(self, file: Path | str) -> None:
+        """Write tokens, keys and values to a file, or replace it: `Engine.open_session` reads it.
+
+        This first waits until the weights have been checked. The conversation is not saved, but
+        `Engine.chat` finds the tokens that a new conversation begins with. Raises OSError,
+        EngineClosed, InvalidOption if a plan uses the GPU, InvalidArtifact if weights are damaged,
+        and InvalidCheckpoint if the model's files are no longer those that were loaded.
+        """
+        self.confirm_weights(None)
+        with self._lock:
+            native, origin = self._with_kv()
+            write_session(Path(file), origin, self._tokens, native)
+
+    def filled_from(self, file: Path) -> Session:
+        """Fill this new session from a file, or close it. Raises as `Engine.open_session` does."""
+        try:
+            with self._lock:
+                native, origin = self._with_kv()
+                self._tokens = read_session(file, origin, native)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
     def keep_common_prefix(self, tokens: Sequence[int]) -> int:
         """Keep the common prefix with `tokens`, forget the rest, and return how many were kept.
 
@@ -276,7 +331,7 @@ class Session:
     ) -> None:
         self.close()
 
-    def confirm_weights(self, seconds: float) -> bool:
+    def confirm_weights(self, seconds: float | None) -> bool:
         """Wait until the weights have been checked, at most `seconds`. Return whether they are.
 
         Raises InvalidArtifact if they are damaged.
@@ -304,6 +359,16 @@ class Session:
         if native.position > len(self._tokens):
             native.truncate(len(self._tokens))
         return native
+
+    def _with_kv(self) -> tuple[CpuSession, Origin]:
+        """Return the native session, whose keys and values can be read, and what computes them."""
+        native = self._in_step()
+        if self._origin is None or not isinstance(native, CpuSession):
+            raise InvalidOption(
+                "session: its keys and values are on the GPU, so it can be neither saved, copied "
+                "nor opened from a file; load the model with device cpu"
+            )
+        return native, self._origin
 
     def _check_kv(self, native: NativeSession) -> None:
         """Raises NumericOverflow if the call has stored an infinite key or value."""

@@ -313,7 +313,6 @@ def _file_name(checkpoint: FileSource, layout: PackedLayout) -> str:
 
 
 def _format_header(layout: PackedLayout, source: str, order: str) -> bytes:
-    """Return the header, padded so that the buffer begins at a cache line."""
     entries: dict[str, object] = {
         "__metadata__": {
             "hybrid_packed": VERSION,
@@ -333,6 +332,14 @@ def _format_header(layout: PackedLayout, source: str, order: str) -> bytes:
         "shape": [len(layout.arrays)],
         "data_offsets": [end, end + _checksum_bytes(layout)],
     }
+    return safetensors_header(entries)
+
+
+def safetensors_header(entries: dict[str, object]) -> bytes:
+    """Return the first bytes of a safetensors file, padded so that its data begin at a cache line.
+
+    `entries` are the metadata, and each tensor's dtype, shape and data_offsets.
+    """
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text

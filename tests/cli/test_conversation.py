@@ -15,6 +15,7 @@ from tiny_models import write_chat_model
 
 import hybrid
 from hybrid.cli.conversation import Conversation, Display
+from hybrid.cli.kept_session import KeptSession
 
 OPTIONS: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
 
@@ -56,7 +57,7 @@ def converse(
 
     monkeypatch.setattr(builtins, "input", read)
     conversation = Conversation(
-        engine,
+        KeptSession(engine),
         hybrid.GenerationOptions(**OPTIONS | options),
         system=system,
         is_chat=is_chat,

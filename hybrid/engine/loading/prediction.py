@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hybrid.checkpoint import Checkpoint
+from hybrid.checkpoint.identity import SourceFile, hash_content
 from hybrid.engine.options import LoadOptions
 from hybrid.errors import InvalidArtifact, InvalidOption
-from hybrid.files import has_files
+from hybrid.files import has_files, open_file
 from hybrid.kernels import Predictor
 from hybrid.model.stored_predictors import StoredPredictors
 from hybrid.notices import Notices
@@ -45,6 +47,23 @@ class Prediction:
     predicted: float | None  # share of the neurons whose gates are computed, on held-out tokens
     bytes_per_token: int  # of the predictors themselves
     stored: StoredPredictors | None = None
+    source: SourceFile | None = None  # the state of the file that was read; None: `stored`
+
+    def identity(self) -> str:
+        """Return what names these predictors: a hash of their file and the recall, or "own".
+
+        The model's hash covers those in its own file. Raises InvalidArtifact if the file is no
+        longer the one that was read.
+        """
+        if self.source is None:
+            return "own"
+        with suppress(OSError), open_file(self.path) as file:
+            if SourceFile.of(self.path) == self.source:
+                content = hash_content(file.fileno(), self.source.n_bytes)
+                return f"{content:.16} at recall {self.recall:g}"
+        raise InvalidArtifact(
+            f"{self.path}: was changed or removed after it was read; load the model again"
+        )
 
     @property
     def summary(self) -> str:
@@ -110,6 +129,7 @@ def choose_predictors(
             return None, None
         path = kept
     try:
+        source = SourceFile.of(path) if os.path.exists(path) else None  # noqa: PTH110 - never raises
         file = load_predictor_file(path)
         _check(file, path, spec)
         try:
@@ -135,6 +155,7 @@ def choose_predictors(
             for _, layer in selected
             if layer is not None
         ),
+        source=source,
     )
     n_exact = config.n_layers - prediction.n_predicted_layers
     if n_exact:

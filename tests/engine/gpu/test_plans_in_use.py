@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 from engine.gpu.hybrid_models import Greedy, check_greedy, check_logits, write_greedily  # noqa: E402
 
 import hybrid  # noqa: E402
+from hybrid.cli.kept_session import KeptSession  # noqa: E402
 from hybrid.engine.gpu import executor as gpu_executor  # noqa: E402
 from hybrid.engine.gpu import measurement  # noqa: E402
 from hybrid.engine.gpu.device import HostDevice  # noqa: E402
@@ -75,6 +76,23 @@ def test_a_budget_changes_no_text(gpu, budget):
     assert engine.plan.is_all_on_gpu is (budget == 64 * MIB)
     assert engine.device_name == gpu.name
     check_greedy(actual, expected)
+
+
+def test_keys_and_values_on_a_gpu_are_neither_saved_nor_copied(gpu, tmp_path):
+    path = tmp_path / "session"
+    with hybrid.load("stories", threads=2, vram_budget=40 * MIB, context_size=256) as engine:
+        session = engine.open_session()
+        session.prefill([5, 6, 7])
+        uses = (
+            lambda: session.save(path),
+            lambda: engine.open_session(path),
+            lambda: engine.open_session().copy_prefix(session, 2),
+            lambda: KeptSession(engine, path),
+        )
+        for use in uses:
+            with pytest.raises(InvalidOption, match=r"on (a|the) GPU.*device cpu"):
+                use()
+    assert not path.exists()
 
 
 def test_sessions_work_alike_on_every_plan(gpu):
