@@ -3,8 +3,9 @@
 # ruff: noqa: F401
 from __future__ import annotations
 
+from hybrid.engine.answer import GenerationStats, TokenLogprobs
 from hybrid.engine.engine import Engine, EngineStats
-from hybrid.engine.generation import Generation, GenerationStats, TokenLogprobs
+from hybrid.engine.generation import Generation
 from hybrid.engine.loading.prediction import Prediction
 from hybrid.engine.options import GenerationOptions, LoadOptions
 from hybrid.engine.session import Observation, Session

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hybrid.checkpoint.name import model_name
-from hybrid.engine.generation import Generation, GenerationRequest, GenerationStats
+from hybrid.engine.answer import Answer, AnswerRequest, GenerationStats
+from hybrid.engine.generation import Generation
 from hybrid.engine.loading.executors import Executor
 from hybrid.engine.loading.pipeline import Parts
 from hybrid.engine.loading.prediction import Prediction
@@ -340,13 +341,12 @@ class Engine:
         if session is not None and session._engine is not executor:
             raise InvalidOption("session: belongs to another engine")
         limits = options.limits(self.defaults, len(ids))
-        return Generation(
-            self.open_session() if session is None else session,
-            self.tokenizer,
-            Sampler(options.sampling(self.default_sampling)),
-            GenerationRequest(ids, limits, options.logprobs, session is None, chat),
-            self._count,
-        )
+        request = AnswerRequest(ids, limits, options.logprobs, chat)
+        sampler = Sampler(options.sampling(self.default_sampling))
+        answer = Answer(self.tokenizer, sampler, request, self.config.eos_ids)
+        if session is None:
+            return Generation(self.open_session(), answer, self._count, owns_session=True)
+        return Generation(session, answer, self._count, owns_session=False)
 
     def _count(self, ended: GenerationStats) -> None:
         with self._stats_lock:
