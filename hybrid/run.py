@@ -33,17 +33,16 @@ from hybrid.cli.command_line import (
     add_activation_option,
     add_bos_option,
     add_device_options,
-    add_generation_options,
     add_kv_option,
     add_predictor_options,
     add_quant_option,
     decode_with_notes,
-    generation_options,
     open_engine,
     printable,
     run_command,
 )
 from hybrid.cli.conversation import Conversation, Display, interrupts
+from hybrid.cli.generation_options import add_generation_options, generation_options
 from hybrid.files import read_bytes
 from hybrid.hub.catalog import catalog
 from hybrid.text.built_in_templates import BUILT_IN as TEMPLATES

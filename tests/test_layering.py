@@ -58,8 +58,8 @@ _USUAL = {"hybrid", "hybrid.hub.catalog", "hybrid.cli.progress_bar", "hybrid.cli
 _USUAL |= {"hybrid.files"}
 FRONT_ENDS = {
     "hybrid.run": _USUAL
-    | {"hybrid.cli.closing_line", "hybrid.cli.conversation", "hybrid.text.built_in_templates"}
-    | {"predictors.schema"},
+    | {"hybrid.cli.closing_line", "hybrid.cli.conversation", "hybrid.cli.generation_options"}
+    | {"hybrid.text.built_in_templates", "predictors.schema"},
     "hybrid.cli.conversation": _USUAL,
     "hybrid.bench": _USUAL | {"hybrid.evaluation.speed"},
     "hybrid.eval": _USUAL | {"hybrid.evaluation", "hybrid.notices"},
