@@ -63,6 +63,13 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="print the log-probability of each token and the K likeliest tokens (default: off)",
     )
+    add(
+        "--speculate",
+        choices=("ngram", "off"),
+        default="off",
+        help="guess tokens that the text may repeat; the same text, faster if it does (default: "
+        "off)",
+    )
 
 
 _CHARACTERS = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -102,4 +109,5 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
         stop=args.stop,
         logprobs=args.logprobs,
         seed=args.seed,
+        speculate=None if args.speculate == "off" else args.speculate,
     )

@@ -35,8 +35,10 @@ class GenerationStats:
     generated_tokens: int = 0  # without the end-of-sequence token
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    decode_steps: int = 0  # forward passes of one token; the first token comes from prefill
-    decode_bytes: int = 0  # of weights and KV cache that these passes read
+    decode_steps: int = 0  # forward passes; the first token comes from prefill
+    decode_bytes: int = 0  # of weights and KV cache that passes without a draft read
+    drafted_tokens: int = 0  # guesses that passes computed along with their one token
+    accepted_tokens: int = 0  # guesses that came true
     active_fraction: float | None = None  # of FFN neurons, in decode; before decode, in prefill
 
     @property
@@ -46,12 +48,18 @@ class GenerationStats:
 
     @property
     def decode_tps(self) -> float:
-        """Forward passes of one token per second."""
-        return self.decode_steps / self.decode_s if self.decode_s else 0.0
+        """Tokens of the text per second of decode: one of each pass, and the accepted ones."""
+        n_tokens = self.decode_steps + self.accepted_tokens
+        return n_tokens / self.decode_s if self.decode_s else 0.0
 
     @property
-    def decode_gbs(self) -> float:
-        """GB (1e9 bytes) of weights and KV cache read per second of decode."""
+    def decode_gbs(self) -> float | None:
+        """GB (1e9 bytes) of weights and KV cache read per second of decode.
+
+        None after a draft, because the bytes of such passes are not counted.
+        """
+        if self.drafted_tokens:
+            return None
         return self.decode_bytes / self.decode_s / 1e9 if self.decode_s else 0.0
 
 
@@ -72,6 +80,7 @@ class AnswerRequest:
     prompt: list[int]  # token ids
     limits: AnswerLimits
     logprobs: int | None  # how many likeliest tokens to report with each token; None: nothing
+    speculate: bool = False  # compute drafts along (hybrid/engine/speculation.py)
     chat: Chat | None = None  # the conversation that this answers
 
 

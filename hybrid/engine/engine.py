@@ -341,7 +341,7 @@ class Engine:
         if session is not None and session._engine is not executor:
             raise InvalidOption("session: belongs to another engine")
         limits = options.limits(self.defaults, len(ids))
-        request = AnswerRequest(ids, limits, options.logprobs, chat)
+        request = AnswerRequest(ids, limits, options.logprobs, options.speculate is not None, chat)
         sampler = Sampler(options.sampling(self.default_sampling))
         answer = Answer(self.tokenizer, sampler, request, self.config.eos_ids)
         if session is None:

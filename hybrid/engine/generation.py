@@ -9,6 +9,7 @@ import numpy as np
 
 from hybrid.engine.answer import Answer, FinishReason, GenerationStats, TokenLogprobs
 from hybrid.engine.session import Session
+from hybrid.engine.speculation import Speculation
 from hybrid.kernels import PREFILL_CHUNK
 
 PROMPT_PART = 4 * PREFILL_CHUNK  # prompt tokens that run between two checks for cancellation
@@ -49,6 +50,7 @@ class Generation:
         self._session, self._answer = session, answer
         self._n_neurons = session._config.n_layers * session._config.n_neurons
         self._owns_session, self._on_end = owns_session, on_end
+        self._speculation: Speculation | None = None
         self._is_prefilled = self._is_over = False
         self._ticket = object()
         session.hand_to(self._ticket)
@@ -107,8 +109,7 @@ class Generation:
                 self._prefill()
             while not piece and answer.finish_reason is None:
                 started = time.perf_counter()
-                self._step()
-                piece = answer.take()
+                piece = self._step()
                 self.stats.decode_s += time.perf_counter() - started
             if self.stats.decode_steps:
                 self.stats.decode_bytes = sum(self._session.decode_bytes.values())
@@ -153,15 +154,22 @@ class Generation:
         session.reset_counts()
         self._is_prefilled = session.position == len(self.prompt)
 
-    def _step(self) -> None:
-        """Choose a token and, if another is to follow, decode it."""
-        session = self._session
-        has_room = session.position < session.n_context
-        token = self._answer.choose(session.logits, has_room)
-        if token is not None:
-            session.decode(token)
-            self.stats.decode_steps += 1
-            self._count_active(self.stats.decode_steps)
+    def _step(self) -> str:
+        """Choose a token and, if another is to follow, decode it. Return the text completed."""
+        answer, session, stats = self._answer, self._session, self.stats
+        if not answer.request.speculate:
+            token = answer.choose(session.logits, session.position < session.n_context)
+            if token is not None:
+                session.decode(token)
+                stats.decode_steps += 1
+            piece = answer.take()
+        else:
+            if self._speculation is None:
+                self._speculation = Speculation(session, answer)
+            piece = self._speculation.step()
+        if stats.decode_steps:
+            self._count_active(stats.decode_steps + stats.drafted_tokens)
+        return piece
 
     def _count_active(self, n_tokens: int) -> None:
         if n_tokens:

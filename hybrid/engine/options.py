@@ -26,6 +26,7 @@ from hybrid.text.token_rules import TokenRules
 Quant = Literal["bf16", "f16", "q8", "q4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KvName = Literal["fp16", "bf16"]
+Speculate = Literal["ngram"]
 PredictorName = Path | Literal["auto", "exact", "own"]
 
 DEFAULT_CONTEXT = 4096  # positions, or the model's maximum if that is smaller
@@ -152,6 +153,7 @@ class GenerationOptions:
     stop: str | Sequence[str] | None = None  # the text ends before the first of these; (): none
     logprobs: int | None = None  # log-probability of each token, and of so many likeliest ones
     seed: int | None = None  # None or -1: random
+    speculate: Speculate | None = None  # compute guesses along: the same text, faster if it repeats
 
     def __post_init__(self) -> None:
         self.sampling(SamplingParams())
@@ -159,6 +161,8 @@ class GenerationOptions:
             _check_choice("max_tokens", self.max_tokens, ("auto",))
         elif self.max_tokens is not None:
             object.__setattr__(self, "max_tokens", checked_count("max_tokens", self.max_tokens))
+        if self.speculate is not None:
+            _check_choice("speculate", self.speculate, get_args(Speculate))
         if self.stop is not None:
             object.__setattr__(self, "stop", checked_stop(self.stop))
         if self.logprobs is not None:
@@ -220,6 +224,7 @@ class GenerationKeywords(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logprobs: int | None
     seed: int | None
+    speculate: Speculate | None
 
 
 def spelling_out(options: type) -> Callable[[Function], Function]:
