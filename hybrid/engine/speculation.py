@@ -28,8 +28,8 @@ from hybrid.kernels import PREFILL_CHUNK
 LENGTHS = (2, 3, 4, 5, 6)  # of the ends that are looked up
 GROUPS = (*LENGTHS, 8, 16)  # matches from one of these lengths to the next one share a rate
 SIZES = (1, 3, 7, 15, 31)  # of drafts: with the next token, passes fill tiles of four
-LEAST_GAIN = 1.03  # a draft must promise so many times the speed without it
-LOSS = 0.02  # share of the time that wrong drafts may cost
+LEAST_GAIN = 1.05  # a draft must promise so many times the speed without it
+LOSS = 0.01  # share of the time that wrong drafts may cost
 PROBE_AFTER = 64  # tokens without a draft, or drafts of the best size, before another one is tried
 _MEMORY = 24  # events that a mean of rates or times remembers
 
