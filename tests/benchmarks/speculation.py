@@ -144,7 +144,7 @@ def measure(engine: Engine, name: str, case: Case, n_runs: int) -> dict[str, flo
     accepted = last.accepted_tokens / last.drafted_tokens if last.drafted_tokens else 0.0
     a_pass = 1 + last.accepted_tokens / last.decode_steps
     print(
-        f"{name:16}{len(case.prompt):>7}{spread(tps[False]):>24}{spread(tps[True]):>24}"
+        f"{name:16}{len(case.prompt):>7}{spread(tps[False]):>26}{spread(tps[True]):>26}"
         f"{statistics.median(ratios):>7.2f}{min(ratios):>7.2f}{accepted:>10.0%}{a_pass:>8.2f}"
     )
     return {
@@ -164,7 +164,7 @@ def main() -> int:
         engine.wait_for_weights()
         streams = [engine.measure_stream_gbs()]
         print(
-            f"{'':16}{'prompt':>7}{'plain [min - max]':>24}{'speculating tok/s':>24}{'ratio':>7}"
+            f"{'':16}{'prompt':>7}{'plain [min - max]':>26}{'speculating tok/s':>26}{'ratio':>7}"
             f"{'least':>7}{'accepted':>10}{'a pass':>8}"
         )
         found = {name: measure(engine, name, case, args.runs) for name, case in cases.items()}
