@@ -24,6 +24,7 @@ from hybrid import (
     Engine,
     Generation,
     InvalidOption,
+    Progress,
     active_isa,
 )
 from hybrid.cli.closing_line import ClosingLine
@@ -38,6 +39,7 @@ from hybrid.cli.command_line import (
     add_quant_option,
     decode_with_notes,
     open_engine,
+    print_notices,
     printable,
     run_command,
 )
@@ -240,10 +242,12 @@ def answer(
     engine: Engine,
     prompt: str,
     args: argparse.Namespace,
-    tools: list[dict[str, Any]] | None = None,
+    tools: list[dict[str, Any]] | None,
+    progress: Progress,
 ) -> int:
     """Run one generation and return the exit code."""
     generation = begin(engine, prompt, args, tools)
+    generation.progress = progress
     is_completion = args.raw or not engine.tokenizer.has_chat_template
     if is_completion and not args.json:
         write(prompt)  # prompt and completion are one text
@@ -261,6 +265,7 @@ def answer(
                 for token, logprob in entry.top
             )
             print(f"{entry.logprob:9.4f} {entry.text!r:16} {likeliest}".rstrip(), file=sys.stderr)
+        print_notices(generation.notices)
         describe = ClosingLine(measures_bandwidth=args.verbose)
         print(describe(engine, generation), file=sys.stderr)
     return 130 if generation.finish_reason == "cancelled" else 0
@@ -297,7 +302,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     generation_options(args)  # report a wrong value before a model is downloaded
     tools = read_tools(args)
-    with open_engine(args) as (engine, _):
+    with open_engine(args) as (engine, progress):
         for line in notes(engine, args):
             print(f"note: {printable(line)}", file=sys.stderr)
         if not engine.tokenizer.has_chat_template:
@@ -308,7 +313,7 @@ def run(args: argparse.Namespace) -> int:
                         "text: use -p, or -i to continue it together, or choose a --chat-template"
                     )
         if not args.interactive:
-            return answer(engine, prompt, args, tools)
+            return answer(engine, prompt, args, tools, progress)
         conversation = Conversation(
             engine,
             generation_options(args),
@@ -316,7 +321,10 @@ def run(args: argparse.Namespace) -> int:
             tools=tools,
             is_chat=engine.tokenizer.has_chat_template and not args.raw,
             display=Display(
-                ClosingLine(measures_bandwidth=args.verbose), not args.no_stream, args.verbose
+                ClosingLine(measures_bandwidth=args.verbose),
+                not args.no_stream,
+                args.verbose,
+                progress,
             ),
         )
         conversation.run(first=prompt)

@@ -70,6 +70,17 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         help="guess tokens that the text may repeat; the same text, faster if it does (default: "
         "off)",
     )
+    add(
+        "--context-shift",
+        action="store_true",
+        help="when the context is full, drop its oldest half and go on (default: the answer ends)",
+    )
+    add(
+        "--keep",
+        type=int,
+        metavar="N",
+        help="first tokens that --context-shift keeps, besides BOS (default: the system message)",
+    )
 
 
 _CHARACTERS = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -110,4 +121,6 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
         logprobs=args.logprobs,
         seed=args.seed,
         speculate=None if args.speculate == "off" else args.speculate,
+        context_shift=args.context_shift,
+        n_keep=args.keep,
     )

@@ -31,7 +31,7 @@ class GenerationStats:
 
     prompt_tokens: int
     cached_tokens: int = 0  # prompt tokens that the session's KV cache already held
-    prefilled_tokens: int = 0  # prompt tokens that were computed
+    prefilled_tokens: int = 0  # prompt tokens that were computed, and tokens left by context shifts
     generated_tokens: int = 0  # without the end-of-sequence token
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -39,11 +39,12 @@ class GenerationStats:
     decode_bytes: int = 0  # of weights and KV cache that passes without a draft read
     drafted_tokens: int = 0  # guesses that passes computed along with their one token
     accepted_tokens: int = 0  # guesses that came true
+    n_shifts: int = 0  # how often a full context lost the oldest half
     active_fraction: float | None = None  # of FFN neurons, in decode; before decode, in prefill
 
     @property
     def prefill_tps(self) -> float:
-        """Computed prompt tokens per second."""
+        """Prefilled tokens per second."""
         return self.prefilled_tokens / self.prefill_s if self.prefill_s else 0.0
 
     @property
@@ -82,6 +83,8 @@ class AnswerRequest:
     logprobs: int | None  # how many likeliest tokens to report with each token; None: nothing
     speculate: bool = False  # compute drafts along (hybrid/engine/speculation.py)
     chat: Chat | None = None  # the conversation that this answers
+    n_kept: int | None = None  # first tokens that context shifts keep; None: a full context ends it
+    n_shifts: int = 0  # shifts that the prompt has already undergone
 
 
 class Answer:
@@ -110,7 +113,8 @@ class Answer:
         self.tokens, self.text = [], ""
         self.logprobs = None if request.logprobs is None else []
         self.finish_reason, self.context_is_full, self.is_cancelled = None, False, False
-        self.stats = GenerationStats(len(prompt))
+        self.stats = GenerationStats(len(prompt), n_shifts=request.n_shifts)
+        self.n_dropped = 0  # tokens behind the first `request.n_kept` that context shifts dropped
         self.seed = sampler.seed
         self._sampler, self._tokenizer = sampler, tokenizer
         self._detokenizer = tokenizer.stream(prompt)
@@ -167,6 +171,12 @@ class Answer:
     def finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
 
+    @property
+    def sequence(self) -> list[int]:
+        """Prompt and answer as the model sees them: without what context shifts dropped."""
+        ids, n_kept = [*self.prompt, *self.tokens], self.request.n_kept or 0
+        return ids[:n_kept] + ids[n_kept + self.n_dropped :]
+
     def conversation(self) -> tuple[Chat, list[int]] | None:
         """Return the conversation, this answer included, and the ids that stand for it.
 
@@ -178,7 +188,7 @@ class Answer:
         if chat is None:
             return None
         said = self._tokenizer.continue_text(self.prompt, self.tokens)
-        return (chat.answered(said), [*self.prompt, *self.tokens]) if said == self.text else None
+        return (chat.answered(said), self.sequence) if said == self.text else None
 
     def _banned(self) -> list[int]:
         if self._rules is None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
 from hybrid.engine.answer import Answer, FinishReason, GenerationStats, TokenLogprobs
+from hybrid.engine.context_shift import Room, prefill_parts
 from hybrid.engine.session import Session
 from hybrid.engine.speculation import Speculation
-from hybrid.kernels import PREFILL_CHUNK
+from hybrid.progress import Progress, ignore_progress
 
-PROMPT_PART = 4 * PREFILL_CHUNK  # prompt tokens that run between two checks for cancellation
 _PATIENCE_S = 0.1  # of a wait between two checks for cancellation
 
 
@@ -31,6 +29,7 @@ class Generation:
     limit_is_models: bool  # whether generation_config.json limits the answer, not the caller
     stats: GenerationStats
     seed: int  # the same seed repeats this generation
+    progress: Progress  # set it to see how far a context shift is
 
     def __init__(
         self,
@@ -47,7 +46,9 @@ class Generation:
         self.prompt, self.tokens, self.logprobs = answer.prompt, answer.tokens, answer.logprobs
         self.limit_is_models = answer.request.limits.is_models
         self.stats, self.seed = answer.stats, answer.seed
+        self.progress = ignore_progress
         self._session, self._answer = session, answer
+        self._room = Room(session, answer)
         self._n_neurons = session._config.n_layers * session._config.n_neurons
         self._owns_session, self._on_end = owns_session, on_end
         self._speculation: Speculation | None = None
@@ -69,6 +70,20 @@ class Generation:
     def context_is_full(self) -> bool:
         """Whether a full context ended the answer."""
         return self._answer.context_is_full
+
+    @property
+    def sequence(self) -> list[int]:
+        """Prompt and answer as the model sees them: without what context shifts dropped."""
+        return self._answer.sequence
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Lines that a user should see after the text: what context shifts dropped."""
+        n, n_kept = self.stats.n_shifts, self._answer.request.n_kept
+        times = "once" if n == 1 else f"{n} times"
+        kept = "its first token stayed" if n_kept == 1 else f"its first {n_kept} tokens stayed"
+        half = "the oldest half of the others was dropped"
+        return (f"the context was full {times}: {kept}, and {half}",) if n else ()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -105,6 +120,7 @@ class Generation:
             if not is_mine:  # the session was closed, was reset, or got another prompt
                 answer.finish("cancelled")
                 return answer.take()
+            self._room.progress = self.progress
             if not self._is_prefilled:
                 self._prefill()
             while not piece and answer.finish_reason is None:
@@ -145,30 +161,27 @@ class Generation:
         session, started = self._session, time.perf_counter()
         self.stats.cached_tokens = n_before = session.keep_common_prefix(self.prompt)
         session.reset_counts()
-        while session.position < len(self.prompt) and not self._answer.is_cancelled:
-            part = self.prompt[session.position : session.position + PROMPT_PART]
-            session.prefill(np.asarray(part, np.int64))
+        self._is_prefilled = prefill_parts(session, self.prompt[n_before:], self._answer)
         self.stats.prefill_s += time.perf_counter() - started
         self.stats.prefilled_tokens = session.position - n_before
         self._count_active(self.stats.prefilled_tokens)
         session.reset_counts()
-        self._is_prefilled = session.position == len(self.prompt)
 
     def _step(self) -> str:
         """Choose a token and, if another is to follow, decode it. Return the text completed."""
         answer, session, stats = self._answer, self._session, self.stats
         if not answer.request.speculate:
-            token = answer.choose(session.logits, session.position < session.n_context)
-            if token is not None:
+            token = answer.choose(session.logits, self._room.has(session.position))
+            if token is not None and self._room.make():
                 session.decode(token)
                 stats.decode_steps += 1
             piece = answer.take()
         else:
             if self._speculation is None:
-                self._speculation = Speculation(session, answer)
+                self._speculation = Speculation(session, answer, self._room)
             piece = self._speculation.step()
         if stats.decode_steps:
-            self._count_active(stats.decode_steps + stats.drafted_tokens)
+            self._count_active(stats.decode_steps + stats.drafted_tokens + self._room.n_prefilled)
         return piece
 
     def _count_active(self, n_tokens: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict, TypeVar, 
 import numpy as np
 
 from hybrid.checkpoint.gguf.activation import parse_activation
-from hybrid.errors import InvalidOption
+from hybrid.errors import ContextOverflow, InvalidOption
 from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
 from hybrid.text.generation_config import GenerationDefaults
@@ -154,6 +154,8 @@ class GenerationOptions:
     logprobs: int | None = None  # log-probability of each token, and of so many likeliest ones
     seed: int | None = None  # None or -1: random
     speculate: Speculate | None = None  # compute guesses along: the same text, faster if it repeats
+    context_shift: bool = False  # drop the oldest half of a full context; else the answer ends
+    n_keep: int | None = None  # first tokens that a shift keeps, besides BOS; None: system prompt
 
     def __post_init__(self) -> None:
         self.sampling(SamplingParams())
@@ -161,6 +163,12 @@ class GenerationOptions:
             _check_choice("max_tokens", self.max_tokens, ("auto",))
         elif self.max_tokens is not None:
             object.__setattr__(self, "max_tokens", checked_count("max_tokens", self.max_tokens))
+        if self.n_keep is not None:
+            object.__setattr__(self, "n_keep", checked_count("n_keep", self.n_keep, least=0))
+        if self.context_shift not in (True, False):
+            raise InvalidOption(
+                f"context_shift: expected True or False, found {self.context_shift!r}"
+            )
         if self.speculate is not None:
             _check_choice("speculate", self.speculate, get_args(Speculate))
         if self.stop is not None:
@@ -225,6 +233,8 @@ class GenerationKeywords(TypedDict, total=False):
     logprobs: int | None
     seed: int | None
     speculate: Speculate | None
+    context_shift: bool
+    n_keep: int | None
 
 
 def spelling_out(options: type) -> Callable[[Function], Function]:
@@ -266,6 +276,19 @@ def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
             raise InvalidOption(f"prompt: expected {expected}, found {token}")
         ids.append(int(token))
     return ids
+
+
+def check_prompt(ids: Sequence[int], n_context: int, max_context: int) -> None:
+    """Raises InvalidOption for a prompt without tokens, ContextOverflow for one too long."""
+    if not ids:
+        raise InvalidOption("prompt: it is empty, and this model has no token that begins a text")
+    if len(ids) > n_context:
+        advice = "shorten the prompt"
+        if n_context < max_context:
+            advice += f" or choose a larger context (up to {max_context})"
+        raise ContextOverflow(
+            f"the prompt has {len(ids)} tokens, the context holds {n_context}; {advice}"
+        )
 
 
 def checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:

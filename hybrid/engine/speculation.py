@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.engine.answer import Answer
+from hybrid.engine.context_shift import Room
 from hybrid.engine.session import Session
 from hybrid.errors import NumericOverflow
 from hybrid.kernels import PREFILL_CHUNK
@@ -180,9 +181,9 @@ class Speculation:
     After each step the session holds tokens of the text only: all of them, or all but the latest.
     """
 
-    def __init__(self, session: Session, answer: Answer) -> None:
+    def __init__(self, session: Session, answer: Answer, room: Room) -> None:
         """The prompt was prefilled; the time that this took is the first measurement."""
-        self._session, self._answer = session, answer
+        self._session, self._answer, self._room = session, answer, room
         self._lookup, self._policy = Lookup(answer.prompt), DraftLength()
         self._next: int | None = None  # chosen, but not yet in the session
         stats = answer.stats
@@ -205,7 +206,7 @@ class Speculation:
     def _choose(self, logits: NDArray[np.float32], position: int) -> str:
         """Choose the token at a position. Return the text that it completes."""
         lookup = self._lookup
-        self._next = self._answer.choose(logits, position < self._session.n_context)
+        self._next = self._answer.choose(logits, self._room.has(position))
         if self._next is not None:
             length = lookup.length
             came = lookup.append(self._next)
@@ -225,6 +226,9 @@ class Speculation:
 
     def _run(self, token: int) -> str:
         """Append a token and what comes true of its draft. Return the text that this completes."""
+        if not self._room.make():
+            self._next = None
+            return ""
         session, stats, draft = self._session, self._answer.stats, self._draft()
         position, started, text = session.position, time.perf_counter(), ""
         n_kept = position + 1
