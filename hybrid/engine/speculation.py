@@ -31,7 +31,7 @@ GROUPS = (*LENGTHS, 8, 16)  # matches from one of these lengths to the next one 
 SIZES = (1, 3, 7, 15, 31)  # of drafts: with the next token, passes fill tiles of four
 LEAST_GAIN = 1.05  # a draft must promise so many times the speed without it
 LOSS = 0.01  # share of the time that wrong drafts may cost
-PROBE_AFTER = 64  # tokens without a draft, or drafts of the best size, before another one is tried
+PROBE_AFTER = 64  # passes until a draft is tried that does not promise most
 _MEMORY = 24  # events that a mean of rates or times remembers
 
 
@@ -132,7 +132,7 @@ class DraftLength:
     def __init__(self) -> None:
         self.rates, self.times = Rates(), PassTimes()
         self._saved_s = self._total_s = 0.0
-        self._n_since = 0  # tokens since the last draft, or drafts since the last unusual one
+        self._n_since = 0  # passes since a draft was tried that did not promise most
 
     def note_pass(self, n_drafted: int, n_accepted: int, seconds: float) -> None:
         """Note how long a pass took, and how many tokens of its draft became text."""
@@ -146,28 +146,34 @@ class DraftLength:
         """Return how many tokens to draft after a match of `length`, at most `room`."""
         if not length or room < 1:
             return 0
-        one = self.times.of(1)
-        budget = self._saved_s + LOSS * self._total_s + one
-        costs = [self.times.of(1 + size) for size in SIZES]
-        n = sum(
-            size <= room and cost - one <= budget for size, cost in zip(SIZES, costs, strict=True)
-        )
-        expected = self._expected(length)
-        gains = [text / cost * one for text, cost in zip(expected[:n], costs, strict=False)]
-        best = max(range(n), key=gains.__getitem__, default=-1)
+        costs = self._affordable_costs(room)
+        one, expected = self.times.of(1), self._expected(length, len(costs))
+        gains = [text * one / cost for text, cost in zip(expected, costs, strict=True)]
+        best = max(range(len(gains)), key=gains.__getitem__, default=-1)
         if best < 0:
             return 0
         is_worth_it = gains[best] >= LEAST_GAIN
         if self._n_since >= PROBE_AFTER and (is_worth_it or length >= LENGTHS[-1]):
             # A time that was measured in a bad moment would otherwise stand for ever.
             self._n_since = 0
-            return SIZES[min(best + is_worth_it, n - 1)]
+            return SIZES[min(best + is_worth_it, len(gains) - 1)]
         return SIZES[best] if is_worth_it else 0
 
-    def _expected(self, length: int) -> list[float]:
-        """Return the expected tokens of text from a pass, for each of SIZES."""
+    def _affordable_costs(self, room: int) -> list[float]:
+        """Return the seconds of passes with the first of SIZES, as many as are not too long."""
+        one, costs = self.times.of(1), []
+        budget = self._saved_s + LOSS * self._total_s + one
+        for size in SIZES:
+            cost = self.times.of(1 + size)
+            if size > room or cost - one > budget:
+                break
+            costs.append(cost)
+        return costs
+
+    def _expected(self, length: int, n_sizes: int) -> list[float]:
+        """Return the expected tokens of text from passes with the first `n_sizes` of SIZES."""
         chance, text, expected = 1.0, 1.0, []
-        for i in range(SIZES[-1]):
+        for i in range(SIZES[n_sizes - 1] if n_sizes else 0):
             chance *= self.rates.of(length + i)
             text += chance
             if i + 1 in SIZES:
