@@ -3,11 +3,13 @@
 # ruff: noqa: F401
 from __future__ import annotations
 
+from hybrid.engine.answer import TokenLogprobs
 from hybrid.engine.engine import Engine
-from hybrid.engine.generation import EngineStats, Generation, GenerationStats, TokenLogprobs
+from hybrid.engine.generation import Generation
 from hybrid.engine.loading.prediction import Prediction
 from hybrid.engine.options import GenerationOptions, LoadOptions
 from hybrid.engine.session import Observation, Session
+from hybrid.engine.stats import EngineStats, GenerationStats
 from hybrid.errors import (
     ContextOverflow,
     DeviceFailed,

@@ -25,6 +25,7 @@ from hybrid import (
     Engine,
     Generation,
     InvalidOption,
+    Progress,
     active_isa,
 )
 from hybrid.cli.closing_line import ClosingLine
@@ -34,17 +35,17 @@ from hybrid.cli.command_line import (
     add_activation_option,
     add_bos_option,
     add_device_options,
-    add_generation_options,
     add_kv_option,
     add_predictor_options,
     add_quant_option,
     decode_with_notes,
-    generation_options,
     open_engine,
+    print_notices,
     printable,
     run_command,
 )
 from hybrid.cli.conversation import Conversation, Display, interrupts
+from hybrid.cli.generation_options import add_generation_options, generation_options
 from hybrid.cli.kept_session import KeptSession
 from hybrid.files import read_bytes
 from hybrid.hub.catalog import catalog
@@ -252,10 +253,12 @@ def answer(
     kept: KeptSession,
     prompt: str,
     args: argparse.Namespace,
-    tools: list[dict[str, Any]] | None = None,
+    tools: list[dict[str, Any]] | None,
+    progress: Progress,
 ) -> int:
     """Run one generation and return the exit code."""
     engine, generation = kept.engine, begin(kept, prompt, args, tools)
+    generation.progress = progress
     is_completion = args.raw or not engine.tokenizer.has_chat_template
     if is_completion and not args.json:
         write(prompt)  # prompt and completion are one text
@@ -273,6 +276,7 @@ def answer(
                 for token, logprob in entry.top
             )
             print(f"{entry.logprob:9.4f} {entry.text!r:16} {likeliest}".rstrip(), file=sys.stderr)
+        print_notices(generation.notices)
         describe = ClosingLine(measures_bandwidth=args.verbose)
         print(describe(engine, generation), file=sys.stderr)
     kept.tell(generation)
@@ -318,7 +322,7 @@ def run(args: argparse.Namespace) -> int:
     prompt, file = read_prompt(args), checked_session(args)
     generation_options(args)  # report a wrong value before a model is downloaded
     tools = read_tools(args)
-    with open_engine(args) as (engine, _):
+    with open_engine(args) as (engine, progress):
         for line in notes(engine, args):
             print(f"note: {printable(line)}", file=sys.stderr)
         if not engine.tokenizer.has_chat_template:
@@ -330,7 +334,7 @@ def run(args: argparse.Namespace) -> int:
                     )
         with KeptSession(engine, file) as kept:
             if not args.interactive:
-                return answer(kept, prompt, args, tools)
+                return answer(kept, prompt, args, tools, progress)
             conversation = Conversation(
                 kept,
                 generation_options(args),
@@ -338,7 +342,10 @@ def run(args: argparse.Namespace) -> int:
                 tools=tools,
                 is_chat=engine.tokenizer.has_chat_template and not args.raw,
                 display=Display(
-                    ClosingLine(measures_bandwidth=args.verbose), not args.no_stream, args.verbose
+                    ClosingLine(measures_bandwidth=args.verbose),
+                    not args.no_stream,
+                    args.verbose,
+                    progress,
                 ),
             )
             conversation.run(first=prompt)

@@ -58,8 +58,8 @@ _USUAL = {"hybrid", "hybrid.hub.catalog", "hybrid.cli.progress_bar", "hybrid.cli
 _USUAL |= {"hybrid.files"}
 FRONT_ENDS = {
     "hybrid.run": _USUAL
-    | {"hybrid.cli.closing_line", "hybrid.cli.conversation", "hybrid.text.built_in_templates"}
-    | {"hybrid.cli.kept_session", "predictors.schema"},
+    | {"hybrid.cli.closing_line", "hybrid.cli.conversation", "hybrid.cli.generation_options"}
+    | {"hybrid.cli.kept_session", "hybrid.text.built_in_templates", "predictors.schema"},
     "hybrid.cli.conversation": _USUAL | {"hybrid.cli.kept_session"},
     "hybrid.cli.kept_session": _USUAL,
     "hybrid.bench": _USUAL | {"hybrid.evaluation.speed"},

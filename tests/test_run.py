@@ -114,6 +114,23 @@ def test_a_random_seed_may_be_written_as_minus_one():
     assert len({answer["seed"] for answer in answers}) > 1
 
 
+@pytest.mark.parametrize("options", [(), ("-i",)])
+def test_a_context_shift_is_said_once(monkeypatch, capsys, options):
+    monkeypatch.setattr("builtins.input", lambda prompt: "/quit")
+    arguments = ["-p", "Once upon a time", "-c", "20", "-n", "40", "--temp", "0", "--stop", "zzz"]
+    assert run.main([*arguments, "--context-shift", "--keep", "2", *options]) == 0
+    output = capsys.readouterr()
+    assert output.err.count("its first 3 tokens stayed") == 1
+    assert "context is full" not in output.err
+
+
+def test_speculation_changes_no_text():
+    options = ("-p", "One day. One day. One day.", "-n", "40", "--temp", "0")
+    plain, speculated = hybrid_run(*options), hybrid_run(*options, "--speculate", "ngram")
+    assert speculated.out == plain.out
+    assert "speculated" not in plain.err
+
+
 def test_a_full_context_is_reported():
     result = hybrid_run("-p", "Once upon a time", "-c", "10", "-n", "50", "--seed", "1")
     assert result.code == 0

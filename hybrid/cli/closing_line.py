@@ -36,11 +36,15 @@ def closing_line(engine: Engine, generation: Generation, stream_gbs: float | Non
     if stats.cached_tokens:
         prompt += f" ({stats.cached_tokens} cached)"
     decode = f"generated {stats.generated_tokens} tokens, {stats.decode_tps:.1f} tok/s"
-    if stats.decode_steps and engine.device_name == "cpu":
+    if stats.decode_steps and stats.decode_gbs is not None and engine.device_name == "cpu":
         decode += f", {stats.decode_gbs:.1f} GB/s"
         if stream_gbs is not None:
             decode += f" ({stats.decode_gbs / stream_gbs:.0%} of bandwidth)"
     parts = [f"{prompt}, {stats.prefill_tps:.1f} tok/s", decode]
+    if stats.drafted_tokens:
+        a_pass = 1 + stats.accepted_tokens / stats.decode_steps
+        accepted = stats.accepted_tokens / stats.drafted_tokens
+        parts.append(f"speculated: {a_pass:.1f} tokens a pass, {accepted:.0%} accepted")
     if stats.active_fraction is not None:
         parts.append(f"{stats.active_fraction:.1%} of FFN neurons active")
     if engine.prediction is not None:

@@ -24,6 +24,7 @@ from hybrid import (
     Generation,
     GenerationOptions,
     InvalidOption,
+    Progress,
 )
 from hybrid.cli.kept_session import KeptSession
 
@@ -38,6 +39,7 @@ class Display(NamedTuple):
     describe: Callable[[Engine, Generation], str]  # one line of figures
     streams: bool = True  # piece by piece, not at once
     is_verbose: bool = False  # the figures after each answer
+    progress: Progress | None = None  # of context shifts
 
 
 class Conversation:
@@ -117,6 +119,8 @@ class Conversation:
             print(f"({error})", file=sys.stderr)
             return
         self.last = generation
+        if self.display.progress is not None:
+            generation.progress = self.display.progress
         with interrupts(generation):
             for piece in generation:
                 if self.display.streams:
@@ -128,7 +132,9 @@ class Conversation:
                 {"role": "assistant", "content": generation.text},
             ]
         else:
-            self.text_ids = [*generation.prompt, *generation.tokens]
+            self.text_ids = generation.sequence
+        for notice in generation.notices:
+            print(f"({notice})", file=sys.stderr)
         if generation.finish_reason == "cancelled":
             print("(stopped)", file=sys.stderr)
         elif generation.context_is_full:

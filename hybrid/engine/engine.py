@@ -11,24 +11,23 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hybrid.checkpoint.name import model_name
-from hybrid.engine.generation import (
-    EngineStats,
-    Generation,
-    GenerationRequest,
-    GenerationStats,
-)
+from hybrid.engine.answer import Answer, AnswerRequest
+from hybrid.engine.context_shift import fitted, tokens_to_keep
+from hybrid.engine.generation import Generation
 from hybrid.engine.loading.executors import Executor
 from hybrid.engine.loading.pipeline import Parts
 from hybrid.engine.loading.prediction import Prediction
 from hybrid.engine.options import (
     GenerationKeywords,
     GenerationOptions,
+    check_prompt,
     checked_ids,
     spelling_out,
 )
 from hybrid.engine.session import Session
 from hybrid.engine.session_file import Origin
-from hybrid.errors import ContextOverflow, EngineClosed, InvalidOption, OutOfMemory
+from hybrid.engine.stats import EngineStats, GenerationStats
+from hybrid.errors import EngineClosed, InvalidOption, OutOfMemory
 from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import last_level_cache_bytes, measure_stream_gbs
 from hybrid.placement.plan import PlacementPlan
@@ -229,8 +228,11 @@ class Engine:
         the `stop` strings; `stop=()` drops those of the model. `repeat_penalty` makes every token
         of the prompt and the answer less likely. `logprobs` requests each token's log-probability,
         and those of that many likeliest tokens. With a `session` of this engine, the part of the
-        prompt that its KV cache holds is not computed again. Keywords change what `options` says.
-        Work begins with the first iteration.
+        prompt that its KV cache holds is not computed again. `speculate` changes the speed, never
+        the text. With `context_shift` an answer goes on when the context is full: the first
+        `n_keep` tokens stay, and the oldest half of the others goes. A prompt that is too long is
+        then cut likewise. Keywords change what `options` says. Work begins with the first
+        iteration.
 
         The file of packed weights is checked in the background, for a second or as long as reading
         it from disk takes. If it is damaged, the iteration ends with InvalidArtifact. An answer
@@ -337,14 +339,18 @@ class Engine:
         executor = self._open()
         if session is not None and session._engine is not executor:
             raise InvalidOption("session: belongs to another engine")
-        limits = options.limits(self.defaults, len(ids))
-        return Generation(
-            self.open_session() if session is None else session,
-            self.tokenizer,
-            Sampler(options.sampling(self.default_sampling)),
-            GenerationRequest(ids, limits, options.logprobs, session is None, chat),
-            self._count,
-        )
+        n_kept, n_shifts = None, 0
+        if options.context_shift:
+            n_kept = tokens_to_keep(self.tokenizer, ids, options.n_keep, chat, self.n_context)
+            ids, n_shifts = fitted(ids, n_kept, self.n_context)
+        check_prompt(ids, self.n_context, self.config.max_context)
+        limits, speculates = options.limits(self.defaults, len(ids)), options.speculate is not None
+        request = AnswerRequest(ids, limits, options.logprobs, speculates, chat, n_kept, n_shifts)
+        sampler = Sampler(options.sampling(self.default_sampling))
+        answer = Answer(self.tokenizer, sampler, request, self.config.eos_ids)
+        if session is None:
+            return Generation(self.open_session(), answer, self._count, owns_session=True)
+        return Generation(session, answer, self._count, owns_session=False)
 
     def _count(self, ended: GenerationStats) -> None:
         with self._stats_lock:
@@ -363,26 +369,10 @@ class Engine:
             if replace(chat, messages=chat.messages[:n]) == earlier and len(chat.messages) > n:
                 following = self.tokenizer.encode_after_answer(chat, n - 1)
                 if following is not None:
-                    return self._checked_length(ids + following)
-        return self._checked_length(self.tokenizer.encode_chat(chat))
+                    return ids + following
+        return self.tokenizer.encode_chat(chat)
 
     def _checked_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt) or list(self.tokenizer.empty_text)
-        else:
-            ids = checked_ids(prompt, self.config.vocab_size)
-        return self._checked_length(ids)
-
-    def _checked_length(self, ids: list[int]) -> list[int]:
-        if not ids:
-            raise InvalidOption(
-                "prompt: it is empty, and this model has no token that begins a text"
-            )
-        if len(ids) > self.n_context:
-            advice = "shorten the prompt"
-            if self.n_context < self.config.max_context:
-                advice += f" or choose a larger context (up to {self.config.max_context})"
-            raise ContextOverflow(
-                f"the prompt has {len(ids)} tokens, the context holds {self.n_context}; {advice}"
-            )
-        return ids
+            return self.tokenizer.encode(prompt) or list(self.tokenizer.empty_text)
+        return checked_ids(prompt, self.config.vocab_size)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict, TypeVar, 
 import numpy as np
 
 from hybrid.checkpoint.gguf.activation import parse_activation
-from hybrid.errors import InvalidOption
+from hybrid.errors import ContextOverflow, InvalidOption
 from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
 from hybrid.text.generation_config import GenerationDefaults
@@ -26,6 +26,7 @@ from hybrid.text.token_rules import TokenRules
 Quant = Literal["bf16", "f16", "q8", "q4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KvName = Literal["fp16", "bf16"]
+Speculate = Literal["ngram"]
 PredictorName = Path | Literal["auto", "exact", "own"]
 
 DEFAULT_CONTEXT = 4096  # positions, or the model's maximum if that is smaller
@@ -152,6 +153,9 @@ class GenerationOptions:
     stop: str | Sequence[str] | None = None  # the text ends before the first of these; (): none
     logprobs: int | None = None  # log-probability of each token, and of so many likeliest ones
     seed: int | None = None  # None or -1: random
+    speculate: Speculate | None = None  # compute guesses along: the same text, faster if it repeats
+    context_shift: bool = False  # drop the oldest half of a full context; else the answer ends
+    n_keep: int | None = None  # first tokens that a shift keeps, besides BOS; None: system prompt
 
     def __post_init__(self) -> None:
         self.sampling(SamplingParams())
@@ -159,6 +163,14 @@ class GenerationOptions:
             _check_choice("max_tokens", self.max_tokens, ("auto",))
         elif self.max_tokens is not None:
             object.__setattr__(self, "max_tokens", checked_count("max_tokens", self.max_tokens))
+        if self.n_keep is not None:
+            object.__setattr__(self, "n_keep", checked_count("n_keep", self.n_keep, least=0))
+        if self.context_shift not in (True, False):
+            raise InvalidOption(
+                f"context_shift: expected True or False, found {self.context_shift!r}"
+            )
+        if self.speculate is not None:
+            _check_choice("speculate", self.speculate, get_args(Speculate))
         if self.stop is not None:
             object.__setattr__(self, "stop", checked_stop(self.stop))
         if self.logprobs is not None:
@@ -220,6 +232,9 @@ class GenerationKeywords(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logprobs: int | None
     seed: int | None
+    speculate: Speculate | None
+    context_shift: bool
+    n_keep: int | None
 
 
 def spelling_out(options: type) -> Callable[[Function], Function]:
@@ -261,6 +276,19 @@ def checked_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
             raise InvalidOption(f"prompt: expected {expected}, found {token}")
         ids.append(int(token))
     return ids
+
+
+def check_prompt(ids: Sequence[int], n_context: int, max_context: int) -> None:
+    """Raises InvalidOption for a prompt without tokens, ContextOverflow for one too long."""
+    if not ids:
+        raise InvalidOption("prompt: it is empty, and this model has no token that begins a text")
+    if len(ids) > n_context:
+        advice = "shorten the prompt"
+        if n_context < max_context:
+            advice += f" or choose a larger context (up to {max_context})"
+        raise ContextOverflow(
+            f"the prompt has {len(ids)} tokens, the context holds {n_context}; {advice}"
+        )
 
 
 def checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:

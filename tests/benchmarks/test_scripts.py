@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("compare_llama_cpp.py", "format_report.py", "plan_check.py", "under_load.py")
+SCRIPTS = (
+    "compare_llama_cpp.py",
+    "format_report.py",
+    "plan_check.py",
+    "speculation.py",
+    "under_load.py",
+)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

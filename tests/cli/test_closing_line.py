@@ -9,6 +9,7 @@ import pytest
 import hybrid
 from hybrid import run
 from hybrid.cli.closing_line import ClosingLine
+from hybrid.engine.speculation import DraftLength
 from hybrid.placement import hardware
 
 
@@ -43,6 +44,17 @@ def test_the_bandwidth_is_measured_once(engine, monkeypatch):
     for _ in range(2):
         assert re.search(r"GB/s \(\d+% of bandwidth\) \| ", describe(engine, closing_line))
     assert len(calls) == 1
+
+
+def test_speculation_is_described_and_no_bandwidth_is_claimed(engine, monkeypatch):
+    monkeypatch.setattr(DraftLength, "choose", lambda self, length, room: min(3, room))
+    generation = engine.generate("One day. One day. One", max_tokens=30, speculate="ngram", seed=1)
+    list(generation)
+    line, stats = ClosingLine()(engine, generation), generation.stats
+    a_pass = (stats.decode_steps + stats.accepted_tokens) / stats.decode_steps
+    assert f"| speculated: {a_pass:.1f} tokens a pass, " in line
+    assert "GB/s" not in line
+    assert stats.decode_gbs is None
 
 
 def test_with_little_memory_the_share_is_left_out(engine, monkeypatch):

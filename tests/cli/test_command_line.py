@@ -8,10 +8,12 @@ import pytest
 
 from hybrid.cli.command_line import (
     add_bos_option,
-    add_generation_options,
-    generation_options,
     load_options,
     parse_bytes,
+)
+from hybrid.cli.generation_options import (
+    add_generation_options,
+    generation_options,
     unescape,
 )
 

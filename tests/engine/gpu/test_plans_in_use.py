@@ -25,6 +25,7 @@ from hybrid.engine.gpu import executor as gpu_executor  # noqa: E402
 from hybrid.engine.gpu import measurement  # noqa: E402
 from hybrid.engine.gpu.device import HostDevice  # noqa: E402
 from hybrid.engine.loading import executors, planning  # noqa: E402
+from hybrid.engine.speculation import DraftLength  # noqa: E402
 from hybrid.errors import (  # noqa: E402
     DeviceUnavailable,
     InvalidArtifact,
@@ -93,6 +94,18 @@ def test_keys_and_values_on_a_gpu_are_neither_saved_nor_copied(gpu, tmp_path):
             with pytest.raises(InvalidOption, match=r"on (a|the) GPU.*device cpu"):
                 use()
     assert not path.exists()
+
+
+def test_speculation_changes_no_text(gpu, monkeypatch):
+    monkeypatch.setattr(DraftLength, "choose", lambda self, length, room: min(3, room))
+    prompt = "One day, a cat ran. One day, a cat ran. One day, a cat ran."
+    options = {"max_tokens": 24, "temperature": 0}
+    with hybrid.load("stories", threads=2, vram_budget=14 * MIB, context_size=256) as engine:
+        assert engine.uses_gpu
+        text = "".join(engine.generate(prompt, **options))
+        speculated = engine.generate(prompt, **options, speculate="ngram")
+        assert "".join(speculated) == text
+        assert speculated.stats.drafted_tokens > 0
 
 
 def test_sessions_work_alike_on_every_plan(gpu):

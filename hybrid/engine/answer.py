@@ -1,0 +1,183 @@
+"""Answer: what has been said so far, and what is said next. It knows no session.
+
+Whoever computes logits hands them to `choose`, appends the token that it returns to the sequence,
+and then takes the text. `Generation` does so on its consumer's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.engine.options import AnswerLimits
+from hybrid.engine.stats import GenerationStats
+from hybrid.text.chat import Chat
+from hybrid.text.sampling import Sampler, log_softmax
+from hybrid.text.token_rules import TokenRules
+from hybrid.text.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A generated token with its log-probability by the model, before any sampling option."""
+
+    token: int
+    text: str
+    logprob: float  # natural logarithm
+    top: tuple[tuple[int, float], ...]  # the likeliest (token, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRequest:
+    """What is to be answered, and how."""
+
+    prompt: list[int]  # token ids
+    limits: AnswerLimits
+    logprobs: int | None  # how many likeliest tokens to report with each token; None: nothing
+    speculate: bool = False  # compute drafts along (hybrid/engine/speculation.py)
+    chat: Chat | None = None  # the conversation that this answers
+    n_kept: int | None = None  # first tokens that context shifts keep; None: a full context ends it
+    n_shifts: int = 0  # shifts that the prompt has already undergone
+
+
+class Answer:
+    """The tokens and the text of one answer while they are being chosen.
+
+    `finish_reason` is None until the answer ends. One thread chooses; any thread may cancel.
+    """
+
+    text: str  # what `take` has returned so far
+    tokens: list[int]  # without the end-of-sequence token
+    logprobs: list[TokenLogprobs] | None  # None unless requested
+    finish_reason: FinishReason | None
+    context_is_full: bool  # whether a full context ended the answer
+    is_cancelled: bool
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        request: AnswerRequest,
+        eos_ids: Sequence[int],
+    ) -> None:
+        """`eos_ids` end any text of the model; a chat template may name one more."""
+        prompt, limits = request.prompt, request.limits
+        self.request, self.prompt = request, prompt
+        self.tokens, self.text = [], ""
+        self.logprobs = None if request.logprobs is None else []
+        self.finish_reason, self.context_is_full, self.is_cancelled = None, False, False
+        self.stats = GenerationStats(len(prompt), n_shifts=request.n_shifts)
+        self.n_dropped = 0  # tokens behind the first `request.n_kept` that context shifts dropped
+        self.seed = sampler.seed
+        self._sampler, self._tokenizer = sampler, tokenizer
+        self._detokenizer = tokenizer.stream(prompt)
+        self._eos_ids = tuple(eos_ids)
+        if request.chat is not None:
+            end = tokenizer.end_of_answer(request.chat)
+            self._eos_ids += () if end is None else (end,)
+        self._rules = None if limits.rules == TokenRules() else limits.rules
+        self._seen = set(prompt)  # tokens that the repeat penalty applies to
+        self._held = ""  # text that was not taken: it may be the beginning of a stop string
+
+    def choose(self, logits: NDArray[np.float32], has_room: bool) -> int | None:
+        """Choose the next token by its `logits` (vocab,), and note it.
+
+        Returns the token if it is to be appended to the sequence so that another one can follow.
+        Returns None if the answer ends here. `has_room` says whether the context can hold the
+        token. Raises the sampler's HybridError.
+        """
+        if self.is_cancelled:
+            self.finish("cancelled")
+            return None
+        token = self._sampler.sample(logits, self._seen, self._banned())
+        if token in self._eos_ids:
+            self.finish("stop")
+            return None
+        self._note(token, logits)
+        self.context_is_full = not has_room
+        if not has_room or len(self.tokens) == self.request.limits.max_tokens:
+            self.finish("length")
+        return token if self.finish_reason is None else None
+
+    def take(self) -> str:
+        """Return the text completed since the last call that cannot be part of a stop string.
+
+        Call it after each chosen token: a stop string ends the answer here.
+        """
+        stops, is_last = self.request.limits.stop, self.finish_reason is not None
+        text = self._held + (self._detokenizer.finish() if is_last else "")
+        self._held = ""
+        found = [at for stop in stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.finish("stop")
+            text = text[: min(found)]
+        elif not is_last:
+            n_held = _begun(stops, text)
+            text, self._held = text[: len(text) - n_held], text[len(text) - n_held :]
+        self.text += text
+        return text
+
+    def cancel(self) -> None:
+        """End the answer before its next token. Any thread may call this."""
+        self.is_cancelled = True
+
+    def finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+
+    @property
+    def sequence(self) -> list[int]:
+        """Prompt and answer as the model sees them: without what context shifts dropped."""
+        ids, n_kept = [*self.prompt, *self.tokens], self.request.n_kept or 0
+        return ids[:n_kept] + ids[n_kept + self.n_dropped :]
+
+    def conversation(self) -> tuple[Chat, list[int]] | None:
+        """Return the conversation, this answer included, and the ids that stand for it.
+
+        Encoding the answer's text again might split it differently, and the KV cache from there on
+        would be lost. Returns None if there is no conversation, or if a stop string cut the text,
+        because the ids then hold more than the text.
+        """
+        chat = self.request.chat
+        if chat is None:
+            return None
+        said = self._tokenizer.continue_text(self.prompt, self.tokens)
+        return (chat.answered(said), self.sequence) if said == self.text else None
+
+    def _banned(self) -> list[int]:
+        if self._rules is None:
+            return []
+        return self._rules.banned(self.prompt, self.tokens, self._eos_ids)
+
+    def _note(self, token: int, logits: NDArray[np.float32]) -> None:
+        self.tokens.append(token)
+        self._seen.add(token)
+        self.stats.generated_tokens += 1
+        if self.logprobs is not None:
+            self.logprobs.append(self._logprobs_of(token, logits))
+        self._held += self._detokenizer.push(token)
+
+    def _logprobs_of(self, token: int, logits: NDArray[np.float32]) -> TokenLogprobs:
+        values = log_softmax(logits)
+        n_top = min(self.request.logprobs or 0, values.size)
+        best = np.argpartition(values, -n_top)[-n_top:] if n_top else np.empty(0, np.intp)
+        best = best[np.lexsort((best, -values[best]))]
+        return TokenLogprobs(
+            token,
+            self._tokenizer.decode_token(token),
+            float(values[token]),
+            tuple((int(other), float(values[other])) for other in best),
+        )
+
+
+def _begun(stops: Sequence[str], text: str) -> int:
+    """Return the length of the longest end of `text` with which a stop string begins."""
+    for n in range(min(max(map(len, stops), default=1) - 1, len(text)), 0, -1):
+        if any(stop.startswith(text[-n:]) for stop in stops):
+            return n
+    return 0

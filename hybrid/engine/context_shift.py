@@ -1,0 +1,119 @@
+"""Context shift: an answer goes on when its context is full, without the oldest part.
+
+The first tokens stay, the oldest half of the others goes, and what is left is prefilled again. So
+the session then holds, bit by bit, what a new session would hold after these tokens. Keys that were
+only moved to other positions would still depend on the tokens that are gone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from hybrid.engine.answer import Answer
+from hybrid.engine.session import Session
+from hybrid.errors import InvalidOption
+from hybrid.kernels import PREFILL_CHUNK
+from hybrid.progress import Progress, ignore_progress
+from hybrid.text.chat import Chat
+from hybrid.text.tokenizer import Tokenizer
+
+PROMPT_PART = 4 * PREFILL_CHUNK  # tokens that are prefilled between two checks for cancellation
+TASK = "shifting the context, tokens"
+
+
+def prefill_parts(
+    session: Session, tokens: Sequence[int], answer: Answer, progress: Progress = ignore_progress
+) -> bool:
+    """Append tokens in parts, so that cancelling and Ctrl-C do not wait for all of them.
+
+    Returns whether all were appended: not if the answer was cancelled.
+    """
+    for first in range(0, len(tokens), PROMPT_PART):
+        if answer.is_cancelled:
+            return False
+        progress(TASK, first, len(tokens))
+        session.prefill(np.asarray(tokens[first : first + PROMPT_PART], np.int64))
+    progress(TASK, len(tokens), len(tokens))
+    return True
+
+
+def n_dropped(n_tokens: int, n_kept: int) -> int:
+    """Return how many of so many tokens a shift drops, from the token `n_kept` on."""
+    return (n_tokens - n_kept + 1) // 2
+
+
+def fitted(ids: list[int], n_kept: int, n_context: int) -> tuple[list[int], int]:
+    """Return what shifts leave of a prompt that is too long, and their number."""
+    n_shifts = 0
+    while len(ids) > n_context:
+        ids = ids[:n_kept] + ids[n_kept + n_dropped(len(ids), n_kept) :]
+        n_shifts += 1
+    return ids, n_shifts
+
+
+def tokens_to_keep(
+    tokenizer: Tokenizer, ids: list[int], n_keep: int | None, chat: Chat | None, n_context: int
+) -> int:
+    """Return how many of a prompt's first ids shifts keep: BOS, and `n_keep` more.
+
+    With None those are what all conversations with this system message and these tools begin with.
+    Raises InvalidOption if a context would have no room for anything else.
+    """
+    n_kept = len(tokenizer.bos) if tuple(ids[: len(tokenizer.bos)]) == tokenizer.bos else 0
+    if n_keep is not None:
+        n_kept += n_keep
+    elif chat is not None:
+        n_kept = max(n_kept, _length_of_opening(tokenizer, ids, chat))
+    if n_kept > n_context - 2:
+        raise InvalidOption(
+            f"context_shift: {n_kept} tokens are to be kept, but the context holds {n_context} and "
+            "needs room for others; choose a smaller n_keep or a larger context"
+        )
+    return n_kept
+
+
+def _length_of_opening(tokenizer: Tokenizer, ids: list[int], chat: Chat) -> int:
+    system = [message for message in chat.messages[:1] if message["role"] == "system"]
+    try:
+        other = replace(chat, messages=[*system, {"role": "user", "content": ""}])
+        opening = tokenizer.encode_chat(other)
+    except InvalidOption:  # the template refuses an empty message
+        return 0
+    same = (mine == theirs for mine, theirs in zip(ids, opening, strict=False))
+    return next((n for n, is_same in enumerate(same) if not is_same), min(len(ids), len(opening)))
+
+
+class Room:
+    """Room for the next token in the session of an answer."""
+
+    def __init__(self, session: Session, answer: Answer) -> None:
+        self._session, self._answer = session, answer
+        self.progress: Progress = ignore_progress
+        self.n_prefilled = 0  # tokens that shifts computed again
+
+    def has(self, position: int) -> bool:
+        """Return whether a token at this position can be appended, perhaps after a shift."""
+        return position < self._session.n_context or self._answer.request.n_kept is not None
+
+    def make(self) -> bool:
+        """Shift the context if it is full. Returns False if the answer is cancelled meanwhile."""
+        session, answer, n_kept = self._session, self._answer, self._answer.request.n_kept
+        if n_kept is None or session.position < session.n_context:
+            return True
+        started, stats = time.perf_counter(), answer.stats
+        n = n_dropped(session.position, n_kept)
+        left = session.tokens[n_kept + n :]
+        answer.n_dropped += n
+        stats.n_shifts += 1
+        session.truncate(n_kept)
+        is_made = prefill_parts(session, left, answer, self.progress)
+        n_computed, seconds = session.position - n_kept, time.perf_counter() - started
+        self.n_prefilled += n_computed
+        stats.prefilled_tokens += n_computed
+        stats.prefill_s += seconds
+        stats.decode_s -= seconds  # within a step of decode, but no part of it
+        return is_made
