@@ -176,74 +176,103 @@ inline I32 DotLine(I32 dot, const Weights& w, const uint8_t* x) {
     return DotQ4(DotQ4(dot, w.low, LoadX(x)), w.high, LoadX(x + GroupValueBytes(kFormat)));
 }
 
-// q8 and q4: blocks of integers with scales.
-template <Format kFormat, int kRows, int kTokens, typename Source, typename Between>
-inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
-                          Between& between) {
+// q8 and q4: blocks of integers with scales. One token: memory is read strictly in order.
+template <Format kFormat, int kRows, typename Source, typename Between>
+inline void DotTileBlock(Source w, int32_t n_cols, const uint8_t* x, float (*out)[1],
+                         Between& between) {
   constexpr int32_t kLines = GroupValueBytes(kFormat) / kLine;
   const int32_t padded = PaddedCols(kFormat, n_cols), n_blocks = padded / kBlock;
-  Blocks sum[kRows][kTokens];
+  const int32_t* corrections = reinterpret_cast<const int32_t*>(x + padded + n_blocks * 4);
+  Blocks sum[kRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) sum[r][t] = ZeroBlocks();
+  for (int r = 0; r < kRows; ++r) sum[r] = ZeroBlocks();
   for (int32_t group = 0; group < n_blocks; group += kGroupBlocks) {
     Blocks w_scale[kRows];
-    I32 dot[kRows][kTokens];
+    I32 dot[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
       w_scale[r] = LoadBlockScales(reinterpret_cast<const uint16_t*>(w.scales(r)));
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      const int32_t* correction =
-          reinterpret_cast<const int32_t*>(x[t] + padded + n_blocks * 4) + group;
+    for (int r = 0; r < kRows; ++r) dot[r] = Start<kFormat>(corrections + group);
+    // x is loaded anew for every row. Loads of weights alone, back to back, reach the cache out of
+    // order, and q8 then runs at two thirds of the speed.
+    InOrder();
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) dot[r][t] = Start<kFormat>(correction);
-    }
-    if constexpr (kTokens == 1) {
-      // x is loaded anew for every row. Loads of weights alone, back to back, reach the cache out
-      // of order, and q8 then runs at two thirds of the speed.
-      InOrder();
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int line = 0; line < kLines; ++line) {
-          const auto w_line = LoadWeights<kFormat>(w.values(r) + line * kLine);
-          dot[r][0] = DotLine<kFormat>(dot[r][0], w_line, x[0] + group * kBlock + line * kLine);
-          InOrder();
-        }
-        between(1);
-      }
-    } else {
-      between(kRows);
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
       for (int line = 0; line < kLines; ++line) {
-        decltype(LoadWeights<kFormat>(nullptr)) w_line[kRows];
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-          w_line[r] = LoadWeights<kFormat>(w.values(r) + line * kLine);
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          const uint8_t* x_line = x[t] + group * kBlock + line * kLine;
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r)
-            dot[r][t] = DotLine<kFormat>(dot[r][t], w_line[r], x_line);
-        }
+        const auto w_line = LoadWeights<kFormat>(w.values(r) + line * kLine);
+        dot[r] = DotLine<kFormat>(dot[r], w_line, x + group * kBlock + line * kLine);
+        InOrder();
       }
+      between(1);
     }
     w.Next();
+    const Blocks x_scale = LoadXScales(reinterpret_cast<const float*>(x + padded) + group);
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      const Blocks x_scale = LoadXScales(reinterpret_cast<const float*>(x[t] + padded) + group);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-        sum[r][t] = FmaBlocks(BlockSums(dot[r][t]), w_scale[r], x_scale, sum[r][t]);
-    }
+    for (int r = 0; r < kRows; ++r)
+      sum[r] = FmaBlocks(BlockSums(dot[r]), w_scale[r], x_scale, sum[r]);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) out[r][0] = AddBlocks(sum[r]);
+}
+
+// The same for several tokens, with the same sums. Arithmetic now counts as much as memory: a line
+// of weights is unpacked once for all tokens, and the blocks of kSumRows rows share a register.
+template <Format kFormat, int kRows, int kTokens, typename Source, typename Between>
+inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
+                          Between& between) {
+  constexpr int32_t kLines = GroupValueBytes(kFormat) / kLine;
+  constexpr int kSums = (kRows + kSumRows - 1) / kSumRows;
+  // The rows of sum s. A last row that is alone is summed with itself.
+  const auto first = [](int s) { return s * kSumRows; };
+  const auto last = [](int s) {
+    return s * kSumRows + kSumRows <= kRows ? s * kSumRows + kSumRows - 1 : kRows - 1;
+  };
+  const int32_t padded = PaddedCols(kFormat, n_cols), n_blocks = padded / kBlock;
+  RowBlocks sum[kSums][kTokens];
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) out[r][t] = AddBlocks(sum[r][t]);
+  for (int s = 0; s < kSums; ++s)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) sum[s][t] = ZeroRowBlocks();
+  for (int32_t group = 0; group < n_blocks; group += kGroupBlocks) {
+    I32 dot[kRows][kTokens];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const int32_t* corrections =
+          reinterpret_cast<const int32_t*>(x[t] + padded + n_blocks * 4) + group;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) dot[r][t] = Start<kFormat>(corrections);
+    }
+    between(kRows);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int line = 0; line < kLines; ++line) {
+        const auto w_line = LoadWeights<kFormat>(w.values(r) + line * kLine);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t)
+          dot[r][t] = DotLine<kFormat>(dot[r][t], w_line, x[t] + group * kBlock + line * kLine);
+        InOrder();  // x does not stay in registers, which the sums need
+      }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kSums; ++s) {
+      const RowBlocks w_scale =
+          LoadRowBlockScales(reinterpret_cast<const uint16_t*>(w.scales(first(s))),
+                             reinterpret_cast<const uint16_t*>(w.scales(last(s))));
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t)
+        sum[s][t] = FmaBlocks(RowBlockSums(dot[first(s)][t], dot[last(s)][t]), w_scale,
+                              LoadRowXScales(reinterpret_cast<const float*>(x[t] + padded) + group),
+                              sum[s][t]);
+    }
+    w.Next();
+  }
+#pragma GCC unroll 8
+  for (int s = 0; s < kSums; ++s)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) AddRowBlocks(sum[s][t], &out[first(s)][t], &out[last(s)][t]);
 }
 
 // Which rows a computation takes: any, or those of one tile.
@@ -264,7 +293,9 @@ inline void DotTile(Format format, const Rows& rows, const int32_t* row, const u
     constexpr Format kFormat = decltype(constant)::kValue;
     using Source = Select<kTake == Take::kTile, OneTile<kFormat>, AnyRows<kFormat, kRows>>;
     const auto sum = [&](auto& meanwhile) {
-      if constexpr (HasBlocks(kFormat))
+      if constexpr (HasBlocks(kFormat) && kTokens == 1)
+        DotTileBlock<kFormat, kRows>(Source(rows, row), rows.n_cols, x[0], out, meanwhile);
+      else if constexpr (HasBlocks(kFormat))
         DotTileBlocks<kFormat, kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, meanwhile);
       else
         DotTileValues<kFormat, kRows, kTokens>(Source(rows, row), rows.n_cols, x, out, meanwhile);
@@ -321,12 +352,27 @@ inline void DotBlock(const GemmArgs& a, int32_t row, int32_t last, int32_t token
 }
 
 // Tokens that are computed at once: the integers, scales and sums of a tile then fit the registers.
-inline constexpr int TokensAtOnce(bool has_blocks) { return has_blocks ? 2 : 4; }
-
+inline constexpr int TokensAtOnce(bool has_blocks) { return has_blocks && kLanes < 16 ? 2 : 4; }
 // How often the rows are computed until all tokens have passed.
 template <int kTokens>
 inline int32_t CountPasses(int32_t n_tokens) {
-  return n_tokens / kTokens + n_tokens % kTokens;
+  return (n_tokens + kTokens - 1) / kTokens;
+}
+
+// Rows [row, last) with all tokens, kTokens at once. `before` is called before each computation.
+template <int kTokens, typename Between, typename Before>
+inline void DotAllTokens(const GemmArgs& a, int32_t row, int32_t last, Between& between,
+                         Before& before) {
+  int32_t token = 0;
+  for (; token + kTokens <= a.n_tokens; token += kTokens) {
+    before();
+    DotBlock<kTokens>(a, row, last, token, between);
+  }
+  if constexpr (kTokens > 2) {
+    if (a.n_tokens - token == 3) return DotBlock<3>(a, row, last, token, between);
+    if (a.n_tokens - token == 2) return DotBlock<2>(a, row, last, token, between);
+  }
+  if (token < a.n_tokens) DotBlock<1>(a, row, last, token, between);
 }
 
 // Many tokens: blocks of rows stay in L1 while all tokens pass.
@@ -337,12 +383,7 @@ inline void GemmBlocks(const GemmArgs& a) {
   for (int32_t row = a.first; row < a.last;) {
     const int32_t end = (row / block + 1) * block, last = end < a.last ? end : a.last;
     BlockPrefetcher next(a.rows, end, end + block, a.n_tokens / kTokens);
-    int32_t token = 0;
-    for (; token + kTokens <= a.n_tokens; token += kTokens) {
-      next();
-      DotBlock<kTokens>(a, row, last, token, nothing);
-    }
-    for (; token < a.n_tokens; ++token) DotBlock<1>(a, row, last, token, nothing);
+    DotAllTokens<kTokens>(a, row, last, nothing, next);
     row = last;
   }
 }
@@ -351,12 +392,10 @@ inline void GemmBlocks(const GemmArgs& a) {
 // prefetches. After a tile, `done(first, last)` is called with its rows.
 template <int kTokens, typename Between, typename Done>
 inline void GemmFew(const GemmArgs& a, Between& between, const Done& done) {
+  const auto nothing = [] {};
   for (int32_t row = a.first; row < a.last;) {
     const int32_t end = (row / kRowTile + 1) * kRowTile, last = end < a.last ? end : a.last;
-    int32_t token = 0;
-    for (; token + kTokens <= a.n_tokens; token += kTokens)
-      DotBlock<kTokens>(a, row, last, token, between);
-    for (; token < a.n_tokens; ++token) DotBlock<1>(a, row, last, token, between);
+    DotAllTokens<kTokens>(a, row, last, between, nothing);
     done(row, last);
     row = last;
   }

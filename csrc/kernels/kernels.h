@@ -60,6 +60,9 @@ constexpr int32_t kKeyTile = 64;    // interleaved keys: element d of all keys, 
 constexpr int32_t kHeadTile = 4;    // query heads that attention computes at once
 constexpr int32_t kMaxPieces = 16;  // most pieces that the neurons of an FFN are cut into
 constexpr int32_t kTokenTile = 64;  // most tokens that one FFN call computes
+// Up to so many tokens, what counts is that memory is read once and without a break. With more
+// tokens arithmetic counts.
+constexpr int32_t kFewTokens = 16;
 
 enum class RowLayout : int32_t {
   kInterleaved,  // tiles of kRowTile rows

@@ -36,7 +36,6 @@ namespace hybrid {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
-constexpr int32_t kFewTokens = 16;  // up to so many tokens, reading takes longer than computing
 constexpr int64_t kStreamAhead = 6 << 10;  // bytes between a stream's prefetch and its use
 
 // A `between` that prefetches nothing.

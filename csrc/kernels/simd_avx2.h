@@ -153,6 +153,17 @@ inline Blocks FmaBlocks(Blocks dots, Blocks w_scale, Blocks x_scale, Blocks sum)
 }
 inline float AddBlocks(Blocks a) { return ReduceAdd(a); }
 
+// Blocks of the rows that are summed together: here of one row, `a`. See simd_avx512.h.
+constexpr int kSumRows = 1;
+using RowBlocks = Blocks;
+inline RowBlocks ZeroRowBlocks() { return ZeroBlocks(); }
+inline RowBlocks RowBlockSums(I32 a, I32) { return BlockSums(a); }
+inline RowBlocks LoadRowBlockScales(const uint16_t* a, const uint16_t*) {
+  return LoadBlockScales(a);
+}
+inline RowBlocks LoadRowXScales(const float* p) { return LoadXScales(p); }
+inline void AddRowBlocks(RowBlocks sums, float* a, float*) { *a = AddBlocks(sums); }
+
 inline I32 LoadWords(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
@@ -182,6 +193,7 @@ inline I32 ZeroWords() { return _mm256_setzero_si256(); }
 inline I32 AddWords(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 BroadcastWord(const uint8_t* p) { return BroadcastX(p); }
 
+inline void PrefetchL1(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace

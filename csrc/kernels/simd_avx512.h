@@ -159,6 +159,32 @@ inline float AddBlocks(Blocks a) {
   return _mm_cvtss_f32(x);
 }
 
+// Blocks of the rows that are summed together: row `a` in the lower half, row `b` in the upper one.
+// Every lane has the bits that it has in Blocks.
+constexpr int kSumRows = 2;
+using RowBlocks = __m512;
+inline RowBlocks ZeroRowBlocks() { return _mm512_setzero_ps(); }
+inline RowBlocks RowBlockSums(I32 a, I32 b) {
+  const __m512i even = _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1),
+                odd = _mm512_shuffle_i64x2(a, b, 0xee);
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
+}
+inline RowBlocks LoadRowBlockScales(const uint16_t* a, const uint16_t* b) {
+  return _mm512_cvtph_ps(_mm256_inserti128_si256(
+      _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a))),
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)), 1));
+}
+inline RowBlocks LoadRowXScales(const float* p) {
+  return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+}
+inline RowBlocks FmaBlocks(RowBlocks dots, RowBlocks w_scale, RowBlocks x_scale, RowBlocks sum) {
+  return _mm512_fmadd_ps(dots, _mm512_mul_ps(w_scale, x_scale), sum);
+}
+inline void AddRowBlocks(RowBlocks sums, float* a, float* b) {
+  *b = AddBlocks(_mm512_extractf32x8_ps(sums, 1));
+  *a = AddBlocks(_mm512_castps512_ps256(sums));
+}
+
 inline I32 LoadWords(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline I32 HighHalf(I32 a) { return _mm512_srli_epi32(a, 16); }
 inline F32 Field(I32 a, int32_t mask, float bias) {
@@ -186,6 +212,7 @@ inline I32 ZeroWords() { return _mm512_setzero_si512(); }
 inline I32 AddWords(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline I32 BroadcastWord(const uint8_t* p) { return BroadcastX(p); }
 
+inline void PrefetchL1(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void PrefetchL2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace

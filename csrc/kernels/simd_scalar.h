@@ -173,6 +173,17 @@ inline Blocks FmaBlocks(Blocks dots, Blocks w_scale, Blocks x_scale, Blocks sum)
 }
 inline float AddBlocks(Blocks a) { return ReduceAdd(a); }
 
+// Blocks of the rows that are summed together: here of one row, `a`. See simd_avx512.h.
+constexpr int kSumRows = 1;
+using RowBlocks = Blocks;
+inline RowBlocks ZeroRowBlocks() { return ZeroBlocks(); }
+inline RowBlocks RowBlockSums(I32 a, I32) { return BlockSums(a); }
+inline RowBlocks LoadRowBlockScales(const uint16_t* a, const uint16_t*) {
+  return LoadBlockScales(a);
+}
+inline RowBlocks LoadRowXScales(const float* p) { return LoadXScales(p); }
+inline void AddRowBlocks(RowBlocks sums, float* a, float*) { *a = AddBlocks(sums); }
+
 // kLanes little-endian words of four bytes. HighHalf shifts each word right by 16 bits.
 inline I32 LoadWords(const uint8_t* p) {
   I32 y;
@@ -268,6 +279,7 @@ inline I32x8 RoundBlock(const float* x, float factor, I32x8* sums) {
   return words;
 }
 
+inline void PrefetchL1(const void*) {}
 inline void PrefetchL2(const void*) {}
 
 #undef HYBRID_LANES

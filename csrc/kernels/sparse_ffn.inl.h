@@ -224,113 +224,172 @@ class SharedPrefetcher {
   int32_t neurons_[kMost];
 };
 
-// Gates of one block of neurons for a few tokens, and which of them were computed: bit t of
-// named[i] belongs to token t and the block's neuron i.
+// A block of neurons for a few tokens. Bit i of a tile's bits belongs to its neuron i.
 struct GateBlock {
+  static constexpr int32_t kTiles = kGateBlock / kPredictTile;
+  int32_t first, last;
   float gates[kFewTokens][kGateBlock];
-  uint32_t named[kGateBlock];
+  uint32_t computed[kFewTokens][kTiles];  // gates that were computed
+  uint32_t active[kFewTokens][kTiles];    // and that fire
 };
 
-// Without a predictor: all gates of neurons [first, last). Returns how many rows it read.
-template <int kTokens>
-int32_t ComputeGates(const SparseFfnArgs& a, int32_t first, int32_t last, GateBlock& block,
-                     SharedPrefetcher& prefetcher) {
-  const uint32_t all = ~0u >> (32 - a.n_tokens);
-  const GemmArgs gemm = {a.format,   a.gate,     first,          last,      a.x,
-                         a.x_stride, a.n_tokens, block.gates[0], kGateBlock};
-  GemmFew<kTokens>(gemm, prefetcher, [&](int32_t begin, int32_t end) {
-    for (int32_t neuron = begin; neuron < end; ++neuron) {
-      const int32_t i = neuron - first;
-      block.named[i] = all;
-      bool fires = a.computes_all;
-      for (int32_t token = 0; token < a.n_tokens; ++token)
-        fires |= Fires(a.activation, block.gates[token][i], a.threshold);
-      if (fires) prefetcher.Add(neuron);
-    }
-  });
-  return last - first;
+inline int32_t LowestBit(uint32_t bits) {
+#if defined(__GNUC__)
+  return __builtin_ctz(bits);
+#else
+  int32_t i = 0;
+  while ((bits >> i & 1) == 0) ++i;
+  return i;
+#endif
+}
+inline int32_t CountBits(uint32_t bits) {
+#if defined(__GNUC__)
+  return __builtin_popcount(bits);
+#else
+  int32_t n = 0;
+  for (; bits != 0; bits &= bits - 1) ++n;
+  return n;
+#endif
 }
 
-// The gates of one neuron for kTokens of `tokens`, from the first on.
+// Minus the least gate that fires (see Fires). The sum with a gate that fires is not negative, or
+// it is NaN.
+inline F32 MinusLeastActive(const SparseFfnArgs& a) {
+  constexpr float kLeastPositive = 1.4e-45f;
+  return Set(a.activation == Activation::kFatRelu ? -a.threshold : -kLeastPositive);
+}
+
+// Finds out which gates of a tile fire, and announces the neurons that fire for any token.
+void FinishTile(const SparseFfnArgs& a, GateBlock& block, int32_t tile,
+                SharedPrefetcher& prefetcher) {
+  const F32 minus_least = MinusLeastActive(a);
+  uint32_t any = 0;
+  for (int32_t token = 0; token < a.n_tokens; ++token) {
+    uint32_t bits = ~0u;
+    if (a.activation != Activation::kSilu) {
+      const float* gates = block.gates[token] + tile * kPredictTile;
+      bits = 0;
+      for (int32_t i = 0; i < kPredictTile; i += kLanes)
+        bits |= NotNegative(Add(Load(gates + i), minus_least)) << i;
+    }
+    block.active[token][tile] = bits & block.computed[token][tile];
+    any |= a.computes_all ? block.computed[token][tile] : block.active[token][tile];
+  }
+  for (; any != 0; any &= any - 1)
+    prefetcher.Add(block.first + tile * kPredictTile + LowestBit(any));
+}
+
+// Without a predictor: all gates of the block. Returns how many rows it read.
 template <int kTokens>
-inline void ComputeGate(const SparseFfnArgs& a, int32_t neuron, const int32_t* tokens, int32_t i,
+int32_t ComputeGates(const SparseFfnArgs& a, GateBlock& block, SharedPrefetcher& prefetcher) {
+  const GemmArgs gemm = {a.format,   a.gate,     block.first,    block.last, a.x,
+                         a.x_stride, a.n_tokens, block.gates[0], kGateBlock};
+  int32_t tile = 0;
+  GemmFew<kTokens>(gemm, prefetcher, [&](int32_t, int32_t end) {
+    const int32_t n = end - block.first - tile * kPredictTile;
+    if (n < kPredictTile && end < block.last) return;
+    for (int32_t token = 0; token < a.n_tokens; ++token)
+      block.computed[token][tile] = n < kPredictTile ? (1u << n) - 1 : 0xffffu;
+    FinishTile(a, block, tile++, prefetcher);
+  });
+  return block.last - block.first;
+}
+
+// The gates of one neuron for kTokens of `tokens`.
+template <int kTokens>
+inline void ComputeGate(const SparseFfnArgs& a, int32_t neuron, const int32_t* tokens,
                         GateBlock& block) {
   const uint8_t* x[kTokens];
   float gates[1][kTokens];
   for (int t = 0; t < kTokens; ++t) x[t] = a.x + tokens[t] * a.x_stride;
   Nothing nothing;
   DotTile<1, kTokens, Take::kAny>(a.format, a.gate, &neuron, x, gates, nothing);
-  for (int t = 0; t < kTokens; ++t) block.gates[tokens[t]][i] = gates[0][t];
+  for (int t = 0; t < kTokens; ++t) block.gates[tokens[t]][neuron - block.first] = gates[0][t];
+}
+
+// Asks the predictor about the block. Writes the neurons that it names for any token to `rows` and
+// returns how many they are.
+int32_t NameRows(const SparseFfnArgs& a, GateBlock& block, int32_t* rows) {
+  int32_t n = 0;
+  for (int32_t at = block.first; at < block.last; at += kPredictTile) {
+    const int32_t tile = (at - block.first) / kPredictTile, index = at / kPredictTile,
+                  shift = at % kPredictTile;
+    uint32_t any = 0;
+    for (int32_t token = 0; token < a.n_tokens; ++token) {
+      // The block's tiles need not begin where the predictor's do.
+      uint32_t bits = PredictTile(a, index, token) >> shift;
+      if (shift > 0 && (index + 1) * kPredictTile < a.last)
+        bits |= PredictTile(a, index + 1, token) << (kPredictTile - shift);
+      block.computed[token][tile] = bits & 0xffffu;
+      any |= block.computed[token][tile];
+    }
+    for (; any != 0; any &= any - 1) rows[n++] = at + LowestBit(any);
+  }
+  return n;
 }
 
 // With a predictor: the gates that it names. A row is read once for all tokens that need it.
-int32_t ComputeNamedGates(const SparseFfnArgs& a, int32_t first, int32_t last, GateBlock& block,
-                          SharedPrefetcher& prefetcher) {
-  int32_t rows[kGateBlock], n = 0;
-  for (int32_t tile = first / kPredictTile; tile * kPredictTile < last; ++tile) {
-    uint32_t bits[kFewTokens];
-    for (int32_t token = 0; token < a.n_tokens; ++token) bits[token] = PredictTile(a, tile, token);
-    for (int32_t i = 0; i < kPredictTile; ++i) {
-      const int32_t neuron = tile * kPredictTile + i;
-      if (neuron < first || neuron >= last) continue;
-      uint32_t named = 0;
-      for (int32_t token = 0; token < a.n_tokens; ++token) named |= (bits[token] >> i & 1) << token;
-      block.named[neuron - first] = named;
-      rows[n] = neuron;
-      n += named != 0;
-    }
-  }
+int32_t ComputeNamedGates(const SparseFfnArgs& a, GateBlock& block, SharedPrefetcher& prefetcher) {
+  int32_t rows[kGateBlock + kPredictTile];
+  const int32_t n = NameRows(a, block, rows);
   const int64_t row_bytes = RowBytes(a.gate, a.format);
   RowWalk ahead(row_bytes, 0);
   for (int32_t row = 0; row < n; ++row) {
     ahead.Prefetch(2 * row_bytes / kCacheLine, Least(row + kRowsAhead, n),
                    [&](int32_t i) { return a.gate.values + rows[i] * a.gate.values_stride; });
     prefetcher.Prefetch(2 * row_bytes / kCacheLine);
-    const int32_t neuron = rows[row], i = neuron - first;
-    int32_t tokens[kFewTokens], n_tokens = 0;
-    for (int32_t token = 0; token < a.n_tokens; ++token) {
+    const int32_t tile = (rows[row] - block.first) / kPredictTile,
+                  i = (rows[row] - block.first) % kPredictTile;
+    int32_t tokens[kFewTokens + 1], n_tokens = 0, token = 0;
+    for (; token < a.n_tokens; ++token) {
       tokens[n_tokens] = token;
-      n_tokens += static_cast<int32_t>(block.named[i] >> token & 1);
+      n_tokens += static_cast<int32_t>(block.computed[token][tile] >> i & 1);
     }
-    int32_t token = 0;
-    for (; token + 4 <= n_tokens; token += 4) ComputeGate<4>(a, neuron, tokens + token, i, block);
-    for (; token + 2 <= n_tokens; token += 2) ComputeGate<2>(a, neuron, tokens + token, i, block);
-    for (; token < n_tokens; ++token) ComputeGate<1>(a, neuron, tokens + token, i, block);
-    bool fires = false;
-    for (token = 0; token < n_tokens; ++token)
-      fires |= Fires(a.activation, block.gates[tokens[token]][i], a.threshold);
-    if (fires) prefetcher.Add(neuron);
+    for (token = 0; token + 4 <= n_tokens; token += 4)
+      ComputeGate<4>(a, rows[row], tokens + token, block);
+    for (; token + 2 <= n_tokens; token += 2) ComputeGate<2>(a, rows[row], tokens + token, block);
+    for (; token < n_tokens; ++token) ComputeGate<1>(a, rows[row], tokens + token, block);
+    if (row + 1 == n || (rows[row + 1] - block.first) / kPredictTile != tile)
+      FinishTile(a, block, tile, prefetcher);
   }
   return n;
+}
+
+// Lists what the block found, token by token.
+void ListBlock(const SparseFfnArgs& a, const GateBlock& block, ActiveCounts& counts) {
+  const int32_t n_tiles = (block.last - block.first + kPredictTile - 1) / kPredictTile;
+  uint32_t any[GateBlock::kTiles] = {};
+  for (int32_t token = 0; token < a.n_tokens; ++token)
+    for (int32_t tile = 0; tile < n_tiles; ++tile) {
+      const uint32_t computed = block.computed[token][tile],
+                     active = computed == 0 ? 0 : block.active[token][tile];
+      uint32_t listed = a.computes_all ? computed : active;
+      any[tile] |= listed;
+      counts.n_predicted += CountBits(computed);
+      counts.n_active += CountBits(active);
+      for (; listed != 0; listed &= listed - 1) {
+        const int32_t i = LowestBit(listed), at = tile * kPredictTile + i;
+        const float gate = (active >> i & 1) != 0 ? block.gates[token][at] : 0.0f;
+        a.active[counts.n_listed++] = {block.first + at, token, gate};
+      }
+    }
+  for (int32_t tile = 0; tile < n_tiles; ++tile) counts.n_bundles += CountBits(any[tile]);
 }
 
 // For a few tokens. What several of them need is read from memory once, and what is found to be
 // active is prefetched meanwhile.
 template <int kTokens>
 ActiveCounts FindFew(const SparseFfnArgs& a) {
-  ActiveList list{a};
   SharedPrefetcher prefetcher(a, CountPasses<kTokens>(a.n_tokens));
   GateBlock block;
   ActiveCounts counts = {};
-  for (int32_t first = a.first, last; first < a.last; first = last) {
-    last = Least(first + kGateBlock, a.last);
-    counts.n_gate_rows += a.predictor != nullptr
-                              ? ComputeNamedGates(a, first, last, block, prefetcher)
-                              : ComputeGates<kTokens>(a, first, last, block, prefetcher);
-    bool is_listed[kGateBlock] = {};
-    for (int32_t token = 0; token < a.n_tokens; ++token)
-      for (int32_t i = 0; i < last - first; ++i) {
-        if ((block.named[i] >> token & 1) == 0) continue;
-        const int32_t before = list.n_listed;
-        list.Take(first + i, token, block.gates[token][i]);
-        is_listed[i] |= list.n_listed > before;
-        ++counts.n_predicted;
-      }
-    for (int32_t i = 0; i < last - first; ++i) counts.n_bundles += is_listed[i];
+  for (block.first = a.first; block.first < a.last; block.first = block.last) {
+    block.last = Least(block.first + kGateBlock, a.last);
+    counts.n_gate_rows += a.predictor != nullptr ? ComputeNamedGates(a, block, prefetcher)
+                                                 : ComputeGates<kTokens>(a, block, prefetcher);
+    ListBlock(a, block, counts);
   }
   prefetcher.Prefetch(INT32_MAX);
-  counts.n_listed = list.n_listed;
-  counts.n_active = list.n_active;
   return counts;
 }
 
@@ -424,6 +483,33 @@ inline int32_t AddTile(const SparseFfnArgs& a, const Active* active, int32_t n_l
   return 1;
 }
 
+// Over several tokens, bundles are in L2 already. This brings those of the next tile into L1.
+class NextTile {
+ public:
+  NextTile(const SparseFfnArgs& a, int32_t n_listed) : a_(a), n_listed_(n_listed) {}
+  void Begin(int32_t first) {
+    pair_ = first;
+    last_ = Least(first + kNeuronTile, n_listed_);
+    at_ = 0;
+  }
+  void operator()(int32_t n_rows) {
+    const int64_t bytes = 2 * RowBytes(a_.up, a_.format);
+    for (int32_t i = 0; i < 3 * n_rows && pair_ < last_; ++i) {
+      PrefetchL1(a_.up.values + a_.active[pair_].neuron * a_.up.values_stride + at_);
+      at_ += kCacheLine;
+      if (at_ < bytes) continue;
+      at_ = 0;
+      ++pair_;
+    }
+  }
+
+ private:
+  const SparseFfnArgs& a_;
+  const int32_t n_listed_;
+  int32_t pair_ = 0, last_ = 0;
+  int64_t at_ = 0;
+};
+
 void AddActive(const SparseFfnArgs& a, const ActiveCounts& found) {
   const int32_t padded = PaddedCols(a.format, a.down.n_cols), n = found.n_listed;
   for (int32_t piece = 0; piece < a.n_pieces; ++piece)
@@ -431,14 +517,15 @@ void AddActive(const SparseFfnArgs& a, const ActiveCounts& found) {
       for (int32_t col = 0; col < padded; col += kLanes)
         Store(a.out + piece * a.piece_stride + token * a.out_stride + col, Zero());
   FfnPrefetcher prefetcher(a, found.n_prefetched);
-  Nothing nothing;
+  NextTile next(a, n);
   int32_t piece = 0;
   for (int32_t i = 0; i < n;) {
     const Active* active = a.active + i;
     if (i > 0 && active[0].token != active[-1].token) piece = 0;  // neuron ids of a token rise
     while (active[0].neuron >= PieceEnd(a, piece)) ++piece;
-    if (a.n_tokens > 1) {  // bundles are reused: prefetching costs more than it gains
-      i += AddTile(a, active, n - i, piece, nothing);
+    if (a.n_tokens > 1) {
+      next.Begin(i + kNeuronTile);
+      i += AddTile(a, active, n - i, piece, next);
     } else {
       prefetcher.Allow(0, Least(i + kNeuronTile + prefetcher.n_ahead(), n));
       i += AddTile(a, active, n - i, piece, prefetcher);

@@ -89,18 +89,24 @@ void AddOutput(const Pass& pass, const Attend& op, int32_t piece, const uint8_t*
   Read(pass, thread, kStageOutput, (last - first) * RowBytes(op.o, shape.format));
 }
 
+// What a thread will probably read after a piece of attention. Threads take neighbouring pieces as
+// long as they can, so the next piece is probably this thread's.
+const void* AfterPiece(const Pass& pass, const Phase& phase, int32_t piece) {
+  const Attend& op = pass.program.op<Attend>(phase);
+  const int32_t next = piece + 1, n_kv_heads = pass.shape().n_kv_heads;
+  if (next >= CountPieces(pass, phase)) return op.o.values;
+  const int32_t part = next / n_kv_heads;  // a span, or a group of tokens
+  const KvCache& kv = *pass.tokens[pass.is_decode() ? 0 : pass.groups[part]].kv;
+  return kv.KvSpan(op.layer, next % n_kv_heads, pass.is_decode() ? part : 0);
+}
+
 }  // namespace
 
 void RunAttend(const Pass& pass, const Phase& phase, int32_t piece, ThreadScratch& thread) {
   const Attend& op = pass.program.op<Attend>(phase);
   const int32_t n_kv_heads = pass.shape().n_kv_heads, span = piece / n_kv_heads,
-                kv_head = piece % n_kv_heads, next = piece + 1;
-  // Threads take neighbouring pieces as long as they can, so the next piece is probably this
-  // thread's.
-  const void* next_bytes = op.o.values;
-  if (next < CountPieces(pass, phase))
-    next_bytes = pass.tokens[0].kv->KvSpan(op.layer, next % n_kv_heads, next / n_kv_heads);
-  AttendSpan(pass, {op.layer, kv_head, span, 0}, next_bytes,
+                kv_head = piece % n_kv_heads;
+  AttendSpan(pass, {op.layer, kv_head, span, 0}, AfterPiece(pass, phase, piece),
              DecodeResults(pass, kv_head * pass.HeadsPerKvHead()), thread);
   Read(pass, thread, kStageAttend, pass.tokens[0].kv->Bytes(PositionsIn(pass, 0, span)));
 }
@@ -119,8 +125,9 @@ void RunAttendTokens(const Pass& pass, const Phase& phase, int32_t piece, Thread
     for (int32_t span = 0; span < n_spans; ++span) {
       // What the first token has read is in the cache for the others.
       const void* next = nullptr;
-      if (t == first && span + 1 < n_spans)
-        next = pass.tokens[t].kv->KvSpan(op.layer, kv_head, span + 1);
+      if (t == first)
+        next = span + 1 < n_spans ? pass.tokens[t].kv->KvSpan(op.layer, kv_head, span + 1)
+                                  : AfterPiece(pass, phase, piece);
       AttendSpan(pass, {op.layer, kv_head, span, t}, next, results, thread);
     }
     float* attention = pass.AttentionOf(t) + int64_t{kv_head} * group * shape.head_dim;

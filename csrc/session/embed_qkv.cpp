@@ -96,6 +96,7 @@ void RunQkvTokens(const Pass& pass, const Phase& phase, int32_t head, ThreadScra
   const Format format = pass.shape().format;
   const int32_t head_dim = pass.shape().head_dim;
   float* values = thread.floats.get();
+  if (pass.n_tokens <= kFewTokens) PrefetchKey(pass, op, head);
   pass.kernels->gemm({format, RowsOf(pass, op, head), head * head_dim, (head + 1) * head_dim,
                       pass.scratch.inputs.get(), VectorBytes(format, op.rows.n_cols), pass.n_tokens,
                       values, head_dim});

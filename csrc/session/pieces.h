@@ -13,7 +13,7 @@ namespace hybrid {
 inline int32_t CeilDiv(int32_t n, int32_t d) { return (n + d - 1) / d; }
 
 // Tokens per piece, where each token is computed by itself.
-inline int32_t TokensPerPiece(int32_t n_tokens) { return n_tokens <= 16 ? 1 : 8; }
+inline int32_t TokensPerPiece(int32_t n_tokens) { return n_tokens <= kFewTokens ? 1 : 8; }
 constexpr int32_t kOutputRows = 32;  // rows per piece of the output projection
 constexpr int32_t kPredictRows = 8;  // rows per piece of a low-rank predictor's first matrix
 constexpr int32_t kHeadRows = 256;   // rows per piece of the head

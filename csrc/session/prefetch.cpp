@@ -76,8 +76,10 @@ void PrefetchKey(const Pass& pass, const Qkv& op, int32_t head) {
   const ProgramShape& shape = pass.shape();
   const int32_t kv_head = head - shape.n_heads;
   if (kv_head < 0 || kv_head >= shape.n_kv_heads) return;
-  const uint16_t* key = pass.tokens[0].kv->KeyAt(op.layer, kv_head, pass.tokens[0].position);
-  for (int32_t i = 0; i < shape.head_dim; ++i) platform::Prefetch(key + i * kKeyTile);
+  for (int32_t t = 0; t < pass.n_tokens; ++t) {
+    const uint16_t* key = pass.tokens[t].kv->KeyAt(op.layer, kv_head, pass.tokens[t].position);
+    for (int32_t i = 0; i < shape.head_dim; ++i) platform::Prefetch(key + i * kKeyTile);
+  }
 }
 
 }  // namespace hybrid

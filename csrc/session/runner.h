@@ -54,10 +54,11 @@ class Runner {
   // runner. Throws std::bad_alloc.
   Runner(const Program& program, ThreadPool& pool, int32_t n_context, bool is_dense, bool is_timed);
 
-  // One pass, which allocates nothing. Begin receives up to kPrefillChunk tokens; no sequence occurs twice. Every segment
-  // then runs, in order. End moves the sequences' positions on. `is_decode` is for a single token
-  // whose logits are wanted, and reads memory faster. `counts_bytes`: see Counters. `observation`,
-  // if not null, is for a single part; its row `first_observed` belongs to the first token.
+  // One pass, which allocates nothing. Begin receives up to kPrefillChunk tokens; no sequence
+  // occurs twice. Every segment then runs, in order. End moves the sequences' positions on.
+  // `is_decode` is for a single token whose logits are wanted, and reads memory faster.
+  // `counts_bytes`: see Counters. `observation`, if not null, is for a single part; its row
+  // `first_observed` belongs to the first token.
   struct Options {
     bool is_decode = false, counts_bytes = false;
     const Observation* observation = nullptr;

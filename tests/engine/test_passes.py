@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from predictor_files import write_predictor
 from slow import slow_except
 from tiny_executors import VARIANTS, open_executor
 from tiny_models import write_model
 
+import hybrid
+from hybrid.engine.cpu.executor import CpuExecutor
 from hybrid.kernels import KvFormat
 from hybrid.kernels._native import PREFILL_CHUNK, Batch
 
@@ -97,3 +100,14 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path, format):
         small.run([one], [[1]], [True])
     one.decode(1)  # no mistake has left it in use
     assert KvFormat.fp16 is one.kv
+
+
+@pytest.mark.parametrize("quant", ["q4", "bf16"])
+def test_a_predictor_and_a_preview_keep_the_bits(tmp_path, quant):
+    with hybrid.load("stories", quant=quant) as engine:
+        kinds = ("lowrank", "lowrank", "exact") * 2
+        path = write_predictor(tmp_path / "p", engine, kinds=kinds, margin=1.0)
+    with hybrid.load("stories", quant=quant, predictor=path, preview_head=True) as engine:
+        executor = engine._executor
+        assert isinstance(executor, CpuExecutor)
+        run_mixes(executor, n_passes=25, seed=3)
