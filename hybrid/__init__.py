@@ -19,6 +19,8 @@ from hybrid import kernels  # noqa: F401 - the compiled part: if it is missing, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
+    "BatchPart",
     "ChatMessage",
     "ContextOverflow",
     "DeviceFailed",

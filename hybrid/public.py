@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from hybrid.engine.answer import TokenLogprobs
+from hybrid.engine.batch.passes import Batch, BatchPart
 from hybrid.engine.engine import Engine
 from hybrid.engine.generation import Generation
 from hybrid.engine.loading.prediction import Prediction
