@@ -20,7 +20,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "BatchLoop",
     "BatchPart",
+    "BatchedGeneration",
     "ChatMessage",
     "ContextOverflow",
     "DeviceFailed",
@@ -44,6 +46,7 @@ __all__ = [
     "OutOfMemory",
     "Prediction",
     "Progress",
+    "QueueFull",
     "Sampler",
     "SamplingParams",
     "Session",

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid.checkpoint.name import model_name
 from hybrid.engine.answer import Answer
+from hybrid.engine.batch.batched_generation import BatchedGeneration
+from hybrid.engine.batch.loop import BatchLoop
 from hybrid.engine.batch.passes import Batch
 from hybrid.engine.generation import Generation
 from hybrid.engine.loading.executors import Executor
@@ -61,6 +63,8 @@ class Engine:
         )
         self._process_id = os.getpid()
         self._background = loaded.background
+        self._loop: BatchLoop | None = None  # of agenerate and achat
+        self._loop_lock = threading.Lock()
         self._stats_lock = threading.Lock()
         self._stats = EngineStats(
             load_s=parts.load_s,
@@ -302,8 +306,45 @@ class Engine:
         """
         return Batch(self._open())
 
+    @spelling_out(GenerationOptions)
+    def agenerate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        raw: bool = False,
+        options: GenerationOptions | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> BatchedGeneration:
+        """Continue a prompt as `generate` does; iterate over the result with `async for`.
+
+        The texts are those of `generate`. They come from a `BatchLoop` of default values, which the
+        first call opens and `close` closes: up to 4 answers at once, while 64 wait. Cancelling the
+        task cancels the answer within one pass. Any event loop and any thread may call this. Raises
+        as `BatchLoop` and its `submit` do.
+        """
+        return self._default_loop().submit(prompt, raw=raw, options=options, **keywords)
+
+    @spelling_out(GenerationOptions)
+    def achat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        options: GenerationOptions | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> BatchedGeneration:
+        """Answer the last of `messages` as `chat` does; otherwise as `agenerate`."""
+        return self._default_loop().submit_chat(
+            messages, tools=tools, variables=variables, options=options, **keywords
+        )
+
     def close(self) -> None:
         """Free weights and threads as soon as running generations have ended."""
+        with self._loop_lock:
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close()
         if self._executor is not None:
             self._executor.close()
         self._executor = None
@@ -330,6 +371,13 @@ class Engine:
                 "its threads; load the model in the child"
             )
         return self._executor
+
+    def _default_loop(self) -> BatchLoop:
+        self._open()
+        with self._loop_lock:
+            if self._loop is None:
+                self._loop = BatchLoop(self)
+            return self._loop
 
     def _begin(self, answer: Answer, session: Session | None) -> Generation:
         if session is None:
