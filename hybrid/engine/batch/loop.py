@@ -65,7 +65,8 @@ class BatchLoop:
 
         The prefix cache keeps keys and values of sequences that have ended, up to `cache_bytes`;
         0 keeps nothing. Raises InvalidOption, EngineClosed, and OutOfMemory if full contexts of all
-        sequences and the cache do not fit into free memory.
+        sequences and the cache do not fit into free memory. If a sequence finds no memory all the
+        same, it waits until another one has ended.
         """
         n_sequences = checked_count("n_sequences", n_sequences, MAX_SEQUENCES)
         queue_size = checked_count("queue_size", queue_size)
@@ -207,8 +208,12 @@ class _Worker:
             begun = [self._queue.popleft() for _ in range(min(n_free, len(self._queue)))]
         for stream in cancelled:
             _end_unbegun(stream)
-        for stream in begun:
-            self._steps.admit(stream)
+        for i, stream in enumerate(begun):
+            if not self._steps.admit(stream):
+                self._n_sequences = len(self._steps.streams)  # there is memory for no more
+                with self._changed:
+                    self._queue.extendleft(reversed(begun[i:]))
+                break
         return True
 
 

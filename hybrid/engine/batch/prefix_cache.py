@@ -56,7 +56,7 @@ class PrefixCache:
     def leave(self, session: Session) -> None:
         """Keep a session whose answer has ended. Sessions that exceed the budget are closed."""
         self._idle.append(session)
-        while self._idle and self.n_bytes > self._budget:
+        while self._idle and (not self._budget or self.n_bytes > self._budget):
             self._idle.pop(0).close()
 
     def close(self) -> None:

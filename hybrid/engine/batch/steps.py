@@ -22,7 +22,7 @@ from hybrid.engine.batch.prefix_cache import PrefixCache
 from hybrid.engine.batch.shares import shares
 from hybrid.engine.batch.stream import Counts, Stream
 from hybrid.engine.session import Session
-from hybrid.errors import EngineClosed, HybridError, NumericOverflow
+from hybrid.errors import EngineClosed, HybridError, NumericOverflow, OutOfMemory
 from hybrid.kernels import PREFILL_CHUNK
 
 if TYPE_CHECKING:
@@ -43,16 +43,22 @@ class Steps:
         self.unconfirmed: list[Stream] = []  # complete, but the weights are still being checked
         self._n_tokens = 0  # that passes appended
 
-    def admit(self, stream: Stream) -> None:
-        """Begin a stream. If no session can be opened, it ends alone."""
+    def admit(self, stream: Stream) -> bool:
+        """Begin a stream. Returns False if it finds no memory before another stream has ended.
+
+        If it cannot begin for another reason, it ends alone.
+        """
+        running = [other.session for other in self.streams if other.session is not None]
         self.streams.append(stream)
         try:
-            if not stream.answer.is_cancelled:
-                running = [other.session for other in self.streams if other.session is not None]
-                session, n_cached = self._cache.take(stream.answer.prompt, running)
-                stream.begin(session, n_cached, self._counts())
+            session, n_cached = self._cache.take(stream.answer.prompt, running)
+            stream.begin(session, n_cached, self._counts())
         except Exception as error:
+            if isinstance(error, OutOfMemory) and running:
+                self.streams.remove(stream)
+                return False
             self._end(stream, error)
+        return True
 
     def step(self) -> None:
         """End what is cancelled, run one pass, and publish what it brings."""

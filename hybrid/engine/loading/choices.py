@@ -100,9 +100,9 @@ def check_sequences_memory(context_bytes: int, n_sequences: int, cache_bytes: in
     needed, available = n_sequences * context_bytes + cache_bytes, available_memory_bytes()
     if needed > available:
         raise OutOfMemory(
-            f"{n_sequences} sequences of {context_bytes / 1e9:,.2f} GB each and "
-            f"{cache_bytes / 1e9:,.2f} GB for prefixes need {needed / 1e9:,.2f} GB, and "
-            f"{available / 1e9:.2f} GB of memory is free; choose fewer sequences, a smaller "
+            f"contexts of {n_sequences} sequences ({context_bytes / 1e6:,.1f} MB each) and "
+            f"{cache_bytes / 1e6:,.1f} MB for prefixes need {needed / 1e6:,.1f} MB, and "
+            f"{available / 1e6:,.1f} MB of memory is free; choose fewer sequences, a smaller "
             "context_size or a smaller cache"
         )
 
