@@ -50,7 +50,7 @@ class BatchLoop:
     Requests join and leave between passes of up to 64 tokens. Each sequence that is being decoded
     gets a token in every pass, and prompts share the rest. Every text is, bit by bit, the one that
     `Engine.generate` writes. Any thread may submit. Close the loop, or use it in a `with`
-    statement.
+    statement: until then it keeps the weights in memory, even if the engine is closed.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class BatchLoop:
         stream = Stream(answer)
         self._worker.add(stream)
         notices = (_SPECULATION,) if answer.request.speculate else ()
-        return BatchedGeneration(stream, self, notices)
+        return BatchedGeneration(stream, self, (*self.notices, *notices))
 
 
 class _Worker:
@@ -148,6 +148,7 @@ class _Worker:
         self._process_id = os.getpid()
         self._changed = threading.Condition()
         self._queue: deque[Stream] = deque()
+        self._n_running = 0  # streams that have left the queue, when the loop last looked
         self._is_stopping = False
         self._thread = threading.Thread(target=self._work, name="hybrid-batch", daemon=True)
         try:
@@ -162,7 +163,8 @@ class _Worker:
         with self._changed:
             if self._is_stopping:
                 raise EngineClosed("the batching loop is closed; open another one")
-            if len(self._queue) >= self._queue_size:
+            n_free = self._n_sequences - self._n_running  # for these, the queue is but a door
+            if len(self._queue) >= self._queue_size + max(n_free, 0):
                 raise QueueFull(
                     f"{self._queue_size} requests wait already, as many as the queue takes; try "
                     "again later, or open the loop with a larger queue_size"
@@ -195,6 +197,7 @@ class _Worker:
     def _admit(self) -> bool:
         """Wait for work, and begin streams that were waiting. Returns False if the loop closes."""
         with self._changed:
+            self._n_running = len(self._steps.streams)
             while not (self._is_stopping or self._queue or self._steps.streams):
                 self._changed.wait(_PATIENCE_S if self._steps.unconfirmed else None)
                 if self._steps.unconfirmed:
@@ -204,8 +207,9 @@ class _Worker:
             cancelled = [stream for stream in self._queue if stream.answer.is_cancelled]
             for stream in cancelled:
                 self._queue.remove(stream)
-            n_free = self._n_sequences - len(self._steps.streams)
+            n_free = self._n_sequences - self._n_running
             begun = [self._queue.popleft() for _ in range(min(n_free, len(self._queue)))]
+            self._n_running += len(begun)
         for stream in cancelled:
             _end_unbegun(stream)
         for i, stream in enumerate(begun):

@@ -69,6 +69,9 @@ def test_the_queue_is_bounded_and_cancelled_requests_leave_it(engine):
         waiting = [endless(loop) for _ in range(2)]
         with pytest.raises(hybrid.QueueFull, match="2 requests wait already"):
             endless(loop)
+        with hybrid.BatchLoop(engine, n_sequences=5, queue_size=1) as free:
+            burst = [endless(free) for _ in range(5)]  # however far the loop's thread is
+            assert all(next(generation) for generation in burst)
         waiting[0].close()
         assert waiting[0].finish_reason == "cancelled"
         assert waiting[0].text == ""
