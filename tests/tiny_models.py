@@ -174,6 +174,11 @@ def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
+def write_endless_model(folder: Path) -> Path:
+    """Write a random model that never ends its answer."""
+    return write_model(folder, vocab_size=4096, eos_token_id=[])
+
+
 def write_overflowing_model(folder: Path) -> Path:
     """Write a random model in which the embedding of token 9 makes values overflow fp16."""
     path = write_model(folder, vocab_size=4096) / "model.safetensors"

@@ -6,9 +6,10 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from tiny_models import write_chatml_model
+from tiny_models import write_chatml_model, write_endless_model
 
 import hybrid
 
@@ -17,8 +18,13 @@ OPTIONS = {"temperature": 0.9, "max_tokens": 20}
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[hybrid.Engine]:
-    with hybrid.load("stories", threads=1) as engine:
+def model(tmp_path_factory) -> Path:
+    return write_endless_model(tmp_path_factory.mktemp("endless"))
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> Iterator[hybrid.Engine]:
+    with hybrid.load(model, threads=1) as engine:
         yield engine
 
 
@@ -64,14 +70,6 @@ def test_achat_answers_as_chat_does(tmp_path):
         assert asyncio.run(chat(engine)) == "".join(engine.chat(messages, **OPTIONS, seed=1))
 
 
-def ended(generation: hybrid.BatchedGeneration) -> bool:
-    """Wait until the loop has ended an answer that nobody reads."""
-    deadline = time.monotonic() + 20
-    while generation.finish_reason is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return generation.finish_reason == "cancelled"
-
-
 def endless(engine: hybrid.Engine) -> hybrid.BatchedGeneration:
     return engine.agenerate(PROMPTS[0], max_tokens=None, context_shift=True, temperature=1)
 
@@ -90,9 +88,11 @@ def test_cancelling_the_task_cancels_the_answer(engine):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        while generation.finish_reason is None:  # within this event loop, which goes on
+            await asyncio.sleep(0.001)
         return generation
 
-    assert ended(asyncio.run(cancel()))
+    assert asyncio.run(asyncio.wait_for(cancel(), 20)).finish_reason == "cancelled"
 
 
 def test_an_answer_that_nothing_refers_to_is_cancelled(engine):
@@ -106,9 +106,9 @@ def test_an_answer_that_nothing_refers_to_is_cancelled(engine):
     assert answer.finish_reason == "cancelled"
 
 
-def test_closing_the_engine_ends_its_answers_and_threads():
+def test_closing_the_engine_ends_its_answers_and_threads(model):
     n_threads = threading.active_count()
-    with hybrid.load("stories", threads=1) as engine:
+    with hybrid.load(model, threads=1) as engine:
         generations = [endless(engine) for _ in range(6)]
         next(generations[0])
     for generation in generations:

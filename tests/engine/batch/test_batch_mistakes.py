@@ -9,6 +9,7 @@ import time
 import warnings
 
 import pytest
+from tiny_models import write_endless_model
 
 import hybrid
 from hybrid.engine.batch.steps import Steps
@@ -16,8 +17,13 @@ from hybrid.engine.loading import choices
 
 
 @pytest.fixture(scope="module")
-def engine():
-    with hybrid.load("stories", threads=1) as engine:
+def model(tmp_path_factory):
+    return write_endless_model(tmp_path_factory.mktemp("endless"))
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    with hybrid.load(model, threads=1) as engine:
         yield engine
 
 
@@ -42,7 +48,7 @@ def test_mistakes_of_a_request_are_those_of_generate(engine):
             ("a", {"temperature": -1}, hybrid.InvalidOption),
             ([99999], {}, hybrid.InvalidOption),
             ([], {}, hybrid.InvalidOption),
-            ([5] * 600, {}, hybrid.ContextOverflow),
+            ([5] * 700, {}, hybrid.ContextOverflow),
         ]:
             with pytest.raises(error) as alone:
                 engine.generate(prompt, **options)
@@ -173,8 +179,8 @@ def test_a_loop_without_a_thread_is_refused(engine, no_threads):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_forked_process_has_no_loop():
-    with hybrid.load("stories", threads=1) as engine, hybrid.BatchLoop(engine) as loop:
+def test_a_forked_process_has_no_loop(model):
+    with hybrid.load(model, threads=1) as engine, hybrid.BatchLoop(engine) as loop:
         generation = endless(loop)
         next(generation)
         with warnings.catch_warnings():

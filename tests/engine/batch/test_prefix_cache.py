@@ -145,6 +145,6 @@ def test_a_context_shift_leaves_nothing(engine):
             shifted = loop.submit(prompt, context_shift=True, **OPTIONS | {"temperature": 0})
             list(shifted)
             assert shifted.stats.n_shifts == 1
-            again = loop.submit(prompt, **OPTIONS)
+            again = loop.submit([*shifted.sequence, 5], **OPTIONS)
             list(again)
             assert again.stats.cached_tokens == 0
