@@ -192,7 +192,7 @@ class _Worker:
             self._is_stopping = True
         self._steps.close(error)
         for stream in self._queue:
-            _end_unbegun(stream, error)
+            self._steps.end(stream, copy.copy(error))
 
     def _admit(self) -> bool:
         """Wait for work, and begin streams that were waiting. Returns False if the loop closes."""
@@ -211,7 +211,7 @@ class _Worker:
             begun = [self._queue.popleft() for _ in range(min(n_free, len(self._queue)))]
             self._n_running += len(begun)
         for stream in cancelled:
-            _end_unbegun(stream)
+            self._steps.end(stream)
         for i, stream in enumerate(begun):
             if not self._steps.admit(stream):
                 self._n_sequences = len(self._steps.streams)  # there is memory for no more
@@ -219,8 +219,3 @@ class _Worker:
                     self._queue.extendleft(reversed(begun[i:]))
                 break
         return True
-
-
-def _end_unbegun(stream: Stream, error: Exception | None = None) -> None:
-    stream.answer.finish("cancelled")
-    stream.mailbox.end(copy.copy(error))

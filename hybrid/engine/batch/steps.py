@@ -57,13 +57,13 @@ class Steps:
             if isinstance(error, OutOfMemory) and running:
                 self.streams.remove(stream)
                 return False
-            self._end(stream, error)
+            self.end(stream, error)
         return True
 
     def step(self) -> None:
         """End what is cancelled, run one pass, and publish what it brings."""
         for stream in [stream for stream in self.streams if stream.answer.is_cancelled]:
-            self._end(stream)
+            self.end(stream)
         self._confirm()
         if not self.streams:
             return
@@ -80,7 +80,7 @@ class Steps:
     def end_all(self, error: Exception | None = None) -> None:
         """End all streams: cancelled, or with an error."""
         for stream in [*self.streams]:
-            self._end(stream, copy.copy(error))
+            self.end(stream, copy.copy(error))
         for stream in self.unconfirmed:
             stream.answer.finish("cancelled")
             stream.mailbox.end(copy.copy(error))
@@ -106,7 +106,7 @@ class Steps:
         complete = []
         for i, (stream, n) in enumerate(shared):
             if i in errors:
-                self._end(stream, errors[i])
+                self.end(stream, errors[i])
             elif stream.append(n, self._counts):
                 complete.append(stream)
         self._chooser.choose(complete)
@@ -115,20 +115,22 @@ class Steps:
 
     def _publish(self, stream: Stream) -> None:
         if stream.error is not None:
-            self._end(stream, stream.error)
+            self.end(stream, stream.error)
             return
         if stream.piece and not stream.mailbox.put(stream.piece):
             stream.answer.cancel()  # the consumer's event loop is closed
         if stream.answer.finish_reason is not None:
-            self._end(stream)
+            self.end(stream)
 
-    def _end(self, stream: Stream, error: Exception | None = None) -> None:
+    def end(self, stream: Stream, error: Exception | None = None) -> None:
+        """End a stream, also one that has not begun: cancelled, if it is not complete."""
         answer, session = stream.answer, stream.session
         if answer.finish_reason is None:
             answer.finish("cancelled")
             if error is None and (piece := answer.take()):
                 stream.mailbox.put(piece)
-        self.streams.remove(stream)
+        if stream in self.streams:
+            self.streams.remove(stream)
         if session is not None:
             stream.end(self._counts())
             if error is None and session.position and not answer.stats.n_shifts:

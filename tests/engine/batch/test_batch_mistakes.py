@@ -78,7 +78,9 @@ def test_the_queue_is_bounded_and_cancelled_requests_leave_it(engine):
         with hybrid.BatchLoop(engine, n_sequences=5, queue_size=1) as free:
             burst = [endless(free) for _ in range(5)]  # however far the loop's thread is
             assert all(next(generation) for generation in burst)
+        n_before = engine.stats.n_generations
         waiting[0].close()
+        assert engine.stats.n_generations == n_before + 1
         assert waiting[0].finish_reason == "cancelled"
         assert waiting[0].text == ""
         last = loop.submit("Once", max_tokens=2)
