@@ -42,7 +42,7 @@ class Engine:
     statement.
 
     Generations may run from several threads at once. They use the cores alternately, one token at
-    a time.
+    a time; a `BatchLoop` computes tokens of several at once.
     """
 
     def __init__(self, parts: Parts) -> None:
