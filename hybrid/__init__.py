@@ -19,6 +19,10 @@ from hybrid import kernels  # noqa: F401 - the compiled part: if it is missing, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
+    "BatchLoop",
+    "BatchPart",
+    "BatchedGeneration",
     "ChatMessage",
     "ContextOverflow",
     "DeviceFailed",
@@ -42,6 +46,7 @@ __all__ = [
     "OutOfMemory",
     "Prediction",
     "Progress",
+    "QueueFull",
     "Sampler",
     "SamplingParams",
     "Session",

@@ -10,6 +10,7 @@
     ├── InvalidOption        an option's value is out of range (also a ValueError)
     ├── ContextOverflow      the prompt does not fit into the context
     ├── NumericOverflow      a number exceeds the range of its format, or is not finite
+    ├── QueueFull            a batching loop has as many waiting requests as it takes
     ├── OutOfMemory          the model or a context does not fit into this machine's memory
     ├── DeviceUnavailable    a GPU was requested, but there is none that hybrid can use
     ├── DeviceFailed         the GPU failed or did not answer; load the model again
@@ -70,6 +71,10 @@ class ContextOverflow(HybridError):
 
 class NumericOverflow(HybridError):
     """A number of the model exceeds the range of its format, or is not finite."""
+
+
+class QueueFull(HybridError):
+    """A batching loop has as many waiting requests as it takes."""
 
 
 class OutOfMemory(HybridError):

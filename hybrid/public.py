@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 from hybrid.engine.answer import TokenLogprobs
+from hybrid.engine.batch.batched_generation import BatchedGeneration
+from hybrid.engine.batch.loop import BatchLoop
+from hybrid.engine.batch.passes import Batch, BatchPart
 from hybrid.engine.engine import Engine
 from hybrid.engine.generation import Generation
 from hybrid.engine.loading.prediction import Prediction
@@ -24,6 +27,7 @@ from hybrid.errors import (
     ModelNotFound,
     NumericOverflow,
     OutOfMemory,
+    QueueFull,
     UnsupportedIsa,
     UnsupportedModel,
 )

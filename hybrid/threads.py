@@ -20,7 +20,7 @@ def map_on_threads(
     calling thread computes. If the caller ends early, what has not begun is left out.
     """
     items = list(items)
-    workers = _start(min(n_threads, len(items)))
+    workers = start_workers(min(n_threads, len(items)))
     if workers is None:
         yield from map(function, items)
         return
@@ -30,7 +30,7 @@ def map_on_threads(
         workers.shutdown(cancel_futures=True)
 
 
-def _start(n_threads: int) -> ThreadPoolExecutor | None:
+def start_workers(n_threads: int) -> ThreadPoolExecutor | None:
     """Return a pool whose threads run already. None if one thread is enough, or none starts.
 
     A pool starts its threads with its first tasks, and raises RuntimeError if one does not start.

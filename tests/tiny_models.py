@@ -172,3 +172,20 @@ def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     if config["vocab_size"] >= 4096:
         shutil.copy(STORIES / "tokenizer.json", folder)
     return folder
+
+
+def write_endless_model(folder: Path) -> Path:
+    """Write a random model that never ends its answer."""
+    return write_model(folder, vocab_size=4096, eos_token_id=[])
+
+
+def write_overflowing_model(folder: Path) -> Path:
+    """Write a random model in which the embedding of token 9 makes values overflow fp16."""
+    path = write_model(folder, vocab_size=4096) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.v_proj.weight"][0] = 0
+    tensors["model.layers.0.self_attn.v_proj.weight"][0, 0] = 1e5
+    tensors["model.embed_tokens.weight"][:, 0] = 0
+    tensors["model.embed_tokens.weight"][9, 0] = 1
+    save_file(tensors, path)
+    return folder

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import psutil
 
-from hybrid import Engine, Generation, OutOfMemory
+from hybrid import BatchedGeneration, Engine, Generation, OutOfMemory
 
 
 class ClosingLine:
@@ -20,7 +20,7 @@ class ClosingLine:
         self._measures_bandwidth = measures_bandwidth
         self._stream_gbs: float | None = None
 
-    def __call__(self, engine: Engine, generation: Generation) -> str:
+    def __call__(self, engine: Engine, generation: Generation | BatchedGeneration) -> str:
         # A small model's weights stay in the CPU's cache, so memory bandwidth is no limit.
         if self._measures_bandwidth and not (engine.uses_gpu or engine.fits_in_cache):
             self._measures_bandwidth = False  # once is enough
@@ -29,7 +29,9 @@ class ClosingLine:
         return closing_line(engine, generation, self._stream_gbs)
 
 
-def closing_line(engine: Engine, generation: Generation, stream_gbs: float | None = None) -> str:
+def closing_line(
+    engine: Engine, generation: Generation | BatchedGeneration, stream_gbs: float | None = None
+) -> str:
     """Return the line. `stream_gbs` is the memory's bandwidth in GB/s; None leaves it out."""
     stats = generation.stats
     prompt = f"prompt {stats.prompt_tokens} tokens"

@@ -1,7 +1,8 @@
 """Answer: what has been said so far, and what is said next. It knows no session.
 
 Whoever computes logits hands them to `choose`, appends the token that it returns to the sequence,
-and then takes the text. `Generation` does so on its consumer's thread.
+and then takes the text. `Generation` does so on its consumer's thread, and a `Stream` of a batching
+loop on the loop's thread.
 """
 
 from __future__ import annotations

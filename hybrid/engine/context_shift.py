@@ -101,19 +101,27 @@ class Room:
 
     def make(self) -> bool:
         """Shift the context if it is full. Returns False if the answer is cancelled meanwhile."""
-        session, answer, n_kept = self._session, self._answer, self._answer.request.n_kept
-        if n_kept is None or session.position < session.n_context:
+        session, answer = self._session, self._answer
+        started, stats, left = time.perf_counter(), answer.stats, self.drop()
+        if not left:
             return True
-        started, stats = time.perf_counter(), answer.stats
-        n = n_dropped(session.position, n_kept)
-        left = session.tokens[n_kept + n :]
-        answer.n_dropped += n
-        stats.n_shifts += 1
-        session.truncate(n_kept)
+        n_stayed = session.position
         is_made = prefill_parts(session, left, answer, self.progress)
-        n_computed, seconds = session.position - n_kept, time.perf_counter() - started
+        n_computed, seconds = session.position - n_stayed, time.perf_counter() - started
         self.n_prefilled += n_computed
         stats.prefilled_tokens += n_computed
         stats.prefill_s += seconds
         stats.decode_s -= seconds  # within a step of decode, but no part of it
         return is_made
+
+    def drop(self) -> list[int]:
+        """If the context is full, drop what a shift drops. Return the tokens to compute again."""
+        session, n_kept = self._session, self._answer.request.n_kept
+        if n_kept is None or session.position < session.n_context:
+            return []
+        n = n_dropped(session.position, n_kept)
+        left = session.tokens[n_kept + n :]
+        self._answer.n_dropped += n
+        self._answer.stats.n_shifts += 1
+        session.truncate(n_kept)
+        return list(left)

@@ -11,19 +11,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hybrid.checkpoint.name import model_name
-from hybrid.engine.answer import Answer, AnswerRequest
-from hybrid.engine.context_shift import fitted, tokens_to_keep
+from hybrid.engine.answer import Answer
+from hybrid.engine.batch.batched_generation import BatchedGeneration
+from hybrid.engine.batch.loop import BatchLoop
+from hybrid.engine.batch.passes import Batch
 from hybrid.engine.generation import Generation
 from hybrid.engine.loading.executors import Executor
 from hybrid.engine.loading.pipeline import Parts
 from hybrid.engine.loading.prediction import Prediction
-from hybrid.engine.options import (
-    GenerationKeywords,
-    GenerationOptions,
-    check_prompt,
-    checked_ids,
-    spelling_out,
-)
+from hybrid.engine.options import GenerationKeywords, GenerationOptions, spelling_out
+from hybrid.engine.requests import Conversation, Requests
 from hybrid.engine.session import Session
 from hybrid.engine.session_file import Origin
 from hybrid.engine.stats import EngineStats, GenerationStats
@@ -32,7 +29,7 @@ from hybrid.model.config import ModelConfig
 from hybrid.placement.hardware import last_level_cache_bytes, measure_stream_gbs
 from hybrid.placement.plan import PlacementPlan
 from hybrid.text.chat import Chat, ChatMessage
-from hybrid.text.sampling import Sampler, SamplingParams
+from hybrid.text.sampling import SamplingParams
 from hybrid.weights.layout import decode_bytes
 from hybrid.weights.packing import NeuronOrders
 
@@ -45,7 +42,7 @@ class Engine:
     statement.
 
     Generations may run from several threads at once. They use the cores alternately, one token at
-    a time.
+    a time; a `BatchLoop` computes tokens of several at once.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -53,6 +50,7 @@ class Engine:
         self.folder, self.spec, self._plan = parts.folder, parts.spec, parts.plan
         self.name: str = model_name(parts.folder)  # of its Hub repository, or of its folder
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
+        self._requests = Requests(parts.tokenizer, parts.spec, parts.defaults)
         # Per layer: the checkpoint's neurons in packed order. None: the checkpoint's own order.
         self.neuron_orders: NeuronOrders | None = parts.orders
         self.is_synthetic = parts.is_synthetic
@@ -65,6 +63,8 @@ class Engine:
         )
         self._process_id = os.getpid()
         self._background = loaded.background
+        self._loop: BatchLoop | None = None  # of agenerate and achat
+        self._loop_lock = threading.Lock()
         self._stats_lock = threading.Lock()
         self._stats = EngineStats(
             load_s=parts.load_s,
@@ -243,11 +243,9 @@ class Engine:
         NumericOverflow if keys or values exceed the range of the KV cache.
         """
         options = replace(options or GenerationOptions(), **keywords)
-        if isinstance(prompt, str) and not raw and self.tokenizer.has_chat_template:
-            return self.chat(
-                [{"role": "user", "content": prompt}], session=session, options=options
-            )
-        return self._begin(self._checked_prompt(prompt), session, options)
+        known = self._known(session)
+        answer = self._requests.continuing(prompt, options, raw=raw, known=known)
+        return self._begin(answer, session)
 
     @spelling_out(GenerationOptions)
     def chat(
@@ -273,7 +271,8 @@ class Engine:
         options = replace(options or GenerationOptions(), **keywords)
         # A copy of the messages, because the caller may edit the conversation in place later.
         chat = Chat(messages, tools, variables=variables or {})
-        return self._begin(self._chat_ids(chat, session), session, options, chat)
+        known = self._known(session)
+        return self._begin(self._requests.answering(chat, options, known=known), session)
 
     def open_session(
         self, file: Path | str | None = None, *, dense: bool = False, timed: bool = False
@@ -292,7 +291,7 @@ class Engine:
         try:
             executor = self._open()
             native = executor.open_session(is_dense=dense, is_timed=timed, kv=self.spec.kv)
-            session = Session(native, self.config, executor, self._background, origin)
+            session = Session(native, self.config, executor, self._background, origin, dense)
         except MemoryError:
             raise OutOfMemory(
                 f"a context of {self.n_context} tokens does not fit into memory; "
@@ -300,8 +299,52 @@ class Engine:
             ) from None
         return session if file is None else session.filled_from(Path(file))
 
+    def open_batch(self) -> Batch:
+        """Open a Batch, whose passes append tokens to several sessions of this engine at once.
+
+        Raises EngineClosed.
+        """
+        return Batch(self._open())
+
+    @spelling_out(GenerationOptions)
+    def agenerate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        raw: bool = False,
+        options: GenerationOptions | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> BatchedGeneration:
+        """Continue a prompt as `generate` does; iterate over the result with `async for`.
+
+        The texts are those of `generate`. They come from a `BatchLoop` of default values, which the
+        first call opens and `close` closes: up to 4 answers at once, while 64 wait. Cancelling the
+        task cancels the answer within one pass. Any event loop and any thread may call this. Raises
+        as `BatchLoop` and its `submit` do.
+        """
+        return self._default_loop().submit(prompt, raw=raw, options=options, **keywords)
+
+    @spelling_out(GenerationOptions)
+    def achat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        options: GenerationOptions | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> BatchedGeneration:
+        """Answer the last of `messages` as `chat` does; otherwise as `agenerate`."""
+        return self._default_loop().submit_chat(
+            messages, tools=tools, variables=variables, options=options, **keywords
+        )
+
     def close(self) -> None:
         """Free weights and threads as soon as running generations have ended."""
+        with self._loop_lock:
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close()
         if self._executor is not None:
             self._executor.close()
         self._executor = None
@@ -329,50 +372,25 @@ class Engine:
             )
         return self._executor
 
-    def _begin(
-        self,
-        ids: list[int],
-        session: Session | None,
-        options: GenerationOptions,
-        chat: Chat | None = None,
-    ) -> Generation:
-        executor = self._open()
-        if session is not None and session._engine is not executor:
-            raise InvalidOption("session: belongs to another engine")
-        n_kept, n_shifts = None, 0
-        if options.context_shift:
-            n_kept = tokens_to_keep(self.tokenizer, ids, options.n_keep, chat, self.n_context)
-            ids, n_shifts = fitted(ids, n_kept, self.n_context)
-        check_prompt(ids, self.n_context, self.config.max_context)
-        limits, speculates = options.limits(self.defaults, len(ids)), options.speculate is not None
-        request = AnswerRequest(ids, limits, options.logprobs, speculates, chat, n_kept, n_shifts)
-        sampler = Sampler(options.sampling(self.default_sampling))
-        answer = Answer(self.tokenizer, sampler, request, self.config.eos_ids)
+    def _default_loop(self) -> BatchLoop:
+        self._open()
+        with self._loop_lock:
+            if self._loop is None:
+                self._loop = BatchLoop(self)
+            return self._loop
+
+    def _begin(self, answer: Answer, session: Session | None) -> Generation:
         if session is None:
             return Generation(self.open_session(), answer, self._count, owns_session=True)
         return Generation(session, answer, self._count, owns_session=False)
 
+    def _known(self, session: Session | None) -> Conversation | None:
+        """Return the conversation of a caller's session, after checking the session and engine."""
+        executor = self._open()
+        if session is not None and session._engine is not executor:
+            raise InvalidOption("session: belongs to another engine")
+        return None if session is None else session.chat
+
     def _count(self, ended: GenerationStats) -> None:
         with self._stats_lock:
             self._stats = self._stats.with_generation(ended)
-
-    def _chat_ids(self, chat: Chat, session: Session | None) -> list[int]:
-        """Return the conversation's ids.
-
-        If the conversation continues the session's last answer, only the new messages are encoded
-        and appended to the session's ids.
-        """
-        known = None if session is None else session.chat
-        if known is not None:
-            earlier, ids = known
-            n = len(earlier.messages)
-            if replace(chat, messages=chat.messages[:n]) == earlier and len(chat.messages) > n:
-                following = self.tokenizer.encode_after_answer(chat, n - 1)
-                if following is not None:
-                    return ids + following
-        return self.tokenizer.encode_chat(chat)
-
-    def _checked_prompt(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt) or list(self.tokenizer.empty_text)
-        return checked_ids(prompt, self.config.vocab_size)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from hybrid.engine.answer import Answer, FinishReason, TokenLogprobs
+from hybrid.engine.answer import Answer
+from hybrid.engine.answer_view import AnswerView
 from hybrid.engine.context_shift import Room, prefill_parts
 from hybrid.engine.session import Session
 from hybrid.engine.speculation import Speculation
@@ -15,7 +16,7 @@ from hybrid.progress import Progress, ignore_progress
 _PATIENCE_S = 0.1  # of a wait between two checks for cancellation
 
 
-class Generation:
+class Generation(AnswerView):
     """The text of one answer as an iterator of pieces; a piece never splits a character.
 
     `text`, `tokens`, `logprobs` and `stats` grow during the iteration. `finish_reason` is None
@@ -24,12 +25,6 @@ class Generation:
     iterate; any thread may cancel.
     """
 
-    prompt: list[int]  # token ids
-    tokens: list[int]  # generated ids, without the end-of-sequence token
-    logprobs: list[TokenLogprobs] | None  # None unless requested
-    limit_is_models: bool  # whether generation_config.json limits the answer, not the caller
-    stats: GenerationStats
-    seed: int  # the same seed repeats this generation
     progress: Progress  # set it to see how far a context shift is
 
     def __init__(
@@ -44,11 +39,9 @@ class Generation:
 
         With `owns_session`, the session is then closed.
         """
-        self.prompt, self.tokens, self.logprobs = answer.prompt, answer.tokens, answer.logprobs
-        self.limit_is_models = answer.request.limits.is_models
-        self.stats, self.seed = answer.stats, answer.seed
+        super().__init__(answer)
         self.progress = ignore_progress
-        self._session, self._answer = session, answer
+        self._session = session
         self._room = Room(session, answer)
         self._n_neurons = session._config.n_layers * session._config.n_neurons
         self._owns_session, self._on_end = owns_session, on_end
@@ -56,35 +49,6 @@ class Generation:
         self._is_prefilled = self._is_over = False
         self._ticket = object()
         session.hand_to(self._ticket)
-
-    @property
-    def text(self) -> str:
-        """The pieces so far, joined."""
-        return self._answer.text
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the answer ended; None before it does."""
-        return self._answer.finish_reason
-
-    @property
-    def context_is_full(self) -> bool:
-        """Whether a full context ended the answer."""
-        return self._answer.context_is_full
-
-    @property
-    def sequence(self) -> list[int]:
-        """Prompt and answer as the model sees them: without what context shifts dropped."""
-        return self._answer.sequence
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """Lines that a user should see after the text: what context shifts dropped."""
-        n, n_kept = self.stats.n_shifts, self._answer.request.n_kept
-        times = "once" if n == 1 else f"{n} times"
-        kept = "its first token stayed" if n_kept == 1 else f"its first {n_kept} tokens stayed"
-        half = "the oldest half of the others was dropped"
-        return (f"the context was full {times}: {kept}, and {half}",) if n else ()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -131,13 +95,6 @@ class Generation:
             if self.stats.decode_steps:
                 self.stats.decode_bytes = sum(self._session.decode_bytes.values())
         return piece
-
-    def cancel(self) -> None:
-        """End the generation before its next token, or its wait for the check of the weights.
-
-        Any thread may call this.
-        """
-        self._answer.cancel()
 
     def close(self) -> None:
         """End the generation now. If it opened its own session, that session frees its memory."""

@@ -96,6 +96,7 @@ class Session:
         engine: object = None,
         weights: WeightsCheck | None = None,
         origin: Origin | None = None,
+        is_dense: bool = False,
     ) -> None:
         """`weights` are still being checked, or None if they are sound.
 
@@ -104,6 +105,7 @@ class Session:
         self._native: NativeSession | None = native
         self._config = config
         self._weights, self._origin = weights, origin
+        self.is_dense = is_dense  # whether it computes all neurons
         self._engine = engine  # the executor that owns the weights; compared by identity
         self._tokens: list[int] = []
         self._lock = threading.RLock()  # held during each call into the native session

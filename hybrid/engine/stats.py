@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 class GenerationStats:
     """Counts and times of one generation.
 
-    Times exclude what the consumer of the text does between pieces.
+    Times exclude what the consumer of the text does between pieces. In a batching loop they include
+    what passes compute for other answers, and so do `decode_bytes` and `active_fraction`.
     """
 
     prompt_tokens: int

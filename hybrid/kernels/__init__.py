@@ -22,6 +22,7 @@ except ImportError as error:
 from hybrid.kernels._native import (
     PREFILL_CHUNK,
     Activation,
+    Batch,
     Format,
     KvFormat,
     Predictor,
@@ -36,6 +37,7 @@ from hybrid.kernels._native import (
 __all__ = [
     "PREFILL_CHUNK",
     "Activation",
+    "Batch",
     "Format",
     "KvFormat",
     "Predictor",

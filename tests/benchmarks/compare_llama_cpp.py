@@ -170,7 +170,7 @@ class LlamaWorker:
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {gguf_path}")
         context = llama_cpp.llama_context_default_params()
-        context.n_ctx = context.n_batch = context.n_ubatch = 1024
+        self.choose_context(context, args)
         context.n_threads = context.n_threads_batch = args.threads
         self.context = llama_cpp.llama_init_from_model(self.model, context)
         n = max(PREFILL, args.tokens) + 16
@@ -180,6 +180,10 @@ class LlamaWorker:
         self.about = (
             f"llama-cpp-python {llama_cpp.__version__}, {args.threads} threads, no mmap, {flags}"
         )
+
+    def choose_context(self, context: Any, args: argparse.Namespace) -> None:
+        """Set the sizes of llama.cpp's context in its parameters."""
+        context.n_ctx = context.n_batch = context.n_ubatch = 1024
 
     def evaluate(self, ids: np.ndarray) -> None:
         tokens = (self.api.llama_token * len(ids))(*ids.tolist())
@@ -253,8 +257,9 @@ def serve(
     try:
         worker = make(args, path)
         pipe.send(worker.about)
-        while task := pipe.recv():
-            pipe.send(getattr(worker, task)())
+        while True:
+            task, values = pipe.recv()
+            pipe.send(getattr(worker, task)(*values))
     except EOFError:
         pass  # the comparison has ended
     except Exception as error:
@@ -272,7 +277,7 @@ class Process:
         self.n_threads: int = args.threads
         self.n_repeated = self.n_disturbed = 0
 
-    def measure(self, task: str) -> dict[str, float]:
+    def measure(self, task: str, *values: int) -> dict[str, float]:
         """Repeat a run until no hypervisor disturbs it, and return its result.
 
         If all MOST_TRIES runs are disturbed, the last one counts.
@@ -281,14 +286,14 @@ class Process:
             self.n_repeated += attempt > 0
             time.sleep(0.3)  # until the other engine's spinning threads sleep
             stolen = StolenTime()
-            result = self.ask(task)
+            result = self.ask(task, *values)
             if stolen.share(self.n_threads) <= MOST_STOLEN:
                 return result
         self.n_disturbed += 1
         return result
 
-    def ask(self, task: str) -> dict[str, float]:
-        self.pipe.send(task)
+    def ask(self, task: str, *values: int) -> dict[str, float]:
+        self.pipe.send((task, values))
         return self.receive()
 
     def receive(self) -> Any:
@@ -408,6 +413,15 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
+def dense_file(folder: Path, config: ModelConfig, quant: str) -> Path:
+    """Return the GGUF file of this shape in a folder, and write it if there is none."""
+    path = folder / f"dense-{quant}.gguf"
+    if not path.exists():
+        print(f"writing {path}", file=sys.stderr)
+        write_dense_gguf(path, config, quant)
+    return path
+
+
 def main() -> int:
     args = parse_arguments()
     try:
@@ -417,10 +431,7 @@ def main() -> int:
         return 1
     config = open_checkpoint(resolve(args.model), Format[args.quant]).config
     with tempfile.TemporaryDirectory() as temporary:
-        path = (args.folder or Path(temporary)) / f"dense-{args.quant}.gguf"
-        if not path.exists():
-            print(f"writing {path}", file=sys.stderr)
-            write_dense_gguf(path, config, args.quant)
+        path = dense_file(args.folder or Path(temporary), config, args.quant)
         print(json.dumps(compare(args, path, config)))
     return 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = (
+    "batch.py",
     "compare_llama_cpp.py",
     "format_report.py",
     "plan_check.py",

@@ -76,3 +76,15 @@ def test_only_a_verbose_run_measures(monkeypatch, capsys, options):
         monkeypatch.setattr("builtins.input", lambda prompt, lines=lines: next(lines, "/quit"))
         assert run.main([*options, "-n", "3", *(["-v"] if is_verbose else [])]) == 0
         assert ("% of bandwidth" in capsys.readouterr().err) == is_verbose
+
+
+def test_an_answer_of_a_batching_loop_has_the_same_line():
+    with hybrid.load("stories", threads=1) as engine:
+        alone = engine.generate("Once", max_tokens=9, seed=1)
+        list(alone)
+        with hybrid.BatchLoop(engine) as loop:
+            batched = loop.submit("Once", max_tokens=9, seed=1)
+            list(batched)
+        figures = re.compile(r"[\d.,]+ (tok/s|GB/s|MB)")
+        lines = [figures.sub("N", ClosingLine()(engine, answer)) for answer in (alone, batched)]
+        assert lines[0] == lines[1]

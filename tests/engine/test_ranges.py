@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from slow import slow_except
-from tiny_models import STORIES, scale_weights, write_model
+from tiny_models import STORIES, scale_weights, write_model, write_overflowing_model
 
 import hybrid
 from hybrid import NumericOverflow, eval
@@ -182,15 +182,7 @@ def test_keys_and_values_beyond_fp16_are_an_error_that_names_the_remedy(tmp_path
 
 
 def test_an_overflow_appends_no_token(tmp_path):
-    """The embedding of one token makes values overflow; the others do not."""
-    folder = write_model(tmp_path, vocab_size=4096)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.self_attn.v_proj.weight"][0] = 0
-    tensors["model.layers.0.self_attn.v_proj.weight"][0, 0] = 1e5
-    tensors["model.embed_tokens.weight"][:, 0] = 0
-    tensors["model.embed_tokens.weight"][9, 0] = 1
-    save_file(tensors, folder / "model.safetensors")
-    with hybrid.load(folder) as engine, engine.open_session() as session:
+    with hybrid.load(write_overflowing_model(tmp_path)) as engine, engine.open_session() as session:
         fresh = engine.open_session()
         session.prefill([5, 6, 7])
         for overflow in (lambda: session.decode(9), lambda: session.prefill([3] * 70 + [9, 4])):

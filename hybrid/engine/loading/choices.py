@@ -81,12 +81,29 @@ def check_context_memory(config: ModelConfig, n_context: int, n_layers: int) -> 
     layers. The system provides memory for both only as far as the context is used.
     """
     tables = 4 * config.head_dim
-    cache = 2 * 2 * config.n_kv_heads * config.head_dim * n_layers
+    cache = kv_token_bytes(config, n_layers)
     needed, total = n_context * (tables + cache), total_memory_bytes()
     if needed > total:
         raise OutOfMemory(
             f"a context of {n_context:,} tokens needs {needed / 1e9:,.1f} GB, and this machine has "
             f"{total / 1e9:.1f} GB of memory; choose a smaller context_size"
+        )
+
+
+def kv_token_bytes(config: ModelConfig, n_layers: int) -> int:
+    """Return the bytes of a token's keys and values in so many layers."""
+    return 2 * 2 * config.n_kv_heads * config.head_dim * n_layers
+
+
+def check_sequences_memory(context_bytes: int, n_sequences: int, cache_bytes: int) -> None:
+    """Raise OutOfMemory if full contexts of several sequences and a cache exceed free memory."""
+    needed, available = n_sequences * context_bytes + cache_bytes, available_memory_bytes()
+    if needed > available:
+        raise OutOfMemory(
+            f"contexts of {n_sequences} sequences ({context_bytes / 1e6:,.1f} MB each) and "
+            f"{cache_bytes / 1e6:,.1f} MB for prefixes need {needed / 1e6:,.1f} MB, and "
+            f"{available / 1e6:,.1f} MB of memory is free; choose fewer sequences, a smaller "
+            "context_size or a smaller cache"
         )
 
 

@@ -96,6 +96,20 @@ def test_keys_and_values_on_a_gpu_are_neither_saved_nor_copied(gpu, tmp_path):
     assert not path.exists()
 
 
+def test_sequences_of_a_batch_use_the_gpu_one_after_the_other(gpu):
+    options = {"max_tokens": 12, "temperature": 0}
+    prompts = ("One day, a cat ran", "The sun", list(range(20, 110)))
+    with hybrid.load("stories", threads=2, vram_budget=14 * MIB, context_size=256) as engine:
+        assert engine.uses_gpu
+        alone = ["".join(engine.generate(prompt, **options)) for prompt in prompts]
+        with hybrid.BatchLoop(engine, n_sequences=2) as loop:
+            assert "one sequence at a time" in loop.notices[0]
+            batched = [loop.submit(prompt, **options) for prompt in prompts]
+            assert ["".join(generation) for generation in batched] == alone
+        with pytest.raises(InvalidOption, match="its sessions count"):
+            _ = engine.open_batch().decode_bytes
+
+
 def test_speculation_changes_no_text(gpu, monkeypatch):
     monkeypatch.setattr(DraftLength, "choose", lambda self, length, room: min(3, room))
     prompt = "One day, a cat ran. One day, a cat ran. One day, a cat ran."

@@ -1,0 +1,178 @@
+"""Steps: what the batching loop does again and again, on one thread.
+
+streams     decoding: one token each        being prefilled: the rest of the 64, shared fairly
+                      \\                      /
+a pass                 Batch.run: the weights are read once
+                                |
+choosing               each stream whose tokens are all appended chooses the next one
+                                |
+publishing             pieces go to consumers; what has ended leaves its session to the cache
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hybrid.engine.batch.choosing import Chooser
+from hybrid.engine.batch.passes import BatchPart
+from hybrid.engine.batch.prefix_cache import PrefixCache
+from hybrid.engine.batch.shares import shares
+from hybrid.engine.batch.stream import Counts, Stream
+from hybrid.engine.session import Session
+from hybrid.errors import EngineClosed, HybridError, NumericOverflow, OutOfMemory
+from hybrid.kernels import PREFILL_CHUNK
+
+if TYPE_CHECKING:
+    from hybrid.engine.engine import Engine
+
+
+class Steps:
+    """The streams that run, oldest first. A step appends up to 64 tokens to their sessions."""
+
+    def __init__(self, engine: Engine, *, token_bytes: int, cache_bytes: int) -> None:
+        """`token_bytes` and `cache_bytes` are those of the prefix cache."""
+        # The loop's thread must not keep an engine alive that nobody uses.
+        self._engine = weakref.ref(engine)
+        self._batch = engine.open_batch()
+        self._chooser = Chooser(engine.n_threads, engine.config.vocab_size)
+        self._cache = PrefixCache(self._open_session, token_bytes, cache_bytes)
+        self.streams: list[Stream] = []
+        self.unconfirmed: list[Stream] = []  # complete, but the weights are still being checked
+        self._n_tokens = 0  # that passes appended
+
+    def admit(self, stream: Stream) -> bool:
+        """Begin a stream. Returns False if it finds no memory before another stream has ended.
+
+        If it cannot begin for another reason, it ends alone.
+        """
+        running = [other.session for other in self.streams if other.session is not None]
+        self.streams.append(stream)
+        try:
+            session, n_cached = self._cache.take(stream.answer.prompt, running)
+            stream.begin(session, n_cached, self._counts())
+        except Exception as error:
+            if isinstance(error, OutOfMemory) and running:
+                self.streams.remove(stream)
+                return False
+            self.end(stream, error)
+        return True
+
+    def step(self) -> None:
+        """End what is cancelled, run one pass, and publish what it brings."""
+        for stream in [stream for stream in self.streams if stream.answer.is_cancelled]:
+            self.end(stream)
+        self._confirm()
+        if not self.streams:
+            return
+        shared = self._shared()
+        parts = [_part(stream, n) for stream, n in shared]
+        try:
+            errors = self._batch.run(parts)
+        except Exception as error:  # damaged weights, or a GPU that failed: no stream can go on
+            self.end_all(error)
+            return
+        self._n_tokens += sum(n for _, n in shared)
+        self._advance(shared, errors)
+
+    def end_all(self, error: Exception | None = None) -> None:
+        """End all streams: cancelled, or with an error."""
+        for stream in [*self.streams]:
+            self.end(stream, copy.copy(error))
+        for stream in self.unconfirmed:
+            stream.answer.finish("cancelled")
+            stream.mailbox.end(copy.copy(error))
+        self.unconfirmed.clear()
+
+    def close(self, error: Exception | None = None) -> None:
+        self.end_all(error)
+        self._cache.close()
+        self._chooser.close()
+
+    def _shared(self) -> list[tuple[Stream, int]]:
+        """Return how many tokens of each stream the next pass appends."""
+        decoding = [stream for stream in self.streams if stream.is_decoding]
+        filling = [stream for stream in self.streams if not stream.is_decoding]
+        room = PREFILL_CHUNK - len(decoding)
+        sizes = shares([len(stream.pending) for stream in filling], room)
+        return [(stream, 1) for stream in decoding] + list(zip(filling, sizes, strict=True))
+
+    def _advance(
+        self, shared: list[tuple[Stream, int]], errors: Mapping[int, NumericOverflow]
+    ) -> None:
+        """Choose the next tokens after a pass, and publish their text."""
+        complete = []
+        for i, (stream, n) in enumerate(shared):
+            if i in errors:
+                self.end(stream, errors[i])
+            elif stream.append(n, self._counts):
+                complete.append(stream)
+        self._chooser.choose(complete)
+        for stream in complete:
+            self._publish(stream)
+
+    def _publish(self, stream: Stream) -> None:
+        if stream.error is not None:
+            self.end(stream, stream.error)
+            return
+        if stream.piece and not stream.mailbox.put(stream.piece):
+            stream.answer.cancel()  # the consumer's event loop is closed
+        if stream.answer.finish_reason is not None:
+            self.end(stream)
+
+    def end(self, stream: Stream, error: Exception | None = None) -> None:
+        """End a stream, also one that has not begun: cancelled, if it is not complete."""
+        answer, session = stream.answer, stream.session
+        if answer.finish_reason is None:
+            answer.finish("cancelled")
+            if error is None and (piece := answer.take()):
+                stream.mailbox.put(piece)
+        if stream in self.streams:
+            self.streams.remove(stream)
+        if session is not None:
+            stream.end(self._counts())
+            if error is None and session.position and not answer.stats.n_shifts:
+                self._cache.leave(session)
+            else:  # a shift also leaves more memory in use than there are tokens
+                session.close()
+        if (engine := self._engine()) is not None:
+            engine._count(answer.stats)
+        if error is not None or answer.finish_reason == "cancelled":
+            stream.mailbox.end(error)
+        else:
+            self.unconfirmed.append(stream)
+            self._confirm()
+
+    def _confirm(self) -> None:
+        """End answers that are complete, as soon as the weights have been checked."""
+        for stream in [*self.unconfirmed]:
+            assert stream.session is not None
+            error = None
+            try:
+                if not stream.session.confirm_weights(0):
+                    if not stream.answer.is_cancelled:
+                        continue
+                    stream.answer.finish("cancelled")
+            except HybridError as damage:
+                error = damage
+            self.unconfirmed.remove(stream)
+            stream.mailbox.end(error)
+
+    def _counts(self) -> Counts:
+        if not self._batch.counts:
+            return Counts(0, 0, 0)
+        n_bytes = sum(self._batch.decode_bytes.values())
+        return Counts(self._n_tokens, sum(self._batch.active_counts), n_bytes)
+
+    def _open_session(self) -> Session:
+        engine = self._engine()
+        if engine is None:
+            raise EngineClosed("the engine is gone; load the model again")
+        return engine.open_session()
+
+
+def _part(stream: Stream, n: int) -> BatchPart:
+    assert stream.session is not None
+    return BatchPart(stream.session, stream.pending[:n], n == len(stream.pending))
