@@ -160,7 +160,10 @@ def _nucleus(weights: Floats, top_p: float) -> Ids:
     total = weights.sum(dtype=np.float64)
     # Weights below (1 - top_p) / n of the total sum to less than 1 - top_p of it. So the others
     # reach top_p without them. The bound is halved so that rounding does not matter.
-    likely = np.flatnonzero(weights >= 0.5 * (1 - top_p) * total / weights.size)
+    bound = np.float32(
+        0.5 * (1 - top_p) * total / weights.size
+    )  # in fp64 all weights would be, too
+    likely = np.flatnonzero(weights >= bound)
     falling = np.sort(weights[likely])[::-1]
     n = min(_find(falling, top_p * total, "left") + 1, likely.size)
     nucleus: Ids = likely[_from_cut(weights[likely], n, falling[n - 1])]
