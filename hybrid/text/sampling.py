@@ -24,6 +24,7 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 
 BLOCK = 256  # logits per block of the two-step searches below
+LIKELY = np.float32(1e-3)  # of the largest weight; most often such tokens already reach top_p
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,14 +157,17 @@ def _from_cut(values: Floats, n: int, cut: np.float32) -> Ids:
 
 
 def _nucleus(weights: Floats, top_p: float) -> Ids:
-    """Return the indices, ascending, of the fewest largest weights that sum to top_p of all."""
+    """Return the indices, ascending, of the fewest largest weights that sum to top_p of all.
+
+    The largest weight is 1.
+    """
     total = weights.sum(dtype=np.float64)
-    # Weights below (1 - top_p) / n of the total sum to less than 1 - top_p of it. So the others
-    # reach top_p without them. The bound is halved so that rounding does not matter.
-    bound = np.float32(
-        0.5 * (1 - top_p) * total / weights.size
-    )  # in fp64 all weights would be, too
-    likely = np.flatnonzero(weights >= bound)
+    likely = np.flatnonzero(weights >= LIKELY)
+    if weights[likely].sum(dtype=np.float64) < top_p * total:
+        # Weights below (1 - top_p) / n of the total sum to less than 1 - top_p of it. So the others
+        # reach top_p without them. The bound is halved so that rounding does not matter.
+        bound = np.float32(0.5 * (1 - top_p) * total / weights.size)
+        likely = np.flatnonzero(weights >= bound)
     falling = np.sort(weights[likely])[::-1]
     n = min(_find(falling, top_p * total, "left") + 1, likely.size)
     nucleus: Ids = likely[_from_cut(weights[likely], n, falling[n - 1])]
