@@ -7,8 +7,11 @@ merge makes, normalizers that double a text forty times. They are refused here, 
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,12 +78,28 @@ def read_settings(model: Path | GgufFile) -> tuple[dict[str, Any], dict[str, Any
     tokenizer.json would hold. Raises InvalidCheckpoint and UnsupportedModel.
     """
     if not isinstance(model, Path) or is_gguf(model):
-        layout, settings = read_gguf_tokenizer(model)
+        with _collector_paused():
+            layout, settings = read_gguf_tokenizer(model)
         return settings, layout
     settings = read_optional(model / "tokenizer_config.json")
     if settings.get("added_tokens_decoder") is None:
         settings |= read_optional(model / "special_tokens_map.json")
     return settings, None
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Let Python look for no cyclic garbage, of which a vocabulary has none.
+
+    It would walk over half a million new tuples again and again: a fifth of the time to load.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def read_layout(folder: Path, settings: dict[str, Any]) -> tuple[Path, str, dict[str, Any]]:
