@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every kind of GPU that hybrid supports. The test needs no GPU."""
+"""Every Triton kernel compiles for every kind of GPU that hybrid supports. No GPU is needed."""
 
 from __future__ import annotations
 
