@@ -53,10 +53,6 @@ double ReadMemory(ThreadPool& pool, const Floats& memory) {
   return std::accumulate(context.sums.begin(), context.sums.end(), 0.0);
 }
 
-}  // namespace
-
-namespace {
-
 // What a session's or a batch's passes counted.
 template <typename Owner>
 void BindCounts(py::class_<Owner>& owner) {

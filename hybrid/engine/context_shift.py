@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from hybrid.engine.answer import Answer
-from hybrid.engine.session import Session
+from hybrid.engine.session import Session, common_length
 from hybrid.errors import InvalidOption
 from hybrid.kernels import PREFILL_CHUNK
 from hybrid.progress import Progress, ignore_progress
@@ -83,8 +83,7 @@ def _length_of_opening(tokenizer: Tokenizer, ids: list[int], chat: Chat) -> int:
         opening = tokenizer.encode_chat(other)
     except InvalidOption:  # the template refuses an empty message
         return 0
-    same = (mine == theirs for mine, theirs in zip(ids, opening, strict=False))
-    return next((n for n, is_same in enumerate(same) if not is_same), min(len(ids), len(opening)))
+    return common_length(ids, opening)
 
 
 class Room:

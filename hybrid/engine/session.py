@@ -78,6 +78,13 @@ class Observation:
     inputs: NDArray[np.float16] | None  # (n_layers, n, hidden): the normed inputs of the FFNs
 
 
+def common_length(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with in common."""
+    pairs = enumerate(zip(tokens, others, strict=False))
+    least = min(len(tokens), len(others))
+    return next((i for i, (token, other) in pairs if token != other), least)
+
+
 class Session:
     """A sequence and its KV cache. Open it with `Engine.open_session`.
 
@@ -254,11 +261,7 @@ class Session:
         The last of `tokens` is never kept, because its logits must be computed.
         """
         with self._lock:
-            n = 0
-            for mine, theirs in zip(self._tokens, tokens[:-1], strict=False):
-                if mine != theirs:
-                    break
-                n += 1
+            n = common_length(self._tokens, tokens[:-1])
             self.truncate(n)
             return n
 

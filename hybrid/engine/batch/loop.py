@@ -163,7 +163,7 @@ class _Worker:
         with self._changed:
             if self._is_stopping:
                 raise EngineClosed("the batching loop is closed; open another one")
-            n_free = self._n_sequences - self._n_running  # for these, the queue is but a door
+            n_free = self._n_sequences - self._n_running  # requests for which one is free do not wait
             if len(self._queue) >= self._queue_size + max(n_free, 0):
                 raise QueueFull(
                     f"{self._queue_size} requests wait already, as many as the queue takes; try "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hybrid.engine.session import Session
+from hybrid.engine.session import Session, common_length
 
 LEAST_COPY = 16  # tokens: below, opening a session and copying into it saves nothing
 
@@ -36,7 +36,7 @@ class PrefixCache:
         `Engine.open_session` does.
         """
         prefix, candidates = prompt[:-1], [*self._idle, *running] if self._budget else []
-        shared = [(_common(session.tokens, prefix), session) for session in candidates]
+        shared = [(common_length(session.tokens, prefix), session) for session in candidates]
         most = max((n for n, _ in shared), default=0)
         sources = [session for n, session in shared if n == most]
         for session in sources if most else ():
@@ -63,9 +63,3 @@ class PrefixCache:
         for session in self._idle:
             session.close()
         self._idle.clear()
-
-
-def _common(tokens: Sequence[int], prefix: Sequence[int]) -> int:
-    pairs = enumerate(zip(tokens, prefix, strict=False))
-    least = min(len(tokens), len(prefix))
-    return next((i for i, (mine, theirs) in pairs if mine != theirs), least)

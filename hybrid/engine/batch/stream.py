@@ -51,8 +51,9 @@ class Stream:
         del self.pending[:n]
         self._spend()
         if is_complete and not has_decoded:  # the prompt is done, and counts of decode begin
-            self._measure(counts())
-            self._counts = counts()
+            now = counts()
+            self._measure(now)
+            self._counts = now
         return is_complete
 
     def choose(self) -> None:
