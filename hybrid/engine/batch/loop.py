@@ -163,7 +163,8 @@ class _Worker:
         with self._changed:
             if self._is_stopping:
                 raise EngineClosed("the batching loop is closed; open another one")
-            n_free = self._n_sequences - self._n_running  # requests for which one is free do not wait
+            # Requests for which a sequence is free do not wait.
+            n_free = self._n_sequences - self._n_running
             if len(self._queue) >= self._queue_size + max(n_free, 0):
                 raise QueueFull(
                     f"{self._queue_size} requests wait already, as many as the queue takes; try "
