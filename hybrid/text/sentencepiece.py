@@ -114,10 +114,10 @@ def _bpe(pieces: list[Piece], *, has_bytes: bool) -> dict[str, Any]:
     """SentencePiece merges the neighbours whose piece has the highest score."""
     scores = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}
     merges = [
-        (text[:at], text[at:])
-        for text in sorted(scores, key=lambda text: -scores[text])
+        (left, right)
+        for text in sorted(scores, key=scores.__getitem__, reverse=True)
         for at in range(1, len(text))
-        if text[:at] in scores and text[at:] in scores
+        if (left := text[:at]) in scores and (right := text[at:]) in scores
     ]
     return {
         "type": "BPE",

@@ -177,6 +177,30 @@ def test_a_mapped_file_that_is_sound_passes_and_may_shrink_meanwhile(path, data)
         cut.raise_damage()
 
 
+def test_the_background_leaves_the_first_prompt_alone_until_it_is_waited_for(
+    path, data, monkeypatch
+):
+    monkeypatch.setattr(memory, "BACKGROUND_DELAY_S", 1000.0)
+    begun = threading.Event()
+    move = memory._native.move_into_memory
+
+    def moved(*arguments):
+        begun.set()
+        move(*arguments)
+
+    monkeypatch.setattr(memory._native, "move_into_memory", moved)
+    background = BackgroundCopy(path, OFFSET, sums(path, data))
+    assert background.is_copying
+    assert not begun.wait(0.05)
+    np.testing.assert_array_equal(background.buffer, np.frombuffer(data, np.uint8)[OFFSET:])
+    assert background.wait()
+    assert begun.is_set()
+    assert not background.is_mapped
+    stopped = BackgroundCopy(path, OFFSET, sums(path, data))
+    stopped.stop()
+    assert stopped.is_mapped
+
+
 def test_what_cannot_be_checked_does_not_count_as_sound(path, data, monkeypatch):
     def fail(part, crc=0):
         raise MemoryError
