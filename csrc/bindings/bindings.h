@@ -79,5 +79,6 @@ struct PyPreview {
 void BindDevice(py::module_& m);
 void BindKernels(py::module_& m);
 void BindProgram(py::module_& m);
+void BindSampling(py::module_& m);
 
 }  // namespace hybrid

@@ -42,5 +42,6 @@ PYBIND11_MODULE(_native, m) {
   m.attr("PREDICT_TILE") = hybrid::kPredictTile;
   hybrid::BindKernels(m);
   hybrid::BindProgram(m);
+  hybrid::BindSampling(m);
   hybrid::BindDevice(m);
 }

@@ -384,6 +384,13 @@ struct KernelTable {
   // matrix.
   void (*gather_dots)(Format format, const Rows& matrix, const int32_t* rows, int32_t n,
                       const uint8_t* x, float* out);
+  // weights[i] = exp((logits[i] - top) / temperature) for n logits, the largest of which is `top`;
+  // 0 if that is less than exp(-87).
+  void (*weigh_logits)(const float* logits, int32_t n, float top, float temperature,
+                       float* weights);
+  // Writes the indices of the weights that are at least `bound`, which is above 0, to `ids` (n,),
+  // ascending. Returns how many they are.
+  int32_t (*find_likely)(const float* weights, int32_t n, float bound, int32_t* ids);
   // The sum of (n,) floats, n a multiple of 128. It reads memory as fast as this ISA can.
   float (*read)(const float* x, int64_t n);
 };

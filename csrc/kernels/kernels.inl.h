@@ -8,6 +8,7 @@
 #include "kernels/pack.inl.h"
 #include "kernels/predict.inl.h"
 #include "kernels/preview.inl.h"
+#include "kernels/sampling.inl.h"
 #include "kernels/sparse_ffn.inl.h"
 #include "kernels/vectors.inl.h"
 
@@ -34,6 +35,8 @@ constexpr KernelTable MakeTable(const char* name) {
           MakePreviewInput,
           PreviewTiles,
           GatherDots,
+          WeighLogits,
+          FindLikely,
           Read};
 }
 

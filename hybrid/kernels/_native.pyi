@@ -303,3 +303,15 @@ class DeviceLink:
     def serve(self, session: Session, token: int) -> bool: ...
 
 def meet(session: Session, link: DeviceLink) -> None: ...
+
+class Sampler:
+    def __init__(self) -> None: ...
+    def draw(
+        self,
+        logits: NDArray[np.float32],
+        top: float,
+        temperature: float,
+        top_p: float,
+        min_p: float,
+        uniform: float,
+    ) -> int: ...

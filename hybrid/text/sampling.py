@@ -1,8 +1,8 @@
 """SamplingParams and Sampler choose the next token from the logits.
 
 The steps are, in this order: banned tokens, repeat penalty, temperature, top-k, top-p over what
-top-k kept, min-p over what is left. If logits are equal at a cut, the lowest ids are kept. The
-whole vocabulary is sorted only if the distribution is flat.
+top-k kept, min-p over what is left. If logits are equal at a cut, the lowest ids are kept. What
+comes after top-k is computed by csrc/sampling.cpp.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import HybridError, InvalidOption
+from hybrid.kernels import _native
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 
-BLOCK = 256  # logits per block of the two-step searches below
-LIKELY = np.float32(1e-3)  # of the largest weight; most often such tokens already reach top_p
+BLOCK = 256  # logits per block of a search in two steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +55,10 @@ class SamplingParams:
 
 
 class Sampler:
-    """Draws tokens. The same seed and logits give the same tokens in any process."""
+    """Draws tokens. The same seed and logits give the same tokens in any process.
+
+    So they do on any CPU with fused multiply-add.
+    """
 
     seed: int  # the seed in use, even if the parameters give none
 
@@ -65,8 +67,7 @@ class Sampler:
         self.seed = secrets.randbits(32) if seed is None or seed == -1 else int(seed)
         self._params = params
         self._random = random.Random(self.seed)
-        # Kept between calls, because allocating this much costs more than the work in it.
-        self._weights = np.empty(0, np.float32)
+        self._native = _native.Sampler()
 
     def sample(self, logits: Floats, seen: Collection[int] = (), banned: Sequence[int] = ()) -> int:
         """Return the next token for `logits` (vocab,), which are not changed; -inf bans a token.
@@ -102,16 +103,16 @@ class Sampler:
         if params.top_k > 0:
             ids = _largest(logits, params.top_k)
             logits = logits[ids]
-        if self._weights.size != logits.size:
-            self._weights = np.empty(logits.size, np.float32)
-        weights = _weigh(logits, top, params.temperature, self._weights)
-        if params.top_p < 1:
-            kept = _nucleus(weights, params.top_p)
-            ids, weights = kept if ids is None else ids[kept], weights[kept]
-        if params.min_p > 0:
-            likely = np.flatnonzero(weights >= params.min_p * weights.max())
-            ids, weights = likely if ids is None else ids[likely], weights[likely]
-        drawn = _draw(weights, self._random.random())
+        drawn = self._native.draw(
+            logits,
+            float(top),
+            # At these bounds any gap between logits is already 0 or infinite. Beyond them fp32
+            # would compute 0/0.
+            min(max(params.temperature, 1e-30), 1e30),
+            params.top_p,
+            params.min_p,
+            self._random.random(),
+        )
         return drawn if ids is None else int(ids[drawn])
 
 
@@ -120,17 +121,6 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     shifted = logits.astype(np.float64) - float(logits.max())
     result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
     return result
-
-
-def _weigh(logits: Floats, top: np.float32, temperature: float, out: Floats) -> Floats:
-    """Write probabilities up to a factor into `out`; the largest is 1."""
-    # At these bounds any gap between logits is already 0 or infinite. Beyond them fp32 would
-    # compute 0/0.
-    temperature = min(max(temperature, 1e-30), 1e30)
-    with np.errstate(over="ignore", under="ignore"):
-        np.subtract(logits, top, out=out)
-        np.divide(out, np.float32(temperature), out=out)
-        return np.exp(out, out=out)
 
 
 def _largest(values: Floats, n: int) -> Ids:
@@ -154,46 +144,6 @@ def _from_cut(values: Floats, n: int, cut: np.float32) -> Ids:
     kept = values > cut
     kept[np.flatnonzero(values == cut)[: n - np.count_nonzero(kept)]] = True
     return np.flatnonzero(kept)
-
-
-def _nucleus(weights: Floats, top_p: float) -> Ids:
-    """Return the indices, ascending, of the fewest largest weights that sum to top_p of all.
-
-    The largest weight is 1.
-    """
-    total = weights.sum(dtype=np.float64)
-    likely = np.flatnonzero(weights >= LIKELY)
-    if weights[likely].sum(dtype=np.float64) < top_p * total:
-        # Weights below (1 - top_p) / n of the total sum to less than 1 - top_p of it. So the others
-        # reach top_p without them. The bound is halved so that rounding does not matter.
-        bound = np.float32(0.5 * (1 - top_p) * total / weights.size)
-        likely = np.flatnonzero(weights >= bound)
-    falling = np.sort(weights[likely])[::-1]
-    n = min(_find(falling, top_p * total, "left") + 1, likely.size)
-    nucleus: Ids = likely[_from_cut(weights[likely], n, falling[n - 1])]
-    return nucleus
-
-
-def _draw(weights: Floats, uniform: float) -> int:
-    """Return the index whose share of the weights' sum contains `uniform` in [0, 1)."""
-    drawn = _find(weights, uniform * weights.sum(dtype=np.float64), "right")
-    if drawn < weights.size and weights[drawn] > 0:
-        return drawn
-    return int(np.flatnonzero(weights)[-1])  # `uniform` times the sum was rounded up to the sum
-
-
-def _find(weights: Floats, point: float, side: Literal["left", "right"]) -> int:
-    """Return the first index whose running sum reaches `point` ("left") or exceeds it ("right").
-
-    Returns the number of weights if there is none.
-    """
-    # Search the block first, then inside it, because running sums over all weights are slow.
-    sums = np.add.reduceat(weights, np.arange(0, weights.size, BLOCK), dtype=np.float64).cumsum()
-    block = int(np.searchsorted(sums, point, side=side))
-    first = block * BLOCK
-    inner = weights[first : first + BLOCK].cumsum(dtype=np.float64)
-    inner += sums[block - 1] if block > 0 else 0
-    return first + int(np.searchsorted(inner, point, side=side))
 
 
 def _is_int(value: object) -> bool:

@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 from slow import slow_except
 
 from hybrid.errors import HybridError, InvalidOption
-from hybrid.text.sampling import Sampler, SamplingParams, _draw, _largest, _nucleus
+from hybrid.kernels import _native, available_isas, using_isa
+from hybrid.text.sampling import Sampler, SamplingParams, _largest
 
 Floats = npt.NDArray[np.float32]
 INF, NAN = float("inf"), float("nan")
@@ -115,20 +116,85 @@ def test_top_k_keeps_the_first_k_of_a_full_sort(values: Floats, n: int) -> None:
     assert _largest(values, n).tolist() == sorted(by_falling_value(values)[:n])
 
 
-@given(values=VALUES, top_p=st.floats(1e-6, 1, exclude_max=True))
-@settings(deadline=None, max_examples=500)
-def test_top_p_keeps_the_shortest_start_of_a_full_sort(values: Floats, top_p: float) -> None:
+def native_draw(logits: Floats, uniform: float, **options: float) -> int:
+    settings = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, **options}
+    return _native.Sampler().draw(logits, top=float(logits.max()), uniform=uniform, **settings)
+
+
+@given(
+    values=VALUES,
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    top_p=st.floats(1e-6, 1) | st.just(1.0),
+    min_p=st.sampled_from([0.0, 0.01, 0.3]),
+)
+@settings(deadline=None, max_examples=300)
+def test_draws_are_those_of_a_full_sort(
+    values: Floats, temperature: float, top_p: float, min_p: float
+) -> None:
     if values.max() == -INF:
         values[0] = 0
-    weights = np.exp(values - values.max())
-    order = by_falling_value(weights)
-    kept = _nucleus(weights, top_p).tolist()
-    assert kept == sorted(order[: len(kept)])
-    total = weights.sum(dtype=np.float64)
-    sums = weights[order].astype(np.float64).cumsum() / total
-    rounding = 1e-12  # the order of summation differs
-    assert sums[len(kept) - 1] >= top_p - rounding
-    assert len(kept) == 1 or sums[len(kept) - 2] < top_p + rounding
+    weights = np.exp((values.astype(np.float64) - values.max()) / temperature)
+    weights[values < values.max() - 80 * temperature] = 0
+    order = by_falling_value(values)
+    sums = weights[order].cumsum() / weights.sum()
+    rounding = 1e-5  # weights are fp32
+    least = int(np.searchsorted(sums, top_p - rounding)) + 1 if top_p < 1 else len(order)
+    most = int(np.searchsorted(sums, top_p + rounding)) + 1 if top_p < 1 else len(order)
+    options = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+    for isa in available_isas():
+        with using_isa(isa):
+            fits = False
+            for n in range(least, min(most, len(order)) + 1):
+                kept = sorted(i for i in order[:n] if weights[i] >= min_p)
+                ends = weights[kept].cumsum() / weights[kept].sum()
+                middles = ends - np.diff(ends, prepend=0) / 2
+                likely = np.flatnonzero(np.diff(ends, prepend=0) > 1e-3)
+                fits |= all(
+                    native_draw(values, float(middles[i]), **options) == kept[i] for i in likely
+                )
+            assert fits
+
+
+@pytest.mark.parametrize("size", [1, 7, 255, 257, 5000])
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_all_instruction_sets_draw_the_same_tokens(size: int, spread: float) -> None:
+    logits, uniforms = noise(size) * np.float32(spread), np.random.default_rng(size).random(50)
+    for options in ({}, {"top_p": 0.95}, {"top_p": 0.5, "min_p": 0.1}, {"top_p": 1 - 2.0**-53}):
+        drawn = []
+        for isa in available_isas():
+            with using_isa(isa):
+                drawn.append([native_draw(logits, float(u), **options) for u in uniforms])
+        # The portable kernels have no fused multiply-add, so their last bits differ.
+        assert all(tokens == drawn[-1] for tokens in drawn[1:])
+        assert np.mean(np.equal(drawn[0], drawn[-1])) > 0.9
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"logits": np.empty(0, np.float32)},
+        {"logits": np.zeros((2, 2), np.float32)},
+        {"top": INF},
+        {"temperature": 0.0},
+        {"temperature": NAN},
+        {"top_p": -0.1},
+        {"min_p": 1.5},
+        {"uniform": 1.0},
+        {"uniform": NAN},
+    ],
+)
+def test_the_native_sampler_checks_what_it_gets(wrong: dict[str, Any]) -> None:
+    right = {"logits": floats(1, 2), "top": 2.0, "temperature": 1.0, "top_p": 1.0, "min_p": 0.0}
+    with pytest.raises(ValueError, match="must be"):
+        _native.Sampler().draw(**{**right, "uniform": 0.5, **wrong})
+
+
+def test_a_native_sampler_serves_vocabularies_of_any_size() -> None:
+    sampler = _native.Sampler()
+    for size in (10, 1000, 3):
+        assert sampler.draw(noise(size), float(noise(size).max()), 1.0, 1e-9, 0.0, 0.5) == int(
+            noise(size).argmax()
+        )
 
 
 @pytest.mark.parametrize(
@@ -183,18 +249,18 @@ def test_frequencies_in_a_nucleus_are_those_of_the_softmax_of_its_tokens() -> No
 
 
 @given(
-    weights=hnp.arrays(
-        np.float32, st.integers(1, 20), elements=st.sampled_from([0.0, 0.25, 1.0, 2.0**-30])
+    logits=hnp.arrays(
+        np.float32, st.integers(1, 600), elements=st.sampled_from([-INF, -1.0, 0.0, -200.0])
     ),
+    top_p=st.sampled_from([1.0, 0.999, 1 - 2.0**-53]),
     uniform=st.sampled_from([0.0, 0.5, 1 - 2**-53]) | st.floats(0, 1, exclude_max=True),
 )
 @settings(deadline=None)
-def test_a_token_without_weight_is_never_drawn(weights: Floats, uniform: float) -> None:
-    weights[weights.size // 2] = 1
-    index = _draw(weights, uniform)
-    assert weights[index] > 0
-    sums = weights.cumsum(dtype=np.float64)
-    assert sums[index] - weights[index] <= uniform * sums[-1] <= sums[index]
+def test_a_token_without_weight_is_never_drawn(
+    logits: Floats, top_p: float, uniform: float
+) -> None:
+    logits[logits.size // 2] = 0
+    assert logits[native_draw(logits, uniform, top_p=top_p)] > -200
 
 
 # Seeds
