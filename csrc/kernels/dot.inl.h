@@ -159,21 +159,21 @@ inline I32 Start(const int32_t* correction) {
 }
 
 template <Format kFormat>
-inline auto LoadWeights(const uint8_t* w) {
+inline auto Unpack(XBytes bytes) {
   if constexpr (kFormat == Format::kQ8)
-    return LoadQ8Weights(w);
+    return UnpackQ8(bytes);
   else
-    return LoadQ4Weights(w);
+    return UnpackQ4(bytes);
 }
 
-// Adds the dot products of one line of values. A q4 line meets two lines of x: the first one
+// Adds the dot products of one register of values. A q4 register meets two of x: the first one
 // belongs to the low nibbles, the second one, half a group further, to the high nibbles.
 template <Format kFormat, typename Weights>
-inline I32 DotLine(I32 dot, const Weights& w, const uint8_t* x) {
+inline I32 DotLine(I32 dot, const Weights& w, const uint8_t* x, XBytes (*load)(const uint8_t*)) {
   if constexpr (kFormat == Format::kQ8)
-    return DotQ8(dot, w, LoadX(x));
+    return DotQ8(dot, w, load(x));
   else
-    return DotQ4(DotQ4(dot, w.low, LoadX(x)), w.high, LoadX(x + GroupValueBytes(kFormat)));
+    return DotQ4(DotQ4(dot, w.low, load(x)), w.high, load(x + GroupValueBytes(kFormat)));
 }
 
 // q8 and q4: blocks of integers with scales. One token: memory is read strictly in order.
@@ -201,8 +201,8 @@ inline void DotTileBlock(Source w, int32_t n_cols, const uint8_t* x, float (*out
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
       for (int line = 0; line < kLines; ++line) {
-        const auto w_line = LoadWeights<kFormat>(w.values(r) + line * kLine);
-        dot[r] = DotLine<kFormat>(dot[r], w_line, x + group * kBlock + line * kLine);
+        const auto w_line = Unpack<kFormat>(LoadX(w.values(r) + line * kLine));
+        dot[r] = DotLine<kFormat>(dot[r], w_line, x + group * kBlock + line * kLine, LoadX);
         InOrder();
       }
       between(1);
@@ -217,8 +217,8 @@ inline void DotTileBlock(Source w, int32_t n_cols, const uint8_t* x, float (*out
   for (int r = 0; r < kRows; ++r) out[r][0] = AddBlocks(sum[r]);
 }
 
-// The same for several tokens, with the same sums. Arithmetic now counts as much as memory: a line
-// of weights is unpacked once for all tokens, and the blocks of kSumRows rows share a register.
+// The same for several tokens, with the same sums. Arithmetic now counts as much as memory: weights
+// are unpacked once for all tokens, and kSumRows rows share a register.
 template <Format kFormat, int kRows, int kTokens, typename Source, typename Between>
 inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, float (*out)[kTokens],
                           Between& between) {
@@ -236,23 +236,33 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) sum[s][t] = ZeroRowBlocks();
   for (int32_t group = 0; group < n_blocks; group += kGroupBlocks) {
-    I32 dot[kRows][kTokens];
+    I32 dot[kSums][kTokens];
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const int32_t* corrections =
           reinterpret_cast<const int32_t*>(x[t] + padded + n_blocks * 4) + group;
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) dot[r][t] = Start<kFormat>(corrections);
+      for (int s = 0; s < kSums; ++s) dot[s][t] = ForAllRows(Start<kFormat>(corrections));
     }
     between(kRows);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (int line = 0; line < kLines; ++line) {
+      RowSteps bytes[kSums];
 #pragma GCC unroll 8
-      for (int line = 0; line < kLines; ++line) {
-        const auto w_line = LoadWeights<kFormat>(w.values(r) + line * kLine);
+      for (int s = 0; s < kSums; ++s)
+        bytes[s] =
+            LoadRowSteps(w.values(first(s)) + line * kLine, w.values(last(s)) + line * kLine);
+#pragma GCC unroll 8
+      for (int step = 0; step < kSumRows; ++step) {
+        decltype(Unpack<kFormat>(XBytes{})) w_step[kSums];
+#pragma GCC unroll 8
+        for (int s = 0; s < kSums; ++s) w_step[s] = Unpack<kFormat>(bytes[s].step[step]);
+        const int32_t at = group * kBlock + line * kLine + step * kLine / kSumRows;
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t)
-          dot[r][t] = DotLine<kFormat>(dot[r][t], w_line, x[t] + group * kBlock + line * kLine);
+#pragma GCC unroll 8
+          for (int s = 0; s < kSums; ++s)
+            dot[s][t] = DotLine<kFormat>(dot[s][t], w_step[s], x[t] + at, LoadRowX);
         InOrder();  // x does not stay in registers, which the sums need
       }
     }
@@ -263,7 +273,7 @@ inline void DotTileBlocks(Source w, int32_t n_cols, const uint8_t* const* x, flo
                              reinterpret_cast<const uint16_t*>(w.scales(last(s))));
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t)
-        sum[s][t] = FmaBlocks(RowBlockSums(dot[first(s)][t], dot[last(s)][t]), w_scale,
+        sum[s][t] = FmaBlocks(RowBlockSums(dot[s][t]), w_scale,
                               LoadRowXScales(reinterpret_cast<const float*>(x[t] + padded) + group),
                               sum[s][t]);
     }

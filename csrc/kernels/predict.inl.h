@@ -26,8 +26,8 @@ inline uint32_t PredictWholeTile(const Predictor& p, const uint8_t* tile, const 
   // Four sums per register: with a single sum, each addition would wait for the one before.
   I32 wide[kRegisters], dots[4][kRegisters];
   for (int r = 0; r < kRegisters; ++r) {
-    wide[r] =
-        DotQ8(StartWords(wide_correction), LoadQ8Weights(tile + r * 4 * kLanes), BroadcastX(input));
+    wide[r] = DotQ8(StartWords(wide_correction), UnpackQ8(LoadX(tile + r * 4 * kLanes)),
+                    BroadcastX(input));
     dots[0][r] = BroadcastWord(tail + sizeof(scale) + sizeof(wide_correction));
     for (int i = 1; i < 4; ++i) dots[i][r] = ZeroWords();
     InOrder();
@@ -38,7 +38,7 @@ inline uint32_t PredictWholeTile(const Predictor& p, const uint8_t* tile, const 
     const XBytes x_low = BroadcastX(input), x_high = BroadcastX(input + 4);
 #pragma GCC unroll 2
     for (int r = 0; r < kRegisters; ++r) {
-      const Nibbles w = LoadQ4Weights(tile + r * 4 * kLanes);
+      const Nibbles w = UnpackQ4(LoadX(tile + r * 4 * kLanes));
       low[r] = DotQ4(low[r], w.low, x_low);
       high[r] = DotQ4(high[r], w.high, x_high);
       InOrder();

@@ -37,6 +37,7 @@ namespace {
 
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kStreamAhead = 6 << 10;  // bytes between a stream's prefetch and its use
+constexpr int64_t kSoonAhead = 2 << 10;    // the same into L1, where it is also prefetched
 
 // A `between` that prefetches nothing.
 struct Nothing {
@@ -61,7 +62,8 @@ class StreamPrefetcher {
 };
 
 // A `between` for a stream that several passes over each tile share: each pass prefetches its part
-// of what follows.
+// of what follows. A tile's lines are then not touched in order, so that nobody else brings them
+// from L2 into L1.
 class SharedStream {
  public:
   SharedStream(Format format, const uint8_t* rows, int32_t n_passes)
@@ -70,7 +72,10 @@ class SharedStream {
         line_credit_(static_cast<int32_t>(kCacheLine) * n_passes) {}
   void operator()(int32_t n_rows) {
     credit_ += n_rows * row_bytes_;
-    for (; credit_ > 0; credit_ -= line_credit_, at_ += kCacheLine) PrefetchL2(at_);
+    for (; credit_ > 0; credit_ -= line_credit_, at_ += kCacheLine) {
+      PrefetchL2(at_);
+      PrefetchL1(at_ - kStreamAhead + kSoonAhead);
+    }
   }
 
  private:
@@ -95,7 +100,8 @@ class Pace {
   int64_t credit_ = 0;  // bytes
 };
 
-// Walks a list of rows, line by line.
+// Walks a list of rows, line by line, and brings them into the cache that kPrefetch names.
+template <void (*kPrefetch)(const void*) = PrefetchL2>
 class RowWalk {
  public:
   RowWalk(int64_t row_bytes, int32_t first) : row_bytes_(row_bytes), next_(first) {}
@@ -107,7 +113,7 @@ class RowWalk {
   int64_t Prefetch(int64_t n_lines, int32_t end, const Start& start) {
     while (n_lines > 0 && next_ < end) {
       const uint8_t* row = start(next_);
-      for (; n_lines > 0 && at_ < row_bytes_; at_ += kCacheLine, --n_lines) PrefetchL2(row + at_);
+      for (; n_lines > 0 && at_ < row_bytes_; at_ += kCacheLine, --n_lines) kPrefetch(row + at_);
       if (at_ < row_bytes_) break;
       ++next_;
       at_ = 0;
@@ -116,7 +122,7 @@ class RowWalk {
   }
 
  private:
-  const int64_t row_bytes_;
+  int64_t row_bytes_;
   int32_t next_;
   int64_t at_ = 0;  // bytes of that row
 };

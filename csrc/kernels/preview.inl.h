@@ -103,7 +103,7 @@ class ListPrefetcher {
   const int32_t* rows_;
   const int32_t n_;
   Pace pace_;
-  RowWalk walk_;
+  RowWalk<> walk_;
 };
 
 // See KernelTable::gather_dots.

@@ -76,9 +76,7 @@ inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
 
 #ifdef __AVXVNNI__
 using Q8Weights = __m256i;
-inline Q8Weights LoadQ8Weights(const uint8_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
+inline Q8Weights UnpackQ8(XBytes bytes) { return bytes; }
 // Weights are used as they are stored, 128 too large. The sum starts at the correction instead.
 inline I32 StartQ8(const int32_t* corrections) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections));
@@ -90,9 +88,8 @@ inline I32 DotQ4(I32 sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32
 struct Q8Weights {
   __m256i magnitude, sign;
 };
-inline Q8Weights LoadQ8Weights(const uint8_t* p) {
-  const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-                                     _mm256_set1_epi8(static_cast<char>(0x80)));
+inline Q8Weights UnpackQ8(XBytes bytes) {
+  const __m256i w = _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(0x80)));
   return {_mm256_abs_epi8(w), w};
 }
 inline I32 StartQ8(const int32_t*) { return _mm256_setzero_si256(); }
@@ -111,8 +108,7 @@ inline __m256i LoadX(const uint8_t* p) {
 inline I32 StartQ4(const int32_t* corrections) {
   return _mm256_srai_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections)), 4);
 }
-inline Nibbles LoadQ4Weights(const uint8_t* p) {
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+inline Nibbles UnpackQ4(XBytes bytes) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
 }
@@ -153,11 +149,18 @@ inline Blocks FmaBlocks(Blocks dots, Blocks w_scale, Blocks x_scale, Blocks sum)
 }
 inline float AddBlocks(Blocks a) { return ReduceAdd(a); }
 
-// Blocks of the rows that are summed together: here of one row, `a`. See simd_avx512.h.
+// Rows that are summed together: here one row, `a`. See simd_avx512.h.
 constexpr int kSumRows = 1;
+struct RowSteps {
+  XBytes step[kSumRows];
+};
+inline RowSteps LoadRowSteps(const uint8_t* a, const uint8_t*) { return {{LoadX(a)}}; }
+inline XBytes LoadRowX(const uint8_t* p) { return LoadX(p); }
+inline I32 ForAllRows(I32 start) { return start; }
+
 using RowBlocks = Blocks;
 inline RowBlocks ZeroRowBlocks() { return ZeroBlocks(); }
-inline RowBlocks RowBlockSums(I32 a, I32) { return BlockSums(a); }
+inline RowBlocks RowBlockSums(I32 a) { return BlockSums(a); }
 inline RowBlocks LoadRowBlockScales(const uint16_t* a, const uint16_t*) {
   return LoadBlockScales(a);
 }

@@ -71,7 +71,7 @@ inline F32 DotBf16(F32 sum, Bf16s w, Bf16s x) {
 
 #ifdef __AVX512VNNI__
 using Q8Weights = __m512i;
-inline Q8Weights LoadQ8Weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Q8Weights UnpackQ8(XBytes bytes) { return bytes; }
 // Weights are used as they are stored, 128 too large. The sum starts at the correction instead.
 inline I32 StartQ8(const int32_t* corrections) {
   return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections)));
@@ -83,9 +83,8 @@ struct Q8Weights {
   __m512i magnitude;
   __mmask64 negative;
 };
-inline Q8Weights LoadQ8Weights(const uint8_t* p) {
-  const __m512i w =
-      _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
+inline Q8Weights UnpackQ8(XBytes bytes) {
+  const __m512i w = _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
   return {_mm512_abs_epi8(w), _mm512_movepi8_mask(w)};
 }
 inline I32 StartQ8(const int32_t*) { return _mm512_setzero_si512(); }
@@ -103,8 +102,8 @@ inline I32 StartQ4(const int32_t* corrections) {
   const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(corrections));
   return _mm512_zextsi256_si512(_mm256_srai_epi32(sums, 4));
 }
-inline Nibbles LoadQ4Weights(const uint8_t* p) {
-  const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+inline Nibbles UnpackQ4(XBytes bytes) {
+  const __m512i mask = _mm512_set1_epi8(15);
   return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
 }
 #ifdef __AVX512VNNI__
@@ -159,16 +158,30 @@ inline float AddBlocks(Blocks a) {
   return _mm_cvtss_f32(x);
 }
 
-// Blocks of the rows that are summed together: row `a` in the lower half, row `b` in the upper one.
-// Every lane has the bits that it has in Blocks.
+// Rows that are summed together: row `a` in the lower half of a register, row `b` in the upper one.
+// So both halves take the same step of x. Every lane of RowBlocks has the bits that it has in
+// Blocks.
 constexpr int kSumRows = 2;
+struct RowSteps {
+  XBytes step[kSumRows];
+};
+inline RowSteps LoadRowSteps(const uint8_t* a, const uint8_t* b) {
+  const auto load = [](const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  };
+  return {{_mm512_inserti64x4(_mm512_castsi256_si512(load(a)), load(b), 1),
+           _mm512_inserti64x4(_mm512_castsi256_si512(load(a + 32)), load(b + 32), 1)}};
+}
+inline XBytes LoadRowX(const uint8_t* p) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline I32 ForAllRows(I32 start) {
+  return _mm512_inserti64x4(start, _mm512_castsi512_si256(start), 1);
+}
+
 using RowBlocks = __m512;
 inline RowBlocks ZeroRowBlocks() { return _mm512_setzero_ps(); }
-inline RowBlocks RowBlockSums(I32 a, I32 b) {
-  const __m512i even = _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1),
-                odd = _mm512_shuffle_i64x2(a, b, 0xee);
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
-}
+inline RowBlocks RowBlockSums(I32 a) { return _mm512_cvtepi32_ps(a); }
 inline RowBlocks LoadRowBlockScales(const uint16_t* a, const uint16_t* b) {
   return _mm512_cvtph_ps(_mm256_inserti128_si256(
       _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a))),

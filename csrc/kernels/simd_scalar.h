@@ -126,7 +126,7 @@ inline I32 StartQ4(const int32_t* corrections) {
   for (int i = 0; i < kLanes; ++i) y.v[i] = corrections[i] / 16;  // -8 times the sum
   return y;
 }
-inline Q8Weights LoadQ8Weights(const uint8_t* p) { return LoadX(p); }
+inline Q8Weights UnpackQ8(XBytes bytes) { return bytes; }
 inline I32 DotQ8(I32 sum, Q8Weights w, XBytes x) {
   for (int i = 0; i < kLine; ++i)
     sum.v[i / 4] += (static_cast<int32_t>(w.v[i]) - 128) * static_cast<int8_t>(x.v[i]);
@@ -147,11 +147,11 @@ inline TwoBits LoadTwoBits(const uint8_t* p) {
     for (int i = 0; i < kLine; ++i) y.fields[field].v[i] = p[i] >> 2 * field & 3;
   return y;
 }
-inline Nibbles LoadQ4Weights(const uint8_t* p) {
+inline Nibbles UnpackQ4(XBytes bytes) {
   Nibbles y;
   for (int i = 0; i < kLine; ++i) {
-    y.low.v[i] = p[i] & 15;
-    y.high.v[i] = p[i] >> 4;
+    y.low.v[i] = bytes.v[i] & 15;
+    y.high.v[i] = bytes.v[i] >> 4;
   }
   return y;
 }
@@ -173,11 +173,18 @@ inline Blocks FmaBlocks(Blocks dots, Blocks w_scale, Blocks x_scale, Blocks sum)
 }
 inline float AddBlocks(Blocks a) { return ReduceAdd(a); }
 
-// Blocks of the rows that are summed together: here of one row, `a`. See simd_avx512.h.
+// Rows that are summed together: here one row, `a`. See simd_avx512.h.
 constexpr int kSumRows = 1;
+struct RowSteps {
+  XBytes step[kSumRows];
+};
+inline RowSteps LoadRowSteps(const uint8_t* a, const uint8_t*) { return {{LoadX(a)}}; }
+inline XBytes LoadRowX(const uint8_t* p) { return LoadX(p); }
+inline I32 ForAllRows(I32 start) { return start; }
+
 using RowBlocks = Blocks;
 inline RowBlocks ZeroRowBlocks() { return ZeroBlocks(); }
-inline RowBlocks RowBlockSums(I32 a, I32) { return BlockSums(a); }
+inline RowBlocks RowBlockSums(I32 a) { return BlockSums(a); }
 inline RowBlocks LoadRowBlockScales(const uint16_t* a, const uint16_t*) {
   return LoadBlockScales(a);
 }

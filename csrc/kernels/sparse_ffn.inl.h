@@ -83,7 +83,7 @@ class FfnPrefetcher {
   const int64_t bundle_bytes_;
   Pace pace_;
   int32_t row_end_ = 0, bundle_end_ = 0;
-  RowWalk rows_, bundles_;
+  RowWalk<> rows_, bundles_;
 };
 
 // The list of active (neuron, token) pairs, as it grows.
@@ -219,7 +219,7 @@ class SharedPrefetcher {
   const SparseFfnArgs& a_;
   const int64_t bundle_bytes_;
   SharedStream stream_;
-  RowWalk bundles_;
+  RowWalk<> bundles_;
   int32_t n_ = 0;
   int32_t neurons_[kMost];
 };
@@ -333,7 +333,7 @@ int32_t ComputeNamedGates(const SparseFfnArgs& a, GateBlock& block, SharedPrefet
   int32_t rows[kGateBlock + kPredictTile];
   const int32_t n = NameRows(a, block, rows);
   const int64_t row_bytes = RowBytes(a.gate, a.format);
-  RowWalk ahead(row_bytes, 0);
+  RowWalk<> ahead(row_bytes, 0);
   for (int32_t row = 0; row < n; ++row) {
     ahead.Prefetch(2 * row_bytes / kCacheLine, Least(row + kRowsAhead, n),
                    [&](int32_t i) { return a.gate.values + rows[i] * a.gate.values_stride; });
@@ -486,28 +486,23 @@ inline int32_t AddTile(const SparseFfnArgs& a, const Active* active, int32_t n_l
 // Over several tokens, bundles are in L2 already. This brings those of the next tile into L1.
 class NextTile {
  public:
-  NextTile(const SparseFfnArgs& a, int32_t n_listed) : a_(a), n_listed_(n_listed) {}
+  NextTile(const SparseFfnArgs& a, int32_t n_listed)
+      : a_(a), n_listed_(n_listed), walk_(2 * RowBytes(a.up, a.format), 0) {}
   void Begin(int32_t first) {
-    pair_ = first;
+    walk_ = RowWalk<PrefetchL1>(2 * RowBytes(a_.up, a_.format), first);
     last_ = Least(first + kNeuronTile, n_listed_);
-    at_ = 0;
   }
   void operator()(int32_t n_rows) {
-    const int64_t bytes = 2 * RowBytes(a_.up, a_.format);
-    for (int32_t i = 0; i < 3 * n_rows && pair_ < last_; ++i) {
-      PrefetchL1(a_.up.values + a_.active[pair_].neuron * a_.up.values_stride + at_);
-      at_ += kCacheLine;
-      if (at_ < bytes) continue;
-      at_ = 0;
-      ++pair_;
-    }
+    walk_.Prefetch(3 * n_rows, last_, [&](int32_t i) {
+      return a_.up.values + a_.active[i].neuron * a_.up.values_stride;
+    });
   }
 
  private:
   const SparseFfnArgs& a_;
   const int32_t n_listed_;
-  int32_t pair_ = 0, last_ = 0;
-  int64_t at_ = 0;
+  int32_t last_ = 0;
+  RowWalk<PrefetchL1> walk_;
 };
 
 void AddActive(const SparseFfnArgs& a, const ActiveCounts& found) {
