@@ -1,7 +1,7 @@
 """Choosing the next tokens of several streams on several threads.
 
-NumPy computes large arrays without the GIL. Each stream has a random generator of its own, so who
-chooses first changes nothing.
+A token is drawn without the GIL. Each stream has a random generator of its own, so who chooses
+first changes nothing.
 """
 
 from __future__ import annotations
