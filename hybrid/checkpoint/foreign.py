@@ -91,6 +91,8 @@ def file_kind(path: Path) -> str | None:
     name = path.name
     if name == "config.json" or name.endswith((".safetensors", ".bin")):
         return "name the folder that it is in"
+    if name.lower().endswith(".gguf"):
+        return "it does not begin as GGUF files do, or cannot be read; download it again"
     return folder_kind(path.parent, [name])
 
 

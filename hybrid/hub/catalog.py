@@ -154,7 +154,7 @@ def resolve(
         if path.exists():
             kind = foreign.file_kind(path)
             raise ModelNotFound(
-                f"{text!r} is a file; expected the folder that holds the model"
+                f"{text!r} is a file; expected the folder that holds the model, or a GGUF file"
                 + (f": {kind}" if kind else "")
             )
         if path.is_symlink():

@@ -1060,7 +1060,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
         ModelNotFound, match=r"model\.gguf' is a file; expected the folder"
     ) as raised:
         resolve(str(tmp_path / "model.gguf"))
-    assert "it is a GGUF model; name the file itself" in str(raised.value)
+    assert "it does not begin as GGUF files do" in str(raised.value)
 
 
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:
