@@ -45,6 +45,25 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         help="make the tokens of prompt and answer less likely; 1 means off (default: the model's)",
     )
     add(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        help="subtract this from the logits of the answer's tokens, -2 to 2 (default: 0)",
+    )
+    add(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        help="the same, as often as the answer has the token (default: 0)",
+    )
+    add(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        metavar="ID:BIAS",
+        help="add this to a token's logit, -100 to 100; may be repeated (default: none)",
+    )
+    add(
         "--stop",
         action="append",
         type=unescape,
@@ -103,6 +122,16 @@ def unescape(text: str) -> str:
     return _ESCAPE.sub(character, text)
 
 
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition(":")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a token id and a number, such as 42:-5"
+        ) from None
+
+
 def generation_options(args: argparse.Namespace) -> GenerationOptions:
     """Return what the options of `add_generation_options` mean. Raises InvalidOption."""
     max_tokens: int | Literal["auto"] | None = args.max_tokens
@@ -117,6 +146,9 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
         top_p=args.top_p,
         min_p=args.min_p,
         repeat_penalty=args.repeat_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        logit_bias=dict(args.logit_bias or ()),
         stop=args.stop,
         logprobs=args.logprobs,
         seed=args.seed,

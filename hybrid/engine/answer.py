@@ -7,6 +7,7 @@ loop on the loop's thread.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,6 +85,7 @@ class Answer:
             self._eos_ids += () if end is None else (end,)
         self._rules = None if limits.rules == TokenRules() else limits.rules
         self._seen = set(prompt)  # tokens that the repeat penalty applies to
+        self._counts: Counter[int] = Counter()  # of the answer's tokens
         self._held = ""  # text that was not taken: it may be the beginning of a stop string
 
     def choose(self, logits: NDArray[np.float32], has_room: bool) -> int | None:
@@ -96,7 +98,7 @@ class Answer:
         if self.is_cancelled:
             self.finish("cancelled")
             return None
-        token = self._sampler.sample(logits, self._seen, self._banned())
+        token = self._sampler.sample(logits, self._seen, self._banned(), self._counts)
         if token in self._eos_ids:
             self.finish("stop")
             return None
@@ -158,6 +160,7 @@ class Answer:
     def _note(self, token: int, logits: NDArray[np.float32]) -> None:
         self.tokens.append(token)
         self._seen.add(token)
+        self._counts[token] += 1
         self.stats.generated_tokens += 1
         if self.logprobs is not None:
             self.logprobs.append(self._logprobs_of(token, logits))

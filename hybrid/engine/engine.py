@@ -226,13 +226,14 @@ class Engine:
         model's generation_config.json (`Engine.defaults`), then hybrid's own. Temperature 0 is
         greedy. `max_tokens=None` sets no limit but the context's. The text ends before the first of
         the `stop` strings; `stop=()` drops those of the model. `repeat_penalty` makes every token
-        of the prompt and the answer less likely. `logprobs` requests each token's log-probability,
-        and those of that many likeliest tokens. With a `session` of this engine, the part of the
-        prompt that its KV cache holds is not computed again. `speculate` changes the speed, never
-        the text. With `context_shift` an answer goes on when the context is full: the first
-        `n_keep` tokens stay, and the oldest half of the others goes. A prompt that is too long is
-        then cut likewise. Keywords change what `options` says. Work begins with the first
-        iteration.
+        of the prompt and the answer less likely. `presence_penalty`, `frequency_penalty` (of the
+        answer's tokens) and `logit_bias` are those of OpenAI's API. `logprobs` requests each
+        token's log-probability, and those of that many likeliest tokens. With a `session` of this
+        engine, the part of the prompt that its KV cache holds is not computed again. `speculate`
+        changes the speed, never the text. With `context_shift` an answer goes on when the context
+        is full: the first `n_keep` tokens stay, and the oldest half of the others goes. A prompt
+        that is too long is then cut likewise. Keywords change what `options` says. Work begins with
+        the first iteration.
 
         The file of packed weights is checked in the background, for a second or as long as reading
         it from disk takes. If it is damaged, the iteration ends with InvalidArtifact. An answer

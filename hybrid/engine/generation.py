@@ -130,10 +130,10 @@ class Generation(AnswerView):
         answer, session, stats = self._answer, self._session, self.stats
         if not answer.request.speculate:
             token = answer.choose(session.logits, self._room.has(session.position))
-            if token is not None and self._room.make():
+            piece = answer.take()
+            if token is not None and answer.finish_reason is None and self._room.make():
                 session.decode(token)
                 stats.decode_steps += 1
-            piece = answer.take()
         else:
             if self._speculation is None:
                 self._speculation = Speculation(session, answer, self._room)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict, TypeVar, get_args
@@ -150,6 +150,9 @@ class GenerationOptions:
     top_p: float | None = None  # 1: all
     min_p: float | None = None  # 0: all
     repeat_penalty: float | None = None  # for tokens of prompt and answer; 1: off
+    presence_penalty: float = 0.0  # subtracted from the logits of the answer's tokens
+    frequency_penalty: float = 0.0  # the same, as often as the answer has the token
+    logit_bias: Mapping[int, float] | None = None  # what is added to tokens' logits: -100 to 100
     stop: str | Sequence[str] | None = None  # the text ends before the first of these; (): none
     logprobs: int | None = None  # log-probability of each token, and of so many likeliest ones
     seed: int | None = None  # None or -1: random
@@ -158,6 +161,8 @@ class GenerationOptions:
     n_keep: int | None = None  # first tokens that a shift keeps, besides BOS; None: system prompt
 
     def __post_init__(self) -> None:
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise InvalidOption(f"logit_bias: expected a mapping, found {self.logit_bias!r:.60}")
         self.sampling(SamplingParams())
         if isinstance(self.max_tokens, str):
             _check_choice("max_tokens", self.max_tokens, ("auto",))
@@ -181,7 +186,14 @@ class GenerationOptions:
         """Return the defaults with the options that were given."""
         names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(defaults, **given, seed=self.seed)
+        return replace(
+            defaults,
+            **given,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((self.logit_bias or {}).items()),
+            seed=self.seed,
+        )
 
     def limits(self, defaults: GenerationDefaults, n_prompt: int) -> AnswerLimits:
         """Return what bounds the answer to a prompt of so many tokens. Raises InvalidOption."""
@@ -229,6 +241,9 @@ class GenerationKeywords(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repeat_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
     stop: str | Sequence[str] | None
     logprobs: int | None
     seed: int | None

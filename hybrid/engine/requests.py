@@ -9,6 +9,7 @@ from hybrid.engine.answer import Answer, AnswerRequest
 from hybrid.engine.context_shift import fitted, tokens_to_keep
 from hybrid.engine.loading.model_spec import ModelSpec
 from hybrid.engine.options import GenerationOptions, check_prompt, checked_ids
+from hybrid.errors import InvalidOption
 from hybrid.text.chat import Chat
 from hybrid.text.generation_config import GenerationDefaults
 from hybrid.text.sampling import Sampler
@@ -54,6 +55,11 @@ class Requests:
             n_kept = tokens_to_keep(tokenizer, ids, options.n_keep, chat, spec.n_context)
             ids, n_shifts = fitted(ids, n_kept, spec.n_context)
         check_prompt(ids, spec.n_context, spec.config.max_context)
+        for token in options.logit_bias or ():
+            if token >= spec.config.vocab_size:
+                raise InvalidOption(
+                    f"logit_bias: expected token ids below {spec.config.vocab_size}, found {token}"
+                )
         limits, speculates = options.limits(self._defaults, len(ids)), options.speculate is not None
         request = AnswerRequest(ids, limits, options.logprobs, speculates, chat, n_kept, n_shifts)
         sampler = Sampler(options.sampling(self._defaults.sampling))

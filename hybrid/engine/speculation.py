@@ -203,10 +203,8 @@ class Speculation:
         session, text = self._session, ""
         if self._next is None:
             text = self._choose(session.logits, session.position)
-        if self._next is not None:
+        if self._next is not None and self._answer.finish_reason is None:
             text += self._run(self._next)
-        if self._next is not None and self._answer.finish_reason is not None:
-            self._run(self._next)  # as without drafts, the session gets a stop string's last token
         return text
 
     def _choose(self, logits: NDArray[np.float32], position: int) -> str:
@@ -244,11 +242,9 @@ class Speculation:
             self._next = None
             for row, guess in zip(rows, draft, strict=False):
                 text += self._choose(row, n_kept)
-                if self._next != guess:
+                if self._next != guess or self._answer.finish_reason is not None:
                     break
                 self._next, n_kept = None, n_kept + 1
-                if self._answer.finish_reason is not None:
-                    break
             n_drafted, n_accepted = max(len(rows) - 1, 0), n_kept - position - 1
         finally:
             if session.position > n_kept:

@@ -1,8 +1,8 @@
 """SamplingParams and Sampler choose the next token from the logits.
 
-The steps are, in this order: banned tokens, repeat penalty, temperature, top-k, top-p over what
-top-k kept, min-p over what is left. If logits are equal at a cut, the lowest ids are kept. What
-comes after top-k is computed by csrc/sampling.cpp.
+The steps are, in this order: bias, banned tokens, repeat penalty, frequency and presence penalty,
+temperature, top-k, top-p over what top-k kept, min-p over what is left. If logits are equal at a
+cut, the lowest ids are kept. What comes after top-k is computed by csrc/sampling.cpp.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import random
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,9 @@ class SamplingParams:
     top_p: float = 0.95  # keep the fewest tokens that have this probability; 0: one, 1: all
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
     repeat_penalty: float = 1.0  # above 1: what the text already has becomes less likely; 1: off
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that the answer has
+    frequency_penalty: float = 0.0  # the same, as often as the answer has the token
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     seed: int | None = None  # None or -1: a random seed of the operating system
 
     def __post_init__(self) -> None:
@@ -50,6 +54,13 @@ class SamplingParams:
             raise _out_of_range("min_p", self.min_p, "a number from 0 (off) to 1")
         if not (_is_real(self.repeat_penalty) and 0.1 <= self.repeat_penalty <= 10):
             raise _out_of_range("repeat_penalty", self.repeat_penalty, "a number from 0.1 to 10")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not (_is_real(value := getattr(self, name)) and -2 <= value <= 2):
+                raise _out_of_range(name, value, "a number from -2 to 2")
+        for entry in self.logit_bias:
+            token, bias = entry
+            if not (_is_int(token) and token >= 0 and _is_real(bias) and -100 <= bias <= 100):
+                raise _out_of_range("logit_bias", entry, "token ids and numbers from -100 to 100")
         if self.seed is not None and not (_is_int(self.seed) and self.seed >= -1):
             raise _out_of_range("seed", self.seed, "None or -1 (random), or an integer, 0 or more")
 
@@ -69,17 +80,27 @@ class Sampler:
         self._random = random.Random(self.seed)
         self._native = _native.Sampler()
 
-    def sample(self, logits: Floats, seen: Collection[int] = (), banned: Sequence[int] = ()) -> int:
+    def sample(
+        self,
+        logits: Floats,
+        seen: Collection[int] = (),
+        banned: Sequence[int] = (),
+        counts: Mapping[int, int] = MappingProxyType({}),
+    ) -> int:
         """Return the next token for `logits` (vocab,), which are not changed; -inf bans a token.
 
         The repeat penalty applies to the tokens of `seen`. It divides their positive logits and
-        multiplies their negative ones (CTRL, https://arxiv.org/abs/1909.05858). The tokens of
-        `banned` are never returned.
+        multiplies their negative ones (CTRL, https://arxiv.org/abs/1909.05858). The presence and
+        the frequency penalty apply to the tokens of `counts`, which says how often the answer has
+        each (OpenAI's API). The tokens of `banned` are never returned.
 
         Raises HybridError if a logit is NaN or +inf, or if every token is banned.
         """
-        if banned:
+        params = self._params
+        if params.logit_bias or banned:
             logits = logits.copy()
+            for token, bias in params.logit_bias:
+                logits[token] += np.float32(bias)
             logits[np.asarray(banned, np.intp)] = -np.inf
         top = logits.max()  # NaN if any logit is
         if not np.isfinite(top):
@@ -88,15 +109,9 @@ class Sampler:
                 f"the model's logits are not finite: {problem}; its weights or an option that "
                 "bans tokens must be broken"
             )
-        params = self._params
-        if params.repeat_penalty != 1 and seen:
-            logits = logits.copy()
-            penalised = np.fromiter(set(seen), np.intp)
-            penalty = np.float32(params.repeat_penalty)
-            logits[penalised] = np.where(
-                logits[penalised] > 0, logits[penalised] / penalty, logits[penalised] * penalty
-            )
-            top = logits.max()
+        penalised = self._penalised(logits, seen, counts)
+        if penalised is not logits:
+            logits, top = penalised, penalised.max()
         if params.temperature == 0:
             return int(logits.argmax())
         ids: Ids | None = None  # ids of the tokens that are left; None: all of them
@@ -114,6 +129,23 @@ class Sampler:
             self._random.random(),
         )
         return drawn if ids is None else int(ids[drawn])
+
+    def _penalised(
+        self, logits: Floats, seen: Collection[int], counts: Mapping[int, int]
+    ) -> Floats:
+        """Return the logits after all penalties, as a copy if one applies."""
+        params, original = self._params, logits
+        if params.repeat_penalty != 1 and seen:
+            logits = original.copy()
+            ids = np.fromiter(set(seen), np.intp)
+            penalty = np.float32(params.repeat_penalty)
+            logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+        if (params.presence_penalty or params.frequency_penalty) and counts:
+            logits = logits.copy() if logits is original else logits
+            times = np.fromiter(counts.values(), np.float32, len(counts))
+            factor, once = params.frequency_penalty, params.presence_penalty
+            logits[np.fromiter(counts, np.intp, len(counts))] -= times * np.float32(factor) + once
+        return logits
 
 
 def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:

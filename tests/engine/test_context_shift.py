@@ -78,6 +78,18 @@ def test_without_it_a_full_context_ends_the_answer(engine):
     assert (generation.stats.n_shifts, generation.notices) == (0, ())
 
 
+@pytest.mark.parametrize("speculate", [None, "ngram"])
+def test_a_stop_string_that_fills_the_context_shifts_nothing(engine, speculate):
+    token = engine.tokenizer.encode("x")[-1]
+    text = engine.tokenizer.decode_token(token)
+    prompt = engine.tokenizer.encode(STORY)[:1] * (N_CONTEXT - 2)
+    options = {"logit_bias": {token: 100}, "max_tokens": 9, "context_shift": True}
+    answer = engine.generate(prompt, stop=text * 3, speculate=speculate, **options)
+    assert list(answer) == []
+    assert (answer.finish_reason, len(answer.tokens)) == ("stop", 3)
+    assert (answer.stats.n_shifts, answer.stats.decode_steps, answer.notices) == (0, 2, ())
+
+
 def test_a_shift_is_said_with_its_progress(engine):
     reports: list[tuple[str, int, int]] = []
     generation = engine.generate(

@@ -356,6 +356,21 @@ def test_stop_strings_that_make_no_sense_are_refused(engine, stop):
         engine.generate("x", stop=stop)
 
 
+def test_a_bias_decides_which_tokens_come(engine):
+    options = {"max_tokens": 5, "temperature": 0, "raw": True}
+    forced = engine.generate("a", logit_bias={70: 100, 71: 99.0}, **options)
+    list(forced)
+    assert forced.tokens == [70] * 5
+    penalised = engine.generate("a", logit_bias={70: 100, 71: 99.0}, presence_penalty=2, **options)
+    list(penalised)
+    assert penalised.tokens[:3] == [70, 71, 70]
+    n = engine.config.vocab_size
+    with pytest.raises(
+        hybrid.InvalidOption, match=f"logit_bias: expected token ids below {n}, found {n}"
+    ):
+        engine.generate("a", logit_bias={n: 1})
+
+
 def test_a_repeat_penalty_makes_text_less_repetitive(engine):
     def share_of_new_words(penalty: float) -> float:
         options = {"max_tokens": 150, "temperature": 0, "repeat_penalty": penalty}

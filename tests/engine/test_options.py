@@ -67,6 +67,9 @@ def test_keywords_change_what_options_say():
         (lambda: GenerationOptions(stop=[""]), "stop: expected non-empty strings"),
         (lambda: GenerationOptions(logprobs=101), "logprobs: expected an integer from 0 to 100"),
         (lambda: GenerationOptions(seed=-2), "seed"),
+        (lambda: GenerationOptions(presence_penalty=2.5), "presence_penalty"),
+        (lambda: GenerationOptions(logit_bias=[1]), "logit_bias: expected a mapping"),
+        (lambda: GenerationOptions(logit_bias={"1": 2}), "logit_bias"),
     ],
 )
 def test_a_value_that_no_model_allows_is_refused_at_once(call, message):

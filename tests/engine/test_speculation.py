@@ -93,6 +93,7 @@ def test_two_hundred_texts_are_equal_greedy_and_sampled(engine, guesses):
     n_drafted = n_accepted = 0
     for seed, prompt in enumerate(texts(200)):
         options = {"temperature": (0, 0.8, 1.3)[seed % 3], "repeat_penalty": (1, 1.1)[seed % 2]}
+        options |= {"frequency_penalty": (0, 0.3)[seed // 2 % 2], "logit_bias": {7 + seed: 1.5}}
         found = check(engine, prompt, guesses, seed=seed, max_tokens=8 + seed % 12, **options)
         n_drafted += found.stats.drafted_tokens
         n_accepted += found.stats.accepted_tokens

@@ -53,6 +53,8 @@ def test_defaults_are_valid_and_frozen() -> None:
         *[("top_k", value) for value in (-1, 1.0, False, "40", None)],
         *[("top_p", value) for value in (-0.5, 1.0001, NAN, INF, True, "0.9", None)],
         *[("seed", value) for value in (-2, 1.5, True, "1")],
+        *[("presence_penalty", value) for value in (-2.1, NAN, "1", True)],
+        *[("frequency_penalty", value) for value in (2.1, INF, None)],
     ],
 )
 def test_bad_options_are_refused_by_name_and_value(option: str, value: object) -> None:
@@ -131,6 +133,7 @@ def native_draw(logits: Floats, uniform: float, **options: float) -> int:
 def test_draws_are_those_of_a_full_sort(
     values: Floats, temperature: float, top_p: float, min_p: float
 ) -> None:
+    values = np.round(values * 16) / 16  # smaller differences may vanish from fp32 weights
     if values.max() == -INF:
         values[0] = 0
     weights = np.exp((values.astype(np.float64) - values.max()) / temperature)
@@ -405,3 +408,36 @@ def test_min_p_drops_what_is_far_below_the_likeliest() -> None:
 def test_more_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(InvalidOption, match=next(iter(options))):
         SamplingParams(**options)
+
+
+def test_penalties_count_the_tokens_of_the_answer() -> None:
+    logits = floats(1.0, 0.9, -3.0)
+    for options, counts, token in (
+        ({"frequency_penalty": 0.25}, {0: 1}, 1),
+        ({"frequency_penalty": 0.25}, {0: 2, 1: 2}, 0),
+        ({"frequency_penalty": 0.25}, {0: 3, 1: 2}, 1),
+        ({"presence_penalty": 0.25}, {0: 1, 1: 9}, 0),
+        ({"presence_penalty": 0.25}, {0: 1}, 1),
+        ({"presence_penalty": -2.0, "frequency_penalty": -2.0}, {2: 1}, 0),
+        ({"presence_penalty": -2.0, "frequency_penalty": -2.0}, {2: 2}, 2),
+        ({"frequency_penalty": 2.0}, {}, 0),
+    ):
+        sampler = Sampler(SamplingParams(temperature=0, **options))
+        assert sampler.sample(logits, counts=counts) == token
+    assert logits.tolist() == floats(1.0, 0.9, -3.0).tolist()
+
+
+def test_penalties_come_after_the_repeat_penalty() -> None:
+    sampler = Sampler(SamplingParams(temperature=0, repeat_penalty=2, presence_penalty=0.5))
+    assert sampler.sample(floats(2, 0.6), seen=[0], counts={0: 1}) == 1  # 2 / 2 - 0.5
+    assert sampler.sample(floats(2, 0.4), seen=[0], counts={0: 1}) == 0
+
+
+def test_a_bias_is_added_first() -> None:
+    logits = floats(1, 2, 3)
+    for bias, token in (((0, 2.5),), 0), (((2, -100.0),), 1), (((1, 0.5), (2, -0.6)), 1):
+        assert draws(logits, 3, temperature=0, logit_bias=bias) == [token] * 3
+    assert set(draws(logits, 200, logit_bias=((2, -100),), top_p=1)) == {0, 1}
+    sampler = Sampler(SamplingParams(logit_bias=((2, 100),)))
+    assert sampler.sample(logits, banned=[2]) in (0, 1)
+    assert logits.tolist() == [1, 2, 3]

@@ -55,6 +55,7 @@ def requests(n: int) -> list[dict[str, Any]]:
             "temperature": draw.choice((0, 0.7, 1.2)),
             "max_tokens": draw.choice((1, 3, 12, 25)),
             "repeat_penalty": draw.choice((1, 1, 1.2)),
+            "presence_penalty": draw.choice((0, 0, 0.4)),
         }
         options |= draw.choice(({}, {}, {"stop": ("the", ".")}, {"logprobs": 2}))
         if seed % 11 == 0:  # the context becomes full

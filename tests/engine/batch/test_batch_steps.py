@@ -124,8 +124,8 @@ def test_what_fails_ends_alone(tmp_path, monkeypatch):
     model = write_overflowing_model(tmp_path)
     sample = Sampler.sample
 
-    def banning(self: Sampler, logits: Any, seen: Any = (), banned: Any = ()) -> int:
-        return sample(self, np.full_like(logits, -np.inf) if self.seed == 13 else logits, seen)
+    def banning(self: Sampler, logits: Any, *others: Any) -> int:
+        return sample(self, np.full_like(logits, -np.inf) if self.seed == 13 else logits, *others)
 
     monkeypatch.setattr(Sampler, "sample", banning)
     with hybrid.load(model, threads=1, context_size=40) as engine:
