@@ -501,7 +501,7 @@ def test_a_folder_of_another_program_is_named(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tiny.gguf", b"", "it is a GGUF model"),
+        ("tiny.gguf", b"", "it does not begin as GGUF files do"),
         ("early", b"tjgg\3\0\0\0", "it is a file of an early llama.cpp"),
         ("tiny.onnx", b"", "it is an ONNX model"),
         ("model.safetensors", b"", "name the folder that it is in"),
