@@ -15,9 +15,8 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hybrid import Engine, GenerationStats, Sampler, SamplingParams, Session, active_isa, load
 from hybrid.bench import spread
@@ -73,8 +72,8 @@ class GivenText(Sampler):
         super().__init__(SamplingParams(seed=1))
         self._ids = iter(ids)
 
-    def sample(self, logits: Floats, seen: Collection[int] = (), banned: Sequence[int] = ()) -> int:
-        super().sample(logits, seen, banned)
+    def sample(self, logits: Floats, *others: Any) -> int:
+        super().sample(logits, *others)
         return next(self._ids)
 
 
