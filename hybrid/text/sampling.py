@@ -168,14 +168,9 @@ def _largest(values: Floats, n: int) -> Ids:
         ids = np.flatnonzero(values >= np.partition(largest, n_blocks - n)[n_blocks - n])
         values = values[ids]
     cut = np.partition(values, values.size - n)[values.size - n]
-    return ids[_from_cut(values, n, cut)]
-
-
-def _from_cut(values: Floats, n: int, cut: np.float32) -> Ids:
-    """Like `_largest`, if `cut` is known to be the n-th largest value."""
     kept = values > cut
     kept[np.flatnonzero(values == cut)[: n - np.count_nonzero(kept)]] = True
-    return np.flatnonzero(kept)
+    return ids[kept]
 
 
 def _is_int(value: object) -> bool:
