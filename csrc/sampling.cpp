@@ -1,5 +1,6 @@
 #include "sampling.h"
 
+#include <math.h>
 #include <string.h>
 
 #include <algorithm>
@@ -11,7 +12,9 @@ namespace {
 
 // Most often the tokens that have at least this share of the largest weight reach top_p.
 constexpr float kLikely = 1e-3f;
-constexpr int32_t kBlock = 256;  // weights that are added up before any is looked at
+// Weights that are smaller are so few of a sum that their fp32 rounding does not matter.
+constexpr float kSmall = 1e-6f;
+constexpr int32_t kSummed = 256;  // weights that are added up before any is looked at
 
 // Keys order positive floats by their exponent and seven bits behind it.
 constexpr uint32_t kKeyShift = 16, kNumKeys = (0x3f800000u >> kKeyShift) + 1;  // up to 1.0f
@@ -21,7 +24,7 @@ inline uint32_t KeyOf(float weight) {
   return std::min(bits >> kKeyShift, kNumKeys - 1);
 }
 
-// The sum of up to kBlock weights, in the same order on every ISA.
+// The sum of up to kSummed weights, in the same order on every ISA.
 double SumBlock(const float* weights, int32_t n) {
   constexpr int32_t kSums = 8;
   double sums[kSums] = {}, total = 0.0;
@@ -35,7 +38,7 @@ double SumBlock(const float* weights, int32_t n) {
 
 double SumAll(const float* weights, int32_t n) {
   double total = 0.0;
-  for (int32_t i = 0; i < n; i += kBlock) total += SumBlock(weights + i, std::min(kBlock, n - i));
+  for (int32_t i = 0; i < n; i += kSummed) total += SumBlock(weights + i, std::min(kSummed, n - i));
   return total;
 }
 
@@ -54,8 +57,8 @@ int32_t FindPoint(int32_t first, int32_t n, double sum, double point, const Weig
 int32_t DrawFromAll(const float* weights, int32_t n, double point) {
   double sum = 0.0;
   int32_t first = 0;
-  for (; first + kBlock < n; first += kBlock) {
-    const double next = sum + SumBlock(weights + first, kBlock);
+  for (; first + kSummed < n; first += kSummed) {
+    const double next = sum + SumBlock(weights + first, kSummed);
     if (next > point) break;
     sum = next;
   }
@@ -63,6 +66,18 @@ int32_t DrawFromAll(const float* weights, int32_t n, double point) {
 }
 
 }  // namespace
+
+double LogSumExp(const KernelTable& kernels, const float* logits, int32_t n, float top) {
+  float weights[kSummed];
+  double total = 0.0;
+  for (int32_t i = 0; i < n; i += kSummed) {
+    const int32_t n_block = std::min(kSummed, n - i);
+    kernels.weigh_logits(logits + i, n_block, top, 1.0f, weights);
+    for (int32_t j = 0; j < n_block; ++j)
+      total += weights[j] < kSmall ? weights[j] : exp(static_cast<double>(logits[i + j]) - top);
+  }
+  return top + log(total);
+}
 
 void Sampler::Reserve(int32_t n) {
   const size_t size = static_cast<size_t>(n);

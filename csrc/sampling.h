@@ -40,4 +40,8 @@ class Sampler {
   std::vector<float> cut_;       // those of the bucket in which the nucleus ends
 };
 
+// The natural logarithm of the sum of exp(logit), where `top` is the largest of n logits. It is
+// exact to about 1e-9.
+double LogSumExp(const KernelTable& kernels, const float* logits, int32_t n, float top);
+
 }  // namespace hybrid

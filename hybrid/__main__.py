@@ -13,6 +13,7 @@ from predictors import interrupts
 
 COMMANDS = {
     "run": "generate text: one answer, a chat, or a text that you and the model write together",
+    "serve": "serve a model over HTTP: OpenAI's API, and a chat page for the browser",
     "selfcheck": "check that a model computes correct results on this machine",
     "inspect": "say what a model is, and whether and how it runs on this machine",
     "setup": "prepare a model once, so that it runs faster on this machine",

@@ -68,6 +68,11 @@ class InvalidOption(HybridError, ValueError):
 class ContextOverflow(HybridError):
     """The prompt does not fit into the context."""
 
+    def __init__(self, message: str, *, n_tokens: int = 0, n_context: int = 0) -> None:
+        """`n_tokens` of a sequence exceed a context of `n_context`; 0 if it is not known."""
+        super().__init__(message)
+        self.n_tokens, self.n_context = n_tokens, n_context
+
 
 class NumericOverflow(HybridError):
     """A number of the model exceeds the range of its format, or is not finite."""

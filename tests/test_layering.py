@@ -32,9 +32,11 @@ LAYERS = [
     ["hybrid.hub"],
     ["hybrid.evaluation", "hybrid.checking", "hybrid.exporting", "hybrid.inspecting"],
     ["hybrid", "hybrid.public"],  # the public names
+    ["hybrid.server"],
     ["hybrid.cli"],
     [
         "hybrid.run",
+        "hybrid.serve",
         "hybrid.bench",
         "hybrid.eval",
         "hybrid.lm_eval",
@@ -60,6 +62,7 @@ FRONT_ENDS = {
     "hybrid.run": _USUAL
     | {"hybrid.cli.closing_line", "hybrid.cli.conversation", "hybrid.cli.generation_options"}
     | {"hybrid.cli.kept_session", "hybrid.text.built_in_templates", "predictors.schema"},
+    "hybrid.serve": _USUAL | {"hybrid.server", "hybrid.server.http_protocol"},
     "hybrid.cli.conversation": _USUAL | {"hybrid.cli.kept_session"},
     "hybrid.cli.kept_session": _USUAL,
     "hybrid.bench": _USUAL | {"hybrid.evaluation.speed"},

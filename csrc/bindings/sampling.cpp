@@ -29,6 +29,19 @@ void BindSampling(py::module_& m) {
           },
           py::arg("logits"), py::arg("top"), py::arg("temperature"), py::arg("top_p"),
           py::arg("min_p"), py::arg("uniform"));
+  m.def(
+      "log_sum_exp",
+      [](const Floats& logits, float top) {
+        Check(logits.ndim() == 1 && logits.size() > 0 && logits.size() <= INT32_MAX,
+              "logits must be (vocab,)");
+        Check(isfinite(top), "top must be finite");
+        const float* data = logits.data();
+        const auto n = static_cast<int32_t>(logits.size());
+        double sum = 0.0;
+        WithoutGil([&] { sum = LogSumExp(ActiveKernels(), data, n, top); });
+        return sum;
+      },
+      py::arg("logits"), py::arg("top"));
 }
 
 }  // namespace hybrid

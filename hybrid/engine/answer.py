@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hybrid.engine.options import AnswerLimits
 from hybrid.engine.stats import GenerationStats
 from hybrid.text.chat import Chat
-from hybrid.text.sampling import Sampler, log_softmax
+from hybrid.text.sampling import Sampler, log_probabilities
 from hybrid.text.token_rules import TokenRules
 from hybrid.text.tokenizer import Tokenizer
 
@@ -27,7 +27,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A generated token with its log-probability by the model, before any sampling option."""
+    """A token of an answer or a prompt with its log-probability by the model.
+
+    That is the model's own, before any sampling option.
+    """
 
     token: int
     text: str
@@ -42,6 +45,7 @@ class AnswerRequest:
     prompt: list[int]  # token ids
     limits: AnswerLimits
     logprobs: int | None  # how many likeliest tokens to report with each token; None: nothing
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
     speculate: bool = False  # compute drafts along (hybrid/engine/speculation.py)
     chat: Chat | None = None  # the conversation that this answers
     n_kept: int | None = None  # first tokens that context shifts keep; None: a full context ends it
@@ -57,6 +61,8 @@ class Answer:
     text: str  # what `take` has returned so far
     tokens: list[int]  # without the end-of-sequence token
     logprobs: list[TokenLogprobs] | None  # None unless requested
+    # None unless requested. Nothing predicts the first token, so its entry is None.
+    prompt_logprobs: list[TokenLogprobs | None] | None
     finish_reason: FinishReason | None
     context_is_full: bool  # whether a full context ended the answer
     is_cancelled: bool
@@ -73,11 +79,13 @@ class Answer:
         self.request, self.prompt = request, prompt
         self.tokens, self.text = [], ""
         self.logprobs = None if request.logprobs is None else []
+        self.prompt_logprobs = None if request.prompt_logprobs is None else [None]
         self.finish_reason, self.context_is_full, self.is_cancelled = None, False, False
         self.stats = GenerationStats(len(prompt), n_shifts=request.n_shifts)
         self.n_dropped = 0  # tokens behind the first `request.n_kept` that context shifts dropped
         self.seed = sampler.seed
         self._sampler, self._tokenizer = sampler, tokenizer
+        self._given_eos_ids = eos_ids
         self._detokenizer = tokenizer.stream(prompt)
         self._eos_ids = tuple(eos_ids)
         if request.chat is not None:
@@ -87,6 +95,27 @@ class Answer:
         self._seen = set(prompt)  # tokens that the repeat penalty applies to
         self._counts: Counter[int] = Counter()  # of the answer's tokens
         self._held = ""  # text that was not taken: it may be the beginning of a stop string
+
+    def again(self, seed: int | None) -> Answer:
+        """Return another answer to the same request, which has not begun."""
+        sampler = Sampler(replace(self._sampler.params, seed=seed))
+        return Answer(self._tokenizer, sampler, self.request, self._given_eos_ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the logits of further prompt tokens are to be noted."""
+        entries = self.prompt_logprobs
+        return entries is not None and len(entries) < len(self.prompt)
+
+    def note_prompt(self, logits: NDArray[np.float32]) -> None:
+        """Note the logits (n, vocab) of the next n tokens of the prompt, from the first one on.
+
+        Raises NumericOverflow if they are not finite.
+        """
+        entries = self.prompt_logprobs
+        assert entries is not None
+        for row, token in zip(logits, self.prompt[len(entries) :], strict=False):
+            entries.append(self._logprobs_of(token, row, self.request.prompt_logprobs or 0))
 
     def choose(self, logits: NDArray[np.float32], has_room: bool) -> int | None:
         """Choose the next token by its `logits` (vocab,), and note it.
@@ -163,20 +192,13 @@ class Answer:
         self._counts[token] += 1
         self.stats.generated_tokens += 1
         if self.logprobs is not None:
-            self.logprobs.append(self._logprobs_of(token, logits))
+            n_top = self.request.logprobs or 0
+            self.logprobs.append(self._logprobs_of(token, logits, n_top))
         self._held += self._detokenizer.push(token)
 
-    def _logprobs_of(self, token: int, logits: NDArray[np.float32]) -> TokenLogprobs:
-        values = log_softmax(logits)
-        n_top = min(self.request.logprobs or 0, values.size)
-        best = np.argpartition(values, -n_top)[-n_top:] if n_top else np.empty(0, np.intp)
-        best = best[np.lexsort((best, -values[best]))]
-        return TokenLogprobs(
-            token,
-            self._tokenizer.decode_token(token),
-            float(values[token]),
-            tuple((int(other), float(values[other])) for other in best),
-        )
+    def _logprobs_of(self, token: int, logits: NDArray[np.float32], n_top: int) -> TokenLogprobs:
+        logprob, likeliest = log_probabilities(logits, token, n_top)
+        return TokenLogprobs(token, self._tokenizer.decode_token(token), logprob, likeliest)
 
 
 def _begun(stops: Sequence[str], text: str) -> int:

@@ -12,12 +12,15 @@ class AnswerView:
     prompt: list[int]  # token ids
     tokens: list[int]  # generated ids, without the end-of-sequence token
     logprobs: list[TokenLogprobs] | None  # None unless requested
+    # The same for the prompt. Nothing predicts the first token, so its entry is None.
+    prompt_logprobs: list[TokenLogprobs | None] | None
     limit_is_models: bool  # whether generation_config.json limits the answer, not the caller
     stats: GenerationStats
     seed: int  # the same seed repeats this generation
 
     def __init__(self, answer: Answer) -> None:
         self.prompt, self.tokens, self.logprobs = answer.prompt, answer.tokens, answer.logprobs
+        self.prompt_logprobs = answer.prompt_logprobs
         self.limit_is_models = answer.request.limits.is_models
         self.stats, self.seed = answer.stats, answer.seed
         self._answer = answer

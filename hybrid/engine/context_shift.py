@@ -32,11 +32,15 @@ def prefill_parts(
 
     Returns whether all were appended: not if the answer was cancelled.
     """
-    for first in range(0, len(tokens), PROMPT_PART):
+    size = PREFILL_CHUNK if answer.scores_prompt else PROMPT_PART  # logits of all take memory
+    for first in range(0, len(tokens), size):
         if answer.is_cancelled:
             return False
         progress(TASK, first, len(tokens))
-        session.prefill(np.asarray(tokens[first : first + PROMPT_PART], np.int64))
+        part = np.asarray(tokens[first : first + size], np.int64)
+        logits = session.prefill(part, all_logits=answer.scores_prompt)
+        if logits is not None:
+            answer.note_prompt(logits)
     progress(TASK, len(tokens), len(tokens))
     return True
 

@@ -117,6 +117,8 @@ class Generation(AnswerView):
     def _prefill(self) -> None:
         """Run the prompt in parts, so that cancelling and Ctrl-C do not wait for all of it."""
         session, started = self._session, time.perf_counter()
+        if self._answer.scores_prompt:  # the logits of all its tokens must be computed
+            session.truncate(0)
         self.stats.cached_tokens = n_before = session.keep_common_prefix(self.prompt)
         session.reset_counts()
         self._is_prefilled = prefill_parts(session, self.prompt[n_before:], self._answer)

@@ -155,6 +155,7 @@ class GenerationOptions:
     logit_bias: Mapping[int, float] | None = None  # what is added to tokens' logits: -100 to 100
     stop: str | Sequence[str] | None = None  # the text ends before the first of these; (): none
     logprobs: int | None = None  # log-probability of each token, and of so many likeliest ones
+    prompt_logprobs: int | None = None  # the same for the prompt, no part of which is then reused
     seed: int | None = None  # None or -1: random
     speculate: Speculate | None = None  # compute guesses along: the same text, faster if it repeats
     context_shift: bool = False  # drop the oldest half of a full context; else the answer ends
@@ -178,9 +179,9 @@ class GenerationOptions:
             _check_choice("speculate", self.speculate, get_args(Speculate))
         if self.stop is not None:
             object.__setattr__(self, "stop", checked_stop(self.stop))
-        if self.logprobs is not None:
-            logprobs = checked_count("logprobs", self.logprobs, MAX_LOGPROBS, least=0)
-            object.__setattr__(self, "logprobs", logprobs)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, checked_count(name, value, MAX_LOGPROBS, least=0))
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """Return the defaults with the options that were given."""
@@ -246,6 +247,7 @@ class GenerationKeywords(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     stop: str | Sequence[str] | None
     logprobs: int | None
+    prompt_logprobs: int | None
     seed: int | None
     speculate: Speculate | None
     context_shift: bool
@@ -302,7 +304,9 @@ def check_prompt(ids: Sequence[int], n_context: int, max_context: int) -> None:
         if n_context < max_context:
             advice += f" or choose a larger context (up to {max_context})"
         raise ContextOverflow(
-            f"the prompt has {len(ids)} tokens, the context holds {n_context}; {advice}"
+            f"the prompt has {len(ids)} tokens, the context holds {n_context}; {advice}",
+            n_tokens=len(ids),
+            n_context=n_context,
         )
 
 

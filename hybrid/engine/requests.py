@@ -60,8 +60,16 @@ class Requests:
                 raise InvalidOption(
                     f"logit_bias: expected token ids below {spec.config.vocab_size}, found {token}"
                 )
-        limits, speculates = options.limits(self._defaults, len(ids)), options.speculate is not None
-        request = AnswerRequest(ids, limits, options.logprobs, speculates, chat, n_kept, n_shifts)
+        request = AnswerRequest(
+            ids,
+            options.limits(self._defaults, len(ids)),
+            options.logprobs,
+            options.prompt_logprobs,
+            options.speculate is not None,
+            chat,
+            n_kept,
+            n_shifts,
+        )
         sampler = Sampler(options.sampling(self._defaults.sampling))
         return Answer(tokenizer, sampler, request, spec.config.eos_ids)
 

@@ -390,5 +390,7 @@ class Session:
         if self.position + n > n_context:
             raise ContextOverflow(
                 f"the context holds {n_context} tokens; {self.position} are there and {n} more do "
-                "not fit"
+                "not fit",
+                n_tokens=self.position + n,
+                n_context=n_context,
             )

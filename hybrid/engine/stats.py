@@ -49,6 +49,31 @@ class GenerationStats:
 
 
 @dataclass(frozen=True, slots=True)
+class PassCounts:
+    """What the passes of a batching loop have computed and read since it was opened.
+
+    With a plan that uses the GPU, `n_active` and `n_bytes` are not counted.
+    """
+
+    n_passes: int = 0
+    n_tokens: int = 0  # of prompts and answers
+    seconds: float = 0.0
+    n_active: int = 0  # (neuron, token) pairs that fired
+    n_bytes: int = 0  # of weights and KV cache
+
+
+@dataclass(frozen=True, slots=True)
+class LoopStats:
+    """What a batching loop is doing."""
+
+    n_sequences: int  # that can run at once
+    queue_size: int
+    n_waiting: int
+    cache_bytes: int  # keys and values in the prefix cache
+    passes: PassCounts
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counts and times since an engine was loaded. A generation counts once it has ended."""
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from hybrid.errors import HybridError, InvalidOption
+from hybrid.errors import HybridError, InvalidOption, NumericOverflow
 from hybrid.kernels import _native
 
 Floats = npt.NDArray[np.float32]
@@ -71,13 +71,16 @@ class Sampler:
     So they do on any CPU with fused multiply-add.
     """
 
+    params: SamplingParams
     seed: int  # the seed in use, even if the parameters give none
 
     def __init__(self, params: SamplingParams) -> None:
         seed = params.seed
         self.seed = secrets.randbits(32) if seed is None or seed == -1 else int(seed)
-        self._params = params
+        self.params = params
         self._random = random.Random(self.seed)
+        self._biased = np.array([token for token, _ in params.logit_bias], np.intp)
+        self._biases = np.array([bias for _, bias in params.logit_bias], np.float32)
         self._native = _native.Sampler()
 
     def sample(
@@ -96,11 +99,10 @@ class Sampler:
 
         Raises HybridError if a logit is NaN or +inf, or if every token is banned.
         """
-        params = self._params
-        if params.logit_bias or banned:
+        params = self.params
+        if self._biased.size or banned:
             logits = logits.copy()
-            for token, bias in params.logit_bias:
-                logits[token] += np.float32(bias)
+            np.add.at(logits, self._biased, self._biases)  # a token may occur twice
             logits[np.asarray(banned, np.intp)] = -np.inf
         top = logits.max()  # NaN if any logit is
         if not np.isfinite(top):
@@ -134,7 +136,7 @@ class Sampler:
         self, logits: Floats, seen: Collection[int], counts: Mapping[int, int]
     ) -> Floats:
         """Return the logits after all penalties, as a copy if one applies."""
-        params, original = self._params, logits
+        params, original = self.params, logits
         if params.repeat_penalty != 1 and seen:
             logits = original.copy()
             ids = np.fromiter(set(seen), np.intp)
@@ -148,11 +150,22 @@ class Sampler:
         return logits
 
 
-def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
-    """Return the natural logarithms of the probabilities (vocab,)."""
-    shifted = logits.astype(np.float64) - float(logits.max())
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return result
+def log_probabilities(
+    logits: Floats, token: int, n_top: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Return a token's log-probability, and the `n_top` likeliest (token, logprob), best first.
+
+    Logarithms are natural, and exact to about 1e-9. Of equal logits (vocab,) the lowest ids come
+    first. Raises NumericOverflow if a logit is NaN or +inf, or if none is finite.
+    """
+    top = float(logits.max())
+    if not math.isfinite(top):
+        raise NumericOverflow(f"the model's logits are not finite: found {top}")
+    total = _native.log_sum_exp(logits, top)
+    ids: Ids = _largest(logits, n_top) if n_top else np.empty(0, np.intp)
+    ids = ids[np.lexsort((ids, -logits[ids]))]
+    likeliest = tuple((int(other), float(logits[other]) - total) for other in ids)
+    return float(logits[token]) - total, likeliest
 
 
 def _largest(values: Floats, n: int) -> Ids:

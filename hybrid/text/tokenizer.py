@@ -174,7 +174,11 @@ class Tokenizer:
 
     def decode_token(self, token: int) -> str:
         """Return what one token adds to a text, with its space; U+FFFD for part of a character."""
-        return self._vocabulary.join((token,)).decode("utf-8", errors="replace")
+        return self.token_bytes(token).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token adds to a text, with its space; b"" for special tokens."""
+        return self._vocabulary.join((token,))
 
     def stream(self, context: Sequence[int]) -> StreamingDetokenizer:
         """Return a detokenizer for the tokens that follow `context`."""

@@ -362,6 +362,41 @@ def test_logprobs_out_of_range_are_refused(engine, logprobs):
         engine.generate("A", logprobs=logprobs)
 
 
+@pytest.mark.parametrize("as_batch", [False, True])
+def test_logprobs_of_a_prompt_are_those_of_the_models_distribution(engine, as_batch):
+    ids = engine.tokenizer.encode("Once upon a time there was a red ball. " * 12)
+    assert len(ids) > 64  # several passes
+    with engine.open_session() as session:
+        logits = session.prefill(ids, all_logits=True).astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    with hybrid.BatchLoop(engine) as loop, engine.open_session() as session:
+        list(engine.generate(ids, session=session, max_tokens=1))  # leaves keys and values
+        list(loop.submit(ids, max_tokens=1))
+        options = {"max_tokens": 3, "prompt_logprobs": 2, "temperature": 0}
+        if as_batch:
+            generation = loop.submit(ids, **options)
+        else:
+            generation = engine.generate(ids, session=session, **options)
+        text = "".join(generation)
+    assert text == "".join(engine.generate(ids, max_tokens=3, temperature=0))
+    first, *entries = generation.prompt_logprobs
+    assert first is None
+    assert [entry.token for entry in entries] == ids[1:]
+    assert generation.stats.cached_tokens == 0
+    for row, entry in zip(logprobs, entries, strict=False):
+        assert entry.text == engine.tokenizer.decode_token(entry.token)
+        assert entry.logprob == pytest.approx(row[entry.token], abs=1e-9)
+        best = np.argsort(-row, kind="stable")[:2]
+        assert [token for token, _ in entry.top] == best.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(row[best].tolist(), abs=1e-9)
+
+
+def test_one_prompt_token_has_no_logprobs(engine):
+    generation = engine.generate([5], max_tokens=1, prompt_logprobs=0)
+    assert len("".join(generation)) >= 0
+    assert generation.prompt_logprobs == [None]
+
+
 def test_no_logprobs_by_default(engine):
     assert engine.generate("A", max_tokens=1).logprobs is None
     with_none = engine.generate("A", max_tokens=2, logprobs=0)

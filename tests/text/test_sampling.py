@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from slow import slow_except
 
-from hybrid.errors import HybridError, InvalidOption
+from hybrid.errors import HybridError, InvalidOption, NumericOverflow
 from hybrid.kernels import _native, available_isas, using_isa
-from hybrid.text.sampling import Sampler, SamplingParams, _largest
+from hybrid.text.sampling import Sampler, SamplingParams, _largest, log_probabilities
 
 Floats = npt.NDArray[np.float32]
 INF, NAN = float("inf"), float("nan")
@@ -198,6 +198,29 @@ def test_a_native_sampler_serves_vocabularies_of_any_size() -> None:
         assert sampler.draw(noise(size), float(noise(size).max()), 1.0, 1e-9, 0.0, 0.5) == int(
             noise(size).argmax()
         )
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 5000, 70_001])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 1e30])
+def test_log_probabilities_are_those_of_the_softmax(isa: str, size: int, spread: float) -> None:
+    logits = noise(size, seed=size) * np.float32(spread)
+    exact = logits.astype(np.float64) - logits.max()
+    exact -= np.log(np.exp(exact).sum())
+    n_top, token = min(size, 9), size // 2
+    logprob, likeliest = log_probabilities(logits, token, n_top)
+    np.testing.assert_allclose(logprob, exact[token], rtol=1e-12, atol=1e-9)
+    assert [other for other, _ in likeliest] == np.argsort(-logits, kind="stable")[:n_top].tolist()
+    for other, value in likeliest:
+        np.testing.assert_allclose(value, exact[other], rtol=1e-12, atol=1e-9)
+    assert log_probabilities(logits, token, 0) == (logprob, ())
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_log_probabilities_of_broken_logits_are_refused(broken: float) -> None:
+    logits = np.full(7, -np.inf if broken < 0 else 1, np.float32)
+    logits[3] = broken
+    with pytest.raises(NumericOverflow, match="not finite"):
+        log_probabilities(logits, 0, 1)
 
 
 @pytest.mark.parametrize(

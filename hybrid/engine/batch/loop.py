@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hybrid.engine.answer import Answer
+from hybrid.engine.answer_view import AnswerView
 from hybrid.engine.batch.batched_generation import BatchedGeneration
 from hybrid.engine.batch.steps import Steps
 from hybrid.engine.batch.stream import Stream
@@ -23,6 +24,7 @@ from hybrid.engine.options import (
     checked_count,
     spelling_out,
 )
+from hybrid.engine.stats import LoopStats
 from hybrid.errors import EngineClosed, HybridError, QueueFull
 from hybrid.kernels import PREFILL_CHUNK
 from hybrid.text.chat import Chat, ChatMessage
@@ -118,6 +120,26 @@ class BatchLoop:
         chat = Chat(messages, tools, variables=variables or {})
         return self._add(self._engine._requests.answering(chat, options))
 
+    def submit_again(
+        self, generation: BatchedGeneration, *, seed: int | None = None
+    ) -> BatchedGeneration:
+        """Request another answer of this loop's to the same prompt, with another seed.
+
+        The options are the same, and the prompt is not encoded again. Raises QueueFull and
+        EngineClosed.
+        """
+        return self._add(generation._answer.again(seed))
+
+    @property
+    def stats(self) -> LoopStats:
+        """What the loop is doing, and what it has computed. Any thread may read it."""
+        return self._worker.stats
+
+    @property
+    def running(self) -> tuple[AnswerView, ...]:
+        """The answers that are being computed, oldest first. Any thread may read it."""
+        return self._worker.running
+
     def close(self) -> None:
         """End all answers as cancelled, also those that wait, and the loop's threads."""
         self._worker.stop()
@@ -172,6 +194,21 @@ class _Worker:
                 )
             self._queue.append(stream)
             self._changed.notify_all()
+
+    @property
+    def stats(self) -> LoopStats:
+        steps = self._steps
+        return LoopStats(
+            self._n_sequences,
+            self._queue_size,
+            len(self._queue),
+            steps.cache_bytes,
+            steps.passes,
+        )
+
+    @property
+    def running(self) -> tuple[AnswerView, ...]:
+        return tuple(AnswerView(stream.answer) for stream in [*self._steps.streams])
 
     def stop(self) -> None:
         if os.getpid() != self._process_id:

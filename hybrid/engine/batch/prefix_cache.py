@@ -23,9 +23,13 @@ class PrefixCache:
         self._idle: list[Session] = []
 
     @property
+    def is_on(self) -> bool:
+        return self._budget > 0
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the keys and values of all idle sessions."""
-        return self._token_bytes * sum(session.position for session in self._idle)
+        return self._token_bytes * sum(session.position for session in [*self._idle])
 
     def take(self, prompt: Sequence[int], running: Sequence[Session]) -> tuple[Session, int]:
         """Return a session that holds the first tokens of a prompt, and how many these are.

@@ -12,16 +12,18 @@ publishing             pieces go to consumers; what has ended leaves its session
 from __future__ import annotations
 
 import copy
+import time
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hybrid.engine.batch.choosing import Chooser
 from hybrid.engine.batch.passes import BatchPart
-from hybrid.engine.batch.prefix_cache import PrefixCache
+from hybrid.engine.batch.prefix_cache import LEAST_COPY, PrefixCache
 from hybrid.engine.batch.shares import shares
 from hybrid.engine.batch.stream import Counts, Stream
-from hybrid.engine.session import Session
+from hybrid.engine.session import Session, common_length
+from hybrid.engine.stats import PassCounts
 from hybrid.errors import EngineClosed, HybridError, NumericOverflow, OutOfMemory
 from hybrid.kernels import PREFILL_CHUNK
 
@@ -42,20 +44,28 @@ class Steps:
         self.streams: list[Stream] = []
         self.unconfirmed: list[Stream] = []  # complete, but the weights are still being checked
         self._n_tokens = 0  # that passes appended
+        self.passes = PassCounts()  # replaced after each pass, so that any thread may read it
 
     def admit(self, stream: Stream) -> bool:
         """Begin a stream. Returns False if it finds no memory before another stream has ended.
 
-        If it cannot begin for another reason, it ends alone.
+        If it cannot begin for another reason, it ends alone. While another stream computes what its
+        prompt begins with, it waits for that.
         """
-        running = [other.session for other in self.streams if other.session is not None]
         self.streams.append(stream)
+        if self._is_computed_for(stream) or self._begin(stream):
+            return True
+        self.streams.remove(stream)
+        return False
+
+    def _begin(self, stream: Stream) -> bool:
+        """Give a stream its session. Returns False if it must wait for memory."""
+        running = [other.session for other in self.streams if other.session is not None]
         try:
-            session, n_cached = self._cache.take(stream.answer.prompt, running)
+            session, n_cached = self._cache.take(_reusable(stream), running)
             stream.begin(session, n_cached, self._counts())
         except Exception as error:
             if isinstance(error, OutOfMemory) and running:
-                self.streams.remove(stream)
                 return False
             self.end(stream, error)
         return True
@@ -65,17 +75,46 @@ class Steps:
         for stream in [stream for stream in self.streams if stream.answer.is_cancelled]:
             self.end(stream)
         self._confirm()
-        if not self.streams:
-            return
-        shared = self._shared()
-        parts = [_part(stream, n) for stream, n in shared]
+        for stream in [stream for stream in self.streams if stream.session is None]:
+            if not self._is_computed_for(stream):
+                self._begin(stream)
+        if shared := self._shared():
+            self._run(shared)
+        self._score_prompt()
+
+    def _run(self, shared: list[tuple[Stream, int]]) -> None:
+        started = time.perf_counter()
         try:
-            errors = self._batch.run(parts)
+            errors = self._batch.run([_part(stream, n) for stream, n in shared])
         except Exception as error:  # damaged weights, or a GPU that failed: no stream can go on
             self.end_all(error)
             return
         self._n_tokens += sum(n for _, n in shared)
+        self._count_pass(time.perf_counter() - started)
         self._advance(shared, errors)
+
+    def _score_prompt(self) -> None:
+        """Append a part of the oldest prompt whose tokens get log-probabilities.
+
+        This takes a pass of its own, because passes over several sessions have no logits but those
+        of last tokens.
+        """
+        scored = (each for each in self.streams if each.session and each.answer.scores_prompt)
+        stream = next(scored, None)
+        if stream is None:
+            return
+        assert stream.session is not None
+        tokens = stream.pending[:PREFILL_CHUNK]
+        try:
+            logits = stream.session.prefill(tokens, all_logits=True)
+            assert logits is not None
+            stream.answer.note_prompt(logits)
+        except Exception as error:  # the other streams go on
+            self.end(stream, error)
+            return
+        if stream.append(len(tokens), self._counts):
+            self._chooser.choose([stream])
+            self._publish(stream)
 
     def end_all(self, error: Exception | None = None) -> None:
         """End all streams: cancelled, or with an error."""
@@ -91,10 +130,29 @@ class Steps:
         self._cache.close()
         self._chooser.close()
 
+    def _is_computed_for(self, stream: Stream) -> bool:
+        """Return whether another stream is computing much of what this prompt begins with."""
+        prefix = _reusable(stream)[:-1]
+        for other in self.streams if self._cache.is_on else ():
+            if other.session is not None and not other.is_decoding:
+                n = common_length(other.answer.prompt, prefix)
+                if n - other.session.position >= LEAST_COPY:
+                    return True
+        return False
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values in the prefix cache."""
+        return self._cache.n_bytes
+
     def _shared(self) -> list[tuple[Stream, int]]:
         """Return how many tokens of each stream the next pass appends."""
         decoding = [stream for stream in self.streams if stream.is_decoding]
-        filling = [stream for stream in self.streams if not stream.is_decoding]
+        filling = [
+            stream
+            for stream in self.streams
+            if stream.session and not (stream.is_decoding or stream.answer.scores_prompt)
+        ]
         room = PREFILL_CHUNK - len(decoding)
         sizes = shares([len(stream.pending) for stream in filling], room)
         return [(stream, 1) for stream in decoding] + list(zip(filling, sizes, strict=True))
@@ -162,15 +220,27 @@ class Steps:
 
     def _counts(self) -> Counts:
         if not self._batch.counts:
-            return Counts(0, 0, 0)
+            return Counts(self._n_tokens, 0, 0)
         n_bytes = sum(self._batch.decode_bytes.values())
         return Counts(self._n_tokens, sum(self._batch.active_counts), n_bytes)
+
+    def _count_pass(self, seconds: float) -> None:
+        n_tokens, n_active, n_bytes = self._counts()
+        before = self.passes
+        self.passes = PassCounts(
+            before.n_passes + 1, n_tokens, before.seconds + seconds, n_active, n_bytes
+        )
 
     def _open_session(self) -> Session:
         engine = self._engine()
         if engine is None:
             raise EngineClosed("the engine is gone; load the model again")
         return engine.open_session()
+
+
+def _reusable(stream: Stream) -> list[int]:
+    """Return the prompt whose keys and values may come from other sequences."""
+    return [] if stream.answer.scores_prompt else stream.answer.prompt
 
 
 def _part(stream: Stream, n: int) -> BatchPart:

@@ -58,6 +58,7 @@ def requests(n: int) -> list[dict[str, Any]]:
             "presence_penalty": draw.choice((0, 0, 0.4)),
         }
         options |= draw.choice(({}, {}, {"stop": ("the", ".")}, {"logprobs": 2}))
+        options |= {"prompt_logprobs": seed % 3} if seed % 5 == 2 else {}
         if seed % 11 == 0:  # the context becomes full
             options |= {"prompt": list(range(20, 270)), "max_tokens": 20}
             options |= {"context_shift": True, "n_keep": 4} if seed % 2 else {}
@@ -70,9 +71,10 @@ def outcome(generation: Any) -> tuple[Any, ...]:
     text = "".join(generation)
     assert text == generation.text
     stats = generation.stats
-    names = ("text", "tokens", "logprobs", "finish_reason", "context_is_full", "seed", "notices")
+    names = ("text", "tokens", "logprobs", "prompt_logprobs", "finish_reason", "context_is_full")
     counts = (stats.prompt_tokens, stats.generated_tokens, stats.n_shifts)
-    return (*(getattr(generation, name) for name in names), *counts)
+    values = (getattr(generation, name) for name in (*names, "seed", "notices"))
+    return (*values, *counts)
 
 
 def test_texts_are_those_of_each_request_alone(engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -136,6 +137,39 @@ def test_texts_are_the_same_with_and_without_it(engine):
     assert n_cached[3] == n_prompt - 3
     assert n_cached[-1] == n_prompt - 1  # the whole prompt, which an earlier one has left
     assert engine.stats.cached_tokens >= sum(n_cached)
+
+
+def test_prompts_that_begin_alike_are_computed_once(engine):
+    """They come at the same time, before any of them is computed."""
+    prompts = [[*SYSTEM * 3, 60 + i, 70] for i in range(3)] + [[5, 6, 7]]
+    alone = [engine.generate(prompt, **OPTIONS) for prompt in prompts]
+    expected = ["".join(generation) for generation in alone]
+    gate = threading.Event()
+    with hybrid.BatchLoop(engine, n_sequences=5) as loop:
+        holding = loop.submit([9] * 20, max_tokens=1)
+        step, loop._worker._steps.step = loop._worker._steps.step, gate.wait
+        found = [loop.submit(prompt, **OPTIONS) for prompt in prompts]
+        again = loop.submit_again(found[0], seed=99)
+        loop._worker._steps.step = step
+        gate.set()
+        assert ["".join(generation) for generation in found] == expected
+        list(again)
+        list(holding)
+        other = "".join(engine.generate(prompts[0], **OPTIONS | {"seed": 99}))
+        assert again.text == other
+        n_cached = [generation.stats.cached_tokens for generation in (*found, again)]
+        assert n_cached == [0, len(SYSTEM) * 3, len(SYSTEM) * 3, 0, len(SYSTEM) * 3 + 1]
+
+
+def test_who_waits_for_a_prompt_goes_on_when_that_is_cancelled(engine):
+    prompt = [*SYSTEM * 8, 5]
+    with hybrid.BatchLoop(engine, n_sequences=3) as loop:
+        gate, step = threading.Event(), loop._worker._steps.step
+        loop._worker._steps.step = lambda: gate.wait() and step()
+        found = [loop.submit(prompt, **OPTIONS) for _ in range(2)]
+        found[0].cancel()
+        gate.set()
+        assert "".join(found[1]) == "".join(engine.generate(prompt, **OPTIONS))
 
 
 def test_a_context_shift_leaves_nothing(engine):

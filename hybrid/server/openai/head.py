@@ -1,0 +1,30 @@
+"""What all responses of OpenAI's API begin and end with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrid import Engine, __version__
+from hybrid.server.answers import Answers
+
+
+def head(kind: str, answers: Answers, engine: Engine) -> dict[str, Any]:
+    """Return the fields that a response or each of its chunks begins with."""
+    return {
+        "id": answers.id,
+        "object": kind,
+        "created": answers.created,
+        "model": engine.name,
+        # What decides the bits of an answer besides the request.
+        "system_fingerprint": f"build-{__version__}-{engine.quant}-{engine.kv}",
+    }
+
+
+def usage_object(answers: Answers) -> dict[str, Any]:
+    usage = answers.usage()
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }

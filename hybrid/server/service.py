@@ -1,0 +1,72 @@
+"""Service: the model behind a server, from its loading to the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from hybrid import BatchLoop, Engine
+from hybrid.server.api_error import unavailable
+from hybrid.server.settings import ServerSettings
+
+_Result = TypeVar("_Result")
+N_PREPARING = 2  # requests that are read at once: texts are encoded there, not in the event loop
+
+
+class Model(NamedTuple):
+    """A loaded model, and the loop that answers requests for it."""
+
+    engine: Engine
+    loop: BatchLoop
+
+
+class Service:
+    """Owns the batching loop. It is loading until `open`, and shutting down from `drain` on."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings, self.started = settings, int(time.time())
+        self._model: Model | None = None
+        self._is_draining = False
+        self._preparing = ThreadPoolExecutor(N_PREPARING, "hybrid-request")
+
+    def open(self, engine: Engine) -> None:
+        """Answer requests with this engine from now on. Raises as BatchLoop does."""
+        settings = self.settings
+        loop = BatchLoop(
+            engine,
+            n_sequences=settings.n_sequences,
+            queue_size=settings.queue_size,
+            cache_bytes=settings.cache_bytes,
+        )
+        self._model = Model(engine, loop)
+
+    @property
+    def model(self) -> Model:
+        """The model. Raises ApiError with status 503 while there is none, or none any more."""
+        if self._is_draining:
+            raise unavailable("the server is shutting down", "shutting_down")
+        if self._model is None:
+            raise unavailable("the model is being loaded", "loading")
+        return self._model
+
+    async def prepare(self, work: Callable[[], _Result]) -> _Result:
+        """Run work on a thread: what a client sends may take a second to read and encode."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+
+    def drain(self, seconds: float) -> None:
+        """Refuse new requests, give running answers some time to end, and end the others."""
+        self._is_draining = True
+        if self._model is None:
+            return
+        loop, deadline = self._model.loop, time.monotonic() + seconds
+        while (loop.running or loop.stats.n_waiting) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        loop.close()
+
+    def close(self) -> None:
+        """End all answers now. The engine is the caller's to close."""
+        self.drain(0)
+        self._preparing.shutdown(wait=False, cancel_futures=True)
