@@ -51,6 +51,7 @@ __all__ = [
     "SamplingParams",
     "Session",
     "TokenLogprobs",
+    "ToolCall",
     "UnsupportedIsa",
     "UnsupportedModel",
     "active_isa",

@@ -36,3 +36,4 @@ from hybrid.kernels import active_isa
 from hybrid.progress import Progress
 from hybrid.text.chat import ChatMessage
 from hybrid.text.sampling import Sampler, SamplingParams
+from hybrid.text.tool_calls import ToolCall

@@ -45,12 +45,15 @@ from hybrid.cli.command_line import (
     run_command,
 )
 from hybrid.cli.conversation import Conversation, Display, interrupts
-from hybrid.cli.generation_options import add_generation_options, generation_options
+from hybrid.cli.generation_options import (
+    add_generation_options,
+    generation_options,
+    read_json_file,
+)
 from hybrid.cli.kept_session import KeptSession
 from hybrid.files import read_bytes
 from hybrid.hub.catalog import catalog
 from hybrid.text.built_in_templates import BUILT_IN as TEMPLATES
-from predictors.schema import Malformed, parse_json
 
 MAX_PROMPT_BYTES = 4 << 20
 
@@ -164,12 +167,7 @@ def read_tools(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Return the functions of --tools. Raises InvalidOption."""
     if args.tools is None:
         return None
-    try:
-        tools = parse_json(read_bytes(Path(args.tools), MAX_PROMPT_BYTES))
-    except OSError as error:
-        raise InvalidOption(f"--tools {args.tools}: {error.strerror}") from error
-    except Malformed as error:
-        raise InvalidOption(f"--tools {args.tools}: {error}") from error
+    tools = read_json_file("--tools", Path(args.tools))
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InvalidOption(
             f"--tools {args.tools}: expected a list of JSON objects, one a function"

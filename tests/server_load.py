@@ -17,6 +17,7 @@ import random
 import socket
 import threading
 import time
+from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,7 +52,7 @@ class Outcome:
     n_right: int = 0  # streams that are complete and right
     n_refused: int = 0  # 503, as the queue was full
     n_bad: int = 0  # requests that were bad on purpose
-    gaps: list[float] = field(default_factory=list)  # seconds between two pieces of a stream
+    gaps: array[float] = field(default_factory=lambda: array("f"))  # seconds between two pieces
     mistakes: list[str] = field(default_factory=list)
     growth_mb: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -249,6 +249,12 @@ def test_multi_byte_characters_are_never_split(tmp_path):
         (["-f", "/no/such/file"], "No such file"),
         (["-f", "/"], "directory"),
         (["--chat-template", "chtml"], "'chtml' is neither a file nor one of minicpm, chatml"),
+        (["--json-schema", "/no/such/file"], "--json-schema /no/such/file: No such file"),
+        (["--json-schema", "/dev/null"], "--json-schema /dev/null: is not a regular file"),
+        (["--grammar", "/no/such/file"], "--grammar /no/such/file: No such file"),
+        (["--grammar", "/dev/null"], "--grammar /dev/null: is not a regular file"),
+        (["--regex", "("], "regex: "),
+        (["--regex", "a", "--grammar", "b"], "not allowed with argument"),
         (["--tools", "/no/such/file"], "--tools /no/such/file: No such file"),
         (["--tools", "/dev/null"], "--tools /dev/null: "),
         (["--raw", "--tools", "a.json"], "--raw and --tools exclude each other"),
@@ -554,6 +560,23 @@ def test_bos_may_be_chosen():
     }
     n_tokens = {option: stats["prompt_tokens"] for option, stats in counts.items()}
     assert n_tokens[()] == n_tokens["--bos",] == n_tokens["--no-bos",] + 1
+
+
+def test_answers_have_the_form_of_a_schema_a_grammar_or_an_expression(tmp_path):
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.gbnf"
+    schema.write_text(
+        '{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}'
+    )
+    grammar.write_text('root ::= ("x" | "y"){3}')
+    options = ("-p", "Once", "-n", "60", "--json")
+    text = json.loads(hybrid_run(*options, "--json-schema", schema).out)["text"]
+    assert {*json.loads(text)} <= {"a", "b"}
+    assert re.fullmatch(
+        "[xy]{3}", json.loads(hybrid_run(*options, "--grammar", grammar).out)["text"]
+    )
+    assert re.fullmatch(
+        "[0-9]{5}", json.loads(hybrid_run(*options, "--regex", "[0-9]{5}").out)["text"]
+    )
 
 
 def test_a_chat_template_and_tools_may_be_chosen(tmp_path):

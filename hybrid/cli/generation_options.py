@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from hybrid import GenerationOptions
+from hybrid import GenerationOptions, InvalidOption
+from hybrid.files import read_bytes
+from predictors.schema import Malformed, parse_json
+
+MAX_FILE_BYTES = 4 << 20
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +67,23 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         type=_bias,
         metavar="ID:BIAS",
         help="add this to a token's logit, -100 to 100; may be repeated (default: none)",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json-schema",
+        type=Path,
+        metavar="FILE",
+        help="JSON schema of the answer, which is then such a JSON value (default: none)",
+    )
+    form.add_argument(
+        "--grammar",
+        type=Path,
+        metavar="FILE",
+        help="grammar of the answer, in llama.cpp's GBNF (default: none)",
+    )
+    form.add_argument(
+        "--regex",
+        help="regular expression that the whole answer matches (default: none)",
     )
     add(
         "--stop",
@@ -122,6 +144,25 @@ def unescape(text: str) -> str:
     return _ESCAPE.sub(character, text)
 
 
+def read_json_file(option: str, path: Path) -> Any:
+    """Return the JSON value in the file of an option. Raises InvalidOption."""
+    try:
+        return parse_json(read_bytes(path, MAX_FILE_BYTES))
+    except OSError as error:
+        raise InvalidOption(f"{option} {path}: {error.strerror}") from error
+    except Malformed as error:
+        raise InvalidOption(f"{option} {path}: {error}") from error
+
+
+def _read_grammar(path: Path) -> str:
+    try:
+        return read_bytes(path, MAX_FILE_BYTES).decode()
+    except OSError as error:
+        raise InvalidOption(f"--grammar {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidOption(f"--grammar {path}: not UTF-8 text") from error
+
+
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition(":")
     try:
@@ -139,6 +180,10 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
         max_tokens = "auto"
     elif max_tokens == -1:
         max_tokens = None
+    response_format = None
+    if args.json_schema is not None:
+        schema = read_json_file("--json-schema", args.json_schema)
+        response_format = {"type": "json_schema", "schema": schema}
     return GenerationOptions(
         max_tokens=max_tokens,
         temperature=args.temp,
@@ -149,6 +194,9 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
         presence_penalty=args.presence_penalty,
         frequency_penalty=args.frequency_penalty,
         logit_bias=dict(args.logit_bias or ()),
+        response_format=response_format,
+        grammar=None if args.grammar is None else _read_grammar(args.grammar),
+        regex=args.regex,
         stop=args.stop,
         logprobs=args.logprobs,
         seed=args.seed,

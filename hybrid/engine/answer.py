@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from hybrid.engine.options import AnswerLimits
 from hybrid.engine.stats import GenerationStats
 from hybrid.text.chat import Chat
+from hybrid.text.grammar import Grammar
 from hybrid.text.sampling import Sampler, log_probabilities
 from hybrid.text.token_rules import TokenRules
 from hybrid.text.tokenizer import Tokenizer
+from hybrid.text.tool_calls import ToolFormat
 
+MAX_FORCED = 48  # tokens of a grammar that are taken at once, so that they fit into a pass
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -50,6 +53,8 @@ class AnswerRequest:
     chat: Chat | None = None  # the conversation that this answers
     n_kept: int | None = None  # first tokens that context shifts keep; None: a full context ends it
     n_shifts: int = 0  # shifts that the prompt has already undergone
+    grammar: Grammar | None = None  # that the answer follows
+    tool_format: ToolFormat | None = None  # in which the answer may call tools
 
 
 class Answer:
@@ -82,11 +87,12 @@ class Answer:
         self.prompt_logprobs = None if request.prompt_logprobs is None else [None]
         self.finish_reason, self.context_is_full, self.is_cancelled = None, False, False
         self.stats = GenerationStats(len(prompt), n_shifts=request.n_shifts)
+        self._constraint = None if request.grammar is None else request.grammar.begin()
         self.n_dropped = 0  # tokens behind the first `request.n_kept` that context shifts dropped
         self.seed = sampler.seed
         self._sampler, self._tokenizer = sampler, tokenizer
         self._given_eos_ids = eos_ids
-        self._detokenizer = tokenizer.stream(prompt)
+        self._detokenizer = tokenizer.stream(prompt, request.tool_format)
         self._eos_ids = tuple(eos_ids)
         if request.chat is not None:
             end = tokenizer.end_of_answer(request.chat)
@@ -117,25 +123,29 @@ class Answer:
         for row, token in zip(logits, self.prompt[len(entries) :], strict=False):
             entries.append(self._logprobs_of(token, row, self.request.prompt_logprobs or 0))
 
-    def choose(self, logits: NDArray[np.float32], has_room: bool) -> int | None:
+    def choose(self, logits: NDArray[np.float32], room: int) -> list[int]:
         """Choose the next token by its `logits` (vocab,), and note it.
 
-        Returns the token if it is to be appended to the sequence so that another one can follow.
-        Returns None if the answer ends here. `has_room` says whether the context can hold the
-        token. Raises the sampler's HybridError.
+        Returns what is to be appended to the sequence so that another token can follow: this token,
+        and those that a grammar then forces. Returns none if the answer ends here. `room` is the
+        number of tokens that the context can still hold. Raises the sampler's HybridError, and the
+        grammar's.
         """
         if self.is_cancelled:
             self.finish("cancelled")
-            return None
-        token = self._sampler.sample(logits, self._seen, self._banned(), self._counts)
-        if token in self._eos_ids:
+            return []
+        tokens, scored = self._forced(max(room, 1)), None
+        if not tokens:
+            tokens, scored = self._sampled(logits, room), logits
+        for i, token in enumerate(tokens):
+            self._note(token, scored if i == 0 else None)
+            self.context_is_full = i >= room
+            if self.context_is_full or len(self.tokens) == self.request.limits.max_tokens:
+                self.finish("length")
+                break
+        if self._constraint is not None and self._constraint.is_over and not self.finish_reason:
             self.finish("stop")
-            return None
-        self._note(token, logits)
-        self.context_is_full = not has_room
-        if not has_room or len(self.tokens) == self.request.limits.max_tokens:
-            self.finish("length")
-        return token if self.finish_reason is None else None
+        return tokens if self.finish_reason is None else []
 
     def take(self) -> str:
         """Return the text completed since the last call that cannot be part of a stop string.
@@ -178,22 +188,48 @@ class Answer:
         chat = self.request.chat
         if chat is None:
             return None
-        said = self._tokenizer.continue_text(self.prompt, self.tokens)
+        said = self._tokenizer.continue_text(self.prompt, self.tokens, self.request.tool_format)
         return (chat.answered(said), self.sequence) if said == self.text else None
+
+    def _sampled(self, logits: NDArray[np.float32], room: int) -> list[int]:
+        """Sample a token. Return it with those that it forces; none if it ends the answer."""
+        allowed = None if self._constraint is None else self._constraint.allowed()
+        banned = self._banned()
+        token = self._sampler.sample(logits, self._seen, banned, self._counts, allowed)
+        if token in self._eos_ids:
+            self.finish("stop")
+            return []
+        if self._constraint is None:
+            return [token]
+        self._constraint.consume([token])
+        return [token, *self._forced(room - 1)]
+
+    def _forced(self, room: int) -> list[int]:
+        """Return up to `room` tokens that the grammar forces next."""
+        if self._constraint is None or self._constraint.is_over:
+            return []
+        tokens = self._constraint.forced()[: max(min(room, MAX_FORCED), 0)]
+        self._constraint.consume(tokens)
+        self.stats.forced_tokens += len(tokens)
+        return tokens
 
     def _banned(self) -> list[int]:
         if self._rules is None:
             return []
         return self._rules.banned(self.prompt, self.tokens, self._eos_ids)
 
-    def _note(self, token: int, logits: NDArray[np.float32]) -> None:
+    def _note(self, token: int, logits: NDArray[np.float32] | None) -> None:
+        """Note a token. Without logits it was forced, so its probability is 1."""
         self.tokens.append(token)
         self._seen.add(token)
         self._counts[token] += 1
         self.stats.generated_tokens += 1
         if self.logprobs is not None:
-            n_top = self.request.logprobs or 0
-            self.logprobs.append(self._logprobs_of(token, logits, n_top))
+            if logits is None:
+                entry = TokenLogprobs(token, self._tokenizer.decode_token(token), 0.0, ())
+            else:
+                entry = self._logprobs_of(token, logits, self.request.logprobs or 0)
+            self.logprobs.append(entry)
         self._held += self._detokenizer.push(token)
 
     def _logprobs_of(self, token: int, logits: NDArray[np.float32], n_top: int) -> TokenLogprobs:

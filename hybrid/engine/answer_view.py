@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hybrid.engine.answer import Answer, FinishReason, TokenLogprobs
 from hybrid.engine.stats import GenerationStats
+from hybrid.text.tool_calls import ToolCall, ToolCallParser
 
 
 class AnswerView:
@@ -34,6 +35,23 @@ class AnswerView:
     def finish_reason(self) -> FinishReason | None:
         """Why the answer ended; None before it does."""
         return self._answer.finish_reason
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls in the text so far of functions that were given as `tools`.
+
+        They count even if their end is missing. `text` is as the model wrote it, with them.
+        """
+        parser = self.tool_parser()
+        if parser is None:
+            return ()
+        (_, calls), (_, last) = parser.push(self.text), parser.finish()
+        return (*calls, *last)
+
+    def tool_parser(self) -> ToolCallParser | None:
+        """Return what separates the pieces of text into content and calls; None without tools."""
+        format = self._answer.request.tool_format
+        return None if format is None else ToolCallParser(format)
 
     @property
     def context_is_full(self) -> bool:

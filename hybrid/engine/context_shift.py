@@ -98,9 +98,10 @@ class Room:
         self.progress: Progress = ignore_progress
         self.n_prefilled = 0  # tokens that shifts computed again
 
-    def has(self, position: int) -> bool:
-        """Return whether a token at this position can be appended, perhaps after a shift."""
-        return position < self._session.n_context or self._answer.request.n_kept is not None
+    def tokens(self, position: int) -> int:
+        """Return how many tokens can be appended at this position, perhaps after a shift."""
+        room = self._session.n_context - position
+        return 1 if room < 1 and self._answer.request.n_kept is not None else room
 
     def make(self) -> bool:
         """Shift the context if it is full. Returns False if the answer is cancelled meanwhile."""

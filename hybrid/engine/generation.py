@@ -128,20 +128,24 @@ class Generation(AnswerView):
         session.reset_counts()
 
     def _step(self) -> str:
-        """Choose a token and, if another is to follow, decode it. Return the text completed."""
+        """Choose tokens and, if another is to follow, append them. Return the text completed."""
         answer, session, stats = self._answer, self._session, self.stats
         if not answer.request.speculate:
-            token = answer.choose(session.logits, self._room.has(session.position))
+            tokens = answer.choose(session.logits, self._room.tokens(session.position))
             piece = answer.take()
-            if token is not None and answer.finish_reason is None and self._room.make():
-                session.decode(token)
+            if tokens and answer.finish_reason is None and self._room.make():
+                if len(tokens) == 1:
+                    session.decode(tokens[0])
+                else:
+                    session.prefill(tokens)
                 stats.decode_steps += 1
         else:
             if self._speculation is None:
                 self._speculation = Speculation(session, answer, self._room)
             piece = self._speculation.step()
         if stats.decode_steps:
-            self._count_active(stats.decode_steps + stats.drafted_tokens + self._room.n_prefilled)
+            n_along = stats.drafted_tokens + stats.forced_tokens + self._room.n_prefilled
+            self._count_active(stats.decode_steps + n_along)
         return piece
 
     def _count_active(self, n_tokens: int) -> None:

@@ -19,9 +19,12 @@ from hybrid.checkpoint.gguf.activation import parse_activation
 from hybrid.errors import ContextOverflow, InvalidOption
 from hybrid.kernels import Format
 from hybrid.model.config import ModelConfig
+from hybrid.text.chat import checked_text
 from hybrid.text.generation_config import GenerationDefaults
+from hybrid.text.grammar import Form, form_of_response
 from hybrid.text.sampling import SamplingParams
 from hybrid.text.token_rules import TokenRules
+from hybrid.text.tool_calls import ToolWish, read_wish
 
 Quant = Literal["bf16", "f16", "q8", "q4"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -153,6 +156,14 @@ class GenerationOptions:
     presence_penalty: float = 0.0  # subtracted from the logits of the answer's tokens
     frequency_penalty: float = 0.0  # the same, as often as the answer has the token
     logit_bias: Mapping[int, float] | None = None  # what is added to tokens' logits: -100 to 100
+    # The form of the answer, at most one of three: OpenAI's {"type": "json_schema", "json_schema":
+    # {"schema": …}} or {"type": "json_object"}, a grammar in llama.cpp's GBNF, an expression.
+    response_format: Mapping[str, Any] | None = None
+    grammar: str | None = None
+    regex: str | None = None
+    # Of a chat's tools: "auto", "none", "required", or {"function": {"name": …}}.
+    tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool = True  # whether a required call may be followed by others
     stop: str | Sequence[str] | None = None  # the text ends before the first of these; (): none
     logprobs: int | None = None  # log-probability of each token, and of so many likeliest ones
     prompt_logprobs: int | None = None  # the same for the prompt, no part of which is then reused
@@ -165,6 +176,11 @@ class GenerationOptions:
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise InvalidOption(f"logit_bias: expected a mapping, found {self.logit_bias!r:.60}")
         self.sampling(SamplingParams())
+        _ = self.form, self.tool_wish
+        if self.parallel_tool_calls not in (True, False):
+            raise InvalidOption(
+                f"parallel_tool_calls: expected True or False, found {self.parallel_tool_calls!r}"
+            )
         if isinstance(self.max_tokens, str):
             _check_choice("max_tokens", self.max_tokens, ("auto",))
         elif self.max_tokens is not None:
@@ -182,6 +198,27 @@ class GenerationOptions:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, checked_count(name, value, MAX_LOGPROBS, least=0))
+
+    @property
+    def form(self) -> Form | None:
+        """What the answer must look like."""
+        given = {
+            name: value
+            for name in ("response_format", "grammar", "regex")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
+            raise InvalidOption(f"{' and '.join(given)} exclude each other")
+        if self.grammar is not None:
+            return Form("gbnf", checked_text(self.grammar, "grammar"), "grammar")
+        if self.regex is not None:
+            return Form("regex", checked_text(self.regex, "regex"), "regex")
+        return None if self.response_format is None else form_of_response(self.response_format)
+
+    @property
+    def tool_wish(self) -> ToolWish:
+        """Which tools the answer may call, and whether it must."""
+        return read_wish(self.tool_choice)
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """Return the defaults with the options that were given."""
@@ -245,6 +282,11 @@ class GenerationKeywords(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float] | None
+    response_format: Mapping[str, Any] | None
+    grammar: str | None
+    regex: str | None
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
     stop: str | Sequence[str] | None
     logprobs: int | None
     prompt_logprobs: int | None

@@ -12,8 +12,11 @@ from hybrid.engine.options import GenerationOptions, check_prompt, checked_ids
 from hybrid.errors import InvalidOption
 from hybrid.text.chat import Chat
 from hybrid.text.generation_config import GenerationDefaults
+from hybrid.text.grammar import Form, Grammar, Grammars
 from hybrid.text.sampling import Sampler
 from hybrid.text.tokenizer import Tokenizer
+from hybrid.text.tool_calls import ToolFormat, function_of
+from hybrid.text.tool_grammar import forced_calls
 
 Conversation = tuple[Chat, list[int]]  # a conversation, and the ids that stand for it
 
@@ -23,6 +26,11 @@ class Requests:
 
     def __init__(self, tokenizer: Tokenizer, spec: ModelSpec, defaults: GenerationDefaults) -> None:
         self._tokenizer, self._spec, self._defaults = tokenizer, spec, defaults
+        eos_ids = [*spec.config.eos_ids]
+        if tokenizer.has_chat_template:
+            end = tokenizer.end_of_answer(Chat([{"role": "user", "content": "Hello"}]))
+            eos_ids += [] if end is None or end in eos_ids else [end]
+        self.grammars = Grammars(tokenizer, eos_ids)
 
     def continuing(
         self,
@@ -44,10 +52,43 @@ class Requests:
         self, chat: Chat, options: GenerationOptions, *, known: Conversation | None = None
     ) -> Answer:
         """Return the answer to a conversation. Raises as `Engine.chat` does."""
-        return self._answer(self._chat_ids(chat, known), options, chat)
+        wish = options.tool_wish
+        if chat.tools is not None and not wish.is_allowed:
+            chat = replace(chat, tools=None)
+        tool_format, grammar = self._tools(chat, options)
+        chat = self._tokenizer.with_tools(chat)
+        return self._answer(self._chat_ids(chat, known), options, chat, tool_format, grammar)
+
+    def _tools(
+        self, chat: Chat, options: GenerationOptions
+    ) -> tuple[ToolFormat | None, Grammar | None]:
+        """Return how a chat's tools are called, and the grammar if a call is required."""
+        wish = options.tool_wish
+        if not chat.tools:
+            if wish.is_required:
+                raise InvalidOption("tool_choice: a call is required, but there are no tools")
+            return None, None
+        tool_format = self._tokenizer.tool_format(chat)
+        if not wish.is_required:
+            return tool_format, None
+        tools = [tool for tool in chat.tools if wish.name in (None, function_of(tool)[0])]
+        if not tools:
+            raise InvalidOption(f"tool_choice: there is no tool {wish.name!r:.80}")
+        if options.form is not None:
+            raise InvalidOption(
+                f"tool_choice: a call is required, which excludes {options.form.option}"
+            )
+        spell, one = self._tokenizer.spell_marker, not options.parallel_tool_calls
+        source = forced_calls(tool_format, tools, spell, one=one or wish.name is not None)
+        return tool_format, self.grammars.compile(Form("lark", source, "tools"))
 
     def _answer(
-        self, ids: list[int], options: GenerationOptions, chat: Chat | None = None
+        self,
+        ids: list[int],
+        options: GenerationOptions,
+        chat: Chat | None = None,
+        tool_format: ToolFormat | None = None,
+        grammar: Grammar | None = None,
     ) -> Answer:
         tokenizer, spec = self._tokenizer, self._spec
         n_kept, n_shifts = None, 0
@@ -60,15 +101,20 @@ class Requests:
                 raise InvalidOption(
                     f"logit_bias: expected token ids below {spec.config.vocab_size}, found {token}"
                 )
+        form = options.form
+        if form is not None:
+            grammar = self.grammars.compile(form)
         request = AnswerRequest(
             ids,
             options.limits(self._defaults, len(ids)),
             options.logprobs,
             options.prompt_logprobs,
-            options.speculate is not None,
+            options.speculate is not None and grammar is None,
             chat,
             n_kept,
             n_shifts,
+            grammar,
+            tool_format,
         )
         sampler = Sampler(options.sampling(self._defaults.sampling))
         return Answer(tokenizer, sampler, request, spec.config.eos_ids)

@@ -210,7 +210,8 @@ class Speculation:
     def _choose(self, logits: NDArray[np.float32], position: int) -> str:
         """Choose the token at a position. Return the text that it completes."""
         lookup = self._lookup
-        self._next = self._answer.choose(logits, self._room.has(position))
+        chosen = self._answer.choose(logits, self._room.tokens(position))
+        self._next = chosen[0] if chosen else None  # an answer with a grammar has no drafts
         if self._next is not None:
             length = lookup.length
             came = lookup.append(self._next)

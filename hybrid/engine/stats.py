@@ -23,6 +23,7 @@ class GenerationStats:
     decode_bytes: int = 0  # of weights and KV cache that passes without a draft read
     drafted_tokens: int = 0  # guesses that passes computed along with their one token
     accepted_tokens: int = 0  # guesses that came true
+    forced_tokens: int = 0  # that a grammar left no choice for; several share a forward pass
     n_shifts: int = 0  # how often a full context lost the oldest half
     active_fraction: float | None = None  # of FFN neurons, in decode; before decode, in prefill
 
@@ -33,17 +34,17 @@ class GenerationStats:
 
     @property
     def decode_tps(self) -> float:
-        """Tokens of the text per second of decode: one of each pass, and the accepted ones."""
-        n_tokens = self.decode_steps + self.accepted_tokens
+        """Tokens of the text per second of decode: one of each pass, accepted and forced ones."""
+        n_tokens = self.decode_steps + self.accepted_tokens + self.forced_tokens
         return n_tokens / self.decode_s if self.decode_s else 0.0
 
     @property
     def decode_gbs(self) -> float | None:
         """GB (1e9 bytes) of weights and KV cache read per second of decode.
 
-        None after a draft, because the bytes of such passes are not counted.
+        None after a draft or forced tokens, because the bytes of such passes are not counted.
         """
-        if self.drafted_tokens:
+        if self.drafted_tokens or self.forced_tokens:
             return None
         return self.decode_bytes / self.decode_s / 1e9 if self.decode_s else 0.0
 

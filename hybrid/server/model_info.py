@@ -8,6 +8,7 @@ from typing import Any
 from hybrid import __version__
 from hybrid.engine.options import checked_ids
 from hybrid.server.fields import Fields
+from hybrid.server.openai.tools import for_template, read_tools
 from hybrid.server.service import Model
 from hybrid.text.chat import Chat
 
@@ -104,5 +105,7 @@ def apply_template(model: Model, fields: Fields) -> dict[str, Any]:
     if messages is None:
         raise fields.needs("messages")
     variables = fields.object("chat_template_kwargs")
-    chat = Chat(messages, None, variables=variables.values if variables else {})
-    return {"prompt": model.engine.tokenizer.render_chat(chat)}
+    given = {} if variables is None else variables.values
+    chat = Chat(for_template(messages), read_tools(fields), variables=given)
+    tokenizer = model.engine.tokenizer
+    return {"prompt": tokenizer.render_chat(tokenizer.with_tools(chat))}

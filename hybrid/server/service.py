@@ -10,10 +10,11 @@ from typing import NamedTuple, TypeVar
 
 from hybrid import BatchLoop, Engine
 from hybrid.server.api_error import unavailable
+from hybrid.server.form_check import FormChecker
 from hybrid.server.settings import ServerSettings
 
 _Result = TypeVar("_Result")
-N_PREPARING = 2  # requests that are read at once: texts are encoded there, not in the event loop
+N_PREPARING = 4  # requests that are read at once: texts are encoded there, not in the event loop
 
 
 class Model(NamedTuple):
@@ -30,11 +31,14 @@ class Service:
         self.settings, self.started = settings, int(time.time())
         self._model: Model | None = None
         self._is_draining = False
+        self._checker = FormChecker()
         self._preparing = ThreadPoolExecutor(N_PREPARING, "hybrid-request")
 
     def open(self, engine: Engine) -> None:
         """Answer requests with this engine from now on. Raises as BatchLoop does."""
         settings = self.settings
+        # Now, because it would hold up all answers for a second when the first request needs it.
+        engine.prepare_grammars(self._checker)
         loop = BatchLoop(
             engine,
             n_sequences=settings.n_sequences,
@@ -69,4 +73,5 @@ class Service:
     def close(self) -> None:
         """End all answers now. The engine is the caller's to close."""
         self.drain(0)
+        self._checker.close()
         self._preparing.shutdown(wait=False, cancel_futures=True)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from hybrid.errors import InvalidCheckpoint, InvalidOption, one_line
 from hybrid.text import sandbox
@@ -60,7 +60,7 @@ class ChatTemplate:
         may spell, because a model writes it itself. Of the `ordinary` added tokens those count that
         the template mentions. Raises InvalidCheckpoint if the template is broken.
         """
-        self.name = name
+        self.name, self.source = name, source
         self._tokens = dict(tokens or {})
         try:
             self._template = sandbox.compile_template(source)
@@ -72,6 +72,7 @@ class ChatTemplate:
             raise InvalidCheckpoint(f"{name}: cannot be used: {one_line(error)}") from error
         self.markers = Markers(())
         tree = _parse(source)
+        self.knows_tools = "tools" in meta.find_undeclared_variables(tree)
         literals, around = "\0".join(_literals(tree)), "\0".join(self._probe())
         everything = literals + around
         written = {text for text in ordinary if text in everything and not text.isalnum()}

@@ -89,17 +89,21 @@ class Sampler:
         seen: Collection[int] = (),
         banned: Sequence[int] = (),
         counts: Mapping[int, int] = MappingProxyType({}),
+        allowed: npt.NDArray[np.bool_] | None = None,
     ) -> int:
         """Return the next token for `logits` (vocab,), which are not changed; -inf bans a token.
 
         The repeat penalty applies to the tokens of `seen`. It divides their positive logits and
         multiplies their negative ones (CTRL, https://arxiv.org/abs/1909.05858). The presence and
         the frequency penalty apply to the tokens of `counts`, which says how often the answer has
-        each (OpenAI's API). The tokens of `banned` are never returned.
+        each (OpenAI's API). The tokens of `banned` are never returned, and none but those of
+        `allowed` (vocab,), if that is given.
 
         Raises HybridError if a logit is NaN or +inf, or if every token is banned.
         """
         params = self.params
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
         if self._biased.size or banned:
             logits = logits.copy()
             np.add.at(logits, self._biased, self._biases)  # a token may occur twice

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from hybrid.checkpoint.gguf.reader import GgufFile
@@ -14,6 +16,7 @@ from hybrid.text.bos import BosWishes, choose_bos
 from hybrid.text.chat import Chat, ChatMessage, as_chat, checked_text
 from hybrid.text.chat_template import ChatTemplate
 from hybrid.text.template_files import Templates, choose_templates
+from hybrid.text.tool_calls import ToolFormat, described, format_of
 from hybrid.text.vocabulary import Vocabulary
 from hybrid.text.vocabulary_file import read_settings
 
@@ -167,9 +170,14 @@ class Tokenizer:
         """
         return self._vocabulary.decode(ids)
 
-    def continue_text(self, context: Sequence[int], tokens: Sequence[int]) -> str:
+    def continue_text(
+        self,
+        context: Sequence[int],
+        tokens: Sequence[int],
+        tool_format: ToolFormat | None = None,
+    ) -> str:
         """Return the text that `tokens` add to that of `context`, as streaming them gives it."""
-        detokenizer = self.stream(context)
+        detokenizer = self.stream(context, tool_format)
         return "".join([detokenizer.push(token) for token in tokens]) + detokenizer.finish()
 
     def decode_token(self, token: int) -> str:
@@ -180,9 +188,43 @@ class Tokenizer:
         """Return the bytes that a token adds to a text, with its space; b"" for special tokens."""
         return self._vocabulary.join((token,))
 
-    def stream(self, context: Sequence[int]) -> StreamingDetokenizer:
-        """Return a detokenizer for the tokens that follow `context`."""
-        return StreamingDetokenizer(self._vocabulary, context)
+    def stream(
+        self, context: Sequence[int], tool_format: ToolFormat | None = None
+    ) -> StreamingDetokenizer:
+        """Return a detokenizer for the tokens that follow `context`.
+
+        It also spells out the special tokens that are markers of tool calls in this format.
+        """
+        markers = {} if tool_format is None else self._marker_ids(tool_format.markers)
+        spelled = {token: text.encode() for text, token in markers.items()}
+        return StreamingDetokenizer(self._vocabulary, context, spelled)
+
+    def tool_format(self, chat: Chat) -> ToolFormat:
+        """Return how the model writes calls of a chat's tools, as its template shows.
+
+        Raises InvalidOption if the model has no chat template.
+        """
+        return format_of(self._template(chat).source, chat.tools or ())
+
+    def with_tools(self, chat: Chat) -> Chat:
+        """Return the conversation with its tools in a message, if the template knows no tools."""
+        if chat.tools is None or self._template(chat).knows_tools:
+            return chat
+        return described(chat)
+
+    def spell_marker(self, text: str) -> str:
+        """Return a marker of tool calls for a grammar: special tokens by their ids."""
+        markers = self._marker_ids([text])
+        return f"<[{markers[text]}]>" if text in markers else json.dumps(text)
+
+    def _marker_ids(self, markers: Sequence[str]) -> dict[str, int]:
+        """Return the ids of those markers that are special tokens, which texts leave out."""
+        found = {}
+        for text in {*markers} & {*self._vocabulary.special}:
+            token = self._vocabulary.token_id(text)
+            if token is not None:
+                found[text] = token
+        return found
 
 
 class StreamingDetokenizer:
@@ -192,8 +234,14 @@ class StreamingDetokenizer:
     text of the context. That is the context's text without a last character that is incomplete.
     """
 
-    def __init__(self, vocabulary: Vocabulary, context: Sequence[int]) -> None:
-        self._vocabulary = vocabulary
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        context: Sequence[int],
+        spelled: Mapping[int, bytes] = MappingProxyType({}),
+    ) -> None:
+        """`spelled` are the texts of special tokens, which are left out otherwise."""
+        self._vocabulary, self._spelled = vocabulary, spelled
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         before = vocabulary.join(context)
         self._decoder.decode(before)
@@ -201,7 +249,8 @@ class StreamingDetokenizer:
 
     def push(self, token: int) -> str:
         """Return the text that `token` makes certain; "" while a character is incomplete."""
-        return self._emit(self._vocabulary.join((token,)), is_last=False)
+        piece = self._spelled.get(token) or self._vocabulary.join((token,))
+        return self._emit(piece, is_last=False)
 
     def finish(self) -> str:
         """Return what is left: U+FFFD for an incomplete character, else ""."""

@@ -9,12 +9,16 @@ from typing import Any
 
 import hybrid
 
-PAGE = Path(__file__).parents[2] / "docs" / "batching.md"
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def examples(page: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def test_the_examples_of_the_page_on_batching_run(capsys):
-    text = PAGE.read_text(encoding="utf-8")
-    loop, with_asyncio = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    loop, with_asyncio = examples("batching.md")
     names: dict[str, Any] = {}
     exec(loop, names)
     assert len(capsys.readouterr().out) > 100
@@ -22,3 +26,11 @@ def test_the_examples_of_the_page_on_batching_run(capsys):
     with hybrid.load("stories", threads=1) as engine:
         asyncio.run(names["main"](engine))
     assert capsys.readouterr().out
+
+
+def test_the_examples_of_the_page_on_forms_run(capsys):
+    form, tools = examples("forms.md")
+    exec(form, {})
+    assert re.fullmatch(r"\{'name': '.*', 'age': -?\d+\}\n", capsys.readouterr().out)
+    exec(tools, {})
+    assert "ToolCall(name='jump', arguments='{\"who\": \"" in capsys.readouterr().out

@@ -147,11 +147,11 @@ class Steps:
 
     def _shared(self) -> list[tuple[Stream, int]]:
         """Return how many tokens of each stream the next pass appends."""
-        decoding = [stream for stream in self.streams if stream.is_decoding]
+        decoding = [each for each in self.streams if each.is_decoding and len(each.pending) == 1]
         filling = [
             stream
             for stream in self.streams
-            if stream.session and not (stream.is_decoding or stream.answer.scores_prompt)
+            if stream.session and stream not in decoding and not stream.answer.scores_prompt
         ]
         room = PREFILL_CHUNK - len(decoding)
         sizes = shares([len(stream.pending) for stream in filling], room)

@@ -31,7 +31,7 @@ class Stream:
         self.answer, self.mailbox = answer, Mailbox()
         self.session: Session | None = None  # None while the answer waits in the queue
         self.pending: list[int] = []
-        self.is_decoding = False  # whether only the token that was chosen last is pending
+        self.is_decoding = False  # whether only what was chosen last is pending
         self.piece = ""  # text that the last token completed
         self.error: Exception | None = None  # that ends the stream
 
@@ -47,7 +47,8 @@ class Stream:
         stats, is_complete = self.answer.stats, n == len(self.pending)
         has_decoded = is_complete and bool(self.answer.tokens)
         stats.decode_steps += has_decoded
-        stats.prefilled_tokens += n - has_decoded
+        if not self.is_decoding:
+            stats.prefilled_tokens += n - has_decoded
         del self.pending[:n]
         self._spend()
         if is_complete and not has_decoded:  # the prompt is done, and counts of decode begin
@@ -61,11 +62,11 @@ class Stream:
         assert self.session is not None
         answer, session = self.answer, self.session
         try:
-            token = answer.choose(session.logits, self._room.has(session.position))
+            tokens = answer.choose(session.logits, self._room.tokens(session.position))
             self.piece = answer.take()
-            if token is not None and answer.finish_reason is None:
+            if tokens and answer.finish_reason is None:
                 left = self._room.drop()
-                self.pending, self.is_decoding = [*left, token], not left
+                self.pending, self.is_decoding = [*left, *tokens], not left
         except Exception as error:  # whatever it is, the other streams go on
             self.error = error
 

@@ -14,7 +14,21 @@ from hybrid.server.api_error import ApiError
 from hybrid.server.fields import Fields
 from hybrid.server.openai.head import head, usage_object
 from hybrid.server.openai.logprobs import chat_logprobs
-from hybrid.server.openai.options import MAX_CHOICES, max_tokens, sampling_options, seeds
+from hybrid.server.openai.options import (
+    MAX_CHOICES,
+    form_options,
+    max_tokens,
+    sampling_options,
+    seeds,
+)
+from hybrid.server.openai.tools import (
+    end_of_calls,
+    for_template,
+    message_of,
+    read_tools,
+    tool_options,
+    tools_delta,
+)
 from hybrid.server.service import Model
 
 MAX_MESSAGES = 4096
@@ -30,7 +44,10 @@ def submit_chat(model: Model, fields: Fields, options: GenerationOptions) -> Bat
     if fields.boolean("continue_final_message") and fields.boolean("add_generation_prompt"):
         raise ApiError(400, "add_generation_prompt and continue_final_message exclude each other")
     return model.loop.submit_chat(
-        messages, variables=None if variables is None else variables.values, options=options
+        for_template(messages),
+        tools=read_tools(fields),
+        variables=None if variables is None else variables.values,
+        options=options,
     )
 
 
@@ -54,6 +71,8 @@ class ChatCompletion:
         each_seed = seeds(fields, n)
         options = GenerationOptions(
             **sampling_options(fields),
+            **form_options(fields),
+            **tool_options(fields),
             max_tokens=_limit(model, fields),
             logprobs=n_top or 0 if has_logprobs else None,
             seed=each_seed[0],
@@ -70,12 +89,7 @@ class ChatCompletion:
         return {
             **self._head("chat.completion"),
             "choices": [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": generation.text},
-                    "logprobs": self._logprobs(generation, 0),
-                    "finish_reason": generation.finish_reason,
-                }
+                self._choice(index, generation)
                 for index, generation in enumerate(self.answers.generations)
             ],
             "usage": usage_object(self.answers),
@@ -89,18 +103,24 @@ class ChatCompletion:
             yield self._chunk(index, {"role": "assistant", "content": None})
         n_sent = [0] * len(generations)  # entries of logprobs
         n_open = len(generations)
+        parsers = [generation.tool_parser() for generation in generations]
         async for event in self.answers.events(ping_s):
             if event is None:
                 yield None
                 continue
-            generation = generations[event.index]
+            generation, parser = generations[event.index], parsers[event.index]
+            delta: dict[str, Any] = {"content": event.piece}
+            reason: str | None = generation.finish_reason
+            if parser is not None:
+                delta = tools_delta(parser, event.piece, is_last=event.is_last)
+                reason = end_of_calls(generation) if parser.n_calls else reason
             logprobs = self._logprobs(generation, n_sent[event.index])
             n_sent[event.index] += 0 if logprobs is None else len(logprobs["content"])
-            if event.piece or (logprobs and logprobs["content"]):
-                yield self._chunk(event.index, {"content": event.piece}, logprobs)
+            if any(delta.values()) or (logprobs and logprobs["content"]):
+                yield self._chunk(event.index, delta, logprobs)
             if event.is_last:
                 n_open -= 1
-                chunk = self._chunk(event.index, {}, reason=generation.finish_reason)
+                chunk = self._chunk(event.index, {}, reason=reason)
                 yield chunk if n_open else {**chunk, "timings": self.answers.timings()}
         if self._wants_usage:
             usage = usage_object(self.answers)
@@ -109,6 +129,11 @@ class ChatCompletion:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return head(kind, self.answers, self._model.engine)
+
+    def _choice(self, index: int, generation: BatchedGeneration) -> dict[str, Any]:
+        message, reason = message_of(generation)
+        logprobs = self._logprobs(generation, 0)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(
         self,

@@ -14,7 +14,13 @@ from hybrid.server.api_error import wrong
 from hybrid.server.fields import Fields
 from hybrid.server.openai.head import head, usage_object
 from hybrid.server.openai.logprobs import TextLogprobs
-from hybrid.server.openai.options import MAX_CHOICES, max_tokens, sampling_options, seeds
+from hybrid.server.openai.options import (
+    MAX_CHOICES,
+    form_options,
+    max_tokens,
+    sampling_options,
+    seeds,
+)
 from hybrid.server.service import Model
 
 MAX_PROMPTS = 64
@@ -37,6 +43,7 @@ class TextCompletion:
         each_seed = seeds(fields, n)
         options = GenerationOptions(
             **sampling_options(fields),
+            **form_options(fields),
             max_tokens="auto" if n_tokens is None else max(n_tokens, 1),
             logprobs=n_top,
             prompt_logprobs=n_top if self._echoes else None,

@@ -36,6 +36,21 @@ def sampling_options(fields: Fields) -> dict[str, Any]:
     }
 
 
+def form_options(fields: Fields) -> dict[str, Any]:
+    """Return the keywords of GenerationOptions that decide an answer's form.
+
+    `grammar`, `regex` and `json_schema` are not OpenAI's, but other servers have them.
+    """
+    response_format, schema = fields.get("response_format"), fields.get("json_schema")
+    if schema is not None and response_format is None:
+        response_format = {"type": "json_schema", "schema": schema}
+    return {
+        "response_format": response_format,
+        "grammar": fields.text("grammar"),
+        "regex": fields.text("regex"),
+    }
+
+
 def max_tokens(fields: Fields, *, least: int = 1) -> int | None:
     """Return the limit of an answer; None if the client gives none. Both names mean the same."""
     name = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"

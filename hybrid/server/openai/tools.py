@@ -1,0 +1,113 @@
+"""Tools in chats of OpenAI's API: which may be called, and the calls that a model made."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hybrid import BatchedGeneration, ToolCall
+from hybrid.server.api_error import ApiError, wrong
+from hybrid.server.fields import Fields
+from hybrid.text.tool_calls import ToolCallParser
+from predictors.schema import parse_json
+
+MAX_TOOLS = 128
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def read_tools(fields: Fields) -> list[Mapping[str, Any]] | None:
+    """Return the functions that the model may call. Raises ApiError."""
+    tools = fields.items("tools", MAX_TOOLS)
+    if not tools:
+        return None
+    names = set()
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type", "function") != "function":
+            raise ApiError(400, f"tools[{i}]: expected an object of type function", param="tools")
+        name, parameters = function.get("name"), function.get("parameters")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise wrong(f"tools[{i}].function.name", "up to 64 letters, digits, _, . or -", name)
+        if name in names:
+            raise ApiError(400, f"tools[{i}]: {name} occurs twice", param="tools")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise wrong(f"tools[{i}].function.parameters", "a JSON schema", parameters)
+        names.add(name)
+    return list(tools)
+
+
+def tool_options(fields: Fields) -> dict[str, Any]:
+    """Return the keywords of GenerationOptions that concern tools."""
+    choice = fields.get("tool_choice")
+    return {
+        "tool_choice": "auto" if choice is None else choice,
+        "parallel_tool_calls": fields.boolean("parallel_tool_calls", True),
+    }
+
+
+def for_template(messages: Sequence[Any]) -> list[Any]:
+    """Return messages as chat templates expect them: the arguments of calls are objects."""
+    return [_with_objects(message) for message in messages]
+
+
+def _with_objects(message: Any) -> Any:
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = parse_json(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call  # a model's mistake: the template gets the text
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def call_object(call: ToolCall) -> dict[str, Any]:
+    """Return a call with an id, which the client gives back with the result."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def message_of(generation: BatchedGeneration) -> tuple[dict[str, Any], str | None]:
+    """Return a complete answer's message, and why it ended."""
+    parser = generation.tool_parser()
+    if parser is None:
+        return {"role": "assistant", "content": generation.text}, generation.finish_reason
+    (content, calls), (rest, last) = parser.push(generation.text), parser.finish()
+    content, found = content + rest, [*calls, *last]
+    if not found:
+        return {"role": "assistant", "content": content}, generation.finish_reason
+    message = {
+        "role": "assistant",
+        "content": content if content.strip() else None,
+        "tool_calls": [call_object(call) for call in found],
+    }
+    return message, end_of_calls(generation)
+
+
+def tools_delta(parser: ToolCallParser, piece: str, *, is_last: bool) -> dict[str, Any]:
+    """Return what a piece of an answer adds: content, or whole calls."""
+    n_before = parser.n_calls
+    content, calls = parser.push(piece)
+    if is_last:
+        rest, last = parser.finish()
+        content, calls = content + rest, [*calls, *last]
+    delta: dict[str, Any] = {"content": content} if content or not calls else {}
+    if calls:
+        delta["tool_calls"] = [
+            {"index": n_before + i, **call_object(call)} for i, call in enumerate(calls)
+        ]
+    return delta
+
+
+def end_of_calls(generation: BatchedGeneration) -> str | None:
+    """Return why an answer with calls ended."""
+    return "tool_calls" if generation.finish_reason == "stop" else generation.finish_reason
