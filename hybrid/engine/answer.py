@@ -49,6 +49,7 @@ class AnswerRequest:
     limits: AnswerLimits
     logprobs: int | None  # how many likeliest tokens to report with each token; None: nothing
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    layer_activity: bool = False  # report which share of each layer's neurons fires
     speculate: bool = False  # compute drafts along (hybrid/engine/speculation.py)
     chat: Chat | None = None  # the conversation that this answers
     n_kept: int | None = None  # first tokens that context shifts keep; None: a full context ends it
@@ -68,6 +69,8 @@ class Answer:
     logprobs: list[TokenLogprobs] | None  # None unless requested
     # None unless requested. Nothing predicts the first token, so its entry is None.
     prompt_logprobs: list[TokenLogprobs | None] | None
+    # None unless requested. For each pass of decode the share of the neurons that fired, by layer.
+    layer_activity: list[tuple[float, ...]] | None
     finish_reason: FinishReason | None
     context_is_full: bool  # whether a full context ended the answer
     is_cancelled: bool
@@ -85,6 +88,7 @@ class Answer:
         self.tokens, self.text = [], ""
         self.logprobs = None if request.logprobs is None else []
         self.prompt_logprobs = None if request.prompt_logprobs is None else [None]
+        self.layer_activity = [] if request.layer_activity else None
         self.finish_reason, self.context_is_full, self.is_cancelled = None, False, False
         self.stats = GenerationStats(len(prompt), n_shifts=request.n_shifts)
         self._constraint = None if request.grammar is None else request.grammar.begin()
@@ -122,6 +126,15 @@ class Answer:
         assert entries is not None
         for row, token in zip(logits, self.prompt[len(entries) :], strict=False):
             entries.append(self._logprobs_of(token, row, self.request.prompt_logprobs or 0))
+
+    def note_activity(
+        self, before: Sequence[int], after: Sequence[int], n_tokens: int, n_neurons: int
+    ) -> None:
+        """Note a pass of decode by the counts of each layer's neurons that fired, if requested."""
+        if self.layer_activity is not None and n_tokens:
+            n_pairs = n_tokens * n_neurons
+            shares = ((last - first) / n_pairs for first, last in zip(before, after, strict=True))
+            self.layer_activity.append(tuple(shares))
 
     def choose(self, logits: NDArray[np.float32], room: int) -> list[int]:
         """Choose the next token by its `logits` (vocab,), and note it.

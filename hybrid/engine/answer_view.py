@@ -15,6 +15,9 @@ class AnswerView:
     logprobs: list[TokenLogprobs] | None  # None unless requested
     # The same for the prompt. Nothing predicts the first token, so its entry is None.
     prompt_logprobs: list[TokenLogprobs | None] | None
+    # None unless requested. For each pass of decode the share of the neurons that fired, by layer;
+    # in a batching loop over all tokens of the pass, those of other answers, too.
+    layer_activity: list[tuple[float, ...]] | None
     limit_is_models: bool  # whether generation_config.json limits the answer, not the caller
     stats: GenerationStats
     seed: int  # the same seed repeats this generation
@@ -22,6 +25,7 @@ class AnswerView:
     def __init__(self, answer: Answer) -> None:
         self.prompt, self.tokens, self.logprobs = answer.prompt, answer.tokens, answer.logprobs
         self.prompt_logprobs = answer.prompt_logprobs
+        self.layer_activity = answer.layer_activity
         self.limit_is_models = answer.request.limits.is_models
         self.stats, self.seed = answer.stats, answer.seed
         self._answer = answer

@@ -130,6 +130,8 @@ class Generation(AnswerView):
     def _step(self) -> str:
         """Choose tokens and, if another is to follow, append them. Return the text completed."""
         answer, session, stats = self._answer, self._session, self.stats
+        counts = session.active_counts if answer.layer_activity is not None else []
+        n_counted = self._n_counted
         if not answer.request.speculate:
             tokens = answer.choose(session.logits, self._room.tokens(session.position))
             piece = answer.take()
@@ -144,9 +146,18 @@ class Generation(AnswerView):
                 self._speculation = Speculation(session, answer, self._room)
             piece = self._speculation.step()
         if stats.decode_steps:
-            n_along = stats.drafted_tokens + stats.forced_tokens + self._room.n_prefilled
-            self._count_active(stats.decode_steps + n_along)
+            self._count_active(self._n_counted)
+            if answer.layer_activity is not None:
+                n, n_neurons = self._n_counted - n_counted, session._config.n_neurons
+                answer.note_activity(counts, session.active_counts, n, n_neurons)
         return piece
+
+    @property
+    def _n_counted(self) -> int:
+        """The number of tokens that the session has computed since the prompt."""
+        stats = self.stats
+        n_along = stats.drafted_tokens + stats.forced_tokens + self._room.n_prefilled
+        return stats.decode_steps + n_along
 
     def _count_active(self, n_tokens: int) -> None:
         if n_tokens:

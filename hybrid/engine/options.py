@@ -167,6 +167,7 @@ class GenerationOptions:
     stop: str | Sequence[str] | None = None  # the text ends before the first of these; (): none
     logprobs: int | None = None  # log-probability of each token, and of so many likeliest ones
     prompt_logprobs: int | None = None  # the same for the prompt, no part of which is then reused
+    layer_activity: bool = False  # report which share of each layer fires, pass by pass
     seed: int | None = None  # None or -1: random
     speculate: Speculate | None = None  # compute guesses along: the same text, faster if it repeats
     context_shift: bool = False  # drop the oldest half of a full context; else the answer ends
@@ -177,20 +178,15 @@ class GenerationOptions:
             raise InvalidOption(f"logit_bias: expected a mapping, found {self.logit_bias!r:.60}")
         self.sampling(SamplingParams())
         _ = self.form, self.tool_wish
-        if self.parallel_tool_calls not in (True, False):
-            raise InvalidOption(
-                f"parallel_tool_calls: expected True or False, found {self.parallel_tool_calls!r}"
-            )
         if isinstance(self.max_tokens, str):
             _check_choice("max_tokens", self.max_tokens, ("auto",))
         elif self.max_tokens is not None:
             object.__setattr__(self, "max_tokens", checked_count("max_tokens", self.max_tokens))
         if self.n_keep is not None:
             object.__setattr__(self, "n_keep", checked_count("n_keep", self.n_keep, least=0))
-        if self.context_shift not in (True, False):
-            raise InvalidOption(
-                f"context_shift: expected True or False, found {self.context_shift!r}"
-            )
+        for name in ("context_shift", "layer_activity", "parallel_tool_calls"):
+            if (value := getattr(self, name)) not in (True, False):
+                raise InvalidOption(f"{name}: expected True or False, found {value!r}")
         if self.speculate is not None:
             _check_choice("speculate", self.speculate, get_args(Speculate))
         if self.stop is not None:
@@ -290,6 +286,7 @@ class GenerationKeywords(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logprobs: int | None
     prompt_logprobs: int | None
+    layer_activity: bool
     seed: int | None
     speculate: Speculate | None
     context_shift: bool

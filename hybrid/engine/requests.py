@@ -109,6 +109,7 @@ class Requests:
             options.limits(self._defaults, len(ids)),
             options.logprobs,
             options.prompt_logprobs,
+            options.layer_activity,
             options.speculate is not None and grammar is None,
             chat,
             n_kept,

@@ -3,6 +3,7 @@
 guards.py            Host, Origin, API key            refuses by headers alone
 connection.py        body, disconnect, slow reader
 fields.py            JSON with types and ranges
+chat_page.py         the page at /
 openai/              what OpenAI's endpoints read and write
 service.py           the engine and its batching loop
 """
@@ -24,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid import Engine, HybridError
 from hybrid.server.api_error import ApiError, as_api_error
+from hybrid.server.chat_page import page_routes
 from hybrid.server.connection import ClientGone, EventStream, read_body, until_disconnect
 from hybrid.server.events import data_events, logged, to_json
 from hybrid.server.fields import Fields, parse_fields
@@ -75,7 +77,7 @@ def create_app(engine: Engine | None = None, settings: ServerSettings | None = N
         )
         middleware.insert(1, cors)
     app = Starlette(
-        routes=_routes(),
+        routes=[*_routes(), *(page_routes() if settings.has_page else ())],
         middleware=middleware,
         exception_handlers={
             ApiError: _on_error,

@@ -15,10 +15,11 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hybrid.server import chat_page
 from hybrid.server.api_error import ApiError
 from hybrid.server.settings import ServerSettings
 
-PUBLIC = {"/health", "/", "/favicon.ico"}  # need no key
+PUBLIC = {"/health", *chat_page.PATHS}  # need no key
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
 

@@ -83,14 +83,19 @@ class Steps:
         self._score_prompt()
 
     def _run(self, shared: list[tuple[Stream, int]]) -> None:
+        reporting = [stream for stream, _ in shared if stream.reports_activity]
+        counts = self._batch.active_counts if reporting and self._batch.counts else []
         started = time.perf_counter()
         try:
             errors = self._batch.run([_part(stream, n) for stream, n in shared])
         except Exception as error:  # damaged weights, or a GPU that failed: no stream can go on
             self.end_all(error)
             return
-        self._n_tokens += sum(n for _, n in shared)
+        n_tokens = sum(n for _, n in shared)
+        self._n_tokens += n_tokens
         self._count_pass(time.perf_counter() - started)
+        for stream in reporting if counts else ():
+            stream.note_activity(counts, self._batch.active_counts, n_tokens)
         self._advance(shared, errors)
 
     def _score_prompt(self) -> None:

@@ -57,6 +57,16 @@ class Stream:
             self._counts = now
         return is_complete
 
+    @property
+    def reports_activity(self) -> bool:
+        """Whether the next pass decodes for an answer that reports which neurons fire."""
+        return self.is_decoding and self.answer.layer_activity is not None
+
+    def note_activity(self, before: list[int], after: list[int], n_tokens: int) -> None:
+        """Note how many neurons fired in each layer during a pass over so many tokens."""
+        assert self.session is not None
+        self.answer.note_activity(before, after, n_tokens, self.session._config.n_neurons)
+
     def choose(self) -> None:
         """Choose the next token, and note the text that this completes, or the error."""
         assert self.session is not None

@@ -12,7 +12,7 @@ from hybrid import BatchedGeneration, GenerationOptions
 from hybrid.server.answers import Answers, submit_answers
 from hybrid.server.api_error import ApiError
 from hybrid.server.fields import Fields
-from hybrid.server.openai.head import head, usage_object
+from hybrid.server.openai.head import activity_of, head, usage_object
 from hybrid.server.openai.logprobs import chat_logprobs
 from hybrid.server.openai.options import (
     MAX_CHOICES,
@@ -117,7 +117,8 @@ class ChatCompletion:
             logprobs = self._logprobs(generation, n_sent[event.index])
             n_sent[event.index] += 0 if logprobs is None else len(logprobs["content"])
             if any(delta.values()) or (logprobs and logprobs["content"]):
-                yield self._chunk(event.index, delta, logprobs)
+                chunk = self._chunk(event.index, delta, logprobs)
+                yield chunk | activity_of(generation)
             if event.is_last:
                 n_open -= 1
                 chunk = self._chunk(event.index, {}, reason=reason)

@@ -12,7 +12,7 @@ from hybrid import BatchedGeneration, GenerationOptions, HybridError
 from hybrid.server.answers import Answers, submit_answers
 from hybrid.server.api_error import wrong
 from hybrid.server.fields import Fields
-from hybrid.server.openai.head import head, usage_object
+from hybrid.server.openai.head import activity_of, head, usage_object
 from hybrid.server.openai.logprobs import TextLogprobs
 from hybrid.server.openai.options import (
     MAX_CHOICES,
@@ -104,7 +104,7 @@ class TextCompletion:
                 piece = self._echo(index) + piece
             logprobs = self._following_logprobs(index)
             if piece or logprobs is not None:
-                yield self._chunk(index, piece, logprobs)
+                yield self._chunk(index, piece, logprobs) | activity_of(generation)
             if event.is_last:
                 n_open -= 1
                 reason = "length" if self._drops_answer else generation.finish_reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrid import Engine, __version__
+from hybrid import BatchedGeneration, Engine, __version__
 from hybrid.server.answers import Answers
 
 
@@ -28,3 +28,10 @@ def usage_object(answers: Answers) -> dict[str, Any]:
         "total_tokens": usage.prompt + usage.completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
     }
+
+
+def activity_of(generation: BatchedGeneration) -> dict[str, Any]:
+    """Return the latest share of each layer's neurons that fired, if the client wants it."""
+    if not generation.layer_activity:
+        return {}
+    return {"layer_activity": [round(share, 4) for share in generation.layer_activity[-1]]}

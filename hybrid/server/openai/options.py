@@ -33,6 +33,7 @@ def sampling_options(fields: Fields) -> dict[str, Any]:
         "frequency_penalty": fields.number("frequency_penalty", -2, 2) or 0.0,
         "logit_bias": _logit_bias(fields),
         "stop": fields.texts("stop", MAX_STOPS, MAX_STOP_LENGTH),
+        "layer_activity": fields.boolean("layer_activity"),
     }
 
 
