@@ -43,6 +43,18 @@ class Reply(NamedTuple):
         data = [line.removeprefix("data: ") for line in lines if not line.startswith(":")]
         return [json.loads(each) for each in data]
 
+    @property
+    def named_events(self) -> list[Any]:
+        """The data of a stream whose events have names, which their types repeat."""
+        assert self.headers["content-type"].startswith("text/event-stream")
+        found = []
+        for block in self.data.decode().split("\n\n"):
+            if block and not block.startswith(":"):
+                name, data = block.split("\n")
+                found.append(json.loads(data.removeprefix("data: ")))
+                assert name == f"event: {found[-1]['type']}"
+        return found
+
 
 class Client:
     """Sends requests to one server."""

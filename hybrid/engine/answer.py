@@ -72,6 +72,7 @@ class Answer:
     # None unless requested. For each pass of decode the share of the neurons that fired, by layer.
     layer_activity: list[tuple[float, ...]] | None
     finish_reason: FinishReason | None
+    stop_string: str | None  # that ended the answer
     context_is_full: bool  # whether a full context ended the answer
     is_cancelled: bool
 
@@ -90,6 +91,7 @@ class Answer:
         self.prompt_logprobs = None if request.prompt_logprobs is None else [None]
         self.layer_activity = [] if request.layer_activity else None
         self.finish_reason, self.context_is_full, self.is_cancelled = None, False, False
+        self.stop_string = None
         self.stats = GenerationStats(len(prompt), n_shifts=request.n_shifts)
         self._constraint = None if request.grammar is None else request.grammar.begin()
         self.n_dropped = 0  # tokens behind the first `request.n_kept` that context shifts dropped
@@ -168,10 +170,11 @@ class Answer:
         stops, is_last = self.request.limits.stop, self.finish_reason is not None
         text = self._held + (self._detokenizer.finish() if is_last else "")
         self._held = ""
-        found = [at for stop in stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in stops if (at := text.find(stop)) >= 0]
         if found:
             self.finish("stop")
-            text = text[: min(found)]
+            at, self.stop_string = min(found)
+            text = text[:at]
         elif not is_last:
             n_held = _begun(stops, text)
             text, self._held = text[: len(text) - n_held], text[len(text) - n_held :]

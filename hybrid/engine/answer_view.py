@@ -58,6 +58,11 @@ class AnswerView:
         return None if format is None else ToolCallParser(format)
 
     @property
+    def stop_string(self) -> str | None:
+        """Which of the `stop` strings ended the answer, if one did."""
+        return self._answer.stop_string
+
+    @property
     def context_is_full(self) -> bool:
         """Whether a full context ended the answer."""
         return self._answer.context_is_full

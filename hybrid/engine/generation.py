@@ -46,6 +46,7 @@ class Generation(AnswerView):
         self._n_neurons = session._config.n_layers * session._config.n_neurons
         self._owns_session, self._on_end = owns_session, on_end
         self._speculation: Speculation | None = None
+        self._n_forced = 0  # forced tokens that were appended along with chosen ones
         self._is_prefilled = self._is_over = False
         self._ticket = object()
         session.hand_to(self._ticket)
@@ -140,6 +141,7 @@ class Generation(AnswerView):
                     session.decode(tokens[0])
                 else:
                     session.prefill(tokens)
+                    self._n_forced += len(tokens) - 1
                 stats.decode_steps += 1
         else:
             if self._speculation is None:
@@ -156,7 +158,7 @@ class Generation(AnswerView):
     def _n_counted(self) -> int:
         """The number of tokens that the session has computed since the prompt."""
         stats = self.stats
-        n_along = stats.drafted_tokens + stats.forced_tokens + self._room.n_prefilled
+        n_along = stats.drafted_tokens + self._n_forced + self._room.n_prefilled
         return stats.decode_steps + n_along
 
     def _count_active(self, n_tokens: int) -> None:

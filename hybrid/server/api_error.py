@@ -17,6 +17,16 @@ from hybrid import (
 RETRY_AFTER_S = 2
 
 
+_ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
+
+
 class ApiError(Exception):
     """A request that fails, with its HTTP status and what the client is told."""
 
@@ -36,6 +46,13 @@ class ApiError(Exception):
         self.status, self.message, self.type = status, message, type
         self.code, self.param = code, param
         self.details, self.headers = dict(details or {}), dict(headers or {})
+
+    def body_at(self, path: str) -> dict[str, Any]:
+        """Return the response's body at a path: Anthropic's API has errors of its own form."""
+        if not path.removeprefix("/v1").startswith("/messages"):
+            return self.body
+        kind = _ANTHROPIC.get(self.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     @property
     def body(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ guards.py            Host, Origin, API key            refuses by headers alone
 connection.py        body, disconnect, slow reader
 fields.py            JSON with types and ranges
 chat_page.py         the page at /
-openai/              what OpenAI's endpoints read and write
+openai/, anthropic/  what the endpoints of two APIs read and write
 service.py           the engine and its batching loop
 """
 
@@ -24,10 +24,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid import Engine, HybridError
+from hybrid.server.anthropic.messages import MessageRun, count_tokens
 from hybrid.server.api_error import ApiError, as_api_error
 from hybrid.server.chat_page import page_routes
 from hybrid.server.connection import ClientGone, EventStream, read_body, until_disconnect
-from hybrid.server.events import data_events, logged, to_json
+from hybrid.server.events import logged, to_json
 from hybrid.server.fields import Fields, parse_fields
 from hybrid.server.guards import Guards
 from hybrid.server.metrics import Metrics
@@ -41,6 +42,7 @@ from hybrid.server.model_info import (
 )
 from hybrid.server.openai.chat import ChatCompletion
 from hybrid.server.openai.completions import TextCompletion
+from hybrid.server.openai.responses import ResponseRun
 from hybrid.server.service import Model, Service
 from hybrid.server.settings import ServerSettings
 
@@ -53,7 +55,7 @@ class Completion(Protocol):
     is_stream: bool
 
     async def result(self) -> dict[str, Any]: ...
-    def chunks(self, ping_s: float) -> AsyncIterator[dict[str, Any] | None]: ...
+    def events(self, ping_s: float) -> AsyncIterator[bytes]: ...
 
 
 def create_app(engine: Engine | None = None, settings: ServerSettings | None = None) -> Starlette:
@@ -95,6 +97,8 @@ def _routes() -> list[Route]:
     completions: dict[str, Callable[[Model, Fields], Completion]] = {
         "/chat/completions": ChatCompletion,
         "/completions": TextCompletion,
+        "/responses": ResponseRun,
+        "/messages": MessageRun,
     }
     routes = [
         Route("/health", _health),
@@ -107,6 +111,8 @@ def _routes() -> list[Route]:
     ]
     for prefix in ("/v1", ""):  # many clients are given an address without /v1
         routes.append(Route(f"{prefix}/models", _info(list_models)))
+        count = _read(count_tokens)
+        routes.append(Route(f"{prefix}/messages/count_tokens", count, methods=["POST"]))
         routes.append(Route(f"{prefix}/embeddings", _embeddings, methods=["POST"]))
         for path, completion in completions.items():
             routes.append(Route(prefix + path, _complete(completion), methods=["POST"]))
@@ -157,8 +163,7 @@ def _complete(completion: Callable[[Model, Fields], Completion]) -> Handler:
         settings = _service(request).settings
         running = await _prepare(request, completion)
         if running.is_stream:
-            events = data_events(running.chunks(settings.ping_s))
-            return EventStream(events, settings.send_timeout_s)
+            return EventStream(running.events(settings.ping_s), settings.send_timeout_s)
         return _json(await until_disconnect(request.receive, running.result()))
 
     return handle
@@ -174,19 +179,19 @@ async def _prepare(request: Request, work: Callable[[Model, Fields], Any]) -> An
 
 async def _on_error(request: Request, error: Exception) -> Response:
     known = logged(error)
-    return _json(known.body, known.status, known.headers)
+    return _json(known.body_at(request.url.path), known.status, known.headers)
 
 
 async def _on_mistake(request: Request, error: Exception) -> Response:
     """Answer a request that met a mistake of ours. Starlette passes it on, so it is logged."""
-    return _json(as_api_error(error).body, 500)
+    return _json(as_api_error(error).body_at(request.url.path), 500)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = f"{request.method} {request.url.path}: {error.detail}"
     known = ApiError(error.status_code, text, headers=error.headers)
-    return _json(known.body, known.status, known.headers)
+    return _json(known.body_at(request.url.path), known.status, known.headers)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

@@ -28,6 +28,11 @@ async def data_events(chunks: AsyncIterator[dict[str, Any] | None]) -> AsyncIter
     yield DONE
 
 
+def named_event(name: str, data: dict[str, Any]) -> bytes:
+    """Return an event with a name, which its data repeat as their type."""
+    return f"event: {name}\n".encode() + b"data: " + to_json({"type": name, **data}) + b"\n\n"
+
+
 def logged(error: Exception) -> ApiError:
     """Return what a client is told of an error, and log what it is not told."""
     known = as_api_error(error)

@@ -35,7 +35,8 @@ class Guards:
             try:
                 self._check(scope["path"], Headers(scope=scope))
             except ApiError as error:
-                response = JSONResponse(error.body, error.status, headers=error.headers)
+                body = error.body_at(scope["path"])
+                response = JSONResponse(body, error.status, headers=error.headers)
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -38,13 +38,13 @@ def test_each_pass_of_decode_has_the_shares_of_a_session(engine):
 
 
 def test_drafts_and_forced_tokens_count_as_tokens_of_a_pass(engine):
-    for options in ({"speculate": "ngram"}, {"regex": "(the little robot ){6}"}):
+    for options in ({"speculate": "ngram"}, {"regex": "(the little robot [ab] ){6}"}):
         text = "the little robot " * 4
         generation = engine.generate(text, max_tokens=30, layer_activity=True, **options)
         "".join(generation)
         stats = generation.stats
         if "regex" in options:  # how long drafts are depends on times
-            assert stats.forced_tokens > 20
+            assert stats.forced_tokens > 10
         assert len(generation.layer_activity) == stats.decode_steps
         mean = sum(sum(shares) for shares in generation.layer_activity)
         assert 0 < mean / (engine.config.n_layers * stats.decode_steps) < 0.5

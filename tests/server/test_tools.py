@@ -38,7 +38,7 @@ def check(call: dict[str, object]) -> None:
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "jump"}}])
 def test_a_required_call(client, stream, choice):
     body = {"messages": MESSAGES, "tools": [tool("jump")], "tool_choice": choice, "seed": 1}
-    body |= {"parallel_tool_calls": False, "max_tokens": 150, "stream": stream}
+    body |= {"parallel_tool_calls": False, "max_tokens": 300, "stream": stream}
     reply = client.post(CHAT, body)
     assert reply.status == 200
     if stream:
@@ -111,10 +111,10 @@ def test_results_of_calls_reach_the_prompt(client):
     ],
 )
 def test_schemas(client, form):
-    reply = client.post(CHAT, {"messages": MESSAGES, "max_tokens": 60, "seed": 1, **form})
+    reply = client.post(CHAT, {"messages": MESSAGES, "max_tokens": 200, "seed": 1, **form})
     value = json.loads(reply.json["choices"][0]["message"]["content"])
     assert set(value) == {"name", "fast"}
-    completion = client.post("/v1/completions", {"prompt": "Once", "max_tokens": 60, **form})
+    completion = client.post("/v1/completions", {"prompt": "Once", "max_tokens": 200, **form})
     assert set(json.loads(completion.json["choices"][0]["text"])) == {"name", "fast"}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from hybrid import BatchedGeneration, GenerationOptions, HybridError
 from hybrid.server.answers import Answers, submit_answers
 from hybrid.server.api_error import wrong
+from hybrid.server.events import data_events
 from hybrid.server.fields import Fields
 from hybrid.server.openai.head import activity_of, head, usage_object
 from hybrid.server.openai.logprobs import TextLogprobs
@@ -89,7 +90,11 @@ class TextCompletion:
             "timings": self.answers.timings(),
         }
 
-    async def chunks(self, ping_s: float) -> AsyncIterator[dict[str, Any] | None]:
+    def events(self, ping_s: float) -> AsyncIterator[bytes]:
+        """Return the events of a stream."""
+        return data_events(self._chunks(ping_s))
+
+    async def _chunks(self, ping_s: float) -> AsyncIterator[dict[str, Any] | None]:
         """Yield the chunks of a stream; None if nothing has happened for some time."""
         generations = self.answers.generations
         n_open, to_echo = len(generations), {*range(len(generations))}

@@ -10,6 +10,7 @@ from typing import Any
 from hybrid import BatchedGeneration, ToolCall
 from hybrid.server.api_error import ApiError, wrong
 from hybrid.server.fields import Fields
+from hybrid.server.parts import all_parts
 from hybrid.text.tool_calls import ToolCallParser
 from predictors.schema import parse_json
 
@@ -19,7 +20,11 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 def read_tools(fields: Fields) -> list[Mapping[str, Any]] | None:
     """Return the functions that the model may call. Raises ApiError."""
-    tools = fields.items("tools", MAX_TOOLS)
+    return checked_tools(fields.items("tools", MAX_TOOLS))
+
+
+def checked_tools(tools: Sequence[Any] | None) -> list[Mapping[str, Any]] | None:
+    """Return the functions that the model may call, as chat completions have them."""
     if not tools:
         return None
     names = set()
@@ -70,25 +75,25 @@ def _with_object(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+def new_id(prefix: str) -> str:
+    return f"{prefix}{uuid.uuid4().hex[:24]}"
+
+
 def call_object(call: ToolCall) -> dict[str, Any]:
     """Return a call with an id, which the client gives back with the result."""
     function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return {"id": new_id("call_"), "type": "function", "function": function}
 
 
 def message_of(generation: BatchedGeneration) -> tuple[dict[str, Any], str | None]:
     """Return a complete answer's message, and why it ended."""
-    parser = generation.tool_parser()
-    if parser is None:
-        return {"role": "assistant", "content": generation.text}, generation.finish_reason
-    (content, calls), (rest, last) = parser.push(generation.text), parser.finish()
-    content, found = content + rest, [*calls, *last]
-    if not found:
+    content, calls = all_parts(generation)
+    if not calls:
         return {"role": "assistant", "content": content}, generation.finish_reason
     message = {
         "role": "assistant",
         "content": content if content.strip() else None,
-        "tool_calls": [call_object(call) for call in found],
+        "tool_calls": [call_object(call) for call in calls],
     }
     return message, end_of_calls(generation)
 
