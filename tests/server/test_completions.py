@@ -78,6 +78,12 @@ def test_an_echo_has_the_prompts_logprobs(engine, client, stream, max_tokens):
         assert text[offset:].startswith(token.lstrip(" ") if offset == 0 else token)
 
 
+def test_an_end_may_be_ignored(client):
+    body = {"prompt": "The end.", "max_tokens": 400, "ignore_eos": True, "seed": 1}
+    reply = client.post(PATH, body | {"logit_bias": {"300": 1}}).json
+    assert reply["usage"]["completion_tokens"] == 400
+
+
 def test_logprobs_without_an_echo_are_those_of_the_answer(engine, client):
     body = {"prompt": TEXT, "logprobs": 2, "max_tokens": 4, "temperature": 0}
     logprobs = client.post(PATH, body).json["choices"][0]["logprobs"]

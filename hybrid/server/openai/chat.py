@@ -71,7 +71,7 @@ class ChatCompletion:
             raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
         each_seed = seeds(fields, n)
         options = GenerationOptions(
-            **sampling_options(fields),
+            **sampling_options(fields, model.engine.config.eos_ids),
             **form_options(fields),
             **tool_options(fields),
             max_tokens=_limit(model, fields),

@@ -43,7 +43,7 @@ class TextCompletion:
         self._drops_answer = n_tokens == 0  # an echo of the prompt alone
         each_seed = seeds(fields, n)
         options = GenerationOptions(
-            **sampling_options(fields),
+            **sampling_options(fields, model.engine.config.eos_ids),
             **form_options(fields),
             max_tokens="auto" if n_tokens is None else max(n_tokens, 1),
             logprobs=n_top,

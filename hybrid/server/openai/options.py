@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid.server.api_error import wrong
@@ -16,12 +16,15 @@ MAX_BIASES = 1024
 MAX_SEED = 2**63 - 1
 
 
-def sampling_options(fields: Fields) -> dict[str, Any]:
+def sampling_options(fields: Fields, eos_ids: Sequence[int]) -> dict[str, Any]:
     """Return the keywords of GenerationOptions that decide how tokens are chosen.
 
-    `top_k`, `min_p` and `repeat_penalty` (or `repetition_penalty`) are not OpenAI's, but other
-    servers have them.
+    `top_k`, `min_p`, `repeat_penalty` (or `repetition_penalty`) and `ignore_eos` are not OpenAI's,
+    but other servers have them.
     """
+    biases = _logit_bias(fields)
+    if fields.boolean("ignore_eos"):
+        biases = {**(biases or {}), **dict.fromkeys(eos_ids, -100.0)}
     penalty = "repeat_penalty" if fields.has("repeat_penalty") else "repetition_penalty"
     return {
         "temperature": fields.number("temperature", 0, 100),
@@ -31,7 +34,7 @@ def sampling_options(fields: Fields) -> dict[str, Any]:
         "repeat_penalty": fields.number(penalty, 0.1, 10),
         "presence_penalty": fields.number("presence_penalty", -2, 2) or 0.0,
         "frequency_penalty": fields.number("frequency_penalty", -2, 2) or 0.0,
-        "logit_bias": _logit_bias(fields),
+        "logit_bias": biases,
         "stop": fields.texts("stop", MAX_STOPS, MAX_STOP_LENGTH),
         "layer_activity": fields.boolean("layer_activity"),
     }
