@@ -12,8 +12,8 @@ namespace {
 
 // Most often the tokens that have at least this share of the largest weight reach top_p.
 constexpr float kLikely = 1e-3f;
-// Weights that are smaller are so few of a sum that their fp32 rounding does not matter.
-constexpr float kSmall = 1e-6f;
+// Of smaller weights the rounding to fp32 matters less than 1e-9 of the sum.
+constexpr float kSmall = 1e-4f;
 constexpr int32_t kSummed = 256;  // weights that are added up before any is looked at
 
 // Keys order positive floats by their exponent and seven bits behind it.

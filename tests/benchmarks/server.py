@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import random
 import statistics
 import threading
 import time
@@ -24,8 +25,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
-
-WORDS = "the little robot went to the river and saw a big red boat with two birds on it "
 
 
 @dataclass
@@ -60,7 +59,8 @@ def complete(address: str, body: dict[str, Any], measured: Measured) -> None:
         chunk, now = json.loads(line[6:]), time.perf_counter()
         assert "error" not in chunk, chunk
         n_tokens = (chunk.get("usage") or {}).get("completion_tokens", n_tokens)
-        if chunk["choices"] and chunk["choices"][0].get("text"):
+        # A model without a vocabulary has pieces without text.
+        if chunk["choices"] and chunk["choices"][0].get("finish_reason") is None:
             if first is None:
                 first = now - started
             else:
@@ -79,7 +79,9 @@ def run(address: str, n_clients: int, args: argparse.Namespace, salt: int) -> Me
 
     def work(client: int) -> None:
         for i in range(args.requests):
-            prompt = f"{salt} {client} {i}: " + WORDS * args.repeat
+            # Token ids, because the servers' tokenizers need not be the same.
+            draw = random.Random(f"{salt} {client} {i}")
+            prompt = [draw.randrange(300, args.vocabulary) for _ in range(args.prompt)]
             body = {"prompt": prompt, "max_tokens": args.tokens, "stream": True}
             body |= {"temperature": 0.8, "seed": 1000 * client + i, "ignore_eos": True}
             body |= {"stream_options": {"include_usage": True}, "cache_prompt": False}
@@ -125,7 +127,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--requests", type=int, default=2, help="of each client in a run")
     parser.add_argument("-n", "--tokens", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=2, help="length of prompts, in 19 words")
+    parser.add_argument("-p", "--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--vocabulary", type=int, default=4000, help="prompts have ids below")
     parser.add_argument("--pid", type=named, action="append", default=[], metavar="NAME=PID")
     args = parser.parse_args()
     found: dict[tuple[str, int], list[Measured]] = {}
