@@ -59,8 +59,8 @@ class Reply(NamedTuple):
 class Client:
     """Sends requests to one server."""
 
-    def __init__(self, port: int, app: Any = None) -> None:
-        self.port, self.app = port, app
+    def __init__(self, port: int, app: Any = None, server: Any = None) -> None:
+        self.port, self.app, self.server = port, app, server
 
     @property
     def service(self) -> Any:
@@ -107,7 +107,18 @@ class Client:
 def serving(engine: hybrid.Engine | None, **settings: Any) -> Iterator[Client]:
     """Serve an engine at a free port of this machine."""
     app = create_app(engine, ServerSettings(**settings))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with serving_app(app) as client:
+        try:
+            yield client
+        finally:
+            client.server.should_exit = True
+            app.state.service.close()
+
+
+@contextlib.contextmanager
+def serving_app(app: Any) -> Iterator[Client]:
+    """Serve an ASGI application as `hybrid serve` does."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
         config = uvicorn.Config(
             app, http=GuardedProtocol, ws="none", lifespan="off", log_level="critical"
         )
@@ -115,8 +126,7 @@ def serving(engine: hybrid.Engine | None, **settings: Any) -> Iterator[Client]:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            yield Client(listening.getsockname()[1], app)
+            yield Client(listening.getsockname()[1], app, server)
         finally:
             server.should_exit = True
-            app.state.service.close()
             thread.join()

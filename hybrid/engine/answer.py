@@ -109,9 +109,13 @@ class Answer:
         self._held = ""  # text that was not taken: it may be the beginning of a stop string
 
     def again(self, seed: int | None) -> Answer:
-        """Return another answer to the same request, which has not begun."""
+        """Return another answer to the same request, which has not begun.
+
+        It does not report the log-probabilities of the prompt again.
+        """
         sampler = Sampler(replace(self._sampler.params, seed=seed))
-        return Answer(self._tokenizer, sampler, self.request, self._given_eos_ids)
+        request = replace(self.request, prompt_logprobs=None)
+        return Answer(self._tokenizer, sampler, request, self._given_eos_ids)
 
     @property
     def scores_prompt(self) -> bool:
@@ -158,6 +162,8 @@ class Answer:
             if self.context_is_full or len(self.tokens) == self.request.limits.max_tokens:
                 self.finish("length")
                 break
+            if any(stop in self._held for stop in self.request.limits.stop):
+                break  # `take` ends the answer here, so what is forced behind it does not count
         if self._constraint is not None and self._constraint.is_over and not self.finish_reason:
             self.finish("stop")
         return tokens if self.finish_reason is None else []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from hybrid.engine.answer import Answer, AnswerRequest
 from hybrid.engine.context_shift import fitted, tokens_to_keep
 from hybrid.engine.loading.model_spec import ModelSpec
 from hybrid.engine.options import GenerationOptions, check_prompt, checked_ids
-from hybrid.errors import InvalidOption
+from hybrid.errors import ContextOverflow, InvalidOption
 from hybrid.text.chat import Chat
 from hybrid.text.generation_config import GenerationDefaults
 from hybrid.text.grammar import Form, Grammar, Grammars
@@ -46,18 +47,37 @@ class Requests:
         """
         if isinstance(prompt, str) and not raw and self._tokenizer.has_chat_template:
             return self.answering(Chat([{"role": "user", "content": prompt}]), options, known=known)
+        if isinstance(prompt, str) and not options.context_shift:
+            self._refuse_huge(len(prompt))
         return self._answer(self._prompt_ids(prompt), options)
 
     def answering(
         self, chat: Chat, options: GenerationOptions, *, known: Conversation | None = None
     ) -> Answer:
         """Return the answer to a conversation. Raises as `Engine.chat` does."""
+        if not options.context_shift:
+            self._refuse_huge(sum(map(_n_characters, (chat.messages, chat.tools))))
         wish = options.tool_wish
         if chat.tools is not None and not wish.is_allowed:
             chat = replace(chat, tools=None)
         tool_format, grammar = self._tools(chat, options)
         chat = self._tokenizer.with_tools(chat)
         return self._answer(self._chat_ids(chat, known), options, chat, tool_format, grammar)
+
+    def _refuse_huge(self, n_characters: int) -> None:
+        """Raise ContextOverflow for texts so long that encoding them would be a waste of seconds.
+
+        Their number of tokens is then a lower bound. The factor leaves room for normalizers.
+        """
+        n_context, longest = self._spec.n_context, self._tokenizer.longest_piece
+        if n_characters > 4 * n_context * longest:
+            n_tokens = n_characters // longest
+            raise ContextOverflow(
+                f"the prompt has more than {n_tokens} tokens, the context holds {n_context}; "
+                "shorten the prompt",
+                n_tokens=n_tokens,
+                n_context=n_context,
+            )
 
     def _tools(
         self, chat: Chat, options: GenerationOptions
@@ -139,3 +159,12 @@ class Requests:
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt) or list(self._tokenizer.empty_text)
         return checked_ids(prompt, self._spec.config.vocab_size)
+
+
+def _n_characters(value: Any) -> int:
+    """Return the characters of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_n_characters, value.values()))
+    return sum(map(_n_characters, value)) if isinstance(value, list) else 0

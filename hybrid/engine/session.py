@@ -80,9 +80,12 @@ class Observation:
 
 def common_length(tokens: Sequence[int], others: Sequence[int]) -> int:
     """Return how many tokens two sequences begin with in common."""
-    pairs = enumerate(zip(tokens, others, strict=False))
-    least = min(len(tokens), len(others))
-    return next((i for i, (token, other) in pairs if token != other), least)
+    first, second = list(tokens), list(others)
+    n, step = 0, 256  # lists are compared much faster than their elements one by one
+    while n < min(len(first), len(second)) and first[n : n + step] == second[n : n + step]:
+        n = min(n + step, len(first), len(second))
+    pairs = enumerate(zip(first[n:], second[n:], strict=False), n)
+    return next((i for i, (token, other) in pairs if token != other), min(len(first), len(second)))
 
 
 class Session:

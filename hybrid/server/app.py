@@ -11,7 +11,7 @@ service.py           the engine and its batching loop
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -27,7 +27,13 @@ from hybrid import Engine, HybridError
 from hybrid.server.anthropic.messages import MessageRun, count_tokens
 from hybrid.server.api_error import ApiError, as_api_error
 from hybrid.server.chat_page import page_routes
-from hybrid.server.connection import ClientGone, EventStream, read_body, until_disconnect
+from hybrid.server.connection import (
+    ClientGone,
+    EventStream,
+    read_body,
+    route_path,
+    until_disconnect,
+)
 from hybrid.server.events import logged, to_json
 from hybrid.server.fields import Fields, parse_fields
 from hybrid.server.guards import Guards
@@ -56,6 +62,8 @@ class Completion(Protocol):
 
     async def result(self) -> dict[str, Any]: ...
     def events(self, ping_s: float) -> AsyncIterator[bytes]: ...
+    def close(self) -> None:
+        """End what is not complete."""
 
 
 def create_app(engine: Engine | None = None, settings: ServerSettings | None = None) -> Starlette:
@@ -69,7 +77,9 @@ def create_app(engine: Engine | None = None, settings: ServerSettings | None = N
     if engine is not None:
         service.open(engine)
     metrics = Metrics(service)
-    middleware = [Middleware(Measured, metrics=metrics), Middleware(Guards, settings=settings)]
+    routes = [*_routes(), *(page_routes() if settings.has_page else ())]
+    measured = Middleware(Measured, metrics=metrics, paths={route.path for route in routes})
+    middleware = [measured, Middleware(Guards, settings=settings)]
     if settings.cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -79,7 +89,7 @@ def create_app(engine: Engine | None = None, settings: ServerSettings | None = N
         )
         middleware.insert(1, cors)
     app = Starlette(
-        routes=[*_routes(), *(page_routes() if settings.has_page else ())],
+        routes=routes,
         middleware=middleware,
         exception_handlers={
             ApiError: _on_error,
@@ -151,7 +161,8 @@ def _read(work: Callable[[Model, Fields], Any]) -> Handler:
     """Return the handler of a POST request that is answered at once."""
 
     async def handle(request: Request) -> Response:
-        return _json(await _prepare(request, work))
+        content = await _prepare(request, lambda model, fields: to_json(work(model, fields)))
+        return Response(content, media_type="application/json")
 
     return handle
 
@@ -163,8 +174,11 @@ def _complete(completion: Callable[[Model, Fields], Completion]) -> Handler:
         settings = _service(request).settings
         running = await _prepare(request, completion)
         if running.is_stream:
-            return EventStream(running.events(settings.ping_s), settings.send_timeout_s)
-        return _json(await until_disconnect(request.receive, running.result()))
+            return EventStream(running.events(settings.ping_s), running.close)
+        try:
+            return _json(await until_disconnect(request.receive, running.result()))
+        finally:
+            running.close()
 
     return handle
 
@@ -174,24 +188,25 @@ async def _prepare(request: Request, work: Callable[[Model, Fields], Any]) -> An
     service = _service(request)
     model = service.model
     body = await read_body(request.headers, request.receive, service.settings.body_timeout_s)
-    return await service.prepare(lambda: work(model, parse_fields(body)))
+    prepared = service.prepare(lambda: work(model, parse_fields(body)))
+    return await until_disconnect(request.receive, prepared)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     known = logged(error)
-    return _json(known.body_at(request.url.path), known.status, known.headers)
+    return _json(known.body_at(route_path(request.scope)), known.status, known.headers)
 
 
 async def _on_mistake(request: Request, error: Exception) -> Response:
     """Answer a request that met a mistake of ours. Starlette passes it on, so it is logged."""
-    return _json(as_api_error(error).body_at(request.url.path), 500)
+    return _json(as_api_error(error).body_at(route_path(request.scope)), 500)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = f"{request.method} {request.url.path}: {error.detail}"
     known = ApiError(error.status_code, text, headers=error.headers)
-    return _json(known.body_at(request.url.path), known.status, known.headers)
+    return _json(known.body_at(route_path(request.scope)), known.status, known.headers)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
@@ -201,8 +216,9 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 class Measured:
     """An ASGI middleware that counts responses and their time."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
+        """Paths that are not in `paths` count as "other", because anybody can invent some."""
+        self._app, self._metrics, self._paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -218,9 +234,12 @@ class Measured:
 
         try:
             await self._app(scope, receive, noting)
+        except Exception:  # which Starlette answers outside of this
+            status = 500
+            raise
         finally:
-            route = scope.get("route")
-            path = "other" if route is None else route.path
+            path = route_path(scope)
+            path = path if path in self._paths else "other"
             self._metrics.requests.labels(path, status).inc()
             self._metrics.request_seconds.labels(path).observe(time.perf_counter() - started)
 

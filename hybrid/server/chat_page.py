@@ -8,6 +8,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from hybrid.server.connection import route_path
+
 _FOLDER = Path(__file__).parent / "page"
 _FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 PATHS = frozenset(_FILES)
@@ -27,4 +29,4 @@ def page_routes() -> list[Route]:
 
 
 async def _send(request: Request) -> Response:
-    return FileResponse(_FOLDER / _FILES[request.url.path], headers=_HEADERS)
+    return FileResponse(_FOLDER / _FILES[route_path(request.scope)], headers=_HEADERS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from typing import TypeVar
 
 from starlette.datastructures import Headers
@@ -19,6 +20,13 @@ _CLOSE = {"Connection": "close"}  # the rest of a body is not read
 
 class ClientGone(Exception):
     """The client has closed its connection, so nobody reads an answer."""
+
+
+def route_path(scope: Scope) -> str:
+    """Return a request's path within this application, which may be mounted below another path."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(root + "/") else path
 
 
 async def read_body(headers: Headers, receive: Receive, timeout_s: float) -> bytes:
@@ -51,26 +59,28 @@ async def until_disconnect(receive: Receive, work: Coroutine[object, object, _Re
 
 
 class EventStream(Response):
-    """Sends server-sent events as they come, until the client goes or does not read for long."""
+    """Sends server-sent events as they come, until the client goes."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], send_timeout_s: float) -> None:
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+        """`on_end` is called after the last event, or when the client has gone."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._send_timeout_s = events, send_timeout_s
+        self._events, self._on_end = events, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._send_all(send))
+        try:
+            # What has begun cannot be answered in another way.
+            with suppress(ClientGone):
+                await until_disconnect(receive, self._send_all(send))
+        finally:
+            self._on_end()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for data in self._events:
-            message = {"type": "http.response.body", "body": data, "more_body": True}
-            try:
-                await asyncio.wait_for(send(message), self._send_timeout_s)
-            except asyncio.TimeoutError:
-                raise ClientGone from None
+            await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

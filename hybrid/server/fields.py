@@ -137,11 +137,21 @@ def _check_size(values: dict[str, Any]) -> None:
         if n_values > MAX_VALUES:
             raise ApiError(400, f"the request's body: more than {MAX_VALUES:,} values")
         if isinstance(value, dict):
-            level.append(iter(value.values()))
+            level.append(iter([*value, *value.values()]))
+        elif isinstance(value, str):
+            _check_text(value)
         elif isinstance(value, list):
             level.append(iter(value))
         elif isinstance(value, float) and not math.isfinite(value):  # such as 1e999
             raise ApiError(400, "the request's body: a number is too large")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!a}"
+        raise ApiError(400, f"the request's body: found the lone surrogate {found}") from None
 
 
 _END = object()

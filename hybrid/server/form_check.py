@@ -15,15 +15,16 @@ import threading
 import time
 from collections import OrderedDict
 
-from hybrid.errors import InvalidOption
+from hybrid.errors import HybridError, InvalidOption
 from hybrid.server.api_error import unavailable
 from hybrid.text.grammar import Form, validate
 from predictors.schema import parse_json
 
 LIMIT_S = 2.0
 LIMIT_BYTES = 2 << 30  # of memory
-PATIENCE_S = 5.0  # that a form waits while others are compiled
+PATIENCE_S = 5.0  # that a form waits while another one is compiled
 _N_KNOWN = 256
+_BUSY = unavailable("other grammars are being compiled; try again", "grammars_busy")
 
 
 class FormChecker:
@@ -33,18 +34,26 @@ class FormChecker:
         self._process: subprocess.Popen[bytes] | None = None
         self._known: OrderedDict[Form, None] = OrderedDict()  # forms that were compiled in time
         self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(2)  # for one form, and one that waits
 
     def __call__(self, form: Form) -> None:
-        if not self._lock.acquire(timeout=PATIENCE_S):
-            raise unavailable("too many grammars are being compiled", "grammars_busy")
+        if form in self._known:
+            return
+        # Whoever waits here keeps a thread from other requests, so no more than one does.
+        if not self._places.acquire(blocking=False):
+            raise _BUSY
         try:
-            if form not in self._known:
+            if not self._lock.acquire(timeout=PATIENCE_S):
+                raise _BUSY
+            try:
                 self._check(form)
-                self._known[form] = None
-                while len(self._known) > _N_KNOWN:
-                    self._known.popitem(last=False)
+            finally:
+                self._lock.release()
         finally:
-            self._lock.release()
+            self._places.release()
+        self._known[form] = None
+        while len(self._known) > _N_KNOWN:
+            self._known.popitem(last=False)
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -88,12 +97,13 @@ class FormChecker:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", "-m", __name__]
+    command = [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), "-m", __name__]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert process.stdout is not None
-    process.stdout.readline()  # it has begun: its start does not count
+    if not process.stdout.readline():  # it has begun: its start does not count
+        raise HybridError(f"the process that compiles grammars does not start: {command}")
     return process
 
 

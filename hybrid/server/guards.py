@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hybrid.server import chat_page
 from hybrid.server.api_error import ApiError
+from hybrid.server.connection import route_path
 from hybrid.server.settings import ServerSettings
 
 PUBLIC = {"/health", *chat_page.PATHS}  # need no key
@@ -33,9 +34,9 @@ class Guards:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._check(scope["path"], Headers(scope=scope))
+                self._check(route_path(scope), Headers(scope=scope))
             except ApiError as error:
-                body = error.body_at(scope["path"])
+                body = error.body_at(route_path(scope))
                 response = JSONResponse(body, error.status, headers=error.headers)
                 await response(scope, receive, send)
                 return

@@ -7,10 +7,14 @@ from typing import Any
 
 from hybrid import __version__
 from hybrid.engine.options import checked_ids
+from hybrid.server.api_error import wrong
 from hybrid.server.fields import Fields
 from hybrid.server.openai.tools import for_template, read_tools
 from hybrid.server.service import Model
 from hybrid.text.chat import Chat
+
+MAX_TEXT = 1 << 20  # characters that are encoded at once
+MAX_PIECES = 50_000
 
 
 def list_models(model: Model) -> dict[str, Any]:
@@ -76,11 +80,15 @@ def tokenize(model: Model, fields: Fields) -> dict[str, Any]:
     text = fields.text("content")
     if text is None:
         raise fields.needs("content")
+    if len(text) > MAX_TEXT:
+        raise wrong("content", f"at most {MAX_TEXT:,} characters", len(text))
     ids = tokenizer.encode(text)
     if not fields.boolean("add_special"):
         ids = ids[len(tokenizer.bos) :]
     if not fields.boolean("with_pieces"):
         return {"tokens": ids}
+    if len(ids) > MAX_PIECES:
+        raise wrong("content", f"at most {MAX_PIECES:,} tokens if with_pieces is true", len(ids))
     pieces: list[dict[str, Any]] = []
     for token in ids:
         data = tokenizer.token_bytes(token)

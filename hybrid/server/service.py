@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 from hybrid import BatchLoop, Engine
-from hybrid.server.api_error import unavailable
+from hybrid.server.api_error import ApiError, unavailable
 from hybrid.server.form_check import FormChecker
 from hybrid.server.settings import ServerSettings
 
 _Result = TypeVar("_Result")
+MAX_PREPARING = 128
 N_PREPARING = 4  # requests that are read at once: texts are encoded there, not in the event loop
 
 
@@ -31,6 +32,7 @@ class Service:
         self.settings, self.started = settings, int(time.time())
         self._model: Model | None = None
         self._is_draining = False
+        self._n_preparing = 0  # requests that are being read; the event loop's own
         self._checker = FormChecker()
         self._preparing = ThreadPoolExecutor(N_PREPARING, "hybrid-request")
 
@@ -54,11 +56,25 @@ class Service:
             raise unavailable("the server is shutting down", "shutting_down")
         if self._model is None:
             raise unavailable("the model is being loaded", "loading")
+        if self._model.loop.is_closed:  # a mistake of ours has ended it
+            raise ApiError(
+                500, "the batching loop has ended; start the server again", "server_error"
+            )
         return self._model
 
     async def prepare(self, work: Callable[[], _Result]) -> _Result:
-        """Run work on a thread: what a client sends may take a second to read and encode."""
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+        """Run work on a thread: what a client sends may take a second to read and encode.
+
+        Work that has not begun is dropped if the task is cancelled. Raises ApiError if too much of
+        it waits.
+        """
+        if self._n_preparing >= MAX_PREPARING:
+            raise unavailable("too many requests are being read", "queue_full")
+        self._n_preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+        finally:
+            self._n_preparing -= 1
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests, give running answers some time to end, and end the others."""

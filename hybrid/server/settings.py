@@ -19,5 +19,4 @@ class ServerSettings:
     cache_bytes: int = DEFAULT_CACHE_BYTES  # of the prefix cache
     has_page: bool = True  # whether there is a chat page at /
     body_timeout_s: float = 30.0  # until a request's body must have come
-    send_timeout_s: float = 60.0  # until a client must have read a piece of a stream
     ping_s: float = 10.0  # a stream never says nothing for longer

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.errors import HybridError, InvalidOption, MissingPackage, one_line
+from hybrid.errors import InvalidOption, MissingPackage, one_line
 from hybrid.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 MAX_SCHEMA = 256 << 10  # characters of a schema or a grammar
 MAX_REGEX = 16 << 10
 _N_CACHED = 32  # compiled grammars
-# Fuel bounds the work in compiling (about 20 ms), in one mask (7 ms) and its memory (40 MB).
+# Fuel bounds the work in compiling (about 20 ms) and the memory (40 MB). It does not bound the time
+# of a mask: an ambiguous grammar needs more of it with every token. So that time is measured.
+_MASKS_S, _MASK_S = 0.2, 0.004  # of CPU: for an answer's first masks, and for each of its tokens
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
@@ -107,14 +111,15 @@ class Constraint:
     ) -> None:
         self._matcher, self._vocab_size, self._form = matcher, vocab_size, form
         self._pretended_end = pretended_end
+        self._spent_s, self._n_tokens = 0.0, 0
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return (vocab,) which tokens may come next; those that end an answer if it may end.
 
-        Raises HybridError if the grammar needs more work than its limits allow.
+        Raises InvalidOption if the grammar needs more work than its limits allow.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
+        with self._limited():
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
         if self._pretended_end is not None:
             allowed[self._pretended_end] = False
@@ -125,20 +130,32 @@ class Constraint:
         return self._matcher.compute_ff_tokens()
 
     def consume(self, tokens: Iterable[int]) -> None:
-        """Note the next tokens of the answer. Raises HybridError."""
-        self._matcher.consume_tokens(list(tokens))
-        self._check()
+        """Note the next tokens of the answer. Raises InvalidOption."""
+        following = list(tokens)
+        self._n_tokens += len(following)
+        with self._limited():
+            self._matcher.consume_tokens(following)
 
     @property
     def is_over(self) -> bool:
         """Whether the answer is complete and nothing may follow."""
         return self._matcher.is_stopped()
 
-    def _check(self) -> None:
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Raise InvalidOption if the work in this context fails, or takes too much time."""
+        started = time.thread_time()
+        yield
+        self._spent_s += time.thread_time() - started
         if self._matcher.is_error():
-            raise HybridError(
+            raise InvalidOption(
                 f"{self._form.option}: the grammar cannot go on: "
                 f"{one_line(self._matcher.get_error())}"
+            )
+        if self._spent_s > _MASKS_S + _MASK_S * self._n_tokens:
+            raise InvalidOption(
+                f"{self._form.option}: is too complex: {self._n_tokens} tokens took "
+                f"{self._spent_s:.1f} s"
             )
 
 

@@ -97,6 +97,11 @@ class Tokenizer:
             None if template is None else template.name,
         )
 
+    @property
+    def longest_piece(self) -> int:
+        """Characters of the longest piece: a text has no fewer tokens than it has such parts."""
+        return self._vocabulary.longest_piece
+
     def token_text(self, token: int) -> str | None:
         """Return how the vocabulary spells a token, or None if it has none such."""
         spelled: str | None = self._vocabulary.library.id_to_token(token)

@@ -111,7 +111,12 @@ class BareJson(ToolFormat):
         left = text.strip().removeprefix(self.begin).removesuffix(self.end).strip()
         while left:
             value, end = decoder.raw_decode(left)
-            calls.append(_call_of(value, "parameters"))
+            call = _call_of(value, "parameters")
+            # An answer may be another JSON object that has a name, too.
+            is_marked = self.begin in text or call.name in self.parameters
+            if not is_marked or not {*value} <= {"type", "name", "parameters", "arguments"}:
+                raise ValueError("some other object")
+            calls.append(call)
             left = left[end:].lstrip("; \n\t")
         return calls
 

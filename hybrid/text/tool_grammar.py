@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hybrid.errors import InvalidOption
-from hybrid.text.grammar import JSON_OPTIONS, closed
+from hybrid.text.grammar import JSON_OPTIONS, MAX_SCHEMA, closed
 from hybrid.text.tool_calls import (
     BareJson,
     PythonCalls,
@@ -25,7 +25,6 @@ from hybrid.text.tool_calls import (
 )
 
 Spell = Callable[[str], str]  # a marker → its tokens in Lark: special ones by their ids
-_MAX_DEPTH = 16  # of nested schemas that a Python value follows
 _PYTHON = r"""
 py_any: PY_STRING | PY_NUMBER | "True" | "False" | "None" | py_list | py_dict
 py_list: "[" (py_any (", " py_any)*)? "]"
@@ -40,13 +39,10 @@ XML_CDATA: /([^\]\x00]|\][^\]\x00])*/
 """
 
 
-def forced_calls(
-    format: ToolFormat, tools: Sequence[Tool], spell: Spell, *, one: bool, schema: Any = None
-) -> str:
+def forced_calls(format: ToolFormat, tools: Sequence[Tool], spell: Spell, *, one: bool) -> str:
     """Return the grammar of answers that are calls: one, or one after the other.
 
-    With a JSON `schema`, an answer may be such a value instead. Raises InvalidOption for tools that
-    the format cannot express.
+    Raises InvalidOption for tools that the format cannot express, or that are too large.
     """
     functions = [(name, closed(schema)) for name, schema in map(function_of, tools)]
     writer = _WRITERS[type(format)]
@@ -56,10 +52,7 @@ def forced_calls(
     if isinstance(format, PythonCalls):
         begin, end = spell(format.begin), spell(format.end)
         start = f'{begin} "\\n```python\\n" {start} "\\n```\\n" {end}'
-    lines = [f"start: {start}" + (" | json_value" if schema is not None else "")]
-    lines += [f"call: {call}", *rules]
-    if schema is not None:
-        lines.append(f"json_value: {_json_rule(schema)}")
+    lines = [f"start: {start}", f"call: {call}", *rules]
     return "%llguidance {}\n" + "\n".join(lines) + "\n"
 
 
@@ -78,7 +71,7 @@ def _bare_json(functions: _Functions, spell: Spell) -> _Written:
 
 
 def _xml(functions: _Functions, spell: Spell) -> _Written:
-    rules, names = [_XML], []
+    rules, names, size = [_XML], list[str](), 0
     for i, (name, schema) in enumerate(functions):
         if '"' in name:
             raise InvalidOption(f"tools: {name!r:.60}: the model's format has no such names")
@@ -86,6 +79,11 @@ def _xml(functions: _Functions, spell: Spell) -> _Written:
         parts = []
         for j, (key, value) in enumerate(arguments.items()):
             rules.append(f"xml_{i}_{j}: {_xml_value(value, schema)}")
+            size += len(rules[-1])
+            if size > MAX_SCHEMA:  # each parameter with references brings all definitions along
+                raise InvalidOption(
+                    f"tools: {name}: its schema is too large for this model's calls"
+                )
             begin, close = spell("<param"), spell("</param>")
             head = json.dumps(f' name="{key}">')
             param = f"{begin} {head} xml_{i}_{j} {close}"
@@ -98,10 +96,15 @@ def _xml(functions: _Functions, spell: Spell) -> _Written:
 
 
 def _xml_value(schema: Any, root: Mapping[str, Any]) -> str:
-    schema = _resolved(schema, root)
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    target = schema
+    if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
+        target = _resolved(schema["$ref"], root)
+    kind = target.get("type") if isinstance(target, Mapping) else None
     if kind is not None and kind != "string":
+        if "$ref" not in json.dumps(schema):
+            return _json_rule(schema)
         return _json_rule({**_rebased(schema, "#/$defs/all"), **_defined({"all": root})})
+    schema = target
     if isinstance(schema, Mapping) and isinstance(schema.get("enum"), (list, tuple)):
         return " | ".join(json.dumps(str(value), ensure_ascii=False) for value in schema["enum"])
     return 'XML_TEXT | "<![CDATA[" XML_CDATA "]]>"'
@@ -118,63 +121,86 @@ def _python(functions: _Functions, spell: Spell) -> _Written:
                     f"tools: {name}: the parameter {key!r:.60} is no name in Python, which this "
                     "model's calls are written in"
                 )
+        values = _PythonValues(schema, f"def_{i}")
         items = {
-            key: f"{json.dumps(escaped(key) + '=')} {_python_value(value, schema, 0)}"
+            key: f"{json.dumps(escaped(key) + '=')} {values.expression(value)}"
             for key, value in arguments.items()
         }
-        rules.append(f"args_{i}: {_listed(items, required)}")
+        rules.append(f"args_{i}: {_listed(items, required, f'args_{i}', rules)}")
+        rules += values.rules
         names.append(f"call_{i}")
     return rules, " | ".join(names), '"\\n"'
 
 
-def _python_value(schema: Any, root: Mapping[str, Any], depth: int) -> str:
-    """Return the Lark expression of Python values that stand for a schema's JSON values.
+class _PythonValues:
+    """Lark expressions of Python values that stand for the JSON values of schemas.
 
-    `root` is the whole schema, into which references lead.
+    What a reference leads to is a rule of its own, so that the text is no longer than the schemas.
     """
-    schema = _resolved(schema, root)
 
-    def inner(value: Any) -> str:
-        return _python_value(value, root, depth + 1)
+    def __init__(self, root: Mapping[str, Any], prefix: str) -> None:
+        """`root` is the whole schema, into which references lead; `prefix` begins rules' names."""
+        self.rules: list[str] = []
+        self._root, self._prefix = root, prefix
+        self._names: dict[str, str] = {}  # of rules, by reference
+        self._n_objects = 0
 
-    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
-        return "py_any"
-    if "const" in schema or "enum" in schema:
-        values = schema["enum"] if "enum" in schema else [schema["const"]]
-        if not isinstance(values, (list, tuple)) or not values:
+    def expression(self, schema: Any) -> str:
+        if not isinstance(schema, Mapping):
             return "py_any"
-        return "(" + " | ".join(json.dumps(repr_of(value)) for value in values) + ")"
-    for key in ("anyOf", "oneOf"):
-        if isinstance(schema.get(key), (list, tuple)) and schema[key]:
-            return "(" + " | ".join(inner(each) for each in schema[key]) + ")"
-    kind = schema.get("type")
-    if isinstance(kind, (list, tuple)) and kind:
-        each = [inner({**schema, "type": one}) for one in kind]
-        return "(" + " | ".join(each) + ")"
-    match kind:
-        case "string":
-            return "PY_STRING"
-        case "integer":
-            return "PY_INTEGER"
-        case "number":
-            return "PY_NUMBER"
-        case "boolean":
-            return '("True" | "False")'
-        case "null":
-            return '"None"'
-        case "array":
-            item = inner(schema.get("items"))
+        if isinstance(reference := schema.get("$ref"), str):
+            return self._rule(reference)
+        if "const" in schema or "enum" in schema:
+            values = schema["enum"] if "enum" in schema else [schema["const"]]
+            if not isinstance(values, (list, tuple)) or not values:
+                return "py_any"
+            return "(" + " | ".join(json.dumps(repr_of(value)) for value in values) + ")"
+        for key in ("anyOf", "oneOf"):
+            if isinstance(schema.get(key), (list, tuple)) and schema[key]:
+                return "(" + " | ".join(map(self.expression, schema[key])) + ")"
+        kind = schema.get("type")
+        if isinstance(kind, (list, tuple)) and kind:
+            others = {key: value for key, value in schema.items() if key != "type"}
+            each = [self._typed(one, others) for one in kind if isinstance(one, str)]
+            return "(" + " | ".join(each or ["py_any"]) + ")"
+        return self._typed(kind, schema)
+
+    def _typed(self, kind: Any, schema: Mapping[str, Any]) -> str:
+        if kind == "array":
+            item = self.expression(schema.get("items"))
             return f'("[" ({item} (", " {item})*)? "]")'
-        case "object":
+        if kind == "object":
             arguments, required = _properties(schema)
             if not arguments:
                 return "py_dict"
             items = {
-                key: f"{json.dumps(json.dumps(key) + ': ')} {inner(value)}"
+                key: f"{json.dumps(json.dumps(key) + ': ')} {self.expression(value)}"
                 for key, value in arguments.items()
             }
-            return f'("{{" {_listed(items, required)} "}}")'
-    return "py_any"
+            self._n_objects += 1
+            name = f"{self._prefix}_object{self._n_objects}"
+            return f'("{{" {_listed(items, required, name, self.rules)} "}}")'
+        return _PYTHON_TYPES.get(kind, "py_any") if isinstance(kind, str) else "py_any"
+
+    def _rule(self, reference: str) -> str:
+        """Return the name of the rule for what a reference leads to."""
+        name = self._names.get(reference)
+        if name is None:
+            name = self._names[reference] = f"{self._prefix}_{len(self._names)}"
+            target = _resolved(reference, self._root)
+            is_itself = isinstance(target, Mapping) and target.get("$ref") == reference
+            rule = "py_any" if is_itself else self.expression(target)
+            self.rules.append(f"{name}: {rule}")
+        return name
+
+
+_PYTHON_TYPES = {
+    "string": "PY_STRING",
+    "integer": "PY_INTEGER",
+    "number": "PY_NUMBER",
+    "boolean": '("True" | "False")',
+    "null": '"None"',
+}
 
 
 def repr_of(value: Any) -> str:
@@ -182,17 +208,25 @@ def repr_of(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def _listed(items: Mapping[str, str], required: set[str]) -> str:
-    """Return the Lark expression of items with ", " between them, the required ones first."""
+def _listed(items: Mapping[str, str], required: set[str], name: str, rules: list[str]) -> str:
+    """Return the Lark expression of items with ", " between them, the required ones first.
+
+    Of the others each is a rule, and so is what may follow it: `name` begins the rules' names.
+    """
     first = [item for key, item in items.items() if key in required]
     others = [item for key, item in items.items() if key not in required]
-    rest = [f'(", " {item})?' for item in others]
+    for i, item in enumerate(others):
+        rules.append(f"{name}_item{i}: {item}")
+        following = f" {name}_rest{i + 1}" if i + 1 < len(others) else ""
+        rules.append(f'{name}_rest{i}: (", " {name}_item{i})?{following}')
     if first:
-        return "(" + ' ", " '.join(first) + " " + " ".join(rest) + ")"
-    if not others:
-        return '""'
-    choices = [" ".join([others[i], *rest[i + 1 :]]) for i in range(len(others))]
-    return "(" + " | ".join(choices) + ")?"
+        rest = f" {name}_rest0" if others else ""
+        return "(" + ' ", " '.join(first) + rest + ")"
+    choices = [
+        f"{name}_item{i}" + (f" {name}_rest{i + 1}" if i + 1 < len(others) else "")
+        for i in range(len(others))
+    ]
+    return "(" + " | ".join(choices) + ")?" if others else '""'
 
 
 def _properties(schema: Mapping[str, Any]) -> tuple[Mapping[str, Any], set[str]]:
@@ -233,17 +267,13 @@ def _rebased(schema: Any, place: str) -> Any:
     return [_rebased(value, place) for value in schema] if isinstance(schema, list) else schema
 
 
-def _resolved(schema: Any, root: Mapping[str, Any]) -> Any:
-    """Return what a schema's reference leads to; {} if it leads nowhere."""
-    for _ in range(_MAX_DEPTH):
-        reference = schema.get("$ref") if isinstance(schema, Mapping) else None
-        if not isinstance(reference, str):
-            return schema
-        schema = root
-        for part in reference.removeprefix("#").split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            schema = schema.get(name) if isinstance(schema, Mapping) else None
-    return {}
+def _resolved(reference: str, root: Mapping[str, Any]) -> Any:
+    """Return what a reference within a schema leads to; None if it leads nowhere."""
+    found: Any = root
+    for part in reference.removeprefix("#").split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def _json_rule(schema: Any) -> str:

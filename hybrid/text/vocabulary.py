@@ -21,6 +21,7 @@ from hybrid.text.decoding import read_decoding
 from hybrid.text.markers import MarkedText, Span
 from hybrid.text.vocabulary_file import is_library_error, read_vocabulary
 
+LONG = 10_000  # characters of a text that takes milliseconds to encode
 _MAX_ROUNDS = 8  # of finding control tokens that a text must not have
 # Characters that no piece joins with others in some vocabulary: private use, control, punctuation.
 _SEPARATORS = (*map(chr, range(0xE000, 0xE010)), *map(chr, range(1, 9)), *"\n\t|~^☂")
@@ -33,6 +34,7 @@ class Vocabulary:
     size: int  # of the model: ids are below it
     library: tokenizers.Tokenizer  # never encodes a special token that a text spells
     notices: tuple[str, ...]  # one line each
+    longest_piece: int
     special: tuple[str, ...]  # texts of the tokens that no text may become
     ordinary: tuple[str, ...]  # texts of the added tokens that a text does become
 
@@ -59,6 +61,7 @@ class Vocabulary:
         self._control = {id for id, token in added.items() if token.special} - self._harmless
         self.library, self._marked = library, _twin(library)
         library.encode_special_tokens = True  # "</s>" in a text is four characters, not an id
+        self.longest_piece = max(map(len, file.pieces), default=1)  # in characters
         self._before = self._find_text_before(file.pieces)
         self._n_before = len(self._encode(library, self._before).ids)
         self.notices = (*file.notices, *self._notice_unknown(folder, unknown))
@@ -157,6 +160,8 @@ class Vocabulary:
 
     def _encode(self, library: tokenizers.Tokenizer, text: str) -> Any:
         try:
+            if len(text) > LONG:  # `encode` keeps the GIL, `encode_batch` does not
+                return library.encode_batch([text], add_special_tokens=False)[0]
             return library.encode(text, add_special_tokens=False)
         except BaseException as error:
             if not is_library_error(error):

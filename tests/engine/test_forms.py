@@ -111,6 +111,20 @@ def test_a_full_context_ends_a_form_or_is_shifted():
             assert batched.stats.n_shifts == shifted.stats.n_shifts > 0
 
 
+def test_a_stop_string_within_forced_tokens_ends_the_answer_there(engine):
+    options = {"regex": "abc STOP and then it goes on", "stop": "STOP", "logprobs": 0}
+    generation = engine.generate("Once", raw=True, max_tokens=50, **options)
+    assert "".join(generation) == "abc "
+    said = engine.tokenizer.continue_text(generation.prompt, generation.tokens)
+    assert said.startswith("abc S")
+    assert len(said) <= len("abc STOP") + 3
+    assert len(generation.logprobs) == len(generation.tokens)
+    with hybrid.BatchLoop(engine) as loop:
+        batched = loop.submit("Once", raw=True, max_tokens=50, **options)
+        assert "".join(batched) == "abc "
+        assert batched.tokens == generation.tokens
+
+
 def test_speculation_and_forms_go_together(engine):
     options = {"response_format": FORMAT, "max_tokens": 60, "seed": 2}
     plain = outcome(engine.generate("Once", raw=True, **options))

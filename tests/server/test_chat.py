@@ -210,6 +210,14 @@ def test_bad_requests_are_refused_by_name(client, change, message, param):
         assert reply.error["param"] == param
 
 
+def test_a_developer_is_a_system(engine, client):
+    messages = [{"role": "developer", "content": "Be kind."}, *MESSAGES]
+    system = [{"role": "system", "content": "Be kind."}, *MESSAGES]
+    found = client.post(PATH, {"messages": messages, "max_tokens": 5, "temperature": 0})
+    text = said(engine, system, max_tokens=5, temperature=0).text
+    assert found.json["choices"][0]["message"]["content"] == text
+
+
 def test_unknown_fields_are_ignored(client):
     body = {"messages": MESSAGES, "max_tokens": 1, "user": "me", "metadata": {"a": [1]}, "x": None}
     assert client.post(PATH, body).status == 200
@@ -226,3 +234,18 @@ def test_a_prompt_that_is_too_long_gets_both_numbers(client, stream):
     assert error["n_prompt_tokens"] > 2000
     assert str(error["n_prompt_tokens"]) in error["message"]
     assert "512" in error["message"]
+
+
+def test_a_text_of_megabytes_is_refused_before_it_is_encoded(client, monkeypatch):
+    from hybrid.text.vocabulary import Vocabulary
+
+    monkeypatch.setattr(Vocabulary, "encode_marked", None)
+    monkeypatch.setattr(Vocabulary, "encode", None)
+    for path, body in (
+        (PATH, {"messages": [{"role": "user", "content": "the cat sat on " * 250_000}]}),
+        ("/v1/completions", {"prompt": "<" * 4_000_000}),
+    ):
+        error = client.post(path, body).error
+        assert error["code"] == "context_length_exceeded"
+        assert error["n_prompt_tokens"] > 50_000
+        assert "more than" in error["message"]

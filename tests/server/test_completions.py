@@ -63,6 +63,8 @@ def test_an_echo_has_the_prompts_logprobs(engine, client, stream, max_tokens):
     generation = engine.generate(ids, max_tokens=max(max_tokens, 1), temperature=0)
     answer = "".join(generation)
     assert text == TEXT + (answer if max_tokens else "")
+    if not stream:
+        assert reply.json["usage"]["completion_tokens"] == max_tokens
     n = len(ids) + max_tokens
     assert all(len(values) == n for values in logprobs.values())
     assert logprobs["token_logprobs"][0] is None
@@ -116,10 +118,33 @@ def test_bad_requests_are_refused(client, change, message):
     assert message in reply.error["message"]
 
 
-def test_more_answers_than_may_wait_are_refused_and_none_is_begun(client):
-    body = {"prompt": ["a"] * 64, "n": 16, "max_tokens": 400}
-    reply = client.post(PATH, body)
-    assert reply.status == 503
-    assert reply.error["code"] == "queue_full"
-    assert int(reply.headers["retry-after"]) > 0
+def test_each_of_several_answers_echoes_the_prompts_logprobs(engine, client):
+    body = {"prompt": TEXT, "echo": True, "logprobs": 1, "max_tokens": 3, "n": 3, "seed": 5}
+    choices = client.post(PATH, body).json["choices"]
+    n = len(engine.tokenizer.encode(TEXT))
+    first = choices[0]["logprobs"]["token_logprobs"][:n]
+    assert first[0] is None
+    for choice in choices:
+        assert choice["logprobs"]["token_logprobs"][:n] == first
+        assert len(choice["logprobs"]["tokens"]) == n + 3
+        assert choice["text"].startswith(TEXT)
+
+
+def test_more_answers_than_can_ever_wait_are_refused(client):
+    reply = client.post(PATH, {"prompt": ["a"] * 64, "n": 16, "max_tokens": 400})
+    assert reply.status == 400
+    assert "at most 68 prompts times n, found 1024" in reply.error["message"]
+
+
+def test_more_answers_than_may_wait_now_are_refused_and_none_is_begun(client):
+    body = {"prompt": ["a"] * 40, "max_tokens": 400, "ignore_eos": True}
+    with client.begin(PATH, body):
+        loop = client.service.model.loop
+        while loop.stats.n_waiting < 36:
+            pass
+        reply = client.post(PATH, body)
+        assert reply.status == 503
+        assert reply.error["code"] == "queue_full"
+        assert int(reply.headers["retry-after"]) > 0
+        assert len(loop.running) + loop.stats.n_waiting <= 40
     client.wait_until_idle()

@@ -7,9 +7,11 @@ import socket
 import time
 
 import pytest
-from http_client import serving
+from http_client import serving, serving_app
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
-from hybrid.server import http_protocol
+from hybrid.server import ServerSettings, create_app, http_protocol
 from hybrid.server.guards import is_allowed_host
 
 CHAT = "/v1/chat/completions"
@@ -115,6 +117,8 @@ def test_a_key_opens_everything_but_what_is_public(engine):
         (b'{"a":' * 65 + b"1" + b"}" * 65, "nested deeper than 64 levels"),
         (b'{"a":' + b"[" * 500_000, "nested too deeply"),
         (b'{"a": [' + b"0," * 500_001 + b"0]}", "more than 500,000 values"),
+        (b'{"prompt": "\\ud800"}', "found the lone surrogate"),
+        (b'{"\\udfff": 1}', "found the lone surrogate"),
         (b'{"temperature": 1e999, "prompt": ""}', "a number is too large"),
     ],
 )
@@ -175,6 +179,31 @@ def test_slow_headers_and_bodies_are_cut_off(engine, monkeypatch):
         ) as raw:
             time.sleep(0.4)
             assert raw.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_what_comes_behind_an_answer_is_no_reason_to_wait(engine, monkeypatch):
+    """The rest of a body that nobody reads must not keep a connection."""
+    monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT_S", 0.3)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+    with serving(engine, api_keys=("key",)) as client:
+        for request in (head, head.replace(b"POST /v1/completions", b"GET /health")):
+            with client.connect() as raw:
+                raw.sendall(request)
+                assert raw.recv(4096).startswith(b"HTTP/1.1 ")
+                raw.sendall(b"{")
+                closes_within(raw, 10)
+
+
+def test_an_application_below_a_path(engine):
+    app = create_app(engine, ServerSettings(api_keys=("key",)))
+    mounted = Starlette(routes=[Mount("/llm", app)])
+    with serving_app(mounted) as client:
+        assert client.get("/llm/health").status == 200
+        assert client.get("/llm/page.css").status == 200
+        assert client.get("/llm/v1/models").status == 401
+        assert client.post("/llm/v1/messages", {}).json["type"] == "error"
+        assert client.get("/health").status == 404
+    app.state.service.close()
 
 
 def test_connections_have_a_limit(engine, monkeypatch):

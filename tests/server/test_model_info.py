@@ -46,6 +46,8 @@ def test_apply_template(engine, client):
     ("path", "body", "message"),
     [
         ("/tokenize", {}, "content: it is missing"),
+        ("/tokenize", {"content": "a" * (1 << 20) + "a"}, "at most 1,048,576 characters"),
+        ("/tokenize", {"content": "<" * 60_000, "with_pieces": True}, "at most 50,000 tokens"),
         ("/tokenize", {"content": 5}, "content: expected a string"),
         ("/detokenize", {}, "tokens: it is missing"),
         ("/detokenize", {"tokens": [4096]}, "found 4096"),

@@ -11,7 +11,9 @@ import pytest
 from http_client import serving
 
 import hybrid
+from hybrid.server import http_protocol
 from hybrid.server.api_error import as_api_error
+from hybrid.server.service import MAX_PREPARING
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -148,6 +150,53 @@ def test_a_mistake_of_ours_tells_nothing_of_the_inside(engine, monkeypatch):
         reply = client.post(COMPLETIONS, {"prompt": "Once"})
         assert reply.status == 500
         assert "division" not in reply.error["message"]
+        counted = 'hybrid_http_requests_total{path="/v1/completions",status="500"} 1.0'
+        assert counted in client.get("/metrics").data.decode()
+
+
+def test_a_loop_that_has_ended_is_not_healthy(engine):
+    with serving(engine) as client:
+        client.service.model.loop.close()
+        reply = client.get("/health")
+        assert reply.status == 500
+        assert "start the server again" in reply.error["message"]
+
+
+def test_clients_that_go_fill_no_log(engine, caplog):
+    with serving(engine) as client:
+        with client.begin(COMPLETIONS, {"prompt": "Once", "stream": True, **ENDLESS}) as raw:
+            assert raw.recv(100)
+        client.wait_until_idle(5)
+        with client.begin(COMPLETIONS, {"prompt": "Once", **ENDLESS}):
+            time.sleep(0.1)
+        client.wait_until_idle(5)
+    assert caplog.records == []
+
+
+def test_requests_of_clients_that_have_gone_are_not_read(engine):
+    """Neither do they keep threads, nor does their number have no bound."""
+    gate = threading.Event()
+    with serving(engine) as client:
+        pool = client.service._preparing
+        held = [pool.submit(gate.wait) for _ in range(pool._max_workers)]
+        for _ in range(20):
+            client.begin(COMPLETIONS, {"prompt": "Once", **ENDLESS}).close()
+        deadline = time.monotonic() + 10
+        while client.service._n_preparing:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        waiting = [client.begin(COMPLETIONS, {"prompt": "Once"}) for _ in range(MAX_PREPARING)]
+        while client.service._n_preparing < MAX_PREPARING:
+            time.sleep(0.01)
+        assert client.post(COMPLETIONS, {"prompt": "Once"}).status == 503
+        for raw in waiting:
+            raw.close()
+        while client.service._n_preparing:
+            time.sleep(0.01)
+        gate.set()
+        assert all(future.result() for future in held)
+        assert client.service.model.loop.stats.n_waiting == 0
+        assert client.post(COMPLETIONS, {"prompt": "Once", "max_tokens": 2}).status == 200
 
 
 def test_many_clients_get_the_answers_that_each_gets_alone(engine):
@@ -172,19 +221,35 @@ def test_many_clients_get_the_answers_that_each_gets_alone(engine):
     assert found == {seed: text for seed, (_, text) in wanted.items()}
 
 
-def test_a_reader_that_stops_reading_is_cut_off(engine):
-    """Nobody else waits for it, and in the end its request is over."""
-    with serving(engine, send_timeout_s=0.3) as client:
-        body = {"prompt": ["Once"] * 2, "n": 4, "stream": True, "logprobs": 20, **ENDLESS}
-        with client.begin(COMPLETIONS, body):
-            client.wait_until_idle(60)
-            other = client.post(COMPLETIONS, {"prompt": "Once", "max_tokens": 3})
-            assert other.status == 200
-            ended = 'hybrid_http_requests_total{path="/v1/completions",status="200"} 2.0'
-            deadline = time.monotonic() + 20
-            while ended not in client.get("/metrics").data.decode():
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+def test_a_reader_that_stops_reading_is_cut_off(engine, monkeypatch):
+    """Nobody else waits for it, and in the end neither its answer nor its connection is left."""
+    monkeypatch.setattr(http_protocol, "SEND_TIMEOUT_S", 0.3)
+    with serving(engine) as client:
+        body = {"prompt": ["Once"] * 2, "n": 8, "stream": True, "logprobs": 20, **ENDLESS}
+        held = [client.begin(COMPLETIONS, body), client.begin("/tokenize", LARGE)]
+        client.wait_until_idle(60)
+        other = client.post(COMPLETIONS, {"prompt": "Once", "max_tokens": 3})
+        assert other.status == 200
+        deadline = time.monotonic() + 20
+        while client.server.server_state.connections:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for raw in held:
+            raw.close()
+
+
+LARGE = {"content": "<" * 40_000, "with_pieces": True}  # makes an answer of a megabyte
+
+
+def test_a_reader_that_stops_ends_its_answer_when_it_goes(slow_client):
+    body = {"prompt": "Once", "stream": True, "logprobs": 20, **ENDLESS}
+    with slow_client.begin(COMPLETIONS, body):
+        loop = slow_client.service.model.loop
+        while not (loop.running and len(loop.running[0].tokens) > 60):
+            time.sleep(0.01)  # buffers fill, and nobody reads
+        (answer,) = loop.running
+    slow_client.wait_until_idle(5)
+    assert answer.finish_reason == "cancelled"
 
 
 def test_a_server_that_loads_says_so(engine):

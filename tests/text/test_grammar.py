@@ -158,6 +158,56 @@ def test_random_tokens_of_required_calls_are_calls(engine, grammars, kind, one):
         assert max(n_calls) == 1
 
 
+RECURSIVE = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "parameters": {
+            "type": "object",
+            "properties": {"x": {"$ref": "#/$defs/a"}, "n": {"$ref": "#/$defs/n"}},
+            "required": ["x", "n"],
+            "$defs": {
+                "a": {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/a"}}] * 8},
+                "n": {"type": "integer"},
+                "loop": {"$ref": "#/$defs/loop"},
+            },
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [TaggedJson, BareJson, XmlCalls, PythonCalls])
+def test_grammars_of_calls_are_not_much_longer_than_schemas(engine, grammars, kind):
+    spell = engine.tokenizer.spell_marker
+    source = forced_calls(kind([RECURSIVE]), [RECURSIVE], spell, one=True)
+    assert len(source) < 10 * len(json.dumps(RECURSIVE)) + 2000
+    grammars.compile(Form("lark", source, "tools"))
+    wide = {f"p{i}": {"type": "array", "items": {"$ref": "#/$defs/a"}} for i in range(2000)}
+    parameters = {**RECURSIVE["function"]["parameters"], "properties": wide}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with contextlib.suppress(InvalidOption):
+        source = forced_calls(kind([tool]), [tool], spell, one=True)
+        assert len(source) < 10 * len(json.dumps(tool))
+
+
+def test_a_grammar_whose_masks_take_ever_longer_ends_the_answer(engine, grammars):
+    """Nothing but time bounds an ambiguous grammar, and the clock is that of this thread."""
+    source = 'root ::= s\ns ::= s s s | s s | "a" | "aa" | "b"\n'
+    constraint = grammars.compile(Form("gbnf", source, "grammar")).begin()
+    token = engine.tokenizer.encode_continuation("a")[0]
+    allowed = []
+
+    def go_on() -> None:
+        for _ in range(3000):
+            allowed.append(constraint.allowed()[token])
+            constraint.consume([token])
+
+    with pytest.raises(InvalidOption, match=r"grammar: (is too complex|the grammar cannot go on)"):
+        go_on()
+    assert len(allowed) > 30
+    assert all(allowed)
+
+
 def test_tokens_without_a_choice_are_forced(grammars):
     form = form_of_schema({"const": "the little robot"}, "response_format")
     constraint = grammars.compile(form).begin()

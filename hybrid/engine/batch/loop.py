@@ -131,6 +131,11 @@ class BatchLoop:
         return self._add(generation._answer.again(seed))
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the loop takes no requests any more."""
+        return self._worker.is_stopping
+
+    @property
     def stats(self) -> LoopStats:
         """What the loop is doing, and what it has computed. Any thread may read it."""
         return self._worker.stats
@@ -170,8 +175,9 @@ class _Worker:
         self._process_id = os.getpid()
         self._changed = threading.Condition()
         self._queue: deque[Stream] = deque()
+        self._most_sequences = n_sequences
         self._n_running = 0  # streams that have left the queue, when the loop last looked
-        self._is_stopping = False
+        self.is_stopping = False
         self._thread = threading.Thread(target=self._work, name="hybrid-batch", daemon=True)
         try:
             self._thread.start()
@@ -183,11 +189,12 @@ class _Worker:
 
     def add(self, stream: Stream) -> None:
         with self._changed:
-            if self._is_stopping:
+            if self.is_stopping:
                 raise EngineClosed("the batching loop is closed; open another one")
-            # Requests for which a sequence is free do not wait.
+            # Requests for which a sequence is free do not wait, nor do those that were cancelled.
             n_free = self._n_sequences - self._n_running
-            if len(self._queue) >= self._queue_size + max(n_free, 0):
+            n_waiting = sum(not waiting.answer.is_cancelled for waiting in self._queue)
+            if n_waiting >= self._queue_size + max(n_free, 0):
                 raise QueueFull(
                     f"{self._queue_size} requests wait already, as many as the queue takes; try "
                     "again later, or open the loop with a larger queue_size"
@@ -214,7 +221,7 @@ class _Worker:
         if os.getpid() != self._process_id:
             return  # a child of a fork has neither the thread nor, perhaps, the lock
         with self._changed:
-            self._is_stopping = True
+            self.is_stopping = True
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -227,7 +234,7 @@ class _Worker:
         except Exception as mistake:  # of our own: nobody may wait forever
             error = mistake
         with self._changed:
-            self._is_stopping = True
+            self.is_stopping = True
         self._steps.close(error)
         for stream in self._queue:
             self._steps.end(stream, copy.copy(error))
@@ -235,12 +242,14 @@ class _Worker:
     def _admit(self) -> bool:
         """Wait for work, and begin streams that were waiting. Returns False if the loop closes."""
         with self._changed:
+            if len(self._steps.streams) < self._n_running:  # some have ended: there is memory again
+                self._n_sequences = self._most_sequences
             self._n_running = len(self._steps.streams)
-            while not (self._is_stopping or self._queue or self._steps.streams):
+            while not (self.is_stopping or self._queue or self._steps.streams):
                 self._changed.wait(_PATIENCE_S if self._steps.unconfirmed else None)
                 if self._steps.unconfirmed:
                     break
-            if self._is_stopping:
+            if self.is_stopping:
                 return False
             cancelled = [stream for stream in self._queue if stream.answer.is_cancelled]
             for stream in cancelled:

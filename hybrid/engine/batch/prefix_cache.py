@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hybrid.engine.session import Session, common_length
+from hybrid.errors import OutOfMemory
 
 LEAST_COPY = 16  # tokens: below, opening a session and copying into it saves nothing
+# Sessions: each prompt is compared with all of them, and a short one holds more memory than its
+# tokens account for.
+MAX_IDLE = 64
 
 
 class PrefixCache:
@@ -31,6 +35,11 @@ class PrefixCache:
         """Bytes of the keys and values of all idle sessions."""
         return self._token_bytes * sum(session.position for session in [*self._idle])
 
+    def longest(self, prompt: Sequence[int], running: Sequence[Session]) -> int:
+        """Return how many first tokens of a prompt `take` would find, its last one aside."""
+        sessions = [*self._idle, *running]
+        return max((common_length(each.tokens, prompt[:-1]) for each in sessions), default=0)
+
     def take(self, prompt: Sequence[int], running: Sequence[Session]) -> tuple[Session, int]:
         """Return a session that holds the first tokens of a prompt, and how many these are.
 
@@ -48,7 +57,7 @@ class PrefixCache:
                 self._idle.remove(session)
                 session.truncate(most)
                 return session, most
-        session = self._open_session()
+        session = self._open(sources[0] if most >= LEAST_COPY else None)
         if most < LEAST_COPY:
             return session, 0
         session.copy_prefix(sources[0], most)
@@ -60,8 +69,25 @@ class PrefixCache:
     def leave(self, session: Session) -> None:
         """Keep a session whose answer has ended. Sessions that exceed the budget are closed."""
         self._idle.append(session)
-        while self._idle and (not self._budget or self.n_bytes > self._budget):
+        while self._idle and (
+            not self._budget or self.n_bytes > self._budget or len(self._idle) > MAX_IDLE
+        ):
             self._idle.pop(0).close()
+
+    def _open(self, source: Session | None) -> Session:
+        """Open a session. If there is no memory, close idle ones, but not `source`, and try again.
+
+        Raises as `Engine.open_session` does.
+        """
+        while True:
+            try:
+                return self._open_session()
+            except OutOfMemory:
+                others = [session for session in self._idle if session is not source]
+                if not others:
+                    raise
+                self._idle.remove(others[0])
+                others[0].close()
 
     def close(self) -> None:
         for session in self._idle:

@@ -52,6 +52,7 @@ class Steps:
         If it cannot begin for another reason, it ends alone. While another stream computes what its
         prompt begins with, it waits for that.
         """
+        self._note_alike(stream)
         self.streams.append(stream)
         if self._is_computed_for(stream) or self._begin(stream):
             return True
@@ -63,6 +64,7 @@ class Steps:
         running = [other.session for other in self.streams if other.session is not None]
         try:
             session, n_cached = self._cache.take(_reusable(stream), running)
+            stream.alike.clear()
             stream.begin(session, n_cached, self._counts())
         except Exception as error:
             if isinstance(error, OutOfMemory) and running:
@@ -135,15 +137,30 @@ class Steps:
         self._cache.close()
         self._chooser.close()
 
+    def _note_alike(self, stream: Stream) -> None:
+        """Note which streams compute more of what this prompt begins with than there is already."""
+        prompt = stream.answer.prompt
+        if not self._cache.is_on or stream.answer.scores_prompt:
+            return
+        running = [other.session for other in self.streams if other.session is not None]
+        n_known = self._cache.longest(prompt, running)
+        for other in self.streams:
+            # Scored prompts take passes of their own, one after the other: they are no help.
+            if other.session is not None and not other.answer.scores_prompt:
+                n = common_length(other.answer.prompt, prompt[:-1])
+                if n - n_known >= LEAST_COPY:
+                    stream.alike.append((other, n))
+
     def _is_computed_for(self, stream: Stream) -> bool:
-        """Return whether another stream is computing much of what this prompt begins with."""
-        prefix = _reusable(stream)[:-1]
-        for other in self.streams if self._cache.is_on else ():
-            if other.session is not None and not other.is_decoding:
-                n = common_length(other.answer.prompt, prefix)
-                if n - other.session.position >= LEAST_COPY:
-                    return True
-        return False
+        """Return whether another stream is still computing what this prompt begins with."""
+        return any(
+            other.session is not None
+            and not other.is_decoding
+            and not other.answer.stats.n_shifts
+            and other in self.streams
+            and n - other.session.position >= LEAST_COPY
+            for other, n in stream.alike
+        )
 
     @property
     def cache_bytes(self) -> int:

@@ -32,6 +32,7 @@ class Stream:
         self.session: Session | None = None  # None while the answer waits in the queue
         self.pending: list[int] = []
         self.is_decoding = False  # whether only what was chosen last is pending
+        self.alike: list[tuple[Stream, int]] = []  # that compute so many of this prompt's tokens
         self.piece = ""  # text that the last token completed
         self.error: Exception | None = None  # that ends the stream
 

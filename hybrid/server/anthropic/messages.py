@@ -58,6 +58,9 @@ class MessageRun:
         blocks += [{**_block(call), "input": parse_json(call.arguments)} for call in calls]
         return self._message(blocks, self._reason(bool(calls)))
 
+    def close(self) -> None:
+        self._answers.close()
+
     async def events(self, ping_s: float) -> AsyncIterator[bytes]:
         """Yield the events of a stream."""
         try:

@@ -6,7 +6,7 @@ https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any
 
 from hybrid import BatchedGeneration, GenerationOptions
 from hybrid.server.answers import Answers, submit_answers
@@ -18,6 +18,7 @@ from hybrid.server.openai.logprobs import chat_logprobs
 from hybrid.server.openai.options import (
     MAX_CHOICES,
     form_options,
+    limit_of_chat,
     max_tokens,
     sampling_options,
     seeds,
@@ -52,12 +53,6 @@ def submit_chat(model: Model, fields: Fields, options: GenerationOptions) -> Bat
     )
 
 
-def _limit(model: Model, fields: Fields) -> int | Literal["auto"] | None:
-    """Return the limit of an answer: the client's, the model's, or only the context's."""
-    given = max_tokens(fields)
-    return "auto" if given is None and model.engine.defaults.limits_answers else given
-
-
 class ChatCompletion:
     """A chat completion while it is generated."""
 
@@ -74,7 +69,7 @@ class ChatCompletion:
             **sampling_options(fields, model.engine.config.eos_ids),
             **form_options(fields),
             **tool_options(fields),
-            max_tokens=_limit(model, fields),
+            max_tokens=limit_of_chat(model, max_tokens(fields)),
             logprobs=n_top or 0 if has_logprobs else None,
             seed=each_seed[0],
         )
@@ -96,6 +91,9 @@ class ChatCompletion:
             "usage": usage_object(self.answers),
             "timings": self.answers.timings(),
         }
+
+    def close(self) -> None:
+        self.answers.close()
 
     def events(self, ping_s: float) -> AsyncIterator[bytes]:
         """Return the events of a stream."""

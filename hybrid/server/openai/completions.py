@@ -37,6 +37,10 @@ class TextCompletion:
         self._model = model
         self._prompts = read_prompts(fields)
         self._n = n = fields.integer("n", 1, MAX_CHOICES, 1)
+        stats = model.loop.stats
+        most = stats.n_sequences + stats.queue_size
+        if len(self._prompts) * n > most:
+            raise wrong("prompt", f"at most {most} prompts times n", len(self._prompts) * n)
         self._echoes = fields.boolean("echo")
         n_top = fields.integer("logprobs", 0, MAX_LOGPROBS)
         n_tokens = max_tokens(fields, least=0 if self._echoes else 1)
@@ -62,7 +66,6 @@ class TextCompletion:
         self, options: GenerationOptions, each_seed: Sequence[int | None]
     ) -> list[BatchedGeneration]:
         loop, generations = self._model.loop, list[BatchedGeneration]()
-        # Only one of several answers needs the prompt's log-probabilities, but all report them.
         try:
             for prompt in self._prompts:
                 first = loop.submit(prompt, raw=True, options=options)
@@ -86,9 +89,12 @@ class TextCompletion:
         return {
             **self._head(),
             "choices": choices,
-            "usage": usage_object(self.answers),
+            "usage": self._usage(),
             "timings": self.answers.timings(),
         }
+
+    def close(self) -> None:
+        self.answers.close()
 
     def events(self, ping_s: float) -> AsyncIterator[bytes]:
         """Return the events of a stream."""
@@ -116,7 +122,7 @@ class TextCompletion:
                 chunk = self._chunk(index, "", None, reason)
                 yield chunk if n_open else {**chunk, "timings": self.answers.timings()}
         if self._wants_usage:
-            usage, timings = usage_object(self.answers), self.answers.timings()
+            usage, timings = self._usage(), self.answers.timings()
             yield {**self._head(), "choices": [], "usage": usage, "timings": timings}
 
     def _echo(self, index: int) -> str:
@@ -135,10 +141,15 @@ class TextCompletion:
         if not self._logprobs:
             return None
         generation = self.answers.generations[index]
-        entries = [*(generation.prompt_logprobs or ()), *(generation.logprobs or ())]
+        # Those of the prompt are computed with the first of its answers.
+        first = self.answers.generations[index - index % self._n]
+        entries = [*(first.prompt_logprobs or ()), *(generation.logprobs or ())]
         if self._drops_answer:
             entries = entries[: len(generation.prompt)]
         return self._logprobs[index].following(entries)
+
+    def _usage(self) -> dict[str, Any]:
+        return usage_object(self.answers, counts_answers=not self._drops_answer)
 
     def _head(self) -> dict[str, Any]:
         return head("text_completion", self.answers, self._model.engine)

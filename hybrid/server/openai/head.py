@@ -20,12 +20,13 @@ def head(kind: str, answers: Answers, engine: Engine) -> dict[str, Any]:
     }
 
 
-def usage_object(answers: Answers) -> dict[str, Any]:
+def usage_object(answers: Answers, *, counts_answers: bool = True) -> dict[str, Any]:
     usage = answers.usage()
+    n_completion = usage.completion if counts_answers else 0
     return {
         "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion,
+        "completion_tokens": n_completion,
+        "total_tokens": usage.prompt + n_completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
     }
 

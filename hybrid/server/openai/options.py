@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from hybrid.server.api_error import wrong
 from hybrid.server.fields import Fields
+from hybrid.server.service import Model
 
 MAX_CHOICES = 16
 MAX_TOKENS = 1 << 20
@@ -59,6 +60,11 @@ def max_tokens(fields: Fields, *, least: int = 1) -> int | None:
     """Return the limit of an answer; None if the client gives none. Both names mean the same."""
     name = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
     return fields.integer(name, least, MAX_TOKENS)
+
+
+def limit_of_chat(model: Model, given: int | None) -> int | Literal["auto"] | None:
+    """Return the limit of an answer: the client's, the model's, or only the context's."""
+    return "auto" if given is None and model.engine.defaults.limits_answers else given
 
 
 def seeds(fields: Fields, n: int) -> list[int | None]:

@@ -15,8 +15,14 @@ from hybrid.server.api_error import ApiError, wrong
 from hybrid.server.events import PING, logged, named_event
 from hybrid.server.fields import Fields
 from hybrid.server.openai.chat import MAX_MESSAGES
-from hybrid.server.openai.options import MAX_TOKENS
-from hybrid.server.openai.tools import MAX_TOOLS, checked_tools, for_template, new_id
+from hybrid.server.openai.options import MAX_SEED, MAX_TOKENS, limit_of_chat
+from hybrid.server.openai.tools import (
+    MAX_TOOLS,
+    checked_tools,
+    for_template,
+    new_id,
+    tool_options,
+)
 from hybrid.server.parts import all_parts, parts_of
 from hybrid.server.service import Model
 
@@ -36,15 +42,13 @@ class ResponseRun:
                 param="previous_response_id",
             )
         max_tokens = fields.integer("max_output_tokens", 1, MAX_TOKENS)
-        limits_answers = model.engine.defaults.limits_answers
         options = GenerationOptions(
-            max_tokens="auto" if max_tokens is None and limits_answers else max_tokens,
+            max_tokens=limit_of_chat(model, max_tokens),
             temperature=fields.number("temperature", 0, 100),
             top_p=fields.number("top_p", 0, 1),
-            seed=fields.integer("seed", -1, 2**63 - 1),
+            seed=fields.integer("seed", -1, MAX_SEED),
             response_format=_response_format(fields),
-            tool_choice=_tool_choice(fields),
-            parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
+            **tool_options(fields),
         )
         self.is_stream = fields.boolean("stream")
         generation = model.loop.submit_chat(
@@ -59,6 +63,9 @@ class ResponseRun:
         items = [_message(new_id("msg_"), content)] if content.strip() or not calls else []
         items += [_function_call(new_id("fc_"), call) for call in calls]
         return self._response(items)
+
+    def close(self) -> None:
+        self._answers.close()
 
     async def events(self, ping_s: float) -> AsyncIterator[bytes]:
         """Yield the events of a stream."""
@@ -224,11 +231,6 @@ def _response_format(fields: Fields) -> Mapping[str, Any] | None:
     if values.get("type") == "json_schema":
         return {"type": "json_schema", "json_schema": values}
     return values
-
-
-def _tool_choice(fields: Fields) -> Any:
-    choice = fields.get("tool_choice")
-    return "auto" if choice is None else choice
 
 
 def _read_tools(fields: Fields) -> list[Mapping[str, Any]] | None:

@@ -15,7 +15,8 @@ from hybrid.text.tool_calls import ToolCallParser
 from predictors.schema import parse_json
 
 MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MAX_NAME = 128  # characters: OpenAI's names have up to 64, Anthropic's up to 128
+_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME}}}")
 
 
 def read_tools(fields: Fields) -> list[Mapping[str, Any]] | None:
@@ -34,7 +35,9 @@ def checked_tools(tools: Sequence[Any] | None) -> list[Mapping[str, Any]] | None
             raise ApiError(400, f"tools[{i}]: expected an object of type function", param="tools")
         name, parameters = function.get("name"), function.get("parameters")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise wrong(f"tools[{i}].function.name", "up to 64 letters, digits, _, . or -", name)
+            raise wrong(
+                f"tools[{i}].function.name", f"up to {MAX_NAME} letters, digits, _, . or -", name
+            )
         if name in names:
             raise ApiError(400, f"tools[{i}]: {name} occurs twice", param="tools")
         if parameters is not None and not isinstance(parameters, dict):
@@ -58,6 +61,8 @@ def for_template(messages: Sequence[Any]) -> list[Any]:
 
 
 def _with_objects(message: Any) -> Any:
+    if isinstance(message, dict) and message.get("role") == "developer":
+        message = {**message, "role": "system"}  # OpenAI's newer name, which templates do not know
     calls = message.get("tool_calls") if isinstance(message, dict) else None
     if not isinstance(calls, list):
         return message

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import hybrid
-from hybrid.engine.batch.prefix_cache import LEAST_COPY, PrefixCache
+from hybrid.engine.batch.prefix_cache import LEAST_COPY, MAX_IDLE, PrefixCache
 from hybrid.engine.session import Session
 
 SYSTEM = list(range(100, 140))
@@ -159,6 +159,53 @@ def test_prompts_that_begin_alike_are_computed_once(engine):
         assert again.text == other
         n_cached = [generation.stats.cached_tokens for generation in (*found, again)]
         assert n_cached == [0, len(SYSTEM) * 3, len(SYSTEM) * 3, 0, len(SYSTEM) * 3 + 1]
+
+
+def test_scored_prompts_make_nobody_wait(engine):
+    prompt = [*SYSTEM * 8, 5]
+    with hybrid.BatchLoop(engine, n_sequences=4) as loop:
+        list(loop.submit(prompt, **OPTIONS))  # leaves its keys and values
+        step, gate = loop._worker._steps.step, threading.Event()
+        loop._worker._steps.step = lambda: gate.wait() and step()
+        scored = [loop.submit(prompt, prompt_logprobs=0, max_tokens=1) for _ in range(2)]
+        plain = loop.submit(prompt, **OPTIONS)
+        gate.set()
+        list(plain)
+        assert plain.stats.cached_tokens == len(prompt) - 1
+        for each in scored:
+            list(each)
+
+
+def test_idle_sessions_have_a_number(engine):
+    cache = PrefixCache(engine.open_session, 1, 1 << 30)
+    for n in range(MAX_IDLE + 5):
+        left(cache, engine, [n, 7, 9])
+    assert len(cache._idle) == MAX_IDLE
+    cache.close()
+
+
+def test_idle_sessions_make_room_for_a_new_one(engine):
+    sessions = []
+
+    def open_session() -> Session:
+        if sum(session._native is not None for session in sessions) >= 3:
+            raise hybrid.OutOfMemory("no memory")
+        sessions.append(engine.open_session())
+        return sessions[-1]
+
+    cache = PrefixCache(open_session, 1, 1 << 20)
+    for n in range(3):
+        session, _ = cache.take([n, 9], [])
+        session.prefill([n, *SYSTEM])
+        cache.leave(session)
+    session, n_cached = cache.take([0, *SYSTEM, 5, 6], [])
+    assert n_cached == 0 or session.position == n_cached
+    assert len(cache._idle) == 2
+    cache.take([77, 9], [])
+    cache.take([78, 9], [])
+    with pytest.raises(hybrid.OutOfMemory):
+        cache.take([79, 9], [])
+    cache.close()
 
 
 def test_who_waits_for_a_prompt_goes_on_when_that_is_cancelled(engine):
