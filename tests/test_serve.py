@@ -113,6 +113,21 @@ def test_a_file_without_keys_is_refused(capsys, tmp_path):
         assert "--api-key-file" in capsys.readouterr().err
 
 
+def test_importing_the_server_does_nothing_else():
+    code = """
+import sys, threading
+import hybrid.server, hybrid.serve
+assert threading.active_count() == 1
+loaded = {"torch", "numba", "transformers", "llguidance"} & set(sys.modules)
+assert not loaded, loaded
+from hybrid.server import create_app
+first, second = create_app(), create_app()
+assert first.state.service is not second.state.service
+assert first.state.metrics is not second.state.metrics
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.setattr(serve, "_MISSING", "starlette")
     assert serve.main([]) == 1

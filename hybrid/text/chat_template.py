@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 
 from hybrid.errors import InvalidCheckpoint, InvalidOption, one_line
 from hybrid.text import sandbox
@@ -72,7 +72,7 @@ class ChatTemplate:
             raise InvalidCheckpoint(f"{name}: cannot be used: {one_line(error)}") from error
         self.markers = Markers(())
         tree = _parse(source)
-        self.knows_tools = "tools" in meta.find_undeclared_variables(tree)
+        self.knows_tools = any(name.name == "tools" for name in tree.find_all(nodes.Name))
         literals, around = "\0".join(_literals(tree)), "\0".join(self._probe())
         everything = literals + around
         written = {text for text in ordinary if text in everything and not text.isalnum()}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
+from http_client import serving
 
 PATH = "/v1/completions"
 TEXT = "Once upon a time there was"
@@ -136,15 +140,24 @@ def test_more_answers_than_can_ever_wait_are_refused(client):
     assert "at most 68 prompts times n, found 1024" in reply.error["message"]
 
 
-def test_more_answers_than_may_wait_now_are_refused_and_none_is_begun(client):
-    body = {"prompt": ["a"] * 40, "max_tokens": 400, "ignore_eos": True}
-    with client.begin(PATH, body):
+def test_more_answers_than_may_wait_now_are_refused_and_none_is_begun(engine):
+    body = {"prompt": ["a"] * 6, "max_tokens": 400, "ignore_eos": True}
+    gate = threading.Event()
+    with serving(engine, n_sequences=2, queue_size=5) as client:
         loop = client.service.model.loop
-        while loop.stats.n_waiting < 36:
-            pass
-        reply = client.post(PATH, body)
-        assert reply.status == 503
-        assert reply.error["code"] == "queue_full"
-        assert int(reply.headers["retry-after"]) > 0
-        assert len(loop.running) + loop.stats.n_waiting <= 40
-    client.wait_until_idle()
+        steps, step = loop._worker._steps, loop._worker._steps.step
+        steps.step = lambda: gate.wait() and step()
+        with client.begin(PATH, body):
+            deadline = time.monotonic() + 60
+            while loop.stats.n_waiting < 4:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            reply = client.post(PATH, body)
+            assert reply.status == 503
+            assert reply.error["code"] == "queue_full"
+            assert int(reply.headers["retry-after"]) > 0
+            # What was refused as a whole has left no place taken.
+            waiting = [each for each in loop._worker._queue if not each.answer.is_cancelled]
+            assert len(waiting) == 4
+            gate.set()
+        client.wait_until_idle()

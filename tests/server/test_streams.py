@@ -173,26 +173,26 @@ def test_clients_that_go_fill_no_log(engine, caplog):
     assert caplog.records == []
 
 
+def await_preparing(client: Any, n: int) -> None:
+    """Wait until so many requests are being read."""
+    deadline = time.monotonic() + 60
+    while client.service._n_preparing != n:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_requests_of_clients_that_have_gone_are_not_read(engine):
     """Neither do they keep threads, nor does their number have no bound."""
     gate = threading.Event()
     with serving(engine) as client:
         pool = client.service._preparing
         held = [pool.submit(gate.wait) for _ in range(pool._max_workers)]
-        for _ in range(20):
-            client.begin(COMPLETIONS, {"prompt": "Once", **ENDLESS}).close()
-        deadline = time.monotonic() + 10
-        while client.service._n_preparing:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
         waiting = [client.begin(COMPLETIONS, {"prompt": "Once"}) for _ in range(MAX_PREPARING)]
-        while client.service._n_preparing < MAX_PREPARING:
-            time.sleep(0.01)
+        await_preparing(client, MAX_PREPARING)
         assert client.post(COMPLETIONS, {"prompt": "Once"}).status == 503
         for raw in waiting:
             raw.close()
-        while client.service._n_preparing:
-            time.sleep(0.01)
+        await_preparing(client, 0)
         gate.set()
         assert all(future.result() for future in held)
         assert client.service.model.loop.stats.n_waiting == 0
