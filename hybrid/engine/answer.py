@@ -97,12 +97,11 @@ class Answer:
         self.n_dropped = 0  # tokens behind the first `request.n_kept` that context shifts dropped
         self.seed = sampler.seed
         self._sampler, self._tokenizer = sampler, tokenizer
-        self._given_eos_ids = eos_ids
         self._detokenizer = tokenizer.stream(prompt, request.tool_format)
         self._eos_ids = tuple(eos_ids)
         if request.chat is not None:
             end = tokenizer.end_of_answer(request.chat)
-            self._eos_ids += () if end is None else (end,)
+            self._eos_ids += () if end is None or end in self._eos_ids else (end,)
         self._rules = None if limits.rules == TokenRules() else limits.rules
         self._seen = set(prompt)  # tokens that the repeat penalty applies to
         self._counts: Counter[int] = Counter()  # of the answer's tokens
@@ -115,7 +114,7 @@ class Answer:
         """
         sampler = Sampler(replace(self._sampler.params, seed=seed))
         request = replace(self.request, prompt_logprobs=None)
-        return Answer(self._tokenizer, sampler, request, self._given_eos_ids)
+        return Answer(self._tokenizer, sampler, request, self._eos_ids)
 
     @property
     def scores_prompt(self) -> bool:
@@ -162,7 +161,7 @@ class Answer:
             if self.context_is_full or len(self.tokens) == self.request.limits.max_tokens:
                 self.finish("length")
                 break
-            if any(stop in self._held for stop in self.request.limits.stop):
+            if len(tokens) > 1 and any(stop in self._held for stop in self.request.limits.stop):
                 break  # `take` ends the answer here, so what is forced behind it does not count
         if self._constraint is not None and self._constraint.is_over and not self.finish_reason:
             self.finish("stop")

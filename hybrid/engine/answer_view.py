@@ -49,8 +49,7 @@ class AnswerView:
         parser = self.tool_parser()
         if parser is None:
             return ()
-        (_, calls), (_, last) = parser.push(self.text), parser.finish()
-        return (*calls, *last)
+        return tuple(parser.finish(self.text)[1])
 
     def tool_parser(self) -> ToolCallParser | None:
         """Return what separates the pieces of text into content and calls; None without tools."""

@@ -1,7 +1,7 @@
 """create_app: the server as an ASGI application of Starlette.
 
 guards.py            Host, Origin, API key            refuses by headers alone
-connection.py        body, disconnect, slow reader
+connection.py        a body that comes, a client that goes
 fields.py            JSON with types and ranges
 chat_page.py         the page at /
 openai/, anthropic/  what the endpoints of two APIs read and write

@@ -13,18 +13,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
 
 from hybrid.errors import HybridError, InvalidOption
-from hybrid.server.api_error import unavailable
+from hybrid.server.api_error import ApiError, unavailable
 from hybrid.text.grammar import Form, validate
 from predictors.schema import parse_json
 
 LIMIT_S = 2.0
 LIMIT_BYTES = 2 << 30  # of memory
 PATIENCE_S = 5.0  # that a form waits while another one is compiled
-_N_KNOWN = 256
-_BUSY = unavailable("other grammars are being compiled; try again", "grammars_busy")
 
 
 class FormChecker:
@@ -32,28 +29,22 @@ class FormChecker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._known: OrderedDict[Form, None] = OrderedDict()  # forms that were compiled in time
         self._lock = threading.Lock()
         self._places = threading.BoundedSemaphore(2)  # for one form, and one that waits
 
     def __call__(self, form: Form) -> None:
-        if form in self._known:
-            return
         # Whoever waits here keeps a thread from other requests, so no more than one does.
         if not self._places.acquire(blocking=False):
-            raise _BUSY
+            raise _busy()
         try:
             if not self._lock.acquire(timeout=PATIENCE_S):
-                raise _BUSY
+                raise _busy()
             try:
                 self._check(form)
             finally:
                 self._lock.release()
         finally:
             self._places.release()
-        self._known[form] = None
-        while len(self._known) > _N_KNOWN:
-            self._known.popitem(last=False)
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -94,6 +85,10 @@ class FormChecker:
             return None
         found: str = parse_json(answer)
         return found
+
+
+def _busy() -> ApiError:
+    return unavailable("other grammars are being compiled; try again", "grammars_busy")
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from hybrid import BatchedGeneration, ToolCall
-from hybrid.server.answers import Answers
+from hybrid.server.answers import Answers, Event
+from hybrid.text.tool_calls import ToolCallParser
 
 
 async def parts_of(answers: Answers, ping_s: float) -> AsyncIterator[str | ToolCall | None]:
@@ -19,10 +20,7 @@ async def parts_of(answers: Answers, ping_s: float) -> AsyncIterator[str | ToolC
         if event is None:
             yield None
             continue
-        content, calls = (event.piece, []) if parser is None else parser.push(event.piece)
-        if event.is_last and parser is not None:
-            rest, last = parser.finish()
-            content, calls = content + rest, [*calls, *last]
+        content, calls = read_piece(parser, event)
         if content:
             yield content
         for call in calls:
@@ -32,7 +30,11 @@ async def parts_of(answers: Answers, ping_s: float) -> AsyncIterator[str | ToolC
 def all_parts(generation: BatchedGeneration) -> tuple[str, list[ToolCall]]:
     """Return what a complete answer says, and its calls."""
     parser = generation.tool_parser()
+    return (generation.text, []) if parser is None else parser.finish(generation.text)
+
+
+def read_piece(parser: ToolCallParser | None, event: Event) -> tuple[str, list[ToolCall]]:
+    """Return the content and the calls that an event makes certain; None reads no calls."""
     if parser is None:
-        return generation.text, []
-    (content, calls), (rest, last) = parser.push(generation.text), parser.finish()
-    return content + rest, [*calls, *last]
+        return event.piece, []
+    return parser.finish(event.piece) if event.is_last else parser.push(event.piece)

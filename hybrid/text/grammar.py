@@ -126,8 +126,12 @@ class Constraint:
         return allowed
 
     def forced(self) -> list[int]:
-        """Return the tokens that must come next, as far as there is no choice."""
-        return self._matcher.compute_ff_tokens()
+        """Return the tokens that must come next, as far as there is no choice.
+
+        Raises InvalidOption.
+        """
+        with self._limited():
+            return self._matcher.compute_ff_tokens()
 
     def consume(self, tokens: Iterable[int]) -> None:
         """Note the next tokens of the answer. Raises InvalidOption."""

@@ -232,17 +232,18 @@ class ToolCallParser:
                 return content, calls
             self._is_call, self._n_seen = True, 0
 
-    def finish(self) -> tuple[str, list[ToolCall]]:
-        """Return what is left at the end of the answer. A call without its end counts."""
+    def finish(self, piece: str = "") -> tuple[str, list[ToolCall]]:
+        """Return what a last piece makes certain, and what is left. A call without end counts."""
+        content, calls = self.push(piece)
         text, self._text = self._text, ""
         if self._is_call and len(text) <= MAX_CALL:
-            calls = _parsed(self._format, text)
-            if calls is not None:
-                self.n_calls += len(calls)
-                return "", calls
+            last = _parsed(self._format, text)
+            if last is not None:
+                self.n_calls += len(last)
+                return content, calls + last
         if self._skips_space and not self._is_call:
             text = text.lstrip() if self.n_calls else text
-        return text, []
+        return content + text, calls
 
     def _take_calls(self) -> list[ToolCall] | None:
         """Return the calls at the beginning of the text, if their end is there."""

@@ -139,17 +139,19 @@ class Steps:
 
     def _note_alike(self, stream: Stream) -> None:
         """Note which streams compute more of what this prompt begins with than there is already."""
-        prompt = stream.answer.prompt
-        if not self._cache.is_on or stream.answer.scores_prompt:
+        # Scored prompts take passes of their own, one after the other: they are no help.
+        filling = [
+            other
+            for other in self.streams
+            if other.session and not other.is_decoding and not other.answer.scores_prompt
+        ]
+        if not (filling and self._cache.is_on) or stream.answer.scores_prompt:
             return
+        prompt = stream.answer.prompt
         running = [other.session for other in self.streams if other.session is not None]
         n_known = self._cache.longest(prompt, running)
-        for other in self.streams:
-            # Scored prompts take passes of their own, one after the other: they are no help.
-            if other.session is not None and not other.answer.scores_prompt:
-                n = common_length(other.answer.prompt, prompt[:-1])
-                if n - n_known >= LEAST_COPY:
-                    stream.alike.append((other, n))
+        lengths = [(other, common_length(other.answer.prompt, prompt[:-1])) for other in filling]
+        stream.alike = [(other, n) for other, n in lengths if n - n_known >= LEAST_COPY]
 
     def _is_computed_for(self, stream: Stream) -> bool:
         """Return whether another stream is still computing what this prompt begins with."""

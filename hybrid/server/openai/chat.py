@@ -24,12 +24,12 @@ from hybrid.server.openai.options import (
     seeds,
 )
 from hybrid.server.openai.tools import (
+    delta_of,
     end_of_calls,
     for_template,
     message_of,
     read_tools,
     tool_options,
-    tools_delta,
 )
 from hybrid.server.service import Model
 
@@ -112,11 +112,7 @@ class ChatCompletion:
                 yield None
                 continue
             generation, parser = generations[event.index], parsers[event.index]
-            delta: dict[str, Any] = {"content": event.piece}
-            reason: str | None = generation.finish_reason
-            if parser is not None:
-                delta = tools_delta(parser, event.piece, is_last=event.is_last)
-                reason = end_of_calls(generation) if parser.n_calls else reason
+            delta = delta_of(parser, event)
             logprobs = self._logprobs(generation, n_sent[event.index])
             n_sent[event.index] += 0 if logprobs is None else len(logprobs["content"])
             if any(delta.values()) or (logprobs and logprobs["content"]):
@@ -124,6 +120,8 @@ class ChatCompletion:
                 yield chunk | activity_of(generation)
             if event.is_last:
                 n_open -= 1
+                has_calls = parser is not None and parser.n_calls > 0
+                reason = end_of_calls(generation) if has_calls else generation.finish_reason
                 chunk = self._chunk(event.index, {}, reason=reason)
                 yield chunk if n_open else {**chunk, "timings": self.answers.timings()}
         if self._wants_usage:

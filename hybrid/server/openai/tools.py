@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid import BatchedGeneration, ToolCall
+from hybrid.server.answers import Event
 from hybrid.server.api_error import ApiError, wrong
 from hybrid.server.fields import Fields
-from hybrid.server.parts import all_parts
+from hybrid.server.parts import all_parts, read_piece
 from hybrid.text.tool_calls import ToolCallParser
 from predictors.schema import parse_json
 
@@ -103,13 +104,10 @@ def message_of(generation: BatchedGeneration) -> tuple[dict[str, Any], str | Non
     return message, end_of_calls(generation)
 
 
-def tools_delta(parser: ToolCallParser, piece: str, *, is_last: bool) -> dict[str, Any]:
-    """Return what a piece of an answer adds: content, or whole calls."""
-    n_before = parser.n_calls
-    content, calls = parser.push(piece)
-    if is_last:
-        rest, last = parser.finish()
-        content, calls = content + rest, [*calls, *last]
+def delta_of(parser: ToolCallParser | None, event: Event) -> dict[str, Any]:
+    """Return what an event adds to a message: content, or whole calls."""
+    n_before = 0 if parser is None else parser.n_calls
+    content, calls = read_piece(parser, event)
     delta: dict[str, Any] = {"content": content} if content or not calls else {}
     if calls:
         delta["tool_calls"] = [

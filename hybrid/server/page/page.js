@@ -289,7 +289,6 @@ async function generate(current) {
     fill(node, message);
     if (isAtEnd) log.scrollTop = log.scrollHeight;
   };
-  const started = performance.now();
   let first = 0, n = 0;
   try {
     const response = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal });
@@ -317,7 +316,6 @@ async function generate(current) {
   cancelAnimationFrame(drawn);
   running = null;
   current.title ||= title(current.messages[0].content);
-  current.seconds = (performance.now() - started) / 1000;
   save();
   show();
   busy(false);
