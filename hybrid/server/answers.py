@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,13 +23,18 @@ class Event:
 
 
 def submit_answers(
-    loop: BatchLoop, first: BatchedGeneration, seeds: Sequence[int | None]
+    loop: BatchLoop, firsts: Iterable[BatchedGeneration], seeds: Sequence[int | None]
 ) -> list[BatchedGeneration]:
-    """Submit further answers to a prompt, one for each seed but the first. All, or none."""
-    generations = [first]
+    """Submit further answers to prompts, to each one for every seed but the first. All, or none.
+
+    `firsts` may submit while it is iterated.
+    """
+    generations: list[BatchedGeneration] = []
     try:
-        for seed in seeds[1:]:
-            generations.append(loop.submit_again(first, seed=seed))
+        for first in firsts:
+            generations.append(first)
+            for seed in seeds[1:]:
+                generations.append(loop.submit_again(first, seed=seed))
     except HybridError:
         for generation in generations:
             generation.cancel()

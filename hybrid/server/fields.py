@@ -107,6 +107,13 @@ class Fields:
             raise wrong(self._where + name, f"at most {most} entries", len(value))
         return value
 
+    def needed_items(self, name: str, most: int) -> Sequence[Any]:
+        """Return a list of up to `most` values, which must be given."""
+        items = self.items(name, most)
+        if items is None:
+            raise self.needs(name)
+        return items
+
     def needs(self, name: str) -> ApiError:
         """Return the error of a field that is missing."""
         return ApiError(400, f"{self._where}{name}: it is missing", param=self._where + name)

@@ -9,12 +9,13 @@ from hybrid import __version__
 from hybrid.engine.options import checked_ids
 from hybrid.server.api_error import wrong
 from hybrid.server.fields import Fields
-from hybrid.server.openai.tools import for_template, read_tools
+from hybrid.server.openai.tools import read_conversation
 from hybrid.server.service import Model
 from hybrid.text.chat import Chat
 
 MAX_TEXT = 1 << 20  # characters that are encoded at once
 MAX_PIECES = 50_000
+MAX_IDS = 1 << 20  # that are decoded at once
 
 
 def list_models(model: Model) -> dict[str, Any]:
@@ -101,19 +102,11 @@ def tokenize(model: Model, fields: Fields) -> dict[str, Any]:
 
 def detokenize(model: Model, fields: Fields) -> dict[str, Any]:
     engine = model.engine
-    tokens = fields.items("tokens", 1 << 20)
-    if tokens is None:
-        raise fields.needs("tokens")
-    ids = checked_ids(tokens, engine.config.vocab_size)
+    ids = checked_ids(fields.needed_items("tokens", MAX_IDS), engine.config.vocab_size)
     return {"content": engine.tokenizer.decode(ids)}
 
 
 def apply_template(model: Model, fields: Fields) -> dict[str, Any]:
-    messages = fields.items("messages", 4096)
-    if messages is None:
-        raise fields.needs("messages")
-    variables = fields.object("chat_template_kwargs")
-    given = {} if variables is None else variables.values
-    chat = Chat(for_template(messages), read_tools(fields), variables=given)
     tokenizer = model.engine.tokenizer
-    return {"prompt": tokenizer.render_chat(tokenizer.with_tools(chat))}
+    chat = tokenizer.with_tools(Chat(**read_conversation(fields)))
+    return {"prompt": tokenizer.render_chat(chat)}

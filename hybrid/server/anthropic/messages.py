@@ -13,8 +13,12 @@ from hybrid.server.answers import Answers
 from hybrid.server.api_error import ApiError, wrong
 from hybrid.server.events import logged, named_event
 from hybrid.server.fields import Fields
-from hybrid.server.openai.chat import MAX_MESSAGES
-from hybrid.server.openai.options import MAX_STOP_LENGTH, MAX_STOPS, MAX_TOKENS
+from hybrid.server.openai.options import (
+    MAX_MESSAGES,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    MAX_TOKENS,
+)
 from hybrid.server.openai.tools import MAX_TOOLS, checked_tools, new_id
 from hybrid.server.parts import all_parts, parts_of
 from hybrid.server.service import Model
@@ -141,9 +145,7 @@ def count_tokens(model: Model, fields: Fields) -> dict[str, int]:
 
 def read_messages(fields: Fields) -> list[Any]:
     """Return a request's messages as chat templates expect them. Raises ApiError."""
-    given = fields.items("messages", MAX_MESSAGES)
-    if given is None:
-        raise fields.needs("messages")
+    given = fields.needed_items("messages", MAX_MESSAGES)
     messages: list[Any] = []
     system = fields.get("system")
     if system is not None:

@@ -22,35 +22,25 @@ from hybrid.server.openai.options import (
     max_tokens,
     sampling_options,
     seeds,
+    wants_usage,
 )
 from hybrid.server.openai.tools import (
     delta_of,
     end_of_calls,
-    for_template,
     message_of,
-    read_tools,
+    read_conversation,
     tool_options,
 )
 from hybrid.server.service import Model
 
-MAX_MESSAGES = 4096
 MAX_TOP_LOGPROBS = 20
 
 
 def submit_chat(model: Model, fields: Fields, options: GenerationOptions) -> BatchedGeneration:
     """Submit the conversation of a request. Raises ApiError or HybridError."""
-    messages = fields.items("messages", MAX_MESSAGES)
-    if messages is None:
-        raise fields.needs("messages")
-    variables = fields.object("chat_template_kwargs")
     if fields.boolean("continue_final_message") and fields.boolean("add_generation_prompt"):
         raise ApiError(400, "add_generation_prompt and continue_final_message exclude each other")
-    return model.loop.submit_chat(
-        for_template(messages),
-        tools=read_tools(fields),
-        variables=None if variables is None else variables.values,
-        options=options,
-    )
+    return model.loop.submit_chat(**read_conversation(fields), options=options)
 
 
 class ChatCompletion:
@@ -73,11 +63,9 @@ class ChatCompletion:
             logprobs=n_top or 0 if has_logprobs else None,
             seed=each_seed[0],
         )
-        stream_options = fields.object("stream_options")
-        self.is_stream = fields.boolean("stream")
-        self._wants_usage = stream_options is not None and stream_options.boolean("include_usage")
+        self.is_stream, self._wants_usage = fields.boolean("stream"), wants_usage(fields)
         first = submit_chat(model, fields, options)
-        self.answers = Answers("chatcmpl-", submit_answers(model.loop, first, each_seed), n)
+        self.answers = Answers("chatcmpl-", submit_answers(model.loop, [first], each_seed), n)
 
     async def result(self) -> dict[str, Any]:
         """Return the whole response."""

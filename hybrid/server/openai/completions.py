@@ -5,10 +5,10 @@ https://platform.openai.com/docs/api-reference/completions
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
-from hybrid import BatchedGeneration, GenerationOptions, HybridError
+from hybrid import BatchedGeneration, GenerationOptions
 from hybrid.server.answers import Answers, submit_answers
 from hybrid.server.api_error import wrong
 from hybrid.server.events import data_events
@@ -21,6 +21,7 @@ from hybrid.server.openai.options import (
     max_tokens,
     sampling_options,
     seeds,
+    wants_usage,
 )
 from hybrid.server.service import Model
 
@@ -54,27 +55,12 @@ class TextCompletion:
             prompt_logprobs=n_top if self._echoes else None,
             seed=each_seed[0],
         )
-        self.is_stream = fields.boolean("stream")
-        stream_options = fields.object("stream_options")
-        self._wants_usage = stream_options is not None and stream_options.boolean("include_usage")
-        self.answers = Answers("cmpl-", self._submit(options, each_seed), n)
+        self.is_stream, self._wants_usage = fields.boolean("stream"), wants_usage(fields)
+        firsts = (model.loop.submit(each, raw=True, options=options) for each in self._prompts)
+        self.answers = Answers("cmpl-", submit_answers(model.loop, firsts, each_seed), n)
         self._logprobs: list[TextLogprobs] = []
         if n_top is not None:
             self._logprobs = [self._begin_logprobs(each) for each in self.answers.generations]
-
-    def _submit(
-        self, options: GenerationOptions, each_seed: Sequence[int | None]
-    ) -> list[BatchedGeneration]:
-        loop, generations = self._model.loop, list[BatchedGeneration]()
-        try:
-            for prompt in self._prompts:
-                first = loop.submit(prompt, raw=True, options=options)
-                generations += submit_answers(loop, first, each_seed)
-        except HybridError:
-            for generation in generations:
-                generation.cancel()
-            raise
-        return generations
 
     async def result(self) -> dict[str, Any]:
         """Return the whole response."""

@@ -10,6 +10,7 @@ from hybrid.server.fields import Fields
 from hybrid.server.service import Model
 
 MAX_CHOICES = 16
+MAX_MESSAGES = 4096
 MAX_TOKENS = 1 << 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters
@@ -65,6 +66,12 @@ def max_tokens(fields: Fields, *, least: int = 1) -> int | None:
 def limit_of_chat(model: Model, given: int | None) -> int | Literal["auto"] | None:
     """Return the limit of an answer: the client's, the model's, or only the context's."""
     return "auto" if given is None and model.engine.defaults.limits_answers else given
+
+
+def wants_usage(fields: Fields) -> bool:
+    """Return whether a stream is to end with the numbers of tokens."""
+    options = fields.object("stream_options")
+    return options is not None and options.boolean("include_usage")
 
 
 def seeds(fields: Fields, n: int) -> list[int | None]:

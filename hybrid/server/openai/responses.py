@@ -14,8 +14,7 @@ from hybrid.server.answers import Answers
 from hybrid.server.api_error import ApiError, wrong
 from hybrid.server.events import PING, logged, named_event
 from hybrid.server.fields import Fields
-from hybrid.server.openai.chat import MAX_MESSAGES
-from hybrid.server.openai.options import MAX_SEED, MAX_TOKENS, limit_of_chat
+from hybrid.server.openai.options import MAX_MESSAGES, MAX_SEED, MAX_TOKENS, limit_of_chat
 from hybrid.server.openai.tools import (
     MAX_TOOLS,
     checked_tools,

@@ -11,6 +11,7 @@ from hybrid import BatchedGeneration, ToolCall
 from hybrid.server.answers import Event
 from hybrid.server.api_error import ApiError, wrong
 from hybrid.server.fields import Fields
+from hybrid.server.openai.options import MAX_MESSAGES
 from hybrid.server.parts import all_parts, read_piece
 from hybrid.text.tool_calls import ToolCallParser
 from predictors.schema import parse_json
@@ -45,6 +46,19 @@ def checked_tools(tools: Sequence[Any] | None) -> list[Mapping[str, Any]] | None
             raise wrong(f"tools[{i}].function.parameters", "a JSON schema", parameters)
         names.add(name)
     return list(tools)
+
+
+def read_conversation(fields: Fields) -> dict[str, Any]:
+    """Return a conversation under the names of `Chat` and `BatchLoop.submit_chat`.
+
+    Raises ApiError.
+    """
+    variables = fields.object("chat_template_kwargs")
+    return {
+        "messages": for_template(fields.needed_items("messages", MAX_MESSAGES)),
+        "tools": read_tools(fields),
+        "variables": {} if variables is None else variables.values,
+    }
 
 
 def tool_options(fields: Fields) -> dict[str, Any]:
