@@ -33,10 +33,14 @@ class GenerationStats:
         return self.prefilled_tokens / self.prefill_s if self.prefill_s else 0.0
 
     @property
+    def decode_tokens(self) -> int:
+        """Tokens of the text that decode gave: one of each pass, accepted and forced ones."""
+        return self.decode_steps + self.accepted_tokens + self.forced_tokens
+
+    @property
     def decode_tps(self) -> float:
-        """Tokens of the text per second of decode: one of each pass, accepted and forced ones."""
-        n_tokens = self.decode_steps + self.accepted_tokens + self.forced_tokens
-        return n_tokens / self.decode_s if self.decode_s else 0.0
+        """Tokens of the text per second of decode."""
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
 
     @property
     def decode_gbs(self) -> float | None:

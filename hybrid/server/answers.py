@@ -107,7 +107,7 @@ class Answers:
         """Return how long the answers took, under the names of llama.cpp's server."""
         stats = [generation.stats for generation in self.generations]
         n_prompt = sum(entry.prefilled_tokens for entry in stats)
-        n_steps = sum(entry.decode_steps for entry in stats)
+        n_decoded = sum(entry.decode_tokens for entry in stats)
         prompt_s = sum(entry.prefill_s for entry in stats)
         decode_s = sum(entry.decode_s for entry in stats)
         return {
@@ -117,7 +117,7 @@ class Answers:
             "prompt_per_second": n_prompt / prompt_s if prompt_s else 0.0,
             "predicted_n": sum(entry.generated_tokens for entry in stats),
             "predicted_ms": 1e3 * decode_s,
-            "predicted_per_second": n_steps / decode_s if decode_s else 0.0,
+            "predicted_per_second": n_decoded / decode_s if decode_s else 0.0,
         }
 
     def _next(self, index: int) -> asyncio.Task[str | None]:

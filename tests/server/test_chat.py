@@ -37,6 +37,13 @@ def test_an_answer_is_the_librarys(engine, client):
     assert body["timings"]["predicted_n"] == 20
 
 
+def test_forced_tokens_count_in_the_speed(client):
+    options = {"regex": "[ab]{2} the little robot [0-9]", "temperature": 0}
+    timings = client.post(PATH, {"messages": MESSAGES, **options}).json["timings"]
+    n_decoded = timings["predicted_per_second"] * timings["predicted_ms"] / 1e3
+    assert round(n_decoded) == timings["predicted_n"] - 1  # the prompt gives the first one
+
+
 def test_the_second_time_the_prompt_is_cached(client):
     messages = [{"role": "user", "content": "Once upon a time there was a big dog " * 3}]
     usage = [
