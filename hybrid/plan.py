@@ -23,6 +23,7 @@ from typing import Any
 from hybrid import InvalidOption, MissingPackage
 from hybrid.cli.command_line import (
     ArgumentParser,
+    add_context_option,
     add_model_options,
     byte_size,
     load_options,
@@ -58,12 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_model_options(parser)
     add = parser.add_argument
-    add(
-        "-c",
-        "--ctx-size",
-        type=int,
-        help="context size in tokens (default: 4096, or the model's maximum if that is less)",
-    )
+    add_context_option(parser)
     add(
         "--vram-budget",
         type=byte_size,

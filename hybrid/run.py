@@ -34,10 +34,12 @@ from hybrid.cli.command_line import (
     ArgumentParser,
     add_activation_option,
     add_bos_option,
+    add_context_option,
     add_device_options,
     add_kv_option,
     add_predictor_options,
     add_quant_option,
+    add_template_option,
     decode_with_notes,
     open_engine,
     print_notices,
@@ -53,7 +55,6 @@ from hybrid.cli.generation_options import (
 from hybrid.cli.kept_session import KeptSession
 from hybrid.files import read_bytes
 from hybrid.hub.catalog import catalog
-from hybrid.text.built_in_templates import BUILT_IN as TEMPLATES
 
 MAX_PROMPT_BYTES = 4 << 20
 
@@ -98,24 +99,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="JSON file with a list of functions, as JSON schemas, that the model may call; the "
         "text shows its calls as it writes them (default: none)",
     )
-    add(
-        "--chat-template",
-        metavar="NAME|FILE",
-        help=f"chat template: one that the model names, a Jinja file, or {', '.join(TEMPLATES)} "
-        "(default: the model's)",
-    )
+    add_template_option(parser)
     add(
         "-t",
         "--threads",
         type=int,
         help="number of threads (default: one per core that it may use)",
     )
-    add(
-        "-c",
-        "--ctx-size",
-        type=int,
-        help="context size in tokens (default: 4096, or the model's maximum if that is less)",
-    )
+    add_context_option(parser)
     add_generation_options(parser)
     add_quant_option(parser)
     add_kv_option(parser)

@@ -26,17 +26,19 @@ from hybrid import InvalidOption, MissingPackage
 from hybrid.cli.command_line import (
     ArgumentParser,
     add_bos_option,
+    add_context_option,
     add_device_options,
     add_kv_option,
     add_model_options,
     add_predictor_options,
+    add_template_option,
     byte_size,
     open_engine,
     print_notices,
     printable,
+    read_option_text,
     run_command,
 )
-from hybrid.files import read_bytes
 
 try:
     import uvicorn
@@ -108,18 +110,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="time that running answers get when the server is to end (default: 30)",
     )
     add("--no-page", action="store_true", help="serve no chat page at /")
-    add(
-        "-c",
-        "--ctx-size",
-        type=int,
-        help="context of each answer in tokens (default: 4096, or the model's maximum if less)",
-    )
-    add(
-        "--chat-template",
-        metavar="NAME|FILE",
-        help="chat template: one that the model or hybrid names, or a Jinja file (default: the "
-        "model's)",
-    )
+    add_context_option(parser)
+    add_template_option(parser)
     add_kv_option(parser)
     add_predictor_options(parser)
     add_device_options(parser)
@@ -138,12 +130,7 @@ def read_keys(args: argparse.Namespace) -> tuple[str, ...]:
     if path is None:
         key = os.environ.get(KEY_VARIABLE, "").strip()
         return (key,) if key else ()
-    try:
-        text = read_bytes(path, MAX_KEY_BYTES).decode()
-    except OSError as error:
-        raise InvalidOption(f"--api-key-file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidOption(f"--api-key-file {path}: not UTF-8 text") from error
+    text = read_option_text("--api-key-file", path, MAX_KEY_BYTES)
     keys = tuple(key for line in text.splitlines() if (key := line.strip()))
     if not keys:
         raise InvalidOption(f"--api-key-file {path}: there is no key in it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -111,6 +112,12 @@ def test_a_file_without_keys_is_refused(capsys, tmp_path):
         file.write_bytes(content)
         assert serve.main(["--api-key-file", str(file)]) == 2
         assert "--api-key-file" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert serve.read_keys(argparse.Namespace(api_key_file=file)) == ("one", "two")
 
 
 def test_importing_the_server_does_nothing_else():

@@ -24,6 +24,7 @@ from hybrid import (
 from hybrid.cli.progress_bar import progress_bar
 from hybrid.engine.options import Quant
 from hybrid.files import read_bytes
+from hybrid.text.built_in_templates import BUILT_IN as TEMPLATES
 from hybrid.text.text_file import BOM, decode_text, text_notices
 from predictors.interrupts import INTERRUPTED, raising_interrupts
 
@@ -114,6 +115,26 @@ def add_kv_option(parser: argparse.ArgumentParser) -> None:
         choices=("fp16", "bf16"),
         default="fp16",
         help="format of the KV cache; bf16 holds larger numbers, less precisely (default: fp16)",
+    )
+
+
+def add_context_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that hold a text's keys and values; `load_options` reads it."""
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=int,
+        help="context size in tokens (default: 4096, or the model's maximum if that is less)",
+    )
+
+
+def add_template_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that chat; `load_options` reads it."""
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help=f"chat template: one that the model names, a Jinja file, or {', '.join(TEMPLATES)} "
+        "(default: the model's)",
     )
 
 
@@ -231,11 +252,21 @@ def read_text(path: Path) -> str:
     What a user should know about it becomes a note on standard error. Raises InvalidOption if it is
     unreadable or empty.
     """
-    try:
-        data = read_bytes(path, MAX_TEXT_BYTES)
-    except OSError as error:
-        raise InvalidOption(f"--text {path}: {error.strerror}") from error
+    data = read_option_file("--text", path, MAX_TEXT_BYTES)
     return decode_with_notes(f"--text {path}", data, is_required=True)
+
+
+def read_option_file(option: str, path: Path, most: int) -> bytes:
+    """Return the bytes of the file that an option names, at most `most`. Raises InvalidOption."""
+    try:
+        return read_bytes(path, most)
+    except OSError as error:
+        raise InvalidOption(f"{option} {path}: {error.strerror}") from error
+
+
+def read_option_text(option: str, path: Path, most: int) -> str:
+    """Return the text of a file that the model does not read. Raises InvalidOption."""
+    return _decoded(f"{option} {path}", read_option_file(option, path, most))
 
 
 def decode_with_notes(name: str, data: bytes, *, is_required: bool = False) -> str:
@@ -244,17 +275,21 @@ def decode_with_notes(name: str, data: bytes, *, is_required: bool = False) -> s
     `name` is the option and the file, for messages. Raises InvalidOption if it is not UTF-8, or
     if it is blank and `is_required`.
     """
-    try:
-        text = decode_text(data)
-    except UnicodeDecodeError as error:
-        raise InvalidOption(
-            f"{name}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})"
-        ) from error
+    text = _decoded(name, data)
     if is_required and not text.strip():
         raise InvalidOption(f"{name}: there is no text in it")
     has_bom, has_crlf = data.startswith(BOM), b"\r\n" in data
     print_notices(text_notices(name, has_bom=has_bom, has_crlf=has_crlf))
     return text
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        return decode_text(data)
+    except UnicodeDecodeError as error:
+        raise InvalidOption(
+            f"{name}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})"
+        ) from error
 
 
 def print_notices(notices: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybrid import GenerationOptions, InvalidOption
-from hybrid.files import read_bytes
+from hybrid.cli.command_line import read_option_file, read_option_text
 from predictors.schema import Malformed, parse_json
 
 MAX_FILE_BYTES = 4 << 20
@@ -147,20 +147,9 @@ def unescape(text: str) -> str:
 def read_json_file(option: str, path: Path) -> Any:
     """Return the JSON value in the file of an option. Raises InvalidOption."""
     try:
-        return parse_json(read_bytes(path, MAX_FILE_BYTES))
-    except OSError as error:
-        raise InvalidOption(f"{option} {path}: {error.strerror}") from error
+        return parse_json(read_option_file(option, path, MAX_FILE_BYTES))
     except Malformed as error:
         raise InvalidOption(f"{option} {path}: {error}") from error
-
-
-def _read_grammar(path: Path) -> str:
-    try:
-        return read_bytes(path, MAX_FILE_BYTES).decode()
-    except OSError as error:
-        raise InvalidOption(f"--grammar {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidOption(f"--grammar {path}: not UTF-8 text") from error
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -184,6 +173,9 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
     if args.json_schema is not None:
         schema = read_json_file("--json-schema", args.json_schema)
         response_format = {"type": "json_schema", "schema": schema}
+    grammar = None
+    if args.grammar is not None:
+        grammar = read_option_text("--grammar", args.grammar, MAX_FILE_BYTES)
     return GenerationOptions(
         max_tokens=max_tokens,
         temperature=args.temp,
@@ -195,7 +187,7 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
         frequency_penalty=args.frequency_penalty,
         logit_bias=dict(args.logit_bias or ()),
         response_format=response_format,
-        grammar=None if args.grammar is None else _read_grammar(args.grammar),
+        grammar=grammar,
         regex=args.regex,
         stop=args.stop,
         logprobs=args.logprobs,
