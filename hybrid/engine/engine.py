@@ -1,4 +1,7 @@
-"""Engine: a loaded model. It owns weights and threads; each sequence has its own session."""
+"""Engine: a loaded model. It owns weights and threads; each sequence has its own session.
+
+The class is the library's public interface, and half of the file is its contracts.
+"""
 
 from __future__ import annotations
 
@@ -182,9 +185,10 @@ class Engine:
         return self._stats.weight_bytes < 4 * (last_level_cache_bytes() or 0)
 
     def measure_stream_gbs(self) -> float:
-        """Measure the memory bandwidth in GB/s with the engine's threads, for half a second.
+        """Measure the memory bandwidth in GB/s with the engine's threads.
 
-        Raises EngineClosed, and OutOfMemory unless 1.5 GiB is free.
+        This takes half a second and 1 GiB of memory. Raises EngineClosed, and OutOfMemory unless
+        1.5 GiB is free.
         """
         try:
             return measure_stream_gbs(self._open().pool)

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from http_client import serving
+from http_client import Client, Reply, serving
 
 import hybrid
 from hybrid.server import http_protocol
@@ -265,17 +265,23 @@ def test_a_server_that_loads_says_so(engine):
         assert client.get("/health").status == 200
 
 
+def drained(client: Client, body: dict[str, Any], within_s: float) -> Reply:
+    """Return the reply to a request during which the server is drained."""
+    found: list[Reply] = []
+    asking = threading.Thread(target=lambda: found.append(client.post(COMPLETIONS, body)))
+    asking.start()
+    while not client.service.model.loop.running:
+        time.sleep(0.01)
+    client.service.drain(within_s)
+    asking.join()
+    return found[0]
+
+
 def test_draining_lets_answers_end(slow_engine):
-    found: list[Any] = []
     with serving(slow_engine) as client:
         body = {"prompt": "Once", "max_tokens": 20, "logit_bias": {"2": -100}, "stream": True}
-        asking = threading.Thread(target=lambda: found.append(client.post(COMPLETIONS, body)))
-        asking.start()
-        while not client.service.model.loop.running:
-            time.sleep(0.01)
-        client.service.drain(30)
-        asking.join()
-        assert found[0].events[-1]["choices"][0]["finish_reason"] == "length"
+        reply = drained(client, body, within_s=30)
+        assert reply.events[-1]["choices"][0]["finish_reason"] == "length"
         assert client.get("/health").status == 503
         reply = client.post(COMPLETIONS, {"prompt": "Once"})
         assert reply.status == 503
@@ -283,13 +289,7 @@ def test_draining_lets_answers_end(slow_engine):
 
 
 def test_draining_has_a_deadline(slow_engine):
-    found: list[Any] = []
     with serving(slow_engine) as client:
         body = {"prompt": "Once", "stream": True, **ENDLESS}
-        asking = threading.Thread(target=lambda: found.append(client.post(COMPLETIONS, body)))
-        asking.start()
-        while not client.service.model.loop.running:
-            time.sleep(0.01)
-        client.service.drain(0.2)
-        asking.join()
-        assert found[0].events[-1]["error"]["code"] == "shutting_down"
+        reply = drained(client, body, within_s=0.2)
+        assert reply.events[-1]["error"]["code"] == "shutting_down"
